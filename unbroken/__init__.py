@@ -1,0 +1,1 @@
+"""What every process of Unbroken has in common."""

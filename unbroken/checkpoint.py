@@ -1,0 +1,54 @@
+"""What a worker needs to go on with a stream: the immutable form of `Checkpoint` in attempt.proto."""
+
+from dataclasses import dataclass
+
+from unbroken.generation import (
+    GenerationParams,
+    check_token_ids,
+    params_from_proto,
+    params_to_proto,
+)
+from unbroken.v1 import attempt_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A stream at one offset; a new stream is a checkpoint without output.
+
+    `output_token_ids` are given to an engine with native resume as its own past output. Otherwise
+    they may stand at the end of the prompt, and then `first_offset` tells where numbering goes on.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    params: GenerationParams
+    output_token_ids: tuple[int, ...] = ()
+    first_offset: int = 0
+    kv_block_hashes: tuple[int, ...] = ()
+
+
+def checkpoint_from_proto(message: pb.Checkpoint, *, vocab_size: int) -> Checkpoint:
+    """Validate and convert; raises `InvalidField`."""
+    prompt = tuple(message.prompt_token_ids)
+    output = tuple(message.output_token_ids)
+    check_token_ids("checkpoint.prompt_token_ids", prompt, vocab_size)
+    check_token_ids("checkpoint.output_token_ids", output, vocab_size)
+    return Checkpoint(
+        prompt_token_ids=prompt,
+        params=params_from_proto(message.params, vocab_size=vocab_size),
+        output_token_ids=output,
+        first_offset=message.first_offset,
+        kv_block_hashes=tuple(message.kv.block_hashes),
+    )
+
+
+def checkpoint_to_proto(checkpoint: Checkpoint) -> pb.Checkpoint:
+    """The inverse of `checkpoint_from_proto`."""
+    message = pb.Checkpoint(
+        prompt_token_ids=checkpoint.prompt_token_ids,
+        output_token_ids=checkpoint.output_token_ids,
+        params=params_to_proto(checkpoint.params),
+        first_offset=checkpoint.first_offset,
+    )
+    if checkpoint.kv_block_hashes:
+        message.kv.block_hashes.extend(checkpoint.kv_block_hashes)
+    return message
