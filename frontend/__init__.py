@@ -1,0 +1,1 @@
+"""Where requests enter: admission, placement, the stream's ledger, migration."""

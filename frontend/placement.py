@@ -1,0 +1,108 @@
+"""Which worker takes an attempt: a pure choice among views of workers.
+
+The cost of a worker is what the newcomer would wait for and what it would crowd: prefill tokens
+that are queued before it or are its own, less what a prefix cache saves, plus the KV blocks held by
+others. It is counted in KV blocks, so both halves have one unit.
+
+Reports are always a little old. So that many placements between two reports do not all pick the
+same worker, each view also carries what this frontend has placed there since.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from frontend.continuation import Abilities
+from frontend.stream import Life
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """A worker as this frontend sees it; kept current by the links."""
+
+    life: Life
+    model: str
+    abilities: Abilities
+    block_size: int
+    context_length: int
+    is_ready: bool = True
+    """Its link is up and its engine takes work."""
+    kv_blocks_used: int = 0
+    prefill_tokens_queued: int = 0
+    blocks_placed: int = 0
+    """KV blocks of attempts placed here since the last report."""
+    prefill_tokens_placed: int = 0
+    num_attempts: int = 0
+    cached_blocks: set[int] = field(default_factory=set[int])
+    """Hashes of the prefix blocks it can reuse."""
+
+    def placed(self, num_tokens: int, num_tokens_cached: int) -> None:
+        """Count an attempt that the next report will include."""
+        self.num_attempts += 1
+        self.prefill_tokens_placed += num_tokens - num_tokens_cached
+        self.blocks_placed += -(-num_tokens // self.block_size)
+
+    def reported(self, kv_blocks_used: int, prefill_tokens_queued: int) -> None:
+        """Replace the guesses by the truth."""
+        self.kv_blocks_used = kv_blocks_used
+        self.prefill_tokens_queued = prefill_tokens_queued
+        self.blocks_placed = 0
+        self.prefill_tokens_placed = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What an attempt needs of a worker."""
+
+    model: str
+    num_tokens: int
+    """Tokens to compute before the next one: prompt and delivered output."""
+    avoid: frozenset[Life] = frozenset()
+    """Lives to be taken only if there is no other."""
+
+
+def choose(
+    workers: Iterable[WorkerView],
+    need: Need,
+    *,
+    is_able: Callable[[WorkerView], bool],
+    block_hashes: Callable[[WorkerView], Sequence[int]],
+) -> WorkerView | None:
+    """The cheapest worker that is ready and able; None if there is none now.
+
+    `is_able` tells whether the stream could go on there at all. `block_hashes` are the chained
+    hashes of the tokens to compute, in the worker's block size. A worker that failed this stream
+    is a last resort rather than taboo: with one worker left, waiting helps nobody.
+    """
+    candidates = [
+        worker
+        for worker in workers
+        if worker.is_ready
+        and worker.model == need.model
+        and worker.context_length > need.num_tokens
+        and is_able(worker)
+    ]
+    untried = [worker for worker in candidates if worker.life not in need.avoid]
+    return min(
+        untried or candidates,
+        key=lambda worker: (cost(worker, need, block_hashes(worker)), worker.life),
+        default=None,
+    )
+
+
+def cost(worker: WorkerView, need: Need, block_hashes: Sequence[int]) -> float:
+    """What placing it there costs, in KV blocks."""
+    cached = num_cached_tokens(worker.cached_blocks, block_hashes, worker.block_size)
+    prefill_tokens = (
+        worker.prefill_tokens_queued + worker.prefill_tokens_placed + need.num_tokens - cached
+    )
+    return prefill_tokens / worker.block_size + worker.kv_blocks_used + worker.blocks_placed
+
+
+def num_cached_tokens(cached: Collection[int], block_hashes: Sequence[int], block_size: int) -> int:
+    """Tokens of the longest prefix whose blocks are all cached."""
+    num_blocks = 0
+    for block_hash in block_hashes:
+        if block_hash not in cached:
+            break
+        num_blocks += 1
+    return num_blocks * block_size

@@ -1,0 +1,610 @@
+"""How one output stream survives its workers: its ledger and its migration, no I/O.
+
+    PLACING ──placed──▶ RUNNING ──complete──▶ DONE
+       ▲                   │                    ▲
+       └── lost, refused ──┴── limit, no way ───┘
+
+Each worker serves under an epoch of its own. Giving up on a worker ends its epoch at once, and
+whatever it still sends is dropped, so two workers never speak for the same stream. The ledger is
+the truth: a token is in it once, at its offset, whoever produced it; what a worker says again is
+compared and not delivered.
+
+The output completes here, not at the worker: the budget, a stop token and a stop string are seen in
+the ledger, so a worker that dies after its last token but before its goodbye costs nothing.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TypeAlias
+
+from frontend.continuation import (
+    Abilities,
+    exact_way,
+    next_checkpoint,
+    way_to_resume,
+)
+from unbroken.checkpoint import Checkpoint
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation import TokenLogprobs
+from unbroken.outcome import (
+    ContinuationClass,
+    ContinuationPolicy,
+    Continued,
+    FailureKind,
+    FinishReason,
+)
+from unbroken.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Life:
+    """One life of one engine: a worker that restarts is somebody else."""
+
+    worker_id: str
+    incarnation: int
+    engine_incarnation: int = 0
+
+
+# Commands: what the shell is asked to do.
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Find a worker for this epoch, after a pause; other lives than `avoid`, if there are any."""
+
+    epoch: int
+    avoid: frozenset[Life]
+    pause_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin the attempt."""
+
+    life: Life
+    epoch: int
+    checkpoint: Checkpoint
+    window_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End the attempt of an epoch that is over, wherever it still runs."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Move the window of the current attempt."""
+
+    epoch: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The stream is done; `Stream.outcome` says how."""
+
+
+Command: TypeAlias = Place | Start | Abort | Ack | Finish
+
+
+class State(Enum):
+    """Where a stream stands."""
+
+    PLACING = auto()
+    RUNNING = auto()
+    DONE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the stream ended, once and for all."""
+
+    finish_reason: FinishReason
+    stop: str | None = None
+    stop_token_id: int | None = None
+    error: UnbrokenError | None = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One worker's try, as the ledger saw it."""
+
+    epoch: int
+    life: Life
+    way: ContinuationClass
+    """How it went on from the one before; UNSPECIFIED for the first."""
+    first_offset: int
+    """Offset of the first token it may deliver."""
+    end_offset: int
+    """Offset after the last token it delivered."""
+    failure: FailureKind = FailureKind.UNSPECIFIED
+    detail: str = ""
+    gap_s: float | None = None
+    """From the last token delivered before it to the first it delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Output that the client has not been sent."""
+
+    offset: int
+    token_ids: Sequence[int]
+    text: str
+    logprobs: Sequence[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a stream may cost."""
+
+    migrations_max: int = 3
+    window_tokens: int = 1024
+    """Tokens that the worker may be ahead of the client."""
+    placement_timeout_s: float = 30.0
+    """How long to look for a worker before the stream fails."""
+    regenerate_tokens_max: int = 4096
+
+
+@dataclass(slots=True)
+class Accounts:
+    """Work that the client is not billed for, and what a cache saved."""
+
+    recomputed_prefill_tokens: int = 0
+    recomputed_decode_tokens: int = 0
+    cached_prompt_tokens: int = 0
+
+
+_WAYS_THAT_SAY_AGAIN = frozenset({ContinuationClass.REGENERATE})
+_NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN})
+"""A worker that had no room, or that leaves in good order, has not failed the stream."""
+
+
+@dataclass(slots=True)
+class _Output:
+    """What happened since the client was last sent something."""
+
+    sent: int = 0
+    texts: list[str] = field(default_factory=list[str])
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+
+
+class Stream:
+    """One choice of one request, from admission to its outcome.
+
+    The owner calls `start`, then the event methods as things happen, obeys the commands they
+    return in order, and calls `take` to send what is new. Times are monotonic seconds.
+    """
+
+    __slots__ = (
+        "_abilities",
+        "_acked",
+        "_avoid",
+        "_bytes",
+        "_detokenizer",
+        "_last_token_at",
+        "_limits",
+        "_logprob_sum",
+        "_max_tokens",
+        "_min_tokens",
+        "_num_losses",
+        "_num_refusals",
+        "_numerics_id",
+        "_output",
+        "_placing_since",
+        "_policy",
+        "_stop_token_ids",
+        "_verified",
+        "accounts",
+        "attempts",
+        "epoch",
+        "ledger",
+        "original",
+        "outcome",
+        "state",
+    )
+
+    def __init__(
+        self,
+        original: Checkpoint,
+        tokenizer: Tokenizer,
+        *,
+        policy: ContinuationPolicy = ContinuationPolicy.PREFER_EXACT,
+        limits: Limits | None = None,
+    ) -> None:
+        """Begin with a resolved request: seed and max_tokens are set."""
+        stopping = original.params.stopping
+        assert stopping.max_tokens is not None, "admission resolves max_tokens"
+        assert original.params.sampling.is_greedy or original.params.sampling.seed is not None, (
+            "a stream without a seed could not be continued"
+        )
+        self.original = original
+        self.state = State.PLACING
+        self.epoch = 0
+        """Number of the current attempt, or of the one being placed."""
+        self.ledger = array("I")
+        self.attempts: list[Attempt] = []
+        self.accounts = Accounts()
+        self.outcome: Outcome | None = None
+        self._policy = policy
+        self._limits = limits or Limits()
+        self._max_tokens = stopping.max_tokens
+        self._min_tokens = stopping.min_tokens
+        eos = frozenset[int]() if stopping.ignore_eos else tokenizer.asset.eos_token_ids
+        self._stop_token_ids = stopping.stop_token_ids | eos
+        self._detokenizer = tokenizer.detokenizer(stopping.stop, include_stop=stopping.include_stop)
+        self._bytes = tokenizer.pieces
+        self._output = _Output()
+        self._acked = 0
+        self._avoid: frozenset[Life] = frozenset()
+        self._abilities: Abilities | None = None
+        self._numerics_id: str | None = None
+        self._num_losses = 0
+        self._num_refusals = 0
+        self._verified = 0
+        self._logprob_sum = 0.0
+        self._placing_since = 0.0
+        self._last_token_at: float | None = None
+
+    # Questions.
+
+    @property
+    def has_output(self) -> bool:
+        """Whether `take` would return something worth sending."""
+        return self._output.sent < len(self.ledger) or bool(self._output.texts)
+
+    @property
+    def num_sent(self) -> int:
+        """Tokens that the client was sent."""
+        return self._output.sent
+
+    @property
+    def continued(self) -> Continued:
+        """Whether the output went on elsewhere, and how exactly."""
+        ways = {attempt.way for attempt in self.attempts[1:]}
+        if ContinuationClass.INEXACT in ways:
+            return Continued.INEXACT
+        return Continued.EXACT if ways else Continued.UNSPECIFIED
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum over the output, if log probabilities were asked for."""
+        return None if self.original.params.num_top_logprobs is None else self._logprob_sum
+
+    def way_at(self, abilities: Abilities) -> ContinuationClass:
+        """How the stream would go on now at an engine with these abilities; NONE if not at all."""
+        if not self.attempts:
+            return ContinuationClass.UNSPECIFIED
+        return way_to_resume(
+            self.original,
+            self.ledger,
+            self._delivered_bytes(),
+            abilities,
+            numerics_id=self._numerics_id if self.ledger else None,
+            is_inexact_allowed=self._policy is ContinuationPolicy.ALLOW_INEXACT,
+            regenerate_tokens_max=self._limits.regenerate_tokens_max,
+        ).way
+
+    def deadline(self) -> float | None:
+        """When `handle_timeout` is due if nothing happens before."""
+        if self.state is State.PLACING:
+            return self._placing_since + self._limits.placement_timeout_s
+        return None
+
+    # Events.
+
+    def start(self, now: float) -> list[Command]:
+        """The request was admitted."""
+        self._placing_since = now
+        return [self._place()]
+
+    def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
+        """A worker was found for this epoch. `way_at(abilities)` MUST not be NONE."""
+        if epoch != self.epoch or self.state is not State.PLACING:
+            return []
+        way = self.way_at(abilities)
+        assert way is not ContinuationClass.NONE, "placement asks way_at first"
+        resumed = len(self.ledger)
+        if way is ContinuationClass.UNSPECIFIED:
+            checkpoint = self.original
+        else:
+            checkpoint = next_checkpoint(
+                self.original, self.ledger, self._delivered_bytes(), way, abilities
+            )
+            self.accounts.recomputed_prefill_tokens += len(checkpoint.prompt_token_ids) + len(
+                checkpoint.output_token_ids
+            )
+        self.state = State.RUNNING
+        self._abilities = abilities
+        self._verified = checkpoint.first_offset
+        self._acked = checkpoint.first_offset
+        self.attempts.append(Attempt(epoch, life, way, resumed, resumed))
+        window = self._limits.window_tokens
+        return [Start(life, epoch, checkpoint, window), *self._ack()]
+
+    def tokens(
+        self,
+        epoch: int,
+        offset: int,
+        token_ids: Sequence[int],
+        now: float,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> Sequence[Command]:
+        """The attempt produced tokens, the first of which stands at `offset`. The hot path."""
+        if epoch != self.epoch or self.state is not State.RUNNING:
+            return ()  # Late news of an epoch that is over.
+        known = len(self.ledger)
+        if offset != known:
+            if offset != self._verified or offset > known:
+                return self.lost(
+                    epoch,
+                    FailureKind.PROTOCOL,
+                    f"expected a token at offset {self._verified}, got offset {offset}",
+                    now,
+                )
+            num_again = min(known - offset, len(token_ids))
+            if array("I", token_ids[:num_again]) != self.ledger[offset : offset + num_again]:
+                return self.lost(
+                    epoch,
+                    FailureKind.DIVERGED,
+                    f"tokens generated again from offset {offset} are not those delivered",
+                    now,
+                )
+            self._verified += num_again
+            self.accounts.recomputed_decode_tokens += num_again
+            token_ids = token_ids[num_again:]
+            logprobs = logprobs[num_again:]
+            if not token_ids:
+                return ()
+        attempt = self.attempts[-1]
+        if attempt.gap_s is None and self._last_token_at is not None and len(self.attempts) > 1:
+            attempt.gap_s = now - self._last_token_at
+        self._last_token_at = now
+        return self._append(attempt, token_ids, logprobs)
+
+    def ended(
+        self,
+        epoch: int,
+        end_offset: int,
+        finish_reason: FinishReason,
+        *,
+        now: float,
+        stop_token_id: int | None = None,
+        failure: FailureKind = FailureKind.UNSPECIFIED,
+        detail: str = "",
+        cached_tokens: int = 0,
+    ) -> list[Command]:
+        """The worker's last word about the attempt."""
+        if epoch != self.epoch or not self.attempts or self.attempts[-1].epoch != epoch:
+            return []
+        if len(self.attempts) == 1:
+            self.accounts.cached_prompt_tokens = cached_tokens
+        else:
+            self.accounts.recomputed_prefill_tokens -= min(
+                cached_tokens, self.accounts.recomputed_prefill_tokens
+            )
+        if self.state is not State.RUNNING:
+            return []  # The ledger knew already.
+        if finish_reason in {FinishReason.STOP, FinishReason.LENGTH}:
+            if end_offset != len(self.ledger):
+                return self.lost(
+                    epoch,
+                    FailureKind.PROTOCOL,
+                    f"ended at offset {end_offset}, but the ledger ends at {len(self.ledger)}",
+                    now,
+                )
+            return self._done(Outcome(finish_reason, stop_token_id=stop_token_id))
+        kind = failure or FailureKind.ENGINE_ERROR
+        return self.lost(epoch, kind, detail or f"ended with {finish_reason.name}", now)
+
+    def lost(self, epoch: int, failure: FailureKind, detail: str, now: float) -> list[Command]:
+        """The attempt is over before the output: migrate, or give up."""
+        if epoch != self.epoch or self.state is not State.RUNNING:
+            return []
+        attempt = self.attempts[-1]
+        attempt.failure, attempt.detail = failure, detail
+        self._avoid |= {attempt.life}
+        aborted = Abort(epoch)
+        if failure is FailureKind.REJECTED:
+            error = UnbrokenError(Reason.REJECTED_BY_ENGINE, detail)
+            return [aborted, *self._fail(error)]
+        if self._policy is ContinuationPolicy.NEVER:
+            return [aborted, *self._fail(self._worker_lost(failure, detail))]
+        if failure not in _NOT_COUNTED:
+            self._num_losses += 1
+        if self._num_losses > self._limits.migrations_max:
+            error = UnbrokenError(
+                Reason.MIGRATIONS_EXHAUSTED,
+                f"lost {self._num_losses} workers, of which {self._limits.migrations_max} were "
+                f"allowed; the last: {failure.name}: {detail}",
+            )
+            return [aborted, *self._fail(error)]
+        self._placing_since = now
+        return [aborted, self._place()]
+
+    def refused(
+        self, epoch: int, kind: FailureKind, detail: str, *, epoch_known: int = 0
+    ) -> list[Command]:
+        """The worker did not begin the attempt."""
+        if epoch != self.epoch or self.state is not State.RUNNING:
+            return []
+        attempt = self.attempts[-1]
+        attempt.failure, attempt.detail = kind, detail
+        if kind is FailureKind.FENCED:
+            reason = Reason.REQUEST_EXISTS if len(self.attempts) == 1 else Reason.FENCED
+            detail = f"epoch {epoch} is not above epoch {epoch_known}: {detail}"
+            return self._fail(UnbrokenError(reason, detail))
+        if kind is FailureKind.REJECTED:
+            return self._fail(UnbrokenError(Reason.REJECTED_BY_ENGINE, detail))
+        # Nothing was lost, so it is no migration; the wait for a worker goes on where it was.
+        self._avoid |= {attempt.life}
+        self._num_refusals += 1
+        return [self._place(_pause_s(self._num_refusals))]
+
+    def unplaceable(self, epoch: int, error: UnbrokenError) -> list[Command]:
+        """No worker can ever take this epoch."""
+        if epoch != self.epoch or self.state is not State.PLACING:
+            return []
+        return self._fail(error)
+
+    def cancelled(self, error: UnbrokenError) -> list[Command]:
+        """The client left, its deadline passed, or somebody entitled to cancelled the request."""
+        if self.state is State.DONE:
+            return []
+        aborted: list[Command] = [Abort(self.epoch)] if self.state is State.RUNNING else []
+        is_cancel = error.reason is Reason.CANCELLED
+        reason = FinishReason.CANCELLED if is_cancel else FinishReason.ERROR
+        return [*aborted, *self._done(Outcome(reason, error=error))]
+
+    def handle_timeout(self, now: float) -> list[Command]:
+        """Time passed; see `deadline`."""
+        due = self.deadline()
+        if due is None or now < due:
+            return []
+        waited = self._limits.placement_timeout_s
+        last = self.attempts[-1] if self.attempts else None
+        if last is None:
+            return self._fail(
+                UnbrokenError(Reason.NO_WORKER, f"no worker for {waited:g} s", retry_after_s=waited)
+            )
+        return self._fail(
+            self._worker_lost(last.failure, f"{last.detail}; no other worker for {waited:g} s")
+        )
+
+    def take(self) -> tuple[Piece, Sequence[Command]]:
+        """All output that the client has not been sent; it counts as sent from now on."""
+        output = self._output
+        piece = Piece(
+            offset=output.sent,
+            token_ids=self.ledger[output.sent :],
+            text="".join(output.texts),
+            logprobs=output.logprobs,
+        )
+        self._output = _Output(sent=len(self.ledger))
+        return piece, self._ack()
+
+    def check(self) -> None:
+        """Assert what is always true."""
+        assert self._output.sent <= len(self.ledger) <= self._max_tokens, "the budget holds"
+        assert (self.outcome is not None) == (self.state is State.DONE), "one outcome, at the end"
+        epochs = [attempt.epoch for attempt in self.attempts]
+        assert epochs == sorted(set(epochs)), "each attempt has an epoch of its own"
+        for before, after in zip(self.attempts, self.attempts[1:], strict=False):
+            assert before.end_offset <= after.first_offset, "attempts do not overlap"
+        assert self._num_losses <= self._limits.migrations_max + 1, "losses are bounded"
+
+    # What happens inside.
+
+    def _place(self, pause_s: float = 0.0) -> Place:
+        self.state = State.PLACING
+        self.epoch += 1
+        return Place(self.epoch, self._avoid, pause_s)
+
+    def _append(
+        self, attempt: Attempt, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> Sequence[Command]:
+        ledger = self.ledger
+        if len(token_ids) > 1:
+            token_ids = self._until_stop_token(token_ids)
+        room = self._max_tokens - len(ledger)
+        if len(token_ids) > room:
+            token_ids = token_ids[:room]
+        last = token_ids[-1]
+        is_stop_token = (
+            last in self._stop_token_ids and len(ledger) + len(token_ids) > self._min_tokens
+        )
+        # The text of a stop token is not part of the output.
+        text = self._detokenizer.push(token_ids[:-1] if is_stop_token else token_ids)
+        stopped = self._detokenizer.stopped
+        if stopped is not None:
+            token_ids = token_ids[: stopped.num_tokens]
+        ledger.extend(token_ids)
+        if logprobs:
+            logprobs = logprobs[: len(token_ids)]
+            self._logprob_sum += sum(entry.logprob for entry in logprobs)
+            self._output.logprobs.extend(logprobs)
+        if text:
+            self._output.texts.append(text)
+        self._verified = attempt.end_offset = len(ledger)
+        self._num_refusals = 0
+        if self._numerics_id is None and self._abilities is not None:
+            self._numerics_id = self._abilities.numerics_id
+        if stopped is not None:
+            return [
+                Abort(self.epoch),
+                *self._done(Outcome(FinishReason.STOP, stop=stopped.stop)),
+            ]
+        if is_stop_token:
+            return self._done(Outcome(FinishReason.STOP, stop_token_id=last))
+        if len(ledger) == self._max_tokens:
+            return self._done(Outcome(FinishReason.LENGTH))
+        return ()
+
+    def _until_stop_token(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The ids up to the first stop token that may end the output."""
+        if self._stop_token_ids.isdisjoint(token_ids):
+            return token_ids
+        for index, token_id in enumerate(token_ids):
+            if token_id in self._stop_token_ids and len(self.ledger) + index >= self._min_tokens:
+                return token_ids[: index + 1]
+        return token_ids
+
+    def _ack(self) -> Sequence[Command]:
+        """Let the worker go on, in strides: an acknowledgement per token would cost a message."""
+        if self.state is not State.RUNNING:
+            return ()
+        sent = self._output.sent
+        if sent - self._acked < self._limits.window_tokens // 2:
+            return ()
+        self._acked = sent
+        return (Ack(self.epoch, sent),)
+
+    def _delivered_bytes(self) -> bytes:
+        return b"".join([self._bytes[token_id] for token_id in self.ledger])
+
+    def _done(self, outcome: Outcome) -> list[Command]:
+        assert self.outcome is None, "a settled stream stays settled"
+        self.state = State.DONE
+        self.outcome = outcome
+        if outcome.error is None:
+            text = self._detokenizer.flush()
+            if text:
+                self._output.texts.append(text)
+        return [Finish()]
+
+    def _fail(self, error: UnbrokenError) -> list[Command]:
+        return self._done(Outcome(FinishReason.ERROR, error=error))
+
+    def _worker_lost(self, failure: FailureKind, detail: str) -> UnbrokenError:
+        return UnbrokenError(
+            Reason.WORKER_LOST,
+            f"{failure.name}: {detail}",
+            metadata={"failure": failure.name, "offset": str(len(self.ledger))},
+        )
+
+
+def _pause_s(num_refusals: int) -> float:
+    """The first refusal may be bad luck; then the pause doubles from 10 ms to 1 s."""
+    return 0.0 if num_refusals < 2 else min(0.01 * 2.0 ** min(num_refusals - 2, 7), 1.0)
+
+
+def announced_way(
+    original: Checkpoint, abilities: Sequence[Abilities]
+) -> tuple[ContinuationClass, str]:
+    """The class announced at admission: the best that one of these engines gives."""
+    verdicts = [exact_way(original.params, one) for one in abilities]
+    best = min(verdicts, key=lambda verdict: _PREFERENCE.index(verdict.way))
+    return best.way, best.detail
+
+
+_PREFERENCE = (
+    ContinuationClass.RESTORE,
+    ContinuationClass.NATIVE,
+    ContinuationClass.APPEND,
+    ContinuationClass.REGENERATE,
+    ContinuationClass.NONE,
+)
