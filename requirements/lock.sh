@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Chooses versions anew and locks them with their hashes, without the addresses they came from.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+lock() {
+    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+        --no-emit-index-url --no-emit-find-links --no-header --no-annotate "$@"
+}
+lock pyproject.toml --extra llama --group build --output-file requirements/run.txt
+lock pyproject.toml --extra llama --extra gpu --group dev --output-file requirements/dev.txt
+lock --no-deps requirements/model.in --output-file requirements/model.txt
+lock --no-deps requirements/bench.in --output-file requirements/bench.txt
