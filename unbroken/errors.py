@@ -1,6 +1,6 @@
 """The exceptions that cross our boundaries: each knows its gRPC code and its documented reason.
 
-`unbroken.status` turns them into gRPC statuses and back; docs/ERRORS.md lists the reasons for callers.
+`unbroken.status` turns them into gRPC statuses and back; docs/ERRORS.md is the callers' list.
 Failures that are part of the protocol (a worker dies) are events of a decision, not exceptions.
 """
 
@@ -25,6 +25,8 @@ class Reason(Enum):
     """The model is known, but no worker can take the request now."""
     WORKER_LOST = "WORKER_LOST"
     """The worker was lost, and the stream could not go on elsewhere."""
+    UNREACHABLE = "UNREACHABLE"
+    """No connection to the peer, or it broke during the call."""
     MIGRATIONS_EXHAUSTED = "MIGRATIONS_EXHAUSTED"
     """The stream lost more workers than it may."""
     OVERLOADED = "OVERLOADED"

@@ -1,0 +1,57 @@
+"""Prometheus metrics of one process: its own registry and the endpoint that serves it.
+
+Names start with `unbroken_` and the process, end with a base unit (`_seconds`, `_bytes`, `_tokens`)
+and, for counters, `_total`: `unbroken_frontend_ttft_seconds`. Labels have few values: never a
+request's id.
+"""
+
+import threading
+from typing import Final
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+
+SECONDS_BUCKETS: Final = tuple(
+    round(base * 10.0**exponent, 9) for exponent in range(-4, 2) for base in (1, 2, 5)
+)
+"""Histogram bounds for durations: 0.1 ms to 50 s, three a decade."""
+
+
+class MetricsServer:
+    """The HTTP endpoint of one registry, served by a thread of its own."""
+
+    def __init__(self, server: WSGIServer, thread: threading.Thread, host: str) -> None:
+        self._server = server
+        self._thread = thread
+        self.port = server.server_port
+        self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    def close(self) -> None:
+        """Stop serving. Blocks until the thread has ended, at most half a second."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def new_registry() -> CollectorRegistry:
+    """A registry that has memory, CPU, descriptors and garbage collection of this process."""
+    registry = CollectorRegistry(auto_describe=True)
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+def serve(registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> MetricsServer:
+    """Serve `registry` at http://host:port/metrics; port 0 lets the kernel choose.
+
+    Raises OSError if the address is taken.
+    """
+    server, thread = start_http_server(port, addr=host, registry=registry)
+    return MetricsServer(server, thread, host)

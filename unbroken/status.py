@@ -1,0 +1,275 @@
+"""Errors to gRPC statuses and back; the only place of gRPC status codes.
+
+A status of ours always carries a `google.rpc.Status` with an `ErrorInfo` (reason, domain
+"unbroken", metadata). `RetryInfo` and the trailer `grpc-retry-pushback-ms` come with errors that
+know when to come back, `BadRequest` with those about a field. docs/ERRORS.md is the callers' page.
+"""
+
+import math
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from inspect import isasyncgenfunction, iscoroutinefunction
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2  # pyright: ignore[reportMissingTypeStubs]
+from google.rpc import status_pb2 as rpc_status_pb2  # pyright: ignore[reportMissingTypeStubs]
+
+from unbroken import log
+from unbroken.errors import Reason, UnbrokenError
+
+DOMAIN: Final = "unbroken"
+"""`ErrorInfo.domain` of all our errors."""
+
+CODES: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
+    {
+        Reason.INVALID_FIELD: grpc.StatusCode.INVALID_ARGUMENT,
+        Reason.MODEL_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+        Reason.STREAM_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+        Reason.REQUEST_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
+        Reason.NOT_CONTINUABLE: grpc.StatusCode.FAILED_PRECONDITION,
+        Reason.NO_WORKER: grpc.StatusCode.UNAVAILABLE,
+        Reason.WORKER_LOST: grpc.StatusCode.UNAVAILABLE,
+        Reason.UNREACHABLE: grpc.StatusCode.UNAVAILABLE,
+        Reason.MIGRATIONS_EXHAUSTED: grpc.StatusCode.UNAVAILABLE,
+        Reason.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
+        Reason.FENCED: grpc.StatusCode.ABORTED,
+        Reason.CANCELLED: grpc.StatusCode.CANCELLED,
+        Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+        Reason.REJECTED_BY_ENGINE: grpc.StatusCode.INVALID_ARGUMENT,
+        Reason.DIVERGED: grpc.StatusCode.DATA_LOSS,
+        Reason.PROTOCOL_VIOLATION: grpc.StatusCode.INVALID_ARGUMENT,
+        Reason.NOT_IMPLEMENTED: grpc.StatusCode.UNIMPLEMENTED,
+        Reason.INTERNAL: grpc.StatusCode.INTERNAL,
+    }
+)
+
+MIGRATABLE: Final = frozenset(
+    {
+        Reason.NO_WORKER,
+        Reason.WORKER_LOST,
+        Reason.UNREACHABLE,
+        Reason.OVERLOADED,
+        Reason.DRAINING,
+        Reason.INTERNAL,  # A bug that one worker met; how often a stream moves is bounded anyway.
+    }
+)
+"""An attempt that ends so is worth another one elsewhere."""
+
+NOT_MIGRATABLE: Final = frozenset(
+    {
+        Reason.INVALID_FIELD,
+        Reason.MODEL_NOT_FOUND,
+        Reason.STREAM_NOT_FOUND,
+        Reason.REQUEST_EXISTS,
+        Reason.NOT_CONTINUABLE,
+        Reason.MIGRATIONS_EXHAUSTED,
+        Reason.FENCED,
+        Reason.CANCELLED,
+        Reason.DEADLINE_EXCEEDED,
+        Reason.REJECTED_BY_ENGINE,
+        Reason.DIVERGED,
+        Reason.PROTOCOL_VIOLATION,
+        Reason.NOT_IMPLEMENTED,
+    }
+)
+"""An attempt that ends so would end so everywhere, or must not go on."""
+
+# A status without our details was made by the gRPC library or by a proxy, not by a process of ours.
+_REASONS_OF_BARE_CODES: Final[Mapping[grpc.StatusCode, Reason]] = MappingProxyType(
+    {
+        grpc.StatusCode.UNAVAILABLE: Reason.UNREACHABLE,
+        grpc.StatusCode.CANCELLED: Reason.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED: Reason.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED: Reason.NOT_IMPLEMENTED,
+        grpc.StatusCode.INVALID_ARGUMENT: Reason.INVALID_FIELD,
+        grpc.StatusCode.OUT_OF_RANGE: Reason.INVALID_FIELD,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: Reason.INVALID_FIELD,  # gRPC: the message is too large.
+        grpc.StatusCode.NOT_FOUND: Reason.STREAM_NOT_FOUND,
+        grpc.StatusCode.ALREADY_EXISTS: Reason.REQUEST_EXISTS,
+        grpc.StatusCode.FAILED_PRECONDITION: Reason.NOT_CONTINUABLE,
+        grpc.StatusCode.ABORTED: Reason.FENCED,
+        grpc.StatusCode.DATA_LOSS: Reason.DIVERGED,
+    }
+)
+
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+_PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
+# The status travels in HTTP/2 trailers, for which peers accept 8 KiB by default, and the detail is
+# in there twice.
+_DETAIL_CHARS_MAX: Final = 1000
+_METADATA_CHARS_MAX: Final = 200
+
+if TYPE_CHECKING:  # A generic class in the stubs only.
+    _Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+
+_log = log.get_logger(__name__)
+
+
+def to_status(error: UnbrokenError) -> rpc_status_pb2.Status:
+    """The `google.rpc.Status` that stands for `error`."""
+    detail = _shortened(error.detail, _DETAIL_CHARS_MAX)
+    metadata = {
+        key: _shortened(value, _METADATA_CHARS_MAX) for key, value in error.metadata.items()
+    }
+    status = rpc_status_pb2.Status(code=CODES[error.reason].value[0], message=detail)
+    status.details.add().Pack(
+        error_details_pb2.ErrorInfo(reason=error.reason.value, domain=DOMAIN, metadata=metadata)
+    )
+    if error.retry_after_s is not None:
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromMilliseconds(_pushback_ms(error.retry_after_s))
+        status.details.add().Pack(info)
+    if error.reason is Reason.INVALID_FIELD and "field" in metadata:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=metadata["field"], description=detail, reason=error.reason.value
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    return status
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnbrokenError) -> NoReturn:
+    """End the call with the status of `error`; does not return."""
+    status = to_status(error)
+    trailers: list[tuple[str, str | bytes]] = [(_DETAILS_KEY, status.SerializeToString())]
+    if error.retry_after_s is not None:
+        trailers.append((_PUSHBACK_KEY, str(_pushback_ms(error.retry_after_s))))
+    await context.abort(CODES[error.reason], status.message, tuple(trailers))
+    raise AssertionError("abort returned")  # It never does.
+
+
+def from_rpc_error(error: grpc.RpcError) -> UnbrokenError:
+    """What a failed call means. Without our details, the best reason for its code."""
+    call = cast("grpc.aio.AioRpcError", error)  # Errors of sync calls have the same methods.
+    code, detail = call.code(), call.details() or ""
+    trailers = list(call.trailing_metadata() or ())
+    for key, value in trailers:
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            try:
+                status = rpc_status_pb2.Status.FromString(value)
+            except DecodeError:
+                break
+            if (known := _from_status(status, code)) is not None:
+                return known
+    reason = _REASONS_OF_BARE_CODES.get(code, Reason.INTERNAL)
+    return UnbrokenError(reason, detail or code.name, metadata={"grpc_code": code.name})
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what handlers raise into statuses.
+
+    An `UnbrokenError` becomes its own status. Anything else is a bug: the log gets the traceback
+    under an id, the caller gets INTERNAL and that id and nothing else. Handlers are async; a method
+    left to the generated servicer is NOT_IMPLEMENTED.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "_Handler | None":
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if handler.request_streaming and handler.response_streaming:
+            behavior, rebuild = handler.stream_stream, grpc.stream_stream_rpc_method_handler
+        elif handler.request_streaming:
+            behavior, rebuild = handler.stream_unary, grpc.stream_unary_rpc_method_handler
+        elif handler.response_streaming:
+            behavior, rebuild = handler.unary_stream, grpc.unary_stream_rpc_method_handler
+        else:
+            behavior, rebuild = handler.unary_unary, grpc.unary_unary_rpc_method_handler
+        return cast("Any", rebuild)(
+            _guarded(cast("Callable[..., Any]", behavior), method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """`behavior` of the same kind (async generator or coroutine), its exceptions translated."""
+    if isasyncgenfunction(behavior):
+
+        async def generate(
+            request: object, context: grpc.aio.ServicerContext[Any, Any]
+        ) -> AsyncIterator[object]:
+            try:
+                async with aclosing(behavior(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await abort(context, _translated(error, method))
+
+        return generate
+
+    if not iscoroutinefunction(behavior):  # What generated servicers have until overridden.
+
+        async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+            await abort(
+                context, UnbrokenError(Reason.NOT_IMPLEMENTED, f"{method} is not served here")
+            )
+
+        return refuse
+
+    async def respond(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> object:
+        try:
+            return await behavior(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await abort(context, _translated(error, method))
+
+    return respond
+
+
+def _translated(error: Exception, method: str) -> UnbrokenError:
+    if isinstance(error, UnbrokenError):
+        return error
+    error_id = secrets.token_hex(8)
+    _log.error("call failed by a bug", method=method, error_id=error_id, exc_info=error)
+    return UnbrokenError(
+        Reason.INTERNAL,
+        f"internal error {error_id}; the server's log has it under this id",
+        metadata={"error_id": error_id},
+    )
+
+
+def _from_status(status: rpc_status_pb2.Status, code: grpc.StatusCode) -> UnbrokenError | None:
+    """None unless the status is one of ours."""
+    info = error_details_pb2.ErrorInfo()
+    retry = error_details_pb2.RetryInfo()
+    retry_after_s: float | None = None
+    is_ours = False
+    for packed in status.details:
+        try:
+            if packed.Unpack(retry):
+                retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+            elif packed.Unpack(info):
+                is_ours = info.domain == DOMAIN
+        except DecodeError:
+            continue
+    if not is_ours:
+        return None
+    metadata = dict(info.metadata)
+    try:
+        reason = Reason(info.reason)
+    except ValueError:  # A newer peer.
+        reason = _REASONS_OF_BARE_CODES.get(code, Reason.INTERNAL)
+        metadata["reason"] = info.reason
+    return UnbrokenError(reason, status.message, metadata=metadata, retry_after_s=retry_after_s)
+
+
+def _pushback_ms(retry_after_s: float) -> int:
+    return max(0, math.ceil(retry_after_s * 1000))
+
+
+def _shortened(text: str, chars_max: int) -> str:
+    return text if len(text) <= chars_max else f"{text[: chars_max - 1]}…"
