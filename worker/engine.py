@@ -1,0 +1,382 @@
+"""The interface behind which every engine of ours stands, and what it has in common.
+
+    service ──StartAttempt──▶ admit ──Sequence──▶ Scheduler ──StepPlan──▶ ModelRunner
+    service ◀──StepFrame─── Scheduler.commit ◀──────────────StepResult──────────┘
+
+The scheduler decides what shares the next step and accounts for KV blocks; the runner computes
+logits and asks each sequence's sampler for a token. So a new engine is one `ModelRunner`: it says
+what it is (`EngineSpec`) and executes plans, one at a time.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Row
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unbroken import blocks
+from unbroken.checkpoint import checkpoint_from_proto
+from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.generation import TokenLogprobs
+from unbroken.tokenizer import TokenizerAsset
+from unbroken.v1 import attempt_pb2, worker_pb2
+from worker.constraints import ConstraintCompiler
+from worker.sampler import Sampler, SamplingError
+
+Logits: TypeAlias = NDArray[np.float32]  # (vocab_size,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What an engine is. Fixed from the moment the model is loaded.
+
+    Raises `ValueError` if the numbers contradict each other.
+    """
+
+    kind: str
+    version: str
+    model: str
+    tokenizer: TokenizerAsset
+
+    context_length: int
+    """Most tokens of prompt and output together."""
+    batch_size_max: int
+    """Sequences in one step, of each rank."""
+    prefill_tokens_max: int
+    """Prompt tokens that one step computes, for each rank."""
+    prefill_alignment: int = 1
+    """A chunk of a prompt begins at a multiple of this, and ends at one or with the prompt. For
+    kernels whose rounding depends on the shape of the batch: equal prompts get equal shapes."""
+    replay_tokens_max: int | None = None
+    """Past output tokens that one step recomputes, of all sequences of a rank. None: as
+    `prefill_tokens_max`."""
+
+    num_ranks: int = 1
+    """Data-parallel ranks, each with its own KV memory."""
+    block_size: int
+    """Tokens per KV block; a multiple of `prefill_alignment`."""
+    kv_blocks: int
+    """KV blocks of each rank."""
+    kv_slots: int | None = None
+    """None: blocks are paged, and any sequence can share any other's prefix. Otherwise every
+    sequence owns one of so many slots, and finds reusable tokens only in an idle one."""
+    kv_depends_on_phase: bool = False
+    """KV of a token computed as output differs in rounding from KV of the same token computed as
+    prompt, so that neither may stand for the other."""
+
+    numerics_id: str
+    """Fingerprint of everything that the logits depend on."""
+    batch_invariant: bool
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What went into `numerics_id`, for people."""
+
+    native_resume: bool = True
+    random_source: Literal["positional", "sequential"] = "positional"
+    repetition_penalty_counts_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size % self.prefill_alignment:
+            raise ValueError(
+                f"block_size: expected a multiple of prefill_alignment "
+                f"({self.prefill_alignment}), got {self.block_size}"
+            )
+        if self.prefill_tokens_max < self.prefill_alignment:
+            raise ValueError(
+                f"prefill_tokens_max: expected at least prefill_alignment "
+                f"({self.prefill_alignment}), got {self.prefill_tokens_max}"
+            )
+        # Otherwise a lone sequence could outgrow the memory, and nobody could make room for it.
+        if self.kv_blocks * self.block_size < self.context_length:
+            raise ValueError(
+                f"kv_blocks: expected room for context_length ({self.context_length} tokens), "
+                f"got {self.kv_blocks} blocks of {self.block_size}"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+
+def describe(spec: EngineSpec) -> worker_pb2.EngineDescription:
+    """What the engine says about itself when it is ready."""
+    is_positional = spec.random_source == "positional"
+    return worker_pb2.EngineDescription(
+        kind=spec.kind,
+        version=spec.version,
+        model=spec.model,
+        context_length=spec.context_length,
+        block_size=spec.block_size,
+        batch_size_max=spec.batch_size_max * spec.num_ranks,
+        prefill_tokens_max=spec.prefill_tokens_max * spec.num_ranks,
+        numerics=worker_pb2.NumericsClass(
+            id=spec.numerics_id, batch_invariant=spec.batch_invariant, facts=spec.facts
+        ),
+        capabilities=worker_pb2.EngineCapabilities(
+            native_resume=spec.native_resume,
+            random_source=(
+                worker_pb2.RANDOM_SOURCE_POSITIONAL
+                if is_positional
+                else worker_pb2.RANDOM_SOURCE_SEQUENTIAL
+            ),
+            repetition_penalty_counts_prompt=spec.repetition_penalty_counts_prompt,
+            logit_bias=True,
+            constraints=True,
+            logprobs=True,
+            kv_restore=False,
+            seed_bits=64,
+        ),
+        tokenizer_fingerprint=spec.tokenizer.fingerprint,
+        num_ranks=spec.num_ranks,
+    )
+
+
+def describe_tokenizer(asset: TokenizerAsset) -> worker_pb2.Tokenizer:
+    """The tokenizer as the contract carries it."""
+    return worker_pb2.Tokenizer(
+        tokenizer_json=asset.tokenizer_json,
+        chat_template=asset.chat_template,
+        bos_token_id=asset.bos_token_id,
+        eos_token_ids=sorted(asset.eos_token_ids),
+        vocab_size=asset.vocab_size,
+    )
+
+
+# What runs.
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Sequence:
+    """One attempt inside the engine: its tokens, and how it chooses the next one.
+
+    Runners read `prompt`, `output`, `kv_slot` and `sampler`, and own `runner_state`. Everything
+    else belongs to the scheduler, which alone appends to `output`.
+    """
+
+    slot: int
+    """Handle of the attempt on the connection."""
+    prompt: tuple[int, ...]
+    output: list[int]
+    """The tokens given at the start, then those produced."""
+    num_given: int
+    """How many of `output` were given."""
+    first_offset: int
+    """Position in the stream of the first token produced."""
+    output_max: int
+    """The output ends with LENGTH when it has so many tokens."""
+    stop_token_ids: frozenset[int]
+    """The output ends with STOP after one of these."""
+    min_tokens: int
+    window_tokens: int
+    sampler: Sampler
+    kv_root: int
+    """Root of the chained hashes of its blocks."""
+    priority: int = 0
+    tenant: str = ""
+    deadline: float | None = None
+    """When it has to stop, on the clock that the scheduler is given."""
+    is_probe: bool = False
+
+    kv_slot: int = -1
+    """Where its KV lives, in an engine with slots; -1 before it is in the batch."""
+    runner_state: Any = None
+    """Whatever the runner keeps; it vanishes with the sequence."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def next_offset(self) -> int:
+        """Position in the stream of the next token."""
+        return self.first_offset + len(self.output) - self.num_given
+
+
+# What one step is.
+
+
+@dataclass(frozen=True, slots=True)
+class KvTrim:
+    """Forget all KV of a slot beyond its first `keep_tokens` tokens."""
+
+    kv_slot: int
+    keep_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Tokens whose KV is to be computed at positions `start`, `start + 1`, …
+
+    A chunk is either of the prompt or, when a sequence goes on after output that it was given or
+    after a preemption, of past output; never of both.
+    """
+
+    sequence: Sequence
+    start: int
+    token_ids: Row[int]
+    is_output: bool
+    samples: bool
+    """The chunk is the last one: a token is to be chosen from the logits after it."""
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step computes. Within a plan every sequence has at most one row that is sampled."""
+
+    trims: list[KvTrim] = field(default_factory=list[KvTrim])
+    """To be done before anything else."""
+    prefills: list[PrefillChunk] = field(default_factory=list[PrefillChunk])
+    decodes: list[Sequence] = field(default_factory=list[Sequence])
+    """Each computes `output[-1]` at position `num_tokens - 1`, and is sampled."""
+    sampled: list[Sequence] = field(default_factory=list[Sequence])
+    """The rows of the result: prefills that sample, in their order, then the decodes."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """The token of every row of `StepPlan.sampled`, in order.
+
+    A runner calls `sample` (or `append`, where it knows the token) once for each row.
+    """
+
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])
+    """By row, of those that asked for them."""
+    failures: dict[int, str] = field(default_factory=dict[int, str])
+    """By row: why it has no token, though the engine lives on. Its token id means nothing."""
+
+    def sample(self, sequence: Sequence, logits: Logits) -> None:
+        """Add the next row: the token that the sequence's sampler chooses from `logits`."""
+        try:
+            token_id, logprobs = sequence.sampler.sample(logits, len(sequence.output))
+        except SamplingError as error:
+            self.fail(str(error))
+            return
+        if logprobs is not None:
+            self.logprobs[len(self.token_ids)] = logprobs
+        self.token_ids.append(token_id)
+
+    def append(self, token_id: int) -> None:
+        """Add the next row: a token that needs no sampler."""
+        self.token_ids.append(token_id)
+
+    def fail(self, detail: str) -> None:
+        """Add the next row: this sequence alone can't go on."""
+        self.failures[len(self.token_ids)] = detail
+        self.token_ids.append(-1)
+
+
+class ModelRunner(Protocol):
+    """What computes tokens. Called by one task, one plan at a time."""
+
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    async def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one step; blocking work goes to a thread.
+
+        The tokens of a sequence MUST NOT depend on what else is in the plan. Other tasks may end
+        sequences of the plan meanwhile, and their results are dropped. An exception is the end of
+        the engine's process.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free the model. No step is running."""
+        ...
+
+
+# What comes in.
+
+
+def admit(
+    start: attempt_pb2.StartAttempt,
+    spec: EngineSpec,
+    compiler: ConstraintCompiler,
+    *,
+    now: float,
+) -> Sequence:
+    """The sequence that `start` asks for; `now` is the time on the scheduler's clock.
+
+    Raises:
+        InvalidField: The engine can't ever do what is asked.
+        UnbrokenError: NOT_CONTINUABLE, if the output to go on after is not one that these
+            parameters allow.
+    """
+    checkpoint = checkpoint_from_proto(start.checkpoint, vocab_size=spec.vocab_size)
+    params, stopping = checkpoint.params, checkpoint.params.stopping
+    prompt, output = checkpoint.prompt_token_ids, checkpoint.output_token_ids
+    if not prompt:
+        raise InvalidField("checkpoint.prompt_token_ids", "at least 1 token", len(prompt))
+    if len(prompt) >= spec.context_length:
+        raise InvalidField(
+            "checkpoint.prompt_token_ids",
+            f"fewer tokens than the context holds ({spec.context_length})",
+            len(prompt),
+        )
+    if output and not spec.native_resume:
+        raise InvalidField(
+            "checkpoint.output_token_ids", "none, for lack of native_resume", len(output)
+        )
+    if len(prompt) + len(output) > spec.context_length:
+        raise InvalidField(
+            "checkpoint.output_token_ids",
+            f"with the prompt, at most as many as the context holds ({spec.context_length})",
+            len(prompt) + len(output),
+        )
+    if checkpoint.first_offset < len(output):
+        raise InvalidField(
+            "checkpoint.first_offset",
+            f"at least the number of output_token_ids ({len(output)})",
+            checkpoint.first_offset,
+        )
+    if params.sampling.seed is None and not params.sampling.is_greedy:
+        raise InvalidField("params.sampling.seed", "a seed, because tokens are sampled", None)
+    if start.window_tokens == 0:
+        raise InvalidField("window_tokens", "at least 1", 0)
+    room = spec.context_length - len(prompt)
+    output_max = room if stopping.max_tokens is None else min(stopping.max_tokens, room)
+    if len(output) > output_max:
+        raise InvalidField(
+            "checkpoint.output_token_ids", f"at most max_tokens ({output_max})", len(output)
+        )
+
+    eos = spec.tokenizer.eos_token_ids
+    sampler = Sampler(
+        params,
+        prompt,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=eos,
+        matcher=None if params.constraint is None else compiler.start(params.constraint),
+        draws_by_position=spec.random_source == "positional",
+        repetition_counts_prompt=spec.repetition_penalty_counts_prompt,
+    )
+    if not sampler.replay(output):
+        raise UnbrokenError(
+            Reason.NOT_CONTINUABLE,
+            "checkpoint.output_token_ids: expected an output that the constraint allows",
+        )
+    return Sequence(
+        slot=start.slot,
+        prompt=prompt,
+        output=list(output),
+        num_given=len(output),
+        first_offset=checkpoint.first_offset,
+        output_max=output_max,
+        stop_token_ids=(
+            stopping.stop_token_ids if stopping.ignore_eos else stopping.stop_token_ids | eos
+        ),
+        min_tokens=stopping.min_tokens,
+        window_tokens=start.window_tokens,
+        sampler=sampler,
+        kv_root=blocks.root(spec.numerics_id, start.tenant),
+        priority=start.priority,
+        tenant=start.tenant,
+        deadline=(
+            now + start.deadline.seconds + start.deadline.nanos * 1e-9
+            if start.HasField("deadline")
+            else None
+        ),
+        is_probe=start.is_probe,
+    )
