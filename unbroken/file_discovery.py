@@ -1,0 +1,373 @@
+"""Discovery in a directory: one file per instance, alive as long as its owner holds a lock on it.
+
+    <root>/workers/<worker_id>.json      protobuf JSON of a WorkerRecord
+    <root>/frontends/<frontend_id>.json  protobuf JSON of a FrontendRecord
+    <root>/<kind>/.lock                  held for the moment of a change
+
+The kernel keeps the locks: they are gone the moment their owner is, however it ended, and they stay
+while it is merely stopped. So there are no leases to renew and none to expire. Readers *query* the
+lock (`F_OFD_GETLK`) and never take it, so they disturb nobody.
+
+A file is locked before it appears under its name and is replaced, never rewritten, so a reader sees
+whole records only. A record that somebody else deleted is still a member to those who knew it, and
+its owner writes it again. docs/decisions/discovery.md says why it is done so.
+"""
+
+import asyncio
+import fcntl
+import os
+import struct
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Generic
+
+from google.protobuf import json_format
+
+from unbroken import log
+from unbroken.discovery import Kind, RecordT, Registration, incarnation_now
+from unbroken.errors import InvalidField, Reason, UnbrokenError
+
+POLL_INTERVAL_S: Final = 0.1
+"""Time between two looks at the directory; one takes some microseconds per instance."""
+
+_REPAIR_INTERVAL_S: Final = 1.0
+_LOCK_WAIT_S_MAX: Final = 5.0
+_LOCK_RETRY_S: Final = 0.005
+_RECORD_BYTES_MAX: Final = 64 * 1024
+_SUFFIX: Final = ".json"
+_TEMPORARY_SUFFIX: Final = ".tmp"
+
+_log = log.get_logger(__name__)
+
+_Stamp = tuple[int, int, int, int]  # Device, inode, size, time of change (ns): one state of a file.
+
+
+class FileDiscovery:
+    """Discovery for the processes of one machine. Files are local: calls do not leave the loop."""
+
+    def __init__(self, root: Path, *, poll_interval_s: float = POLL_INTERVAL_S) -> None:
+        self.root = root
+        self._poll_interval_s = poll_interval_s
+
+    async def new_incarnation(self, kind: Kind[Any], instance_id: str) -> int:
+        """As `Discovery.new_incarnation`: the time, or more if the clock was set back."""
+        last = _incarnation_at(kind, _path(self.root / kind.name, instance_id))
+        return max(incarnation_now(), last + 1)
+
+    async def register(self, kind: Kind[RecordT], record: RecordT) -> Registration[RecordT]:
+        """As `Discovery.register`. Also removes what dead owners left behind."""
+        registration = _FileRegistration(self.root / kind.name, kind, record)
+        await registration.open()
+        return registration
+
+    async def snapshot(self, kind: Kind[RecordT]) -> Mapping[str, RecordT]:
+        """As `Discovery.snapshot`."""
+        reader = _Reader(self.root / kind.name, kind)
+        try:
+            return reader.read()
+        finally:
+            reader.close()
+
+    async def watch(self, kind: Kind[RecordT]) -> AsyncGenerator[Mapping[str, RecordT], None]:
+        """As `Discovery.watch`."""
+        reader = _Reader(self.root / kind.name, kind)
+        last: Mapping[str, RecordT] | None = None
+        try:
+            while True:
+                members = reader.read()
+                if members != last:
+                    last = members
+                    yield members
+                await asyncio.sleep(self._poll_interval_s)
+        finally:
+            reader.close()
+
+
+class _FileRegistration(Generic[RecordT]):
+    """Holds the lock on the file of one instance."""
+
+    def __init__(self, folder: Path, kind: Kind[RecordT], record: RecordT) -> None:
+        self._folder = folder
+        self._kind = kind
+        self._record = record
+        self._id, self._incarnation = kind.checked_identity(record)
+        self._path = _path(folder, self._id)
+        self._fd = -1
+        self._repair: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        async with _exclusive(self._folder):
+            self._remove_stale()
+            self._publish()
+        self._repair = asyncio.create_task(self._keep(), name=f"keep {self._path.name}")
+
+    async def update(self, record: RecordT) -> None:
+        if self._kind.checked_identity(record) != (self._id, self._incarnation):
+            raise InvalidField("record", f"the identity of {self._id}", record)
+        if self._fd < 0:
+            raise ValueError("the registration is closed")
+        async with _exclusive(self._folder):
+            self._record = record
+            self._publish()
+
+    async def close(self) -> None:
+        if self._repair is not None:
+            self._repair.cancel()
+            await asyncio.gather(self._repair, return_exceptions=True)
+            self._repair = None
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        try:
+            async with _exclusive(self._folder):
+                if _stamp_at(self._path) == _stamp(os.fstat(fd)):
+                    self._path.unlink()
+        except (OSError, UnbrokenError) as error:  # Left to the next registrar.
+            _log.warning("record not removed", path=str(self._path), error=str(error))
+        finally:
+            os.close(fd)  # From here on the record counts as dead.
+
+    def _publish(self) -> None:
+        """Put our record under its name. The folder is ours; raises FENCED."""
+        seen = _incarnation_at(self._kind, self._path)
+        is_other = _stamp_at(self._path) != (_stamp(os.fstat(self._fd)) if self._fd >= 0 else None)
+        if seen > self._incarnation or (
+            seen == self._incarnation and is_other and _is_owned_at(self._path)
+        ):
+            raise UnbrokenError(
+                Reason.FENCED,
+                f"{self._id}: expected no incarnation from {self._incarnation} on, got {seen}",
+                metadata={"incarnation": str(seen)},
+            )
+        temporary = self._path.with_name(self._path.name + _TEMPORARY_SUFFIX)
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            assert _lock(fd), "nobody else knows the file"
+            text = json_format.MessageToJson(self._record, preserving_proto_field_name=True)
+            os.write(fd, text.encode())
+            temporary.rename(self._path)
+        except BaseException:
+            os.close(fd)
+            raise
+        fd, self._fd = self._fd, fd
+        if fd >= 0:
+            os.close(fd)
+
+    def _remove_stale(self) -> None:
+        """Delete what dead owners left. The folder is ours."""
+        for path in self._folder.iterdir():
+            is_stale = path.name.endswith(_TEMPORARY_SUFFIX) or (
+                path.name.endswith(_SUFFIX)
+                and path != self._path  # Its incarnation is still to be compared with ours.
+                and _incarnation_at(self._kind, path) > 0  # Else it may be somebody's treasure.
+                and not _is_owned_at(path)
+            )
+            if is_stale:
+                with suppress(OSError):
+                    path.unlink()
+
+    async def _keep(self) -> None:
+        """Write the record again whenever somebody has removed it."""
+        while True:
+            await asyncio.sleep(_REPAIR_INTERVAL_S)
+            if _stamp_at(self._path) == _stamp(os.fstat(self._fd)):
+                continue
+            try:
+                async with _exclusive(self._folder):
+                    self._publish()
+                _log.warning("record was gone and is written again", path=str(self._path))
+            except UnbrokenError as error:
+                if error.reason is Reason.FENCED:
+                    _log.error("a newer incarnation has our id", path=str(self._path))
+                    return
+                _log.warning("record cannot be restored", path=str(self._path), error=str(error))
+            except OSError as error:
+                _log.warning("record cannot be restored", path=str(self._path), error=str(error))
+
+
+@dataclass(slots=True)
+class _Seen(Generic[RecordT]):
+    """A record that was read. Its descriptor stays open to ask about the lock."""
+
+    fd: int
+    stamp: _Stamp
+    incarnation: int
+    record: RecordT
+
+
+class _Reader(Generic[RecordT]):
+    """Reads one folder again and again, remembering what it saw."""
+
+    def __init__(self, folder: Path, kind: Kind[RecordT]) -> None:
+        self._folder = folder
+        self._kind = kind
+        self._seen: dict[str, _Seen[RecordT]] = {}
+        self._highest: dict[str, int] = {}  # Incarnations only grow, also past a death.
+        self._ignored: dict[str, _Stamp] = {}  # Garbage, outdated or dead; dead stays dead.
+        self._is_readable = True
+
+    def read(self) -> Mapping[str, RecordT]:
+        """The members now."""
+        try:
+            names = [n for n in sorted(os.listdir(self._folder)) if n.endswith(_SUFFIX)]
+            self._is_readable = True
+        except FileNotFoundError:
+            names = []  # Nobody has registered yet, or somebody swept; known owners show by locks.
+        except OSError as error:
+            names = []
+            if self._is_readable:
+                _log.warning("discovery not readable", path=str(self._folder), error=str(error))
+            self._is_readable = False
+        ids = [name.removesuffix(_SUFFIX) for name in names]
+        self._ignored = {i: self._ignored[i] for i in ids if i in self._ignored}
+        for instance_id in ids:
+            self._look(instance_id)
+        for instance_id, seen in list(self._seen.items()):
+            if not _is_owned(seen.fd):
+                # Its owner may have put a newer file in place since we looked.
+                self._look(instance_id)
+                if (now := self._seen[instance_id]) is seen or not _is_owned(now.fd):
+                    self._forget(instance_id)
+        return MappingProxyType({i: self._seen[i].record for i in sorted(self._seen)})
+
+    def close(self) -> None:
+        for instance_id in list(self._seen):
+            self._forget(instance_id)
+
+    def _look(self, instance_id: str) -> None:
+        """Read the file of an instance if it changed; keep it if owned and not outdated."""
+        path = _path(self._folder, instance_id)
+        stamp = _stamp_at(path)
+        old = self._seen.get(instance_id)
+        if stamp in (None, old and old.stamp, self._ignored.get(instance_id)):
+            return
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            stamp = _stamp(os.fstat(fd))
+            if not _is_owned(fd):
+                self._ignored[instance_id] = stamp
+                return
+            record, incarnation = _parse(
+                self._kind, instance_id, os.read(fd, _RECORD_BYTES_MAX + 1)
+            )
+            if incarnation < self._highest.get(instance_id, 0):
+                self._ignored[instance_id] = stamp
+                return
+            if old:
+                os.close(old.fd)
+            self._highest[instance_id] = incarnation
+            self._seen[instance_id] = _Seen(fd, stamp, incarnation, record)
+            fd = -1  # Kept.
+        except (ValueError, UnbrokenError, OSError) as error:
+            self._ignored[instance_id] = stamp
+            _log.warning("record skipped", path=str(path), error=str(error))
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _forget(self, instance_id: str) -> None:
+        os.close(self._seen.pop(instance_id).fd)
+
+
+@asynccontextmanager
+async def _exclusive(folder: Path) -> AsyncGenerator[None, None]:
+    """Keep others from changing `folder`, for a moment. Creates it.
+
+    Raises UnbrokenError if somebody else (stopped, perhaps) holds it for seconds.
+    """
+    os.makedirs(folder, exist_ok=True)
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + _LOCK_WAIT_S_MAX
+        while not _lock(fd):
+            if loop.time() > give_up_at:
+                raise UnbrokenError(
+                    Reason.UNREACHABLE,
+                    f"expected {folder} to be free, got a lock on it for seconds",
+                )
+            await asyncio.sleep(_LOCK_RETRY_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _path(folder: Path, instance_id: str) -> Path:
+    return folder / f"{instance_id}{_SUFFIX}"
+
+
+def _stamp(stat: os.stat_result) -> _Stamp:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _stamp_at(path: Path) -> _Stamp | None:
+    try:
+        return _stamp(path.stat())
+    except OSError:
+        return None
+
+
+def _parse(kind: Kind[RecordT], instance_id: str, text: bytes) -> tuple[RecordT, int]:
+    """The record in a file, and its incarnation. Raises ValueError or UnbrokenError."""
+    if len(text) > _RECORD_BYTES_MAX:
+        raise ValueError(f"expected at most {_RECORD_BYTES_MAX} bytes")
+    try:
+        record = json_format.Parse(text, kind.record_type(), ignore_unknown_fields=True)
+    except (json_format.ParseError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    seen_id, incarnation = kind.checked_identity(record)
+    if seen_id != instance_id:
+        raise ValueError(f"expected the record of {instance_id}, got that of {seen_id}")
+    return record, incarnation
+
+
+def _incarnation_at(kind: Kind[Any], path: Path) -> int:
+    """Incarnation of the record there; 0 if there is none."""
+    try:
+        with path.open("rb") as file:
+            return _parse(kind, path.name.removesuffix(_SUFFIX), file.read(_RECORD_BYTES_MAX + 1))[
+                1
+            ]
+    except (OSError, ValueError, UnbrokenError):
+        return 0
+
+
+# struct flock of Linux: type, whence, start, length (0: all), pid (0 for locks of descriptors).
+_FLOCK: Final = struct.Struct("hhqqi4x")
+
+
+def _lock(fd: int) -> bool:
+    """Lock the whole file for as long as this opening of it exists; False if it is locked."""
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    with suppress(BlockingIOError, PermissionError):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+        return True
+    return False
+
+
+def _is_owned(fd: int) -> bool:
+    """Whether somebody holds the lock through another opening of the file."""
+    question = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question)
+    except OSError:
+        return True  # No evidence of a death.
+    return _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK
+
+
+def _is_owned_at(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return _is_owned(fd)
+    finally:
+        os.close(fd)
