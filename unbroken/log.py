@@ -4,13 +4,14 @@
     _log = log.get_logger(__name__)
     _log.info("engine started", engine_pid=pid)
 
-An event is a short constant phrase; what varies goes into its fields. Libraries that log through
-the standard library (grpc, asyncio) come out in the same format.
+An event is a short constant phrase; what varies goes into its fields. What libraries log through
+the standard library (grpc, asyncio) comes out in the same format. Nothing global happens before
+`configure`: a program that uses our client as a library keeps its own logging.
 """
 
 import logging
 import sys
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -18,10 +19,24 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
 
+_TO_STANDARD_LOGGING: Final[list[Processor]] = [
+    structlog.stdlib.filter_by_level,
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.PositionalArgumentsFormatter(),
+    structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+]
+
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger for the module `name`; usable before `configure`."""
-    return cast("structlog.stdlib.BoundLogger", structlog.get_logger(name))
+    """A logger for the module `name`."""
+    return cast(
+        "structlog.stdlib.BoundLogger",
+        structlog.wrap_logger(
+            logging.getLogger(name),
+            processors=_TO_STANDARD_LOGGING,
+            wrapper_class=structlog.stdlib.BoundLogger,
+        ),
+    )
 
 
 def configure(process: str, level: Level = "info", format: Format = "auto") -> None:
@@ -34,14 +49,6 @@ def configure(process: str, level: Level = "info", format: Format = "auto") -> N
         event.setdefault("process", process)
         return event
 
-    shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.ExtraAdder(),
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-        add_process,
-    ]
     is_console = format == "console" or (format == "auto" and sys.stderr.isatty())
     render: list[Processor] = (
         [
@@ -57,22 +64,18 @@ def configure(process: str, level: Level = "info", format: Format = "auto") -> N
             structlog.processors.JSONRenderer(default=str),
         ]
     )
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.PositionalArgumentsFormatter(),
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        wrapper_class=structlog.stdlib.BoundLogger,
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=False,  # Loggers made before `configure` follow it as well.
-    )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
+            processors=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+                add_process,
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *render,
+            ],
         )
     )
     root = logging.getLogger()
