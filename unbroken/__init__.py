@@ -1,1 +1,7 @@
 """What every process of Unbroken has in common."""
+
+import os
+
+# gRPC's core writes its INFO lines (a peer said goodbye, a child was started) to stderr in a format
+# of its own; it reads this once, when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
