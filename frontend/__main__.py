@@ -1,0 +1,28 @@
+"""`python -m frontend`: exits with 0 after SIGTERM, with 1 if it cannot start."""
+
+import sys
+
+import uvloop
+
+from frontend.config import FrontendConfig
+from frontend.service import serve
+from unbroken import log
+from unbroken.config import load
+from unbroken.errors import UnbrokenError
+
+
+def main() -> None:
+    """Run the frontend."""
+    config = load(FrontendConfig, sys.argv[1:], prog="frontend")
+    log.configure("frontend", config.log_level, config.log_format)
+    logger = log.get_logger(__name__)
+    logger.info("configuration", **config.effective())
+    try:
+        uvloop.run(serve(config))
+    except (OSError, UnbrokenError) as error:
+        logger.error("frontend cannot start", detail=str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

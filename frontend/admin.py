@@ -1,0 +1,54 @@
+"""AdminService: what operators ask of a frontend."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+from typing_extensions import override
+
+from frontend.links import Links
+from frontend.mesh_view import LinkState, MeshView, Worker
+from unbroken.v1 import admin_service_pb2 as pb
+from unbroken.v1 import admin_service_pb2_grpc as pb_grpc
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Admin(pb_grpc.AdminServiceServicer):
+    """The service."""
+
+    def __init__(
+        self, mesh: MeshView, links: Links, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._mesh = mesh
+        self._links = links
+        self._clock = clock
+
+    @override
+    async def ListWorkers(
+        self, request: pb.ListWorkersRequest, context: _Context
+    ) -> pb.ListWorkersResponse:
+        workers = sorted(self._mesh.workers.items())
+        return pb.ListWorkersResponse(workers=[self._info(worker) for _, worker in workers])
+
+    def _info(self, worker: Worker) -> pb.WorkerInfo:
+        info = pb.WorkerInfo(
+            record=worker.record,
+            link=worker.link_state,
+            engine=worker.engine_state,
+            description=worker.description,
+            load=worker.load,
+            num_attempts=self._links.num_attempts(worker.worker_id),
+        )
+        if worker.load is not None:
+            info.load_age.FromNanoseconds(max(0, int((self._clock() - worker.load_at) * 1e9)))
+        if worker.view is None or not worker.view.is_ready:
+            info.detail = worker.detail or _why_not_ready(worker)
+        return info
+
+
+def _why_not_ready(worker: Worker) -> str:
+    if worker.link_state != LinkState.LINK_STATE_UP:
+        return "no link yet"
+    return "its tokenizer has not been fetched yet"

@@ -1,0 +1,40 @@
+"""What a frontend can be told."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from unbroken.config import Address, ProcessConfig
+
+
+class FrontendConfig(ProcessConfig):
+    """Serves InferenceService and AdminService: clients call it, it calls the sidecars."""
+
+    frontend_id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")
+    """Stable name, unique in the mesh."""
+    discovery: Path
+    """Directory in which the processes of this machine find each other."""
+    listen: Address = "127.0.0.1:0"
+    """host:port for clients; port 0 lets the kernel choose."""
+    advertise: Address | None = None
+    """host:port under which others reach it, if that is not where it listens."""
+    metrics_listen: Address | None = None
+    """host:port of the metrics endpoint; none if not given."""
+    migrations_max: int = Field(3, ge=0, le=1000)
+    """How many times a choice may go on elsewhere, unless its request says."""
+    window_tokens: int = Field(1024, ge=2, le=65536)
+    """Tokens of a choice that a worker may be ahead of the client."""
+    placement_timeout_s: float = Field(30.0, gt=0, le=3600)
+    """How long a request looks for a worker."""
+    regenerate_tokens_max: int = Field(4096, ge=0)
+    """Delivered tokens that may be generated again to go on with a stream."""
+    requests_running_max: int = Field(10_000, ge=1)
+    """More requests at once are refused."""
+    heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)
+    """Between two heartbeats to a sidecar."""
+    link_silence_max_s: float = Field(2.0, ge=0.1, le=60)
+    """A link on which nothing comes for so long is lost."""
+    deadline_margin_s: float = Field(0.02, ge=0, le=1)
+    """So long before its client's deadline a stream ends, so that the client still hears why."""
+    shutdown_grace_s: float = Field(30.0, ge=0, le=3600)
+    """How long running streams may go on after SIGTERM."""

@@ -1,0 +1,188 @@
+"""The links to all sidecars: one Relay call per worker, opened again whenever it is lost.
+
+Discovery says who there is; whether a worker works is for its link to find out. So a worker that
+discovery forgets stays for as long as its call does, and a worker that comes back under a new
+incarnation is reached at once, however long the pause before the next try was.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Final
+
+from frontend.mesh_view import LinkState, MeshView, Worker
+from frontend.relay_call import FrontendIdentity, LinkLimits, RelayCall, TokenizerStore
+from frontend.stream import Life
+from unbroken import log
+from unbroken.discovery import WORKERS, Discovery
+from unbroken.outcome import FailureKind
+from unbroken.transport import open_channel
+from unbroken.v1 import worker_pb2
+
+PAUSE_S_MIN: Final = 0.02
+PAUSE_S_MAX: Final = 1.0
+FORGOTTEN_GRACE_S: Final = 5.0
+"""How long a worker that discovery forgot is called again after its link was lost."""
+INCARNATIONS_MAX: Final = 10_000
+"""Workers whose last incarnation is remembered after they have gone."""
+
+_log = log.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Link:
+    """The link to one life of one worker."""
+
+    worker: Worker
+    task: asyncio.Task[None] | None = None
+    call: RelayCall | None = None
+    is_forgotten: bool = False
+    """Discovery does not know it any more."""
+
+
+class Links:
+    """All links of this frontend."""
+
+    def __init__(
+        self,
+        mesh: MeshView,
+        identity: FrontendIdentity,
+        limits: LinkLimits,
+        *,
+        count_tokens: Callable[[int], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mesh = mesh
+        self._identity = identity
+        self._limits = limits
+        self._count_tokens = count_tokens
+        self._clock = clock
+        self._tokenizers = TokenizerStore(mesh, limits.tokenizer_timeout_s)
+        self._links: dict[str, _Link] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._incarnations: OrderedDict[str, int] = OrderedDict()
+
+    def call_to(self, life: Life) -> RelayCall | None:
+        """The call to this life of a worker, if it is up."""
+        link = self._links.get(life.worker_id)
+        if link is None or link.worker.record.identity.incarnation != life.incarnation:
+            return None
+        return None if link.call is None or link.call.is_over else link.call
+
+    def num_attempts(self, worker_id: str) -> int:
+        """Attempts of this frontend that run on the worker."""
+        link = self._links.get(worker_id)
+        return link.call.num_attempts if link is not None and link.call is not None else 0
+
+    @property
+    def num_up(self) -> int:
+        """Links that are up."""
+        return sum(
+            link.worker.link_state == LinkState.LINK_STATE_UP for link in self._links.values()
+        )
+
+    async def follow(self, discovery: Discovery) -> None:
+        """Keep the links to what discovery knows, for ever."""
+        async with aclosing(discovery.watch(WORKERS)) as changes:
+            async for members in changes:
+                self.update(members)
+
+    def update(self, members: Mapping[str, worker_pb2.WorkerRecord]) -> None:
+        """These workers are announced, and no others."""
+        for worker_id, record in sorted(members.items()):
+            self._announced(worker_id, record)
+        for worker_id in self._links.keys() - members.keys():
+            self._links[worker_id].is_forgotten = True
+
+    async def close(self) -> None:
+        """End all links; their attempts are lost."""
+        tasks = list(self._tasks)
+        for link in self._links.values():
+            if link.call is not None:
+                link.call.end(FailureKind.PARTITION, "the frontend closes its links")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _announced(self, worker_id: str, record: worker_pb2.WorkerRecord) -> None:
+        incarnation = record.identity.incarnation
+        known = self._incarnations.get(worker_id, 0)
+        if incarnation < known:
+            return  # An earlier life; whatever it says is late news.
+        self._incarnations[worker_id] = incarnation
+        self._incarnations.move_to_end(worker_id)
+        while len(self._incarnations) > INCARNATIONS_MAX:
+            self._incarnations.popitem(last=False)
+        link = self._links.get(worker_id)
+        if link is not None and incarnation == known:
+            link.is_forgotten = False
+            link.worker.record = record
+            return
+        if link is not None:
+            detail = f"incarnation {incarnation} of {worker_id} was announced"
+            self._replace(link, detail)
+        worker = self._mesh.discovered(record)
+        link = self._links[worker_id] = _Link(worker)
+        link.task = asyncio.create_task(self._keep(link), name=f"link to {worker_id}")
+        self._tasks.add(link.task)
+        link.task.add_done_callback(self._done)
+
+    def _replace(self, link: _Link, detail: str) -> None:
+        if link.call is not None:
+            link.call.end(FailureKind.FENCED, detail)
+        if link.task is not None:
+            link.task.cancel()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("bug in a link", task=task.get_name(), exc_info=error)
+
+    async def _keep(self, link: _Link) -> None:
+        """Call, and call again, until the worker is gone for good."""
+        worker = link.worker
+        pause_s = PAUSE_S_MIN
+        lost_at = self._clock()
+        while True:
+            channel = open_channel(worker.record.address)
+            try:
+                link.call = RelayCall(
+                    channel,
+                    worker,
+                    self._mesh,
+                    self._tokenizers,
+                    self._identity,
+                    self._limits,
+                    count_tokens=self._count_tokens,
+                    clock=self._clock,
+                )
+                worker.link_state = LinkState.LINK_STATE_CONNECTING
+                end = await link.call.run()
+            finally:
+                link.call = None
+                await channel.close()
+            now = self._clock()
+            if end.was_welcomed:
+                lost_at = now
+                pause_s = PAUSE_S_MIN
+                _log.warning(
+                    "link lost",
+                    worker_id=worker.worker_id,
+                    failure=end.failure.name,
+                    detail=end.detail,
+                )
+            if end.failure is FailureKind.PROTOCOL:
+                pause_s = PAUSE_S_MAX  # It will most likely say the same again.
+            if link.is_forgotten and now - lost_at >= FORGOTTEN_GRACE_S:
+                self._forget(link)
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, PAUSE_S_MAX)
+
+    def _forget(self, link: _Link) -> None:
+        _log.info("worker forgotten", worker_id=link.worker.worker_id)
+        del self._links[link.worker.worker_id]
+        self._mesh.forgotten(link.worker.worker_id)

@@ -1,0 +1,229 @@
+"""What this frontend knows about workers, models and tokenizers: kept by the links, no I/O.
+
+A worker takes work if its link is up, its engine serves, and its model's tokenizer is here. What
+was known about a model outlives its workers, so that a request can wait for one to come back.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from frontend.admission import Model
+from frontend.continuation import Abilities
+from frontend.placement import WorkerView
+from frontend.stream import Life
+from unbroken.tokenizer import Tokenizer
+from unbroken.v1 import admin_service_pb2, worker_pb2
+
+TOKENIZERS_MAX = 16
+"""Tokenizers kept while no worker uses them; one of a large vocabulary has about 30 MB."""
+MODELS_MAX = 256
+"""Models remembered after their last worker has gone."""
+CACHED_BLOCKS_MAX = 1_000_000
+"""Prefix blocks remembered per worker; beyond it, new ones do not count for placement."""
+
+LinkState = admin_service_pb2.LinkState
+EngineState = worker_pb2.EngineState
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker as its link sees it."""
+
+    record: worker_pb2.WorkerRecord
+    link_state: LinkState.ValueType = LinkState.LINK_STATE_CONNECTING
+    engine_state: EngineState.ValueType = EngineState.ENGINE_STATE_UNSPECIFIED
+    engine_incarnation: int = 0
+    description: worker_pb2.EngineDescription | None = None
+    view: WorkerView | None = None
+    load: worker_pb2.LoadReport | None = None
+    load_at: float = 0.0
+    """When the report came, monotonic seconds."""
+    detail: str = ""
+    """What was last seen of a worker that takes no work, for people."""
+
+    @property
+    def worker_id(self) -> str:
+        return self.record.identity.worker_id
+
+    @property
+    def model(self) -> str:
+        """What it serves, or will serve as far as is known."""
+        return self.description.model if self.description else self.record.model
+
+
+@dataclass(slots=True)
+class MeshView:
+    """All workers, and what follows from them.
+
+    `on_ready` is called when a worker began to take work; `on_change` whenever the readiness of a
+    worker, or which models there are, may have changed.
+    """
+
+    workers: dict[str, Worker] = field(default_factory=dict[str, Worker])
+    on_ready: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    on_change: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    _tokenizers: OrderedDict[str, Tokenizer] = field(default_factory=OrderedDict[str, Tokenizer])
+    _models: OrderedDict[str, Model] = field(default_factory=OrderedDict[str, Model])
+    """What each model was when a worker last served it."""
+
+    # Questions.
+
+    def views(self) -> Iterator[WorkerView]:
+        """The workers whose engines are known."""
+        return (worker.view for worker in self.workers.values() if worker.view is not None)
+
+    def model_names(self) -> list[str]:
+        """Models that are served, were served, or are about to be, by name."""
+        announced = {worker.model for worker in self.workers.values() if worker.model}
+        return sorted(announced | self._models.keys())
+
+    def model(self, name: str) -> Model | None:
+        """What requests for a model are checked against; None before a worker served it."""
+        return self._models.get(name)
+
+    def num_workers(self, model: str) -> int:
+        """Workers known to serve the model."""
+        return sum(worker.model == model for worker in self.workers.values())
+
+    def num_ready(self, model: str) -> int:
+        """Workers that take requests for the model."""
+        return sum(view.is_ready and view.model == model for view in self.views())
+
+    def tokenizer(self, fingerprint: str) -> Tokenizer | None:
+        """The tokenizer with this fingerprint, if it is here."""
+        tokenizer = self._tokenizers.get(fingerprint)
+        if tokenizer is not None:
+            self._tokenizers.move_to_end(fingerprint)
+        return tokenizer
+
+    def can_serve(self, view: WorkerView, model: Model, num_tokens: int) -> bool:
+        """Whether a worker understands a request of `model` whose output ends at `num_tokens`."""
+        worker = self.workers.get(view.life.worker_id)
+        if worker is None or worker.description is None:
+            return False
+        return (
+            worker.description.tokenizer_fingerprint == model.tokenizer_fingerprint
+            and view.context_length >= num_tokens
+        )
+
+    # News.
+
+    def add_tokenizer(self, fingerprint: str, tokenizer: Tokenizer) -> None:
+        """Keep a tokenizer; workers that waited for it become ready."""
+        self._tokenizers[fingerprint] = tokenizer
+        used = {one.tokenizer_fingerprint for w in self.workers.values() if (one := w.description)}
+        unused = [known for known in self._tokenizers if known not in used]
+        for known in unused[: max(0, len(self._tokenizers) - TOKENIZERS_MAX)]:
+            del self._tokenizers[known]
+        for worker in self.workers.values():
+            self.refresh(worker)
+
+    def discovered(self, record: worker_pb2.WorkerRecord) -> Worker:
+        """A worker, or a new life of one, was announced."""
+        worker = Worker(record)
+        self.workers[worker.worker_id] = worker
+        self._notify()
+        return worker
+
+    def forgotten(self, worker_id: str) -> None:
+        """A worker is gone for good."""
+        if self.workers.pop(worker_id, None) is not None:
+            self._notify()
+
+    def refresh(self, worker: Worker) -> None:
+        """Derive anew whether the worker takes work, after its link or engine changed."""
+        if self.workers.get(worker.worker_id) is not worker:
+            return  # News of an earlier life.
+        was_ready = worker.view is not None and worker.view.is_ready
+        description = worker.description
+        life = Life(worker.worker_id, worker.record.identity.incarnation, worker.engine_incarnation)
+        if description is not None and (worker.view is None or worker.view.life != life):
+            worker.view = WorkerView(
+                life=life,
+                model=description.model,
+                abilities=abilities_of(description),
+                block_size=description.block_size,
+                context_length=description.context_length,
+                is_ready=False,
+            )
+        is_ready = (
+            worker.link_state == LinkState.LINK_STATE_UP
+            and worker.engine_state == EngineState.ENGINE_STATE_SERVING
+            and description is not None
+            and description.tokenizer_fingerprint in self._tokenizers
+        )
+        if worker.view is not None:
+            worker.view.is_ready = is_ready
+        if is_ready and description is not None:
+            self._remember(description)
+        self._notify()
+        if is_ready and not was_ready:
+            for callback in self.on_ready:
+                callback()
+
+    def _remember(self, served: worker_pb2.EngineDescription) -> None:
+        tokenizer = self._tokenizers[served.tokenizer_fingerprint]
+        peers = [
+            one
+            for worker in self.workers.values()
+            if (one := worker.description) is not None
+            and one.model == served.model
+            and one.tokenizer_fingerprint == served.tokenizer_fingerprint
+        ]
+        able = [peer.capabilities for peer in peers]
+        self._models[served.model] = Model(
+            name=served.model,
+            tokenizer=tokenizer,
+            tokenizer_fingerprint=served.tokenizer_fingerprint,
+            context_length=max(peer.context_length for peer in peers),
+            abilities=tuple(dict.fromkeys(abilities_of(peer) for peer in peers)),
+            has_logit_bias=any(one.logit_bias for one in able),
+            has_constraints=any(one.constraints for one in able),
+            has_logprobs=any(one.logprobs for one in able),
+            seed_bits=min((one.seed_bits for one in able if one.seed_bits), default=64),
+        )
+        self._models.move_to_end(served.model)
+        while len(self._models) > MODELS_MAX:
+            self._models.popitem(last=False)
+
+    def _notify(self) -> None:
+        for callback in self.on_change:
+            callback()
+
+
+def abilities_of(description: worker_pb2.EngineDescription) -> Abilities:
+    """What an engine can do for a continuation."""
+    able = description.capabilities
+    return Abilities(
+        numerics_id=description.numerics.id,
+        is_batch_invariant=description.numerics.batch_invariant,
+        has_native_resume=able.native_resume,
+        has_seeds=able.seed_bits > 0,
+        has_positional_random=able.random_source
+        == worker_pb2.RandomSource.RANDOM_SOURCE_POSITIONAL,
+        repetition_penalty_counts_prompt=able.repetition_penalty_counts_prompt,
+        has_logit_bias=able.logit_bias,
+    )
+
+
+def report_load(worker: Worker, load: worker_pb2.LoadReport, now: float) -> None:
+    """Count what a worker says about its load."""
+    worker.load, worker.load_at = load, now
+    if worker.view is not None:
+        worker.view.reported(
+            sum(rank.kv_blocks_used for rank in load.ranks),
+            sum(rank.prefill_tokens_queued for rank in load.ranks),
+        )
+
+
+def report_blocks(worker: Worker, events: worker_pb2.KvEvents) -> None:
+    """Count which prefixes a worker can reuse."""
+    if worker.view is None:
+        return
+    cached = worker.view.cached_blocks
+    if events.reset:
+        cached.clear()
+    cached.difference_update(events.removed)
+    room = CACHED_BLOCKS_MAX - len(cached)
+    cached.update(events.stored[:room])

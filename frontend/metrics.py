@@ -1,0 +1,97 @@
+"""The frontend's metrics."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from unbroken.metrics import SECONDS_BUCKETS
+from unbroken.outcome import ContinuationClass, FailureKind
+
+_PREFIX = "unbroken_frontend"
+
+
+class FrontendMetrics:
+    """Everything that this process counts; one per registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests_started = Counter(
+            f"{_PREFIX}_requests_started_total", "Requests admitted.", registry=registry
+        )
+        self.requests_refused = Counter(
+            f"{_PREFIX}_requests_refused_total",
+            "Requests refused at admission, by reason (docs/ERRORS.md).",
+            ["reason"],
+            registry=registry,
+        )
+        self.requests_finished = Counter(
+            f"{_PREFIX}_requests_finished_total",
+            "Requests that ended, by reason: OK or one of docs/ERRORS.md.",
+            ["reason"],
+            registry=registry,
+        )
+        self.tokens = Counter(
+            f"{_PREFIX}_tokens_received_total",
+            "Tokens that workers sent, late and repeated ones included.",
+            registry=registry,
+        )
+        self.tokens_delivered = Counter(
+            f"{_PREFIX}_tokens_delivered_total", "Tokens sent to clients.", registry=registry
+        )
+        self.recomputed_tokens = Counter(
+            f"{_PREFIX}_recomputed_tokens_total",
+            "Tokens computed again because something failed, by phase: prefill or decode.",
+            ["phase"],
+            registry=registry,
+        )
+        self.migrations = Counter(
+            f"{_PREFIX}_migrations_total",
+            "Attempts begun after another ended, by the failure of that one and the way chosen.",
+            ["failure", "way"],
+            registry=registry,
+        )
+        self.ttft_s = Histogram(
+            f"{_PREFIX}_ttft_seconds",
+            "From the arrival of a request to its first output.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.gap_s = Histogram(
+            f"{_PREFIX}_migration_gap_seconds",
+            "From the last token before a migration to the first one after it.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._running = Gauge(
+            f"{_PREFIX}_requests_running", "Requests that run.", registry=registry
+        )
+        self._waiting = Gauge(
+            f"{_PREFIX}_choices_waiting", "Choices that wait for a worker.", registry=registry
+        )
+        self._links_up = Gauge(
+            f"{_PREFIX}_links_up", "Links to sidecars that are up.", registry=registry
+        )
+
+    def observe(
+        self,
+        *,
+        num_running: Callable[[], int],
+        num_waiting: Callable[[], int],
+        num_links_up: Callable[[], int],
+    ) -> None:
+        """Ask for these whenever the metrics are read, from the thread that serves them."""
+        self._running.set_function(num_running)
+        self._waiting.set_function(num_waiting)
+        self._links_up.set_function(num_links_up)
+
+    def count_tokens(self, num_tokens: int) -> None:
+        """A frame came."""
+        self.tokens.inc(num_tokens)
+
+    def migrated(self, failure: FailureKind, way: ContinuationClass) -> None:
+        """A stream goes on elsewhere."""
+        self.migrations.labels(failure.name, way.name).inc()
+
+    def recomputed(self, phase: str, num_tokens: int) -> None:
+        """Tokens were computed again."""
+        if num_tokens:
+            self.recomputed_tokens.labels(phase).inc(num_tokens)

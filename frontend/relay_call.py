@@ -1,0 +1,600 @@
+"""One Relay call to one sidecar: its slots, what is written, what is read.
+
+    frames ──▶ slot ──▶ (stream, epoch) ──▶ commands obeyed, owner woken
+    commands, acknowledgements, heartbeats ──▶ one writer
+
+The call ends once, for one reason, and every attempt that it still carries ends with it. A peer
+that breaks the contract loses the call: what it says after the breach is worth nothing.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias, cast
+from weakref import WeakValueDictionary
+
+import grpc.aio
+
+from frontend.mesh_view import EngineState, LinkState, MeshView, Worker, report_blocks, report_load
+from frontend.stream import Command, Stream
+from unbroken import log
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation import TokenLogprobs, logprobs_from_proto
+from unbroken.outcome import FailureKind, FinishReason
+from unbroken.status import from_rpc_error
+from unbroken.tokenizer import Tokenizer, TokenizerAsset
+from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
+from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
+
+PROTOCOL_VERSION: Final = 1
+
+_Call: TypeAlias = grpc.aio.StreamStreamCall[
+    relay_service_pb2.RelayRequest, relay_service_pb2.RelayResponse
+]
+_log = log.get_logger(__name__)
+
+
+class Owner(Protocol):
+    """Whoever runs a stream."""
+
+    @property
+    def stream(self) -> Stream:
+        """The stream."""
+        ...
+
+    def obey(self, commands: Sequence[Command]) -> None:
+        """Do what the stream asks, in order."""
+        ...
+
+    def wake(self) -> None:
+        """There is output, or the stream is done. Cheap, and harmless when repeated."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendIdentity:
+    """One life of this frontend."""
+
+    frontend_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLimits:
+    """How long a link may be silent, and how much may wait to be written."""
+
+    heartbeat_interval_s: float = 0.1
+    silence_max_s: float = 2.0
+    """Nothing received for so long: the link is lost."""
+    commands_queued_max: int = 65_536
+    """A sidecar that leaves so many unread is lost."""
+    tokenizer_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Why a call ended."""
+
+    failure: FailureKind
+    detail: str
+    was_welcomed: bool
+
+
+@dataclass(slots=True)
+class _Seat:
+    """The attempt behind a slot."""
+
+    owner: Owner
+    epoch: int
+    tokens: Callable[..., Sequence[Command]]
+    """The stream's method, bound once: the hot path calls it for every token."""
+    wants_logprobs: bool
+
+
+class _BrokenContract(Exception):  # noqa: N818 - it names what happened.
+    """The peer said what the contract forbids; the text says what was expected and seen."""
+
+
+class TokenizerStore:
+    """Fetches each tokenizer once, whichever worker it comes from."""
+
+    def __init__(self, mesh: MeshView, timeout_s: float) -> None:
+        self._mesh = mesh
+        self._timeout_s = timeout_s
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def fetch(self, fingerprint: str, stub: RelayServiceStub) -> None:
+        """Have the tokenizer in the mesh view. Raises `UnbrokenError` if it cannot be had."""
+        lock = self._locks.setdefault(fingerprint, asyncio.Lock())
+        async with lock:
+            if self._mesh.tokenizer(fingerprint) is not None:
+                return
+            try:
+                response = await stub.GetTokenizer(
+                    relay_service_pb2.GetTokenizerRequest(), timeout=self._timeout_s
+                )
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+            if response.fingerprint != fingerprint:
+                raise UnbrokenError(
+                    Reason.PROTOCOL_VIOLATION,
+                    f"expected the tokenizer {fingerprint}, got {response.fingerprint}",
+                )
+            try:
+                # It takes a second for a large vocabulary.
+                tokenizer = await asyncio.to_thread(Tokenizer, _asset(response.tokenizer))
+            except ValueError as error:
+                raise UnbrokenError(Reason.PROTOCOL_VIOLATION, str(error)) from error
+            self._mesh.add_tokenizer(fingerprint, tokenizer)
+
+
+class RelayCall:
+    """One call, from hello to its end. Everything but `run` returns at once."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        worker: Worker,
+        mesh: MeshView,
+        tokenizers: TokenizerStore,
+        identity: FrontendIdentity,
+        limits: LinkLimits,
+        *,
+        count_tokens: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stub = RelayServiceStub(channel)
+        self._worker = worker
+        self._mesh = mesh
+        self._tokenizers = tokenizers
+        self._identity = identity
+        self._limits = limits
+        self._count_tokens = count_tokens
+        self._clock = clock
+        self._seats: dict[int, _Seat] = {}
+        self._next_slot = 1
+        self._num_with_logprobs = 0
+        self._vocab_size = 0
+        self._is_welcomed = False
+        self._frame_seen = 0
+        self._heartbeat_seen = 0
+        self._heartbeats_sent = 0
+        self._commands: deque[relay_service_pb2.RelayRequest] = deque()
+        self._acks: dict[int, int] = {}
+        self._has_work = asyncio.Event()
+        self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+        self._fetching: asyncio.Task[None] | None = None
+        self.last_received_at = clock()
+        """When anything came from the sidecar, monotonic seconds."""
+        self.heartbeats_at: deque[float] = deque(maxlen=128)
+        """When its last heartbeats came, for a failure detector."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended; then nothing can be started on it."""
+        return self._ended.done()
+
+    @property
+    def num_attempts(self) -> int:
+        """Attempts that this call carries."""
+        return len(self._seats)
+
+    # What owners of streams ask.
+
+    def start(
+        self,
+        owner: Owner,
+        request: relay_service_pb2.RelayRequest,
+        *,
+        vocab_size: int,
+        wants_logprobs: bool,
+    ) -> int:
+        """Begin the attempt `request.start`, whose slot is filled in and returned."""
+        slot = self._next_slot
+        self._next_slot += 1
+        self._vocab_size = vocab_size
+        request.start.slot = slot
+        self._seats[slot] = _Seat(owner, request.start.epoch, owner.stream.tokens, wants_logprobs)
+        self._num_with_logprobs += wants_logprobs
+        self._enqueue(request)
+        return slot
+
+    def abort(self, slot: int) -> None:
+        """End an attempt; nothing more of it is heard. Idempotent."""
+        if self._leave(slot) is not None:
+            self._enqueue(relay_service_pb2.RelayRequest(abort=attempt_pb2.AbortAttempt(slot=slot)))
+
+    def ack(self, slot: int, offset: int) -> None:
+        """Move the window of an attempt."""
+        if slot in self._seats:
+            self._acks[slot] = offset
+            self._has_work.set()
+
+    def end(self, failure: FailureKind, detail: str) -> None:
+        """End the call and with it all its attempts. Idempotent."""
+        if self._ended.done():
+            return
+        self._ended.set_result(End(failure, detail, self._is_welcomed))
+        worker = self._worker
+        worker.link_state = LinkState.LINK_STATE_DOWN
+        worker.detail = f"link lost: {failure.name}: {detail}"
+        self._mesh.refresh(worker)  # Before streams look for another worker.
+        self._lose_all(failure, detail)
+
+    # The conversation.
+
+    async def run(self) -> End:
+        """Converse until the call ends."""
+        call: _Call = self._stub.Relay()
+        tasks = [
+            asyncio.create_task(self._write(call)),
+            asyncio.create_task(self._read(call)),
+            asyncio.create_task(self._pulse()),
+        ]
+        try:
+            return await self._ended
+        finally:
+            if self._fetching is not None:
+                tasks.append(self._fetching)
+            call.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: _Call) -> None:
+        try:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                self._receive(cast("relay_service_pb2.RelayResponse | None", response))
+            self.end(FailureKind.CRASH, "the sidecar ended the call")
+        except grpc.aio.AioRpcError as error:
+            self.end(*_diagnosis(error))
+        except _BrokenContract as error:
+            _log.warning("sidecar broke the contract", detail=str(error), **self._names())
+            self.end(FailureKind.PROTOCOL, str(error))
+        except Exception:
+            _log.exception("bug while reading a link", **self._names())
+            self.end(FailureKind.PROTOCOL, "an internal error of the frontend")
+
+    async def _write(self, call: _Call) -> None:
+        hello = relay_service_pb2.RelayHello(
+            protocol_version=PROTOCOL_VERSION,
+            frontend_id=self._identity.frontend_id,
+            incarnation=self._identity.incarnation,
+            expected_worker_incarnation=self._worker.record.identity.incarnation,
+        )
+        try:
+            await call.write(relay_service_pb2.RelayRequest(hello=hello))
+            while True:
+                await self._has_work.wait()
+                self._has_work.clear()
+                while self._commands:
+                    await call.write(self._commands.popleft())
+                if self._acks:
+                    acks, self._acks = self._acks, {}
+                    message = attempt_pb2.AckAttempts(slots=acks.keys(), offsets=acks.values())
+                    await call.write(relay_service_pb2.RelayRequest(ack=message))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # The call is over; whoever reads it learns why.
+
+    async def _pulse(self) -> None:
+        interval_s = self._limits.heartbeat_interval_s
+        before = self._clock()
+        while True:
+            await asyncio.sleep(interval_s)
+            now = self._clock()
+            # If this process itself stood still, what came meanwhile has not been read yet.
+            stood_still = now - before > self._limits.silence_max_s / 2
+            before = now
+            silence_s = now - self.last_received_at
+            if silence_s > self._limits.silence_max_s and not stood_still:
+                self.end(FailureKind.HANG, f"nothing received for {silence_s:.2f} s")
+                return
+            if len(self._commands) < 2:  # Else whatever is written next is a sign of life.
+                self._send_heartbeat()
+
+    def _send_heartbeat(self) -> None:
+        self._heartbeats_sent += 1
+        heartbeat = relay_service_pb2.Heartbeat(
+            sequence=self._heartbeats_sent,
+            sequence_seen=self._heartbeat_seen,
+            frame_seen=self._frame_seen,
+        )
+        heartbeat.interval.FromMilliseconds(round(self._limits.heartbeat_interval_s * 1000))
+        self._enqueue(relay_service_pb2.RelayRequest(heartbeat=heartbeat))
+
+    def _enqueue(self, request: relay_service_pb2.RelayRequest) -> None:
+        if self._ended.done():
+            return
+        self._commands.append(request)
+        self._has_work.set()
+        if len(self._commands) > self._limits.commands_queued_max:
+            self.end(FailureKind.HANG, f"{len(self._commands)} commands wait to be read")
+
+    # What the sidecar says.
+
+    def _receive(self, response: relay_service_pb2.RelayResponse | None) -> None:
+        if self._ended.done():
+            return
+        if response is None:  # gRPC's way to say so.
+            raise _BrokenContract("expected a RelayResponse, got bytes that are none")
+        now = self.last_received_at = self._clock()
+        kind = response.WhichOneof("response")
+        if not self._is_welcomed and kind != "welcome":
+            raise _BrokenContract(f"expected a welcome first, got {kind}")
+        match kind:
+            case "frame":
+                self._receive_frame(response.frame, now)
+            case "heartbeat":
+                self._heartbeat_seen = response.heartbeat.sequence
+                self.heartbeats_at.append(now)
+            case "verdict":
+                self._receive_verdict(response.verdict)
+            case "welcome":
+                self._receive_welcome(response.welcome)
+            case "adopted":
+                raise _BrokenContract("expected no adoption, as none was asked for")
+            case None:
+                pass  # Of a newer contract: MAY be ignored, as its sender knows our version.
+
+    def _receive_welcome(self, welcome: relay_service_pb2.RelayWelcome) -> None:
+        mine, seen = self._worker.record.identity, welcome.identity
+        if self._is_welcomed:
+            raise _BrokenContract("expected one welcome, got another")
+        if welcome.protocol_version != PROTOCOL_VERSION:
+            raise _BrokenContract(
+                f"expected protocol version {PROTOCOL_VERSION}, got {welcome.protocol_version}"
+            )
+        if (seen.worker_id, seen.incarnation) != (mine.worker_id, mine.incarnation):
+            raise _BrokenContract(
+                f"expected worker {mine.worker_id} of incarnation {mine.incarnation}, "
+                f"got {seen.worker_id!r} of {seen.incarnation}"
+            )
+        self._is_welcomed = True
+        self._worker.link_state = LinkState.LINK_STATE_UP
+        _log.info("link up", **self._names())
+        self._receive_verdict(welcome.verdict)
+
+    def _receive_verdict(self, verdict: relay_service_pb2.EngineVerdict) -> None:
+        worker = self._worker
+        worker.engine_state = verdict.state
+        worker.engine_incarnation = verdict.engine_incarnation
+        worker.detail = _engine_detail(verdict)
+        if verdict.HasField("description"):
+            problem = _problem_of(verdict.description)
+            if problem is not None:
+                raise _BrokenContract(problem)
+            worker.description = verdict.description
+            self._want_tokenizer(verdict.description.tokenizer_fingerprint)
+        elif verdict.state == EngineState.ENGINE_STATE_SERVING:
+            raise _BrokenContract("expected a description with SERVING")
+        self._mesh.refresh(worker)
+        if verdict.state in _STATES_WITHOUT_PROGRESS:
+            # Attempts that the sidecar knew have ended already; these crossed the verdict.
+            default = _STATES_WITHOUT_PROGRESS[verdict.state]
+            failure = _failure_kind(verdict.failure) or default
+            self._lose_all(failure, verdict.detail or worker.detail)
+
+    def _receive_frame(self, frame: attempt_pb2.StepFrame, now: float) -> None:
+        if frame.sequence != self._frame_seen + 1:
+            raise _BrokenContract(f"expected frame {self._frame_seen + 1}, got {frame.sequence}")
+        self._frame_seen = frame.sequence
+        slots, token_ids, counts = frame.slots, frame.token_ids, frame.token_counts
+        num_rows = len(slots)
+        if len(frame.offsets) != num_rows or (counts and len(counts) != num_rows):
+            raise _BrokenContract(
+                f"expected columns of equal length, got {num_rows} slots, {len(frame.offsets)} "
+                f"offsets, {len(counts)} counts"
+            )
+        if len(token_ids) != (sum(counts) if counts else num_rows) or 0 in counts:
+            raise _BrokenContract(
+                f"expected as many ids as the rows say, got {len(token_ids)} ids, "
+                f"{num_rows} rows, counts {list(counts)[:8]}"
+            )
+        if num_rows and max(token_ids) >= self._vocab_size:
+            raise _BrokenContract(
+                f"expected token ids below {self._vocab_size}, got {max(token_ids)}"
+            )
+        orders: list[tuple[Owner, Sequence[Command]]] = []
+        if counts or self._num_with_logprobs:
+            self._rows_of_many(frame, now, orders)
+        elif num_rows:
+            self._rows_of_one(frame, now, orders)
+        orders += [
+            (seat.owner, _ended(seat, ended, now))
+            for ended in frame.ended
+            if (seat := self._leave(ended.slot)) is not None
+        ]
+        orders += [
+            (seat.owner, _refused(seat, refused))
+            for refused in frame.refused
+            if (seat := self._leave(refused.slot)) is not None
+        ]
+        if num_rows:
+            self._count_tokens(len(token_ids))
+        if frame.HasField("load"):
+            report_load(self._worker, frame.load, now)
+        if frame.HasField("kv_events"):
+            report_blocks(self._worker, frame.kv_events)
+        # Only now, so that the ends which came with the last tokens count in what clients are told.
+        for owner, commands in orders:
+            owner.obey(commands)
+
+    def _rows_of_one(
+        self,
+        frame: attempt_pb2.StepFrame,
+        now: float,
+        orders: list[tuple[Owner, Sequence[Command]]],
+    ) -> None:
+        """The hot path: one token a row, no log probabilities."""
+        seat_of = self._seats.get
+        rows = zip(frame.slots, frame.offsets, frame.token_ids, strict=True)
+        for slot, offset, token_id in rows:
+            seat = seat_of(slot)
+            if seat is None:
+                continue  # Late news of an attempt that is over.
+            commands = seat.tokens(seat.epoch, offset, (token_id,), now)
+            if commands:
+                orders.append((seat.owner, commands))
+            else:
+                seat.owner.wake()
+
+    def _rows_of_many(
+        self,
+        frame: attempt_pb2.StepFrame,
+        now: float,
+        orders: list[tuple[Owner, Sequence[Command]]],
+    ) -> None:
+        token_ids = list(frame.token_ids)
+        counts = frame.token_counts or [1] * len(frame.slots)
+        logprobs = {
+            entry.slot: [logprobs_from_proto(token) for token in entry.tokens]
+            for entry in frame.logprobs
+        }
+        no_logprobs: Sequence[TokenLogprobs] = ()
+        end = 0
+        for slot, offset, count in zip(frame.slots, frame.offsets, counts, strict=True):
+            begin, end = end, end + count
+            seat = self._seats.get(slot)
+            if seat is None:
+                continue
+            beside = no_logprobs
+            if seat.wants_logprobs:
+                # A slot with several rows has its log probabilities one after the other.
+                given = logprobs.get(slot, [])
+                beside, logprobs[slot] = given[:count], given[count:]
+            if seat.wants_logprobs and len(beside) != count:
+                commands = seat.owner.stream.lost(
+                    seat.epoch,
+                    FailureKind.PROTOCOL,
+                    f"expected {count} log probabilities, got {len(beside)}",
+                    now,
+                )
+            else:
+                commands = seat.tokens(seat.epoch, offset, token_ids[begin:end], now, beside)
+            if commands:
+                orders.append((seat.owner, commands))
+            else:
+                seat.owner.wake()
+
+    # Bookkeeping.
+
+    def _leave(self, slot: int) -> _Seat | None:
+        seat = self._seats.pop(slot, None)
+        if seat is not None:
+            self._acks.pop(slot, None)
+            self._num_with_logprobs -= seat.wants_logprobs
+        return seat
+
+    def _lose_all(self, failure: FailureKind, detail: str) -> None:
+        now = self._clock()
+        for slot in list(self._seats):
+            seat = self._seats.get(slot)
+            if seat is not None:
+                seat.owner.obey(seat.owner.stream.lost(seat.epoch, failure, detail, now))
+                self._leave(slot)
+
+    def _want_tokenizer(self, fingerprint: str) -> None:
+        if self._mesh.tokenizer(fingerprint) is None:
+            if self._fetching is not None:
+                self._fetching.cancel()  # Of an engine before.
+            self._fetching = asyncio.create_task(self._fetch_tokenizer(fingerprint))
+
+    async def _fetch_tokenizer(self, fingerprint: str) -> None:
+        pause_s = 0.1
+        while True:
+            try:
+                await self._tokenizers.fetch(fingerprint, self._stub)
+            except UnbrokenError as error:
+                self._worker.detail = f"no tokenizer: {error.detail}"
+                _log.warning("no tokenizer", detail=error.detail, **self._names())
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, 5.0)
+            else:
+                return
+
+    def _names(self) -> dict[str, object]:
+        identity = self._worker.record.identity
+        return {"worker_id": identity.worker_id, "incarnation": identity.incarnation}
+
+
+def _ended(seat: _Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence[Command]:
+    reason = ended.finish_reason
+    return seat.owner.stream.ended(
+        seat.epoch,
+        ended.end_offset,
+        FinishReason(reason) if reason in _FINISH_REASONS else FinishReason.UNSPECIFIED,
+        now=now,
+        stop_token_id=ended.stop_token_id if ended.HasField("stop_token_id") else None,
+        failure=_failure_kind(ended.failure),
+        detail=ended.detail,
+        cached_tokens=ended.cached_tokens,
+    )
+
+
+def _refused(seat: _Seat, refused: attempt_pb2.AttemptRefused) -> Sequence[Command]:
+    return seat.owner.stream.refused(
+        seat.epoch,
+        _failure_kind(refused.kind) or FailureKind.ENGINE_ERROR,
+        refused.detail,
+        epoch_known=refused.epoch_known,
+    )
+
+
+_STATES_WITHOUT_PROGRESS: Final = {
+    EngineState.ENGINE_STATE_STARTING: FailureKind.CRASH,
+    EngineState.ENGINE_STATE_DEAD: FailureKind.CRASH,
+    EngineState.ENGINE_STATE_STALLED: FailureKind.STALL,
+}
+"""What to call it when a sidecar reports this and does not say more."""
+
+_FINISH_REASONS = frozenset(map(int, FinishReason))
+_FAILURE_KINDS = frozenset(map(int, FailureKind))
+
+_FAILURES_OF_REASONS: Final = {
+    Reason.FENCED: FailureKind.FENCED,
+    Reason.DRAINING: FailureKind.DRAIN,
+    Reason.UNREACHABLE: FailureKind.CRASH,
+    Reason.CANCELLED: FailureKind.CRASH,  # How a server that stops ends its calls.
+}
+
+
+def _diagnosis(error: grpc.aio.AioRpcError) -> tuple[FailureKind, str]:
+    """What the status of a Relay call says about the sidecar."""
+    meaning = from_rpc_error(error)
+    kind = _FAILURES_OF_REASONS.get(meaning.reason, FailureKind.PROTOCOL)
+    return kind, f"{meaning.reason.name}: {meaning.detail}"
+
+
+def _failure_kind(value: int) -> FailureKind:
+    """A kind that is not known here, of a newer contract, is an error of the engine."""
+    return FailureKind(value) if value in _FAILURE_KINDS else FailureKind.ENGINE_ERROR
+
+
+def _problem_of(description: worker_pb2.EngineDescription) -> str | None:
+    """Why an engine cannot be used as described, if it cannot."""
+    if not (description.model and description.tokenizer_fingerprint):
+        return "expected a description with model and tokenizer, got one without"
+    if not (description.context_length and description.block_size):
+        return "expected a description with context_length and block_size, got one without"
+    return None
+
+
+def _engine_detail(verdict: relay_service_pb2.EngineVerdict) -> str:
+    if verdict.state == EngineState.ENGINE_STATE_SERVING:
+        return ""
+    known = verdict.state in EngineState.values()
+    name = EngineState.Name(verdict.state) if known else str(verdict.state)
+    state = name.removeprefix("ENGINE_STATE_").lower()
+    return f"engine {state}: {verdict.detail}" if verdict.detail else f"engine {state}"
+
+
+def _asset(message: worker_pb2.Tokenizer) -> TokenizerAsset:
+    return TokenizerAsset(
+        tokenizer_json=message.tokenizer_json,
+        chat_template=message.chat_template,
+        bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
+        eos_token_ids=frozenset(message.eos_token_ids),
+        vocab_size=message.vocab_size,
+    )

@@ -1,0 +1,181 @@
+"""A frontend as a process: what it is made of, how it starts, how it stops."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from random import SystemRandom
+
+from frontend.admin import Admin
+from frontend.config import FrontendConfig
+from frontend.dispatch import Dispatcher
+from frontend.gateway import Gateway, GatewayLimits
+from frontend.links import Links
+from frontend.mesh_view import MeshView
+from frontend.metrics import FrontendMetrics
+from frontend.relay_call import FrontendIdentity, LinkLimits
+from frontend.requests import Requests
+from frontend.stream import Limits
+from unbroken import discovery, log, metrics
+from unbroken.config import split_address
+from unbroken.discovery import FRONTENDS, Discovery, Registration
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.health import add_health
+from unbroken.transport import listen, make_server
+from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc, worker_pb2
+
+INFERENCE_SERVICE = "unbroken.v1.InferenceService"
+ADMIN_SERVICE = "unbroken.v1.AdminService"
+CANCELLED_GRACE_S = 1.0
+"""How long clients may take to read the end of a stream that the shutdown cut."""
+
+_log = log.get_logger(__name__)
+
+
+class Frontend:
+    """One life of a frontend, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        config: FrontendConfig,
+        *,
+        where: Discovery | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`where` is the discovery of the configuration, unless given."""
+        self._config = config
+        self._clock = clock
+        self._discovery = where or discovery.connect(config.discovery)
+        self._registry = metrics.new_registry()
+        self.mesh = MeshView()
+        self.address = ""
+        """host:port of the services, once started."""
+        self._metrics_server: metrics.MetricsServer | None = None
+        self._registration: Registration[worker_pb2.FrontendRecord] | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serve, then join the mesh. Raises OSError if an address is taken."""
+        config = self._config
+        incarnation = await self._discovery.new_incarnation(FRONTENDS, config.frontend_id)
+        identity = FrontendIdentity(config.frontend_id, incarnation)
+        counted = FrontendMetrics(self._registry)
+        self._links = Links(
+            self.mesh,
+            identity,
+            LinkLimits(
+                heartbeat_interval_s=config.heartbeat_interval_s,
+                silence_max_s=config.link_silence_max_s,
+            ),
+            count_tokens=counted.count_tokens,
+            clock=self._clock,
+        )
+        dispatcher = Dispatcher(self.mesh, self._links, counted, clock=self._clock)
+        self._requests = Requests(running_max=config.requests_running_max, clock=self._clock)
+        self._gateway = Gateway(
+            config.frontend_id,
+            self.mesh,
+            dispatcher,
+            self._requests,
+            GatewayLimits(
+                Limits(
+                    migrations_max=config.migrations_max,
+                    window_tokens=config.window_tokens,
+                    placement_timeout_s=config.placement_timeout_s,
+                    regenerate_tokens_max=config.regenerate_tokens_max,
+                ),
+                deadline_margin_s=config.deadline_margin_s,
+            ),
+            random=SystemRandom(),
+            clock=self._clock,
+        )
+        counted.observe(
+            num_running=lambda: self._requests.num_running,
+            num_waiting=lambda: dispatcher.num_waiting,
+            num_links_up=lambda: self._links.num_up,
+        )
+        self._server = make_server()
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
+            self._gateway, self._server
+        )
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
+            Admin(self.mesh, self._links, clock=self._clock), self._server
+        )
+        self._health = add_health(self._server, [INFERENCE_SERVICE, ADMIN_SERVICE])
+        self.address = listen(self._server, config.listen)
+        if config.metrics_listen is not None:
+            host, port = split_address(config.metrics_listen)
+            self._metrics_server = metrics.serve(self._registry, host, port)
+        await self._server.start()
+        self._health.set_all(is_serving=True)
+        for name in ("readiness", "liveness"):
+            self._health.set(name, is_serving=True)
+        self.mesh.on_change.append(self._tell_models)
+        self._following = asyncio.create_task(
+            self._links.follow(self._discovery), name="follow discovery"
+        )
+        self._registration = await self._discovery.register(FRONTENDS, self._record(identity))
+        _log.info("frontend serves", address=self.address, incarnation=incarnation)
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Take nothing new, let running streams finish for a while, end the rest. Idempotent."""
+        self._gateway.drain()
+        self._health.set_all(is_serving=False)
+        self._health.set("liveness", is_serving=True)
+        if self._registration is not None:
+            await self._registration.close()
+        if not await self._requests.until_none(grace_s):
+            self.cut_short()
+            await self._requests.until_none(CANCELLED_GRACE_S)
+        await self._server.stop(None)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._links.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
+            self._metrics_server = None
+        _log.info("frontend stopped")
+
+    def cut_short(self) -> None:
+        """End all running streams; their clients are told why."""
+        self._requests.cancel_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
+
+    def _record(self, identity: FrontendIdentity) -> worker_pb2.FrontendRecord:
+        return worker_pb2.FrontendRecord(
+            frontend_id=identity.frontend_id,
+            incarnation=identity.incarnation,
+            address=self._config.advertise or self.address,
+            pid=os.getpid(),
+            metrics_address=self._metrics_server.address if self._metrics_server else "",
+        )
+
+    def _tell_models(self) -> None:
+        """Health of each model: whether a worker takes requests for it."""
+        for name in self.mesh.model_names():
+            self._health.set(f"model/{name}", is_serving=self.mesh.num_ready(name) > 0)
+
+
+async def serve(config: FrontendConfig) -> None:
+    """Run a frontend until SIGTERM or SIGINT; a second signal cuts the streams short."""
+    loop = asyncio.get_running_loop()
+    signalled = asyncio.Event()
+    again = asyncio.Event()
+
+    def receive() -> None:
+        (again if signalled.is_set() else signalled).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, receive)
+    frontend = Frontend(config)
+    await frontend.start()
+    await signalled.wait()
+    _log.info("frontend is asked to stop", grace_s=config.shutdown_grace_s)
+    stopping = asyncio.create_task(frontend.stop(config.shutdown_grace_s))
+    hurry = asyncio.create_task(again.wait())
+    await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        frontend.cut_short()
+    hurry.cancel()
+    await stopping

@@ -1,0 +1,461 @@
+"""A sidecar that behaves, or misbehaves on cue, and a discovery that says what it is told.
+
+The engine behind it makes token i from everything before it (prompt, output, seed), so whatever way
+a stream goes on, one wrong token changes all that follow. Its ids are letters, so text is simple.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import grpc.aio
+from typing_extensions import override
+
+from unbroken.discovery import Discovery, Kind, Registration
+from unbroken.tokenizer import Tokenizer, TokenizerAsset
+from unbroken.transport import listen, make_server
+from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2, worker_pb2
+from unbroken.v1.relay_service_pb2_grpc import (
+    RelayServiceServicer,
+    add_RelayServiceServicer_to_server,
+)
+
+MODEL = "letters"
+CONTEXT_LENGTH = 4096
+BOS, IM_START, IM_END = 256, 257, 258
+VOCAB_SIZE = 260
+FINGERPRINT = "letters-tokenizer"
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _tokenizer_json() -> bytes:
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    char_of = {byte: chr(byte) for byte in printable}
+    char_of |= {byte: chr(0x100 + index) for index, byte in enumerate(others)}
+    special = {"<|bos|>": BOS, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": token_id, "content": text, "special": True, **flags}
+                for text, token_id in special.items()
+            ],
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "vocab": {char: byte for byte, char in char_of.items()},
+                "merges": [],
+            },
+        }
+    ).encode()
+
+
+ASSET = TokenizerAsset(
+    tokenizer_json=_tokenizer_json(),
+    chat_template=CHAT_TEMPLATE,
+    bos_token_id=BOS,
+    eos_token_ids=frozenset({IM_END}),
+    vocab_size=VOCAB_SIZE,
+)
+
+
+def tokenizer() -> Tokenizer:
+    """The tokenizer of the model; id b is byte b."""
+    return Tokenizer(ASSET)
+
+
+def next_token(sequence: Sequence[int], seed: int) -> int:
+    """The letter after `sequence`, which is prompt and output together."""
+    digest = hashlib.blake2b(repr((list(sequence), seed)).encode(), digest_size=2).digest()
+    return ord("a") + digest[0] % 26
+
+
+def reference(prompt: Sequence[int], num_tokens: int, seed: int = 0) -> list[int]:
+    """What an undisturbed run gives."""
+    sequence = list(prompt)
+    for _ in range(num_tokens):
+        sequence.append(next_token(sequence, seed))
+    return sequence[len(prompt) :]
+
+
+@dataclass
+class Running:
+    """One attempt at the fake engine."""
+
+    start: attempt_pb2.StartAttempt
+    sequence: list[int]
+    offset: int
+    acked: int
+    end: int
+    """Offset at which the budget is spent."""
+
+
+@dataclass
+class FakeSidecar(RelayServiceServicer):
+    """A RelayService with an engine of its own."""
+
+    worker_id: str
+    incarnation: int = 1
+    model: str = MODEL
+    step_s: float | None = 0.001
+    """None: `step` is called by the test."""
+    capabilities: worker_pb2.EngineCapabilities = field(
+        default_factory=lambda: worker_pb2.EngineCapabilities(
+            native_resume=True,
+            random_source=worker_pb2.RANDOM_SOURCE_POSITIONAL,
+            repetition_penalty_counts_prompt=True,
+            logit_bias=True,
+            constraints=True,
+            logprobs=True,
+            seed_bits=64,
+        )
+    )
+    numerics_id: str = "letters-1"
+    is_batch_invariant: bool = True
+    context_length: int = CONTEXT_LENGTH
+    state: worker_pb2.EngineState.ValueType = worker_pb2.ENGINE_STATE_SERVING
+    welcome_identity: worker_pb2.WorkerIdentity | None = None
+    protocol_version: int = 1
+    cached_tokens: int = 0
+    refuse: list[attempt_pb2.AttemptRefused] = field(
+        default_factory=list[attempt_pb2.AttemptRefused]
+    )
+    """Refusals for the next starts; slots are filled in."""
+    on_step: Callable[[attempt_pb2.StepFrame], None] | None = None
+    """May change a frame before it is sent."""
+    tokens_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        self.address = ""
+        self.hellos: list[relay_service_pb2.RelayHello] = []
+        self.starts: list[attempt_pb2.StartAttempt] = []
+        self.aborts: list[int] = []
+        self.acks: list[tuple[int, int]] = []
+        self.heartbeats: list[relay_service_pb2.Heartbeat] = []
+        self.num_tokenizers_sent = 0
+        self.running: dict[int, Running] = {}
+        self.is_hung = False
+        self._news = asyncio.Event()
+        self._calls: list[asyncio.Queue[relay_service_pb2.RelayResponse]] = []
+        self._frame_sequence = 0
+        self._server: grpc.aio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # Its life.
+
+    async def begin(self) -> None:
+        """Listen, at the same address as before if it had one."""
+        self._server = make_server()
+        add_RelayServiceServicer_to_server(self, self._server)
+        self.address = listen(self._server, self.address or "127.0.0.1:0")
+        await self._server.start()
+        self._tasks = [asyncio.create_task(self._beat())]
+        if self.step_s is not None:
+            self._tasks.append(asyncio.create_task(self._run()))
+
+    async def die(self) -> None:
+        """The process is gone: all calls break, nothing more is said."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+        self.running.clear()
+        self._calls.clear()
+
+    @property
+    def record(self) -> worker_pb2.WorkerRecord:
+        """What it publishes."""
+        return worker_pb2.WorkerRecord(
+            identity=worker_pb2.WorkerIdentity(
+                worker_id=self.worker_id, incarnation=self.incarnation
+            ),
+            address=self.address,
+            model=self.model,
+        )
+
+    @property
+    def description(self) -> worker_pb2.EngineDescription:
+        return worker_pb2.EngineDescription(
+            kind="fake",
+            version="1",
+            model=self.model,
+            context_length=self.context_length,
+            block_size=16,
+            batch_size_max=64,
+            prefill_tokens_max=512,
+            numerics=worker_pb2.NumericsClass(
+                id=self.numerics_id, batch_invariant=self.is_batch_invariant
+            ),
+            capabilities=self.capabilities,
+            tokenizer_fingerprint=FINGERPRINT,
+            num_ranks=1,
+        )
+
+    # Cues.
+
+    def say(self, response: relay_service_pb2.RelayResponse) -> None:
+        """To every frontend."""
+        for queue in self._calls:
+            queue.put_nowait(response)
+
+    def say_frame(self, frame: attempt_pb2.StepFrame) -> None:
+        """With the right sequence number, unless it has one."""
+        self._frame_sequence += 1
+        frame.sequence = frame.sequence or self._frame_sequence
+        self.say(relay_service_pb2.RelayResponse(frame=frame))
+
+    def say_state(
+        self,
+        state: worker_pb2.EngineState.ValueType,
+        failure: worker_pb2.FailureKind.ValueType = worker_pb2.FAILURE_KIND_UNSPECIFIED,
+    ) -> None:
+        """A verdict."""
+        self.state = state
+        self.say(relay_service_pb2.RelayResponse(verdict=self._verdict(failure)))
+
+    def step(self) -> attempt_pb2.StepFrame | None:
+        """One engine step: what it produced was sent."""
+        frame = attempt_pb2.StepFrame()
+        for slot, one in list(self.running.items()):
+            stopping = one.start.checkpoint.params.stopping
+            ids: list[int] = []
+            while (
+                len(ids) < self.tokens_per_step
+                and one.offset + len(ids) < one.end
+                and one.offset + len(ids) < one.acked + one.start.window_tokens
+            ):
+                seed = one.start.checkpoint.params.sampling.seed
+                token = next_token(one.sequence, seed)
+                one.sequence.append(token)
+                ids.append(token)
+                if token in stopping.stop_token_ids:
+                    one.end = one.offset + len(ids)
+            if not ids:
+                continue
+            frame.slots.append(slot)
+            frame.offsets.append(one.offset)
+            frame.token_ids.extend(ids)
+            if self.tokens_per_step > 1:
+                frame.token_counts.append(len(ids))
+            if one.start.checkpoint.params.HasField("logprobs"):
+                frame.logprobs.add(
+                    slot=slot, tokens=[generation_pb2.TokenLogprobs(logprob=-1.0) for _ in ids]
+                )
+            one.offset += len(ids)
+            if one.offset == one.end:
+                del self.running[slot]
+                is_stop = ids[-1] in stopping.stop_token_ids
+                frame.ended.add(
+                    slot=slot,
+                    end_offset=one.offset,
+                    finish_reason=(
+                        generation_pb2.FINISH_REASON_STOP
+                        if is_stop
+                        else generation_pb2.FINISH_REASON_LENGTH
+                    ),
+                    stop_token_id=ids[-1] if is_stop else None,
+                    cached_tokens=self.cached_tokens,
+                )
+        if not frame.slots:
+            return None
+        if self.on_step is not None:
+            self.on_step(frame)
+        self.say_frame(frame)
+        return frame
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Wait until something that the frontend says makes the condition true."""
+        async with asyncio.timeout(5):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
+
+    # The service.
+
+    @override
+    async def Relay(
+        self, request_iterator: AsyncIterator[relay_service_pb2.RelayRequest], context: Any
+    ) -> AsyncIterator[relay_service_pb2.RelayResponse]:
+        queue: asyncio.Queue[relay_service_pb2.RelayResponse] = asyncio.Queue()
+        reader = asyncio.create_task(self._listen(request_iterator, queue))
+        try:
+            while True:
+                response = await queue.get()
+                if self.is_hung:
+                    await asyncio.Event().wait()
+                yield response
+        finally:
+            reader.cancel()
+            if queue in self._calls:
+                self._calls.remove(queue)
+
+    @override
+    async def GetTokenizer(
+        self, request: relay_service_pb2.GetTokenizerRequest, context: Any
+    ) -> relay_service_pb2.GetTokenizerResponse:
+        self.num_tokenizers_sent += 1
+        return relay_service_pb2.GetTokenizerResponse(
+            tokenizer=worker_pb2.Tokenizer(
+                tokenizer_json=ASSET.tokenizer_json,
+                chat_template=ASSET.chat_template,
+                bos_token_id=ASSET.bos_token_id,
+                eos_token_ids=sorted(ASSET.eos_token_ids),
+                vocab_size=ASSET.vocab_size,
+            ),
+            fingerprint=FINGERPRINT,
+        )
+
+    async def _listen(
+        self,
+        requests: AsyncIterator[relay_service_pb2.RelayRequest],
+        queue: asyncio.Queue[relay_service_pb2.RelayResponse],
+    ) -> None:
+        async for request in requests:
+            match request.WhichOneof("request"):
+                case "hello":
+                    self.hellos.append(request.hello)
+                    self._frame_sequence = 0
+                    queue.put_nowait(self._welcome())
+                    self._calls.append(queue)
+                case "start":
+                    self._start(request.start)
+                case "abort":
+                    self.aborts.append(request.abort.slot)
+                    self.running.pop(request.abort.slot, None)
+                case "ack":
+                    pairs = zip(request.ack.slots, request.ack.offsets, strict=True)
+                    for slot, offset in pairs:
+                        self.acks.append((slot, offset))
+                        if slot in self.running:
+                            self.running[slot].acked = offset
+                case "heartbeat":
+                    self.heartbeats.append(request.heartbeat)
+                case _:
+                    raise AssertionError(f"unexpected {request}")
+            self._news.set()
+
+    def _start(self, start: attempt_pb2.StartAttempt) -> None:
+        self.starts.append(start)
+        if self.refuse:
+            refused = self.refuse.pop(0)
+            refused.slot = start.slot
+            self.say_frame(attempt_pb2.StepFrame(refused=[refused]))
+            return
+        checkpoint = start.checkpoint
+        first = checkpoint.first_offset
+        is_native = bool(checkpoint.output_token_ids)
+        max_tokens = checkpoint.params.stopping.max_tokens
+        self.running[start.slot] = Running(
+            start=start,
+            sequence=[*checkpoint.prompt_token_ids, *checkpoint.output_token_ids],
+            offset=first,
+            acked=first,
+            end=max_tokens if is_native else first + max_tokens,
+        )
+
+    def _welcome(self) -> relay_service_pb2.RelayResponse:
+        identity = self.welcome_identity or self.record.identity
+        return relay_service_pb2.RelayResponse(
+            welcome=relay_service_pb2.RelayWelcome(
+                protocol_version=self.protocol_version,
+                identity=identity,
+                verdict=self._verdict(),
+            )
+        )
+
+    def _verdict(
+        self,
+        failure: worker_pb2.FailureKind.ValueType = worker_pb2.FAILURE_KIND_UNSPECIFIED,
+    ) -> relay_service_pb2.EngineVerdict:
+        is_known = self.state in {
+            worker_pb2.ENGINE_STATE_SERVING,
+            worker_pb2.ENGINE_STATE_DRAINING,
+        }
+        return relay_service_pb2.EngineVerdict(
+            state=self.state,
+            engine_incarnation=1,
+            failure=failure,
+            description=self.description if is_known else None,
+        )
+
+    async def _beat(self) -> None:
+        sequence = 0
+        while True:
+            sequence += 1
+            heartbeat = relay_service_pb2.Heartbeat(sequence=sequence)
+            self.say(relay_service_pb2.RelayResponse(heartbeat=heartbeat))
+            await asyncio.sleep(0.05)
+
+    async def _run(self) -> None:
+        assert self.step_s is not None
+        while True:
+            self.step()
+            await asyncio.sleep(self.step_s)
+
+
+class _Registration:
+    """A registration that nobody looks at."""
+
+    async def update(self, record: Any) -> None:
+        """Nothing."""
+
+    async def close(self) -> None:
+        """Nothing."""
+
+
+class FakeDiscovery(Discovery):
+    """Says what it is told."""
+
+    def __init__(self) -> None:
+        self._members: Mapping[str, Any] = MappingProxyType({})
+        self._changed = asyncio.Event()
+        self.registered: list[Any] = []
+
+    def announce(self, *records: worker_pb2.WorkerRecord) -> None:
+        """These are the workers from now on."""
+        self._members = {record.identity.worker_id: record for record in records}
+        self._changed.set()
+
+    @override
+    async def new_incarnation(self, kind: Kind[Any], instance_id: str) -> int:
+        """Always the first."""
+        return 1
+
+    @override
+    async def register(self, kind: Kind[Any], record: Any) -> Registration[Any]:
+        """Remember it."""
+        self.registered.append(record)
+        return _Registration()
+
+    @override
+    async def snapshot(self, kind: Kind[Any]) -> Mapping[str, Any]:
+        """The workers."""
+        return self._members
+
+    @override
+    async def watch(self, kind: Kind[Any]) -> AsyncGenerator[Mapping[str, Any], None]:
+        """The workers, whenever they change."""
+        while True:
+            self._changed.clear()
+            yield self._members
+            await self._changed.wait()
