@@ -74,7 +74,7 @@ class Options(TypedDict, total=False):
     request_id: str
     model: str
     num_choices: int
-    continuation: pb.ContinuationPolicy
+    continuation: pb.ContinuationPolicy.ValueType
     migrations_max: int
     priority: int
     tenant: str

@@ -83,6 +83,7 @@ class LocalMesh:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._records: Mapping[str, pb.WorkerRecord] = MappingProxyType({})
         self._frontend: pb.FrontendRecord | None = None
+        self._ends_told: set[str] = set()
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -161,6 +162,33 @@ class LocalMesh:
             await asyncio.gather(self._watch, return_exceptions=True)
             self._watch = None
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether the frontend runs."""
+        frontend = self._processes.get(_FRONTEND_ID)
+        return frontend is not None and frontend.returncode is None
+
+    async def until_one_ends(self) -> tuple[str, int]:
+        """Wait until a process of the mesh ends by itself or is killed; its name and status.
+
+        Each end is told once. Raises `MeshError` if none is left.
+        """
+        waits = {
+            asyncio.create_task(process.wait()): name
+            for name, process in self._processes.items()
+            if name not in self._ends_told
+        }
+        if not waits:
+            raise MeshError("all processes have ended")
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+        task = min(done, key=waits.__getitem__)
+        self._ends_told.add(waits[task])
+        return waits[task], task.result()
+
     def kill(self, worker_id: str, what: Target = "host") -> None:
         """SIGKILL `what` of a worker; raises UnbrokenError if it is not there."""
         if worker_id not in self._records:
@@ -199,6 +227,7 @@ class LocalMesh:
     async def _run(self, name: str, module: str, flags: Sequence[str]) -> None:
         """Start `python -m module`, tethered and marked; its output goes to its log file."""
         command = [sys.executable, "-m", module, *flags]
+        self._ends_told.discard(name)
         path = self.log_directory / f"{name}.log"
         with path.open("ab") as output:
             self._processes[name] = await asyncio.create_subprocess_exec(
