@@ -564,6 +564,9 @@ class Stream:
         return (Ack(self.epoch, sent),)
 
     def _delivered_bytes(self) -> bytes:
+        """What a constraint has seen; nobody else asks."""
+        if self.original.params.constraint is None:
+            return b""
         return b"".join([self._bytes[token_id] for token_id in self.ledger])
 
     def _done(self, outcome: Outcome) -> list[Command]:
