@@ -1,7 +1,7 @@
 """Typed configuration: flags, environment, a file and defaults become one frozen model.
 
     class SidecarConfig(ProcessConfig):
-        heartbeat_interval_s: float = Field(0.1, gt=0)
+        heartbeat_interval_s: float = Field(default=0.1, gt=0)
         \"\"\"Seconds between two heartbeats.\"\"\"
 
     config = load(SidecarConfig, sys.argv[1:], prog="sidecar")
