@@ -28,7 +28,8 @@ class Abilities:
     """What an engine can do for a continuation; from `EngineDescription`."""
 
     numerics_id: str
-    is_batch_invariant: bool = True
+    is_invariant: bool = True
+    """Logits depend neither on what shares a batch nor on how tokens were split into batches."""
     has_native_resume: bool = False
     has_seeds: bool = True
     has_positional_random: bool = False
@@ -47,10 +48,10 @@ class Verdict:
 
 def exact_way(params: GenerationParams, abilities: Abilities) -> Verdict:
     """The cheapest exact way for a request, as far as admission can know it."""
-    if not abilities.is_batch_invariant:
+    if not abilities.is_invariant:
         return Verdict(
             ContinuationClass.NONE,
-            "the engine's numerics depend on what shares its batch",
+            "the engine's logits depend on the shape of its batches",
         )
     if abilities.has_native_resume:
         return Verdict(ContinuationClass.NATIVE)

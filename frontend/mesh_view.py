@@ -179,7 +179,12 @@ class MeshView:
             context_length=max(peer.context_length for peer in peers),
             abilities=tuple(dict.fromkeys(abilities_of(peer) for peer in peers)),
             has_logit_bias=any(one.logit_bias for one in able),
-            has_constraints=any(one.constraints for one in able),
+            constraints=frozenset(
+                kind
+                for one in able
+                for kind in ("json_schema", "json_object", "regex", "lark", "choice")
+                if getattr(one.constraints, kind)
+            ),
             has_logprobs=any(one.logprobs for one in able),
             seed_bits=min((one.seed_bits for one in able if one.seed_bits), default=64),
         )
@@ -197,7 +202,7 @@ def abilities_of(description: worker_pb2.EngineDescription) -> Abilities:
     able = description.capabilities
     return Abilities(
         numerics_id=description.numerics.id,
-        is_batch_invariant=description.numerics.batch_invariant,
+        is_invariant=description.numerics.batch_invariant and description.numerics.split_invariant,
         has_native_resume=able.native_resume,
         has_seeds=able.seed_bits > 0,
         has_positional_random=able.random_source

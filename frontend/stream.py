@@ -268,7 +268,7 @@ class Stream:
         ways = {attempt.way for attempt in self.attempts[1:]}
         if ContinuationClass.INEXACT in ways:
             return Continued.INEXACT
-        return Continued.EXACT if ways else Continued.UNSPECIFIED
+        return Continued.EXACT if ways else Continued.NEVER
 
     @property
     def cumulative_logprob(self) -> float | None:

@@ -23,7 +23,6 @@ class Checkpoint:
     params: GenerationParams
     output_token_ids: tuple[int, ...] = ()
     first_offset: int = 0
-    kv_block_hashes: tuple[int, ...] = ()
 
 
 def checkpoint_from_proto(message: pb.Checkpoint, *, vocab_size: int) -> Checkpoint:
@@ -37,18 +36,14 @@ def checkpoint_from_proto(message: pb.Checkpoint, *, vocab_size: int) -> Checkpo
         params=params_from_proto(message.params, vocab_size=vocab_size),
         output_token_ids=output,
         first_offset=message.first_offset,
-        kv_block_hashes=tuple(message.kv.block_hashes),
     )
 
 
 def checkpoint_to_proto(checkpoint: Checkpoint) -> pb.Checkpoint:
     """The inverse of `checkpoint_from_proto`."""
-    message = pb.Checkpoint(
+    return pb.Checkpoint(
         prompt_token_ids=checkpoint.prompt_token_ids,
         output_token_ids=checkpoint.output_token_ids,
         params=params_to_proto(checkpoint.params),
         first_offset=checkpoint.first_offset,
     )
-    if checkpoint.kv_block_hashes:
-        message.kv.block_hashes.extend(checkpoint.kv_block_hashes)
-    return message

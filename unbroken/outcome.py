@@ -60,5 +60,6 @@ class Continued(IntEnum):
     """What became of an output's exactness (inference_service.proto)."""
 
     UNSPECIFIED = 0
-    EXACT = 1
-    INEXACT = 2
+    NEVER = 1
+    EXACT = 2
+    INEXACT = 3
