@@ -6,28 +6,23 @@ one. Results go to stdout, everything else to stderr. Exit status: 0 done, 1 fai
 """
 
 import asyncio
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime
+from collections.abc import Coroutine, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, Final
 
 import typer
 import uvloop
-from google.protobuf import json_format
-from google.protobuf.message import Message
 
-from unbroken import discovery
-from unbroken.client import Client, GenerateOptions, GenerationStream, Piece
+from unbroken import discovery, terminal
+from unbroken.client import Client, GenerateOptions
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError, kill_worker
-from unbroken.v1 import admin_service_pb2 as admin_pb
+from unbroken.terminal import Output
 from unbroken.v1 import inference_service_pb2 as pb
-from unbroken.v1 import worker_pb2
 
 DISCOVERY_DEFAULT: Final = Path(".run") / "mesh"
 
@@ -38,13 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Output(StrEnum):
-    """How results are written."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 class EngineKind(StrEnum):
@@ -181,11 +169,11 @@ def generate(
     options: GenerateOptions = {k: v for k, v in given.items() if v is not None}  # type: ignore[assignment]
 
     async def scenario() -> None:
-        async with await _connect(frontend, directory) as client:
-            stream = client.generate(timeout_s=timeout_s, **options)
-            printer = _EventPrinter() if output is Output.JSON else _TextPrinter(num_choices or 1)
-            async with stream:
-                await _print_stream(stream, printer)
+        async with (
+            await _connect(frontend, directory) as client,
+            client.generate(timeout_s=timeout_s, **options) as stream,
+        ):
+            await terminal.show_stream(stream, output, num_choices or 1)
 
     _run(scenario(), output)
 
@@ -201,8 +189,7 @@ def workers(
     async def scenario() -> None:
         async with await _connect(frontend, directory) as client:
             found = await client.list_workers()
-        columns = "WORKER MODEL LINK ENGINE ATTEMPTS KV-BLOCKS WAITING SIDECAR ENGINE-PGID ADDRESS"
-        _print_messages(output, found, columns, _worker_row)
+        terminal.show_list(output, found, terminal.WORKERS)
 
     _run(scenario(), output)
 
@@ -218,8 +205,7 @@ def streams(
     async def scenario() -> None:
         async with await _connect(frontend, directory) as client:
             found = [stream async for stream in client.list_streams()]
-        columns = "REQUEST MODEL CLASS STATE WORKERS TOKENS SENT MIGRATIONS ADMITTED"
-        _print_messages(output, found, columns, _stream_row)
+        terminal.show_list(output, found, terminal.STREAMS)
 
     _run(scenario(), output)
 
@@ -235,7 +221,7 @@ def models(
     async def scenario() -> None:
         async with await _connect(frontend, directory) as client:
             found = await client.list_models()
-        _print_messages(output, found, "MODEL WORKERS CONTEXT CHAT", _model_row)
+        terminal.show_list(output, found, terminal.MODELS)
 
     _run(scenario(), output)
 
@@ -257,7 +243,7 @@ def kill(
                 Reason.NO_WORKER, f"expected a worker of {directory} ({known}), got {worker!r}"
             )
         kill_worker(found[worker], what.value)
-        _print_result(
+        terminal.show_result(
             output, {"worker": worker, "killed": what.value}, f"killed {what.value} of {worker}"
         )
 
@@ -278,7 +264,7 @@ def cancel(
         async with await _connect(frontend, directory) as client:
             was_running = await client.cancel(request_id, is_soft=soft)
         text = f"cancelled {request_id}" if was_running else f"{request_id} was not running"
-        _print_result(output, {"request_id": request_id, "was_running": was_running}, text)
+        terminal.show_result(output, {"request_id": request_id, "was_running": was_running}, text)
 
     _run(scenario(), output)
 
@@ -296,218 +282,24 @@ async def _up(mesh: LocalMesh, output: Output) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _cancel_once, task)
     try:
-        _note("starting; engines load their models")
+        terminal.note("starting; engines load their models")
         async with mesh:
-            _print_mesh(mesh, output)
+            terminal.show_mesh(mesh, output)
             while True:
                 name, status = await mesh.until_one_ends()
-                _note(f"{name} ended with status {status}; log: {mesh.log_directory / name}.log")
+                terminal.note(
+                    f"{name} ended with status {status}; log: {mesh.log_directory / name}.log"
+                )
                 if not mesh.is_serving:
                     raise MeshError("the frontend ended")
     except asyncio.CancelledError:
-        _note("stopped")
+        terminal.note("stopped")
 
 
 def _cancel_once(task: asyncio.Task[Any]) -> None:
     """A second signal must not break off the stopping."""
     if not task.cancelling():
         task.cancel()
-
-
-def _print_mesh(mesh: LocalMesh, output: Output) -> None:
-    if output is Output.JSON:
-        facts = {
-            "frontend": mesh.frontend_address,
-            "discovery": str(mesh.directory),
-            "logs": str(mesh.log_directory),
-            "workers": [_to_dict(record) for record in mesh.workers.values()],
-        }
-        print(json.dumps(facts), flush=True)  # noqa: T201
-        return
-    lines = [
-        f"frontend  {mesh.frontend_address}",
-        *(f"worker    {name} at {record.address}" for name, record in mesh.workers.items()),
-        f"logs      {mesh.log_directory}",
-        "",
-        'Try: unbroken generate "Tell me about the sea"     Stop: Ctrl-C',
-    ]
-    print("\n".join(lines), flush=True)  # noqa: T201
-
-
-class _Printer(Protocol):
-    """Shows a stream as it comes."""
-
-    def started(self, started: pb.StreamStarted) -> None: ...
-    def piece(self, piece: Piece) -> None: ...
-    def finished(self, finished: pb.StreamFinished) -> None: ...
-
-
-async def _print_stream(stream: GenerationStream, printer: _Printer) -> None:
-    is_started = False
-    try:
-        async for piece in stream:
-            if stream.started is not None and not is_started:
-                is_started = True
-                printer.started(stream.started)
-            printer.piece(piece)
-    finally:
-        if stream.finished is not None:
-            printer.finished(stream.finished)
-
-
-class _TextPrinter:
-    """Text as it comes; several choices one after the other, at the end."""
-
-    def __init__(self, num_choices: int) -> None:
-        self._texts = [""] * num_choices
-        self._is_at_line_start = True
-
-    def started(self, started: pb.StreamStarted) -> None:
-        pass
-
-    def piece(self, piece: Piece) -> None:
-        self._texts[piece.choice_index] += piece.text
-        if len(self._texts) == 1:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-
-    def finished(self, finished: pb.StreamFinished) -> None:
-        if len(self._texts) > 1:
-            for index, text in enumerate(self._texts):
-                print(f"[{index}] {text}")  # noqa: T201
-        elif not self._texts[0].endswith("\n"):
-            print()  # noqa: T201
-        for line in migration_notes(finished):
-            _note(line)
-
-
-class _EventPrinter:
-    """One JSON object a line."""
-
-    def started(self, started: pb.StreamStarted) -> None:
-        facts = _to_dict(started)
-        del facts["resume_token"]  # A secret; terminals and logs are no place for it.
-        self._print({"event": "started", **facts})
-
-    def piece(self, piece: Piece) -> None:
-        event: dict[str, Any] = {
-            "event": "piece",
-            "choice_index": piece.choice_index,
-            "offset": piece.offset,
-            "token_ids": piece.token_ids,
-            "text": piece.text,
-        }
-        if piece.logprobs:
-            event["logprobs"] = [
-                {
-                    "logprob": position.logprob,
-                    "top_token_ids": position.top_token_ids,
-                    "top_logprobs": position.top_logprobs,
-                }
-                for position in piece.logprobs
-            ]
-        self._print(event)
-
-    def finished(self, finished: pb.StreamFinished) -> None:
-        self._print({"event": "finished", **_to_dict(finished)})
-
-    def _print(self, event: dict[str, Any]) -> None:
-        print(json.dumps(event), flush=True)  # noqa: T201
-
-
-def migration_notes(finished: pb.StreamFinished) -> list[str]:
-    """What happened underneath, one line for each time a choice went on elsewhere."""
-    before: dict[int, pb.AttemptSummary] = {}
-    notes: list[str] = []
-    for attempt in finished.attempts:
-        last = before.get(attempt.choice_index)
-        before[attempt.choice_index] = attempt
-        if last is None:
-            continue
-        kind = _short(worker_pb2.FailureKind, last.failure)
-        result = next(
-            (c for c in finished.choices if c.choice_index == attempt.choice_index),
-            pb.ChoiceResult(),
-        )
-        gap = (
-            f", gap {attempt.gap.ToMicroseconds() / 1000:.1f} ms" if attempt.HasField("gap") else ""
-        )
-        notes.append(
-            f"moved from {last.worker.worker_id} ({kind}) to {attempt.worker.worker_id} "
-            f"at token {attempt.first_offset}{gap}, {_short(pb.Continued, result.continued)}"
-        )
-    return notes
-
-
-def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
-    ranks = worker.load.ranks
-    return (
-        worker.record.identity.worker_id,
-        worker.description.model or worker.record.model,
-        _short(admin_pb.LinkState, worker.link),
-        _short(worker_pb2.EngineState, worker.engine),
-        worker.num_attempts,
-        f"{sum(r.kv_blocks_used for r in ranks)}/{sum(r.kv_blocks_total for r in ranks)}",
-        sum(rank.requests_waiting for rank in ranks),
-        worker.record.sidecar_pid,
-        worker.record.engine_pgid,
-        worker.record.address,
-    )
-
-
-def _stream_row(stream: pb.StreamInfo) -> Sequence[object]:
-    states = sorted({choice.state for choice in stream.choices})
-    names = sorted({c.worker.worker_id for c in stream.choices if c.worker.worker_id})
-    admitted = stream.admitted_at.ToDatetime(tzinfo=UTC).astimezone()
-    return (
-        stream.request_id,
-        stream.model,
-        _short(pb.ContinuationClass, stream.continuation_class),
-        ",".join(_short(pb.StreamState, state) for state in states),
-        ",".join(names) or "-",
-        sum(choice.num_tokens for choice in stream.choices),
-        sum(choice.num_tokens_sent for choice in stream.choices),
-        sum(1 for attempt in stream.attempts if attempt.failure),
-        datetime.strftime(admitted, "%H:%M:%S"),
-    )
-
-
-def _model_row(model: pb.ModelInfo) -> Sequence[object]:
-    return (
-        model.model,
-        f"{model.num_workers_ready}/{model.num_workers}",
-        model.context_length,
-        "yes" if model.has_chat_template else "no",
-    )
-
-
-MessageT = TypeVar("MessageT", bound=Message)
-
-
-def _print_messages(
-    output: Output,
-    messages: Sequence[MessageT],
-    columns: str,
-    row: Callable[[MessageT], Sequence[object]],
-) -> None:
-    """A JSON list, or a table."""
-    if output is Output.JSON:
-        print(json.dumps([_to_dict(message) for message in messages]))  # noqa: T201
-        return
-    rows = [columns.split(), *([str(cell) for cell in row(message)] for message in messages)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for cells in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        print(line.rstrip())  # noqa: T201
-
-
-def _print_result(output: Output, facts: dict[str, Any], text: str) -> None:
-    print(json.dumps(facts) if output is Output.JSON else text)  # noqa: T201
-
-
-def _note(text: str) -> None:
-    """Something beside the result, dim if a terminal shows it."""
-    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)  # noqa: T201
 
 
 async def _connect(frontends: Sequence[str] | None, directory: Path) -> Client:
@@ -528,28 +320,13 @@ def _run(scenario: Coroutine[Any, Any, None], output: Output) -> None:
     try:
         uvloop.run(scenario)
     except (UnbrokenError, MeshError) as error:
-        _fail(error, output)
+        terminal.show_error(output, error)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except BrokenPipeError:  # The reader, such as `head`, has had enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-
-
-def _fail(error: UnbrokenError | MeshError, output: Output) -> NoReturn:
-    reason = error.reason.value if isinstance(error, UnbrokenError) else "MESH"
-    retry_after_s = error.retry_after_s if isinstance(error, UnbrokenError) else None
-    if output is Output.JSON:
-        facts: dict[str, Any] = {"event": "error", "reason": reason, "detail": str(error)}
-        if isinstance(error, UnbrokenError) and error.metadata:
-            facts["metadata"] = error.metadata
-        if retry_after_s is not None:
-            facts["retry_after_s"] = retry_after_s
-        print(json.dumps(facts), flush=True)  # noqa: T201
-    else:
-        hint = f" (try again in {retry_after_s:.1f} s)" if retry_after_s is not None else ""
-        print(f"error: {reason}: {error}{hint}", file=sys.stderr)  # noqa: T201
-    raise typer.Exit(1)
 
 
 def _parse_token_ids(text: str) -> list[int]:
@@ -562,28 +339,6 @@ def _parse_token_ids(text: str) -> list[int]:
 def _continuation_to_proto(continuation: Continuation) -> pb.ContinuationPolicy.ValueType:
     name = f"CONTINUATION_POLICY_{continuation.value.upper().replace('-', '_')}"
     return pb.ContinuationPolicy.Value(name)
-
-
-def _to_dict(message: Message) -> dict[str, Any]:
-    return json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-
-
-class _EnumType(Protocol):
-    def Name(self, number: Any) -> str: ...  # noqa: N802
-
-
-def _short(enum: _EnumType, value: int) -> str:
-    """The name of an enum's value without what all its names begin with; "-" for none."""
-    if value == 0:
-        return "-"
-    try:
-        name = enum.Name(value)
-    except ValueError:
-        return str(value)
-    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
-    return name.removeprefix(prefix).lower().replace("_", "-")
 
 
 if __name__ == "__main__":

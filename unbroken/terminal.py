@@ -1,0 +1,279 @@
+"""What the command line shows: streams as they come, lists, errors; text for people or JSON."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from unbroken.client import GenerationStream, Piece
+from unbroken.errors import UnbrokenError
+from unbroken.mesh import LocalMesh, MeshError
+from unbroken.v1 import admin_service_pb2 as admin_pb
+from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import worker_pb2
+
+
+class Output(StrEnum):
+    """How results are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class Printer(Protocol):
+    """Shows a stream as it comes."""
+
+    def started(self, started: pb.StreamStarted) -> None: ...
+    def piece(self, piece: Piece) -> None: ...
+    def finished(self, finished: pb.StreamFinished) -> None: ...
+
+
+async def show_stream(stream: GenerationStream, output: Output, num_choices: int) -> None:
+    """Show a stream of so many choices to its end, or to its error."""
+    printer: Printer = EventPrinter() if output is Output.JSON else TextPrinter(num_choices)
+    is_opened = False
+    try:
+        async for piece in stream:
+            if stream.started is not None and not is_opened:
+                is_opened = True
+                printer.started(stream.started)
+            printer.piece(piece)
+    finally:
+        if stream.started is not None and not is_opened:
+            printer.started(stream.started)
+        if stream.finished is not None:
+            printer.finished(stream.finished)
+
+
+class TextPrinter:
+    """Text as it comes; several choices one after the other, at the end."""
+
+    def __init__(self, num_choices: int) -> None:
+        self._texts = [""] * num_choices
+        self._escape = "␛" if sys.stdout.isatty() else "\x1b"  # A model must not steer a terminal.
+
+    def started(self, started: pb.StreamStarted) -> None:
+        """Nothing to show yet."""
+
+    def piece(self, piece: Piece) -> None:
+        text = piece.text.replace("\x1b", self._escape)
+        self._texts[piece.choice_index] += text
+        if len(self._texts) == 1:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def finished(self, finished: pb.StreamFinished) -> None:
+        if len(self._texts) > 1:
+            for index, text in enumerate(self._texts):
+                print(f"[{index}] {text}")  # noqa: T201
+        elif not self._texts[0].endswith("\n"):
+            print()  # noqa: T201
+        for line in migration_notes(finished):
+            note(line)
+
+
+class EventPrinter:
+    """One JSON object a line."""
+
+    def started(self, started: pb.StreamStarted) -> None:
+        facts = _to_dict(started)
+        del facts["resume_token"]  # A secret; terminals and logs are no place for it.
+        self._print({"event": "started", **facts})
+
+    def piece(self, piece: Piece) -> None:
+        event: dict[str, Any] = {
+            "event": "piece",
+            "choice_index": piece.choice_index,
+            "offset": piece.offset,
+            "token_ids": piece.token_ids,
+            "text": piece.text,
+        }
+        if piece.logprobs:
+            event["logprobs"] = [
+                {
+                    "logprob": position.logprob,
+                    "top_token_ids": position.top_token_ids,
+                    "top_logprobs": position.top_logprobs,
+                }
+                for position in piece.logprobs
+            ]
+        self._print(event)
+
+    def finished(self, finished: pb.StreamFinished) -> None:
+        self._print({"event": "finished", **_to_dict(finished)})
+
+    def _print(self, event: dict[str, Any]) -> None:
+        print(json.dumps(event), flush=True)  # noqa: T201
+
+
+def migration_notes(finished: pb.StreamFinished) -> list[str]:
+    """What happened underneath, one line for each time a choice went on elsewhere."""
+    before: dict[int, pb.AttemptSummary] = {}
+    notes: list[str] = []
+    for attempt in finished.attempts:
+        last = before.get(attempt.choice_index)
+        before[attempt.choice_index] = attempt
+        if last is None:
+            continue
+        kind = _short(worker_pb2.FailureKind, last.failure)
+        result = next(
+            (c for c in finished.choices if c.choice_index == attempt.choice_index),
+            pb.ChoiceResult(),
+        )
+        gap = (
+            f", gap {attempt.gap.ToMicroseconds() / 1000:.1f} ms" if attempt.HasField("gap") else ""
+        )
+        notes.append(
+            f"moved from {last.worker.worker_id} ({kind}) to {attempt.worker.worker_id} "
+            f"at token {attempt.first_offset}{gap}, {_short(pb.Continued, result.continued)}"
+        )
+    return notes
+
+
+def show_mesh(mesh: LocalMesh, output: Output) -> None:
+    """Show where a mesh that has started can be reached."""
+    if output is Output.JSON:
+        facts = {
+            "frontend": mesh.frontend_address,
+            "discovery": str(mesh.directory),
+            "logs": str(mesh.log_directory),
+            "workers": [_to_dict(record) for record in mesh.workers.values()],
+        }
+        print(json.dumps(facts), flush=True)  # noqa: T201
+        return
+    lines = [
+        f"frontend  {mesh.frontend_address}",
+        *(f"worker    {name} at {record.address}" for name, record in mesh.workers.items()),
+        f"logs      {mesh.log_directory}",
+        "",
+        'Try: unbroken generate "Tell me about the sea"     Stop: Ctrl-C',
+    ]
+    print("\n".join(lines), flush=True)  # noqa: T201
+
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Table(Generic[MessageT]):
+    """How messages become lines for people."""
+
+    columns: str
+    row: Callable[[MessageT], Sequence[object]]
+
+
+def show_list(output: Output, messages: Sequence[MessageT], table: Table[MessageT]) -> None:
+    """Show messages as a JSON list or a table."""
+    if output is Output.JSON:
+        print(json.dumps([_to_dict(message) for message in messages]))  # noqa: T201
+        return
+    rows = [table.columns.split(), *(list(map(str, table.row(m))) for m in messages)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print(line.rstrip())  # noqa: T201
+
+
+def show_result(output: Output, facts: dict[str, Any], text: str) -> None:
+    """Show what a command did: `facts` as JSON, or `text`."""
+    print(json.dumps(facts) if output is Output.JSON else text)  # noqa: T201
+
+
+def note(text: str) -> None:
+    """Something beside the result, dim if a terminal shows it."""
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)  # noqa: T201
+
+
+def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
+    ranks = worker.load.ranks
+    return (
+        worker.record.identity.worker_id,
+        worker.description.model or worker.record.model,
+        _short(admin_pb.LinkState, worker.link),
+        _short(worker_pb2.EngineState, worker.engine),
+        worker.num_attempts,
+        f"{sum(r.kv_blocks_used for r in ranks)}/{sum(r.kv_blocks_total for r in ranks)}",
+        sum(rank.requests_waiting for rank in ranks),
+        worker.record.sidecar_pid,
+        worker.record.engine_pgid,
+        worker.record.address,
+    )
+
+
+def _stream_row(stream: pb.StreamInfo) -> Sequence[object]:
+    states = sorted({choice.state for choice in stream.choices})
+    names = sorted({c.worker.worker_id for c in stream.choices if c.worker.worker_id})
+    admitted = stream.admitted_at.ToDatetime(tzinfo=UTC).astimezone()
+    return (
+        stream.request_id,
+        stream.model,
+        _short(pb.ContinuationClass, stream.continuation_class),
+        ",".join(_short(pb.StreamState, state) for state in states),
+        ",".join(names) or "-",
+        sum(choice.num_tokens for choice in stream.choices),
+        sum(choice.num_tokens_sent for choice in stream.choices),
+        sum(1 for attempt in stream.attempts if attempt.failure),
+        datetime.strftime(admitted, "%H:%M:%S"),
+    )
+
+
+def _model_row(model: pb.ModelInfo) -> Sequence[object]:
+    return (
+        model.model,
+        f"{model.num_workers_ready}/{model.num_workers}",
+        model.context_length,
+        "yes" if model.has_chat_template else "no",
+    )
+
+
+WORKERS: Final = Table(
+    "WORKER MODEL LINK ENGINE ATTEMPTS KV-BLOCKS WAITING SIDECAR ENGINE-PGID ADDRESS", _worker_row
+)
+STREAMS: Final = Table(
+    "REQUEST MODEL CLASS STATE WORKERS TOKENS SENT MIGRATIONS ADMITTED", _stream_row
+)
+MODELS: Final = Table("MODEL WORKERS CONTEXT CHAT", _model_row)
+
+
+def show_error(output: Output, error: UnbrokenError | MeshError) -> None:
+    """Show why a command failed: on stderr, or as the last JSON line on stdout."""
+    reason = error.reason.value if isinstance(error, UnbrokenError) else "MESH"
+    retry_after_s = error.retry_after_s if isinstance(error, UnbrokenError) else None
+    if output is Output.JSON:
+        facts: dict[str, Any] = {"event": "error", "reason": reason, "detail": str(error)}
+        if isinstance(error, UnbrokenError) and error.metadata:
+            facts["metadata"] = error.metadata
+        if retry_after_s is not None:
+            facts["retry_after_s"] = retry_after_s
+        print(json.dumps(facts), flush=True)  # noqa: T201
+    else:
+        hint = f" (try again in {retry_after_s:.1f} s)" if retry_after_s is not None else ""
+        print(f"error: {reason}: {error}{hint}", file=sys.stderr)  # noqa: T201
+
+
+def _to_dict(message: Message) -> dict[str, Any]:
+    return json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+class _EnumType(Protocol):
+    def Name(self, number: Any) -> str: ...  # noqa: N802
+
+
+def _short(enum: _EnumType, value: int) -> str:
+    """The name of an enum's value without what all its names begin with; "-" for none."""
+    if value == 0:
+        return "-"
+    try:
+        name = enum.Name(value)
+    except ValueError:
+        return str(value)
+    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
+    return name.removeprefix(prefix).lower().replace("_", "-")
