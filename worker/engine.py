@@ -62,13 +62,14 @@ class EngineSpec:
     kv_slots: int | None = None
     """None: blocks are paged, and any sequence can share any other's prefix. Otherwise every
     sequence owns one of so many slots, and finds reusable tokens only in an idle one."""
-    kv_depends_on_phase: bool = False
-    """KV of a token computed as output differs in rounding from KV of the same token computed as
-    prompt, so that neither may stand for the other."""
 
     numerics_id: str
     """Fingerprint of everything that the logits depend on."""
     batch_invariant: bool
+    """Logits of a sequence do not depend on what shares its batch."""
+    split_invariant: bool
+    """Nor on which of its tokens were computed together. Otherwise KV computed as output is never
+    reused as that of a prompt, nor the other way round."""
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
     """What went into `numerics_id`, for people."""
 
@@ -86,6 +87,10 @@ class EngineSpec:
             raise ValueError(
                 f"prefill_tokens_max: expected at least prefill_alignment "
                 f"({self.prefill_alignment}), got {self.prefill_tokens_max}"
+            )
+        if self.replay_tokens_max is not None and self.replay_tokens_max < 1:
+            raise ValueError(
+                f"replay_tokens_max: expected at least 1, got {self.replay_tokens_max}"
             )
         # Otherwise a lone sequence could outgrow the memory, and nobody could make room for it.
         if self.kv_blocks * self.block_size < self.context_length:
@@ -111,7 +116,10 @@ def describe(spec: EngineSpec) -> worker_pb2.EngineDescription:
         batch_size_max=spec.batch_size_max * spec.num_ranks,
         prefill_tokens_max=spec.prefill_tokens_max * spec.num_ranks,
         numerics=worker_pb2.NumericsClass(
-            id=spec.numerics_id, batch_invariant=spec.batch_invariant, facts=spec.facts
+            id=spec.numerics_id,
+            batch_invariant=spec.batch_invariant,
+            split_invariant=spec.split_invariant,
+            facts=spec.facts,
         ),
         capabilities=worker_pb2.EngineCapabilities(
             native_resume=spec.native_resume,
@@ -122,7 +130,9 @@ def describe(spec: EngineSpec) -> worker_pb2.EngineDescription:
             ),
             repetition_penalty_counts_prompt=spec.repetition_penalty_counts_prompt,
             logit_bias=True,
-            constraints=True,
+            constraints=worker_pb2.ConstraintCapabilities(
+                json_schema=True, json_object=True, regex=True, lark=True, choice=True
+            ),
             logprobs=True,
             kv_restore=False,
             seed_bits=64,
@@ -140,6 +150,7 @@ def describe_tokenizer(asset: TokenizerAsset) -> worker_pb2.Tokenizer:
         bos_token_id=asset.bos_token_id,
         eos_token_ids=sorted(asset.eos_token_ids),
         vocab_size=asset.vocab_size,
+        eos_token_id=asset.eos_token_id,
     )
 
 
@@ -169,6 +180,7 @@ class Sequence:
     """The output ends with STOP after one of these."""
     min_tokens: int
     window_tokens: int
+    """So many tokens may be produced beyond those acknowledged; 0: any number."""
     sampler: Sampler
     kv_root: int
     """Root of the chained hashes of its blocks."""
@@ -182,6 +194,11 @@ class Sequence:
     """Where its KV lives, in an engine with slots; -1 before it is in the batch."""
     runner_state: Any = None
     """Whatever the runner keeps; it vanishes with the sequence."""
+    standing: Any = None
+    """What the scheduler keeps."""
+    next_check: int = 0
+    """The scheduler looks at the sequence closely when its output has so many tokens; until then
+    nothing but a stop token can happen to it."""
 
     @property
     def num_tokens(self) -> int:
@@ -333,8 +350,6 @@ def admit(
         )
     if params.sampling.seed is None and not params.sampling.is_greedy:
         raise InvalidField("params.sampling.seed", "a seed, because tokens are sampled", None)
-    if start.window_tokens == 0:
-        raise InvalidField("window_tokens", "at least 1", 0)
     room = spec.context_length - len(prompt)
     output_max = room if stopping.max_tokens is None else min(stopping.max_tokens, room)
     if len(output) > output_max:
@@ -370,9 +385,9 @@ def admit(
         min_tokens=stopping.min_tokens,
         window_tokens=start.window_tokens,
         sampler=sampler,
-        kv_root=blocks.root(spec.numerics_id, start.tenant),
+        kv_root=blocks.root(spec.numerics_id, start.stream.tenant),
         priority=start.priority,
-        tenant=start.tenant,
+        tenant=start.stream.tenant,
         deadline=(
             now + start.deadline.seconds + start.deadline.nanos * 1e-9
             if start.HasField("deadline")

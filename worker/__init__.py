@@ -1,0 +1,1 @@
+"""Engines of our own, each served by a process of its own."""
