@@ -231,8 +231,11 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
 
 
 def _translated(error: Exception, method: str) -> UnbrokenError:
-    if isinstance(error, UnbrokenError):
-        return error
+    cause: BaseException = error
+    while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+        cause = cause.exceptions[0]  # A task group wraps even a single failure.
+    if isinstance(cause, UnbrokenError):
+        return cause
     error_id = secrets.token_hex(8)
     _log.error("call failed by a bug", method=method, error_id=error_id, exc_info=error)
     return UnbrokenError(

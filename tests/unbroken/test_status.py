@@ -153,6 +153,15 @@ def test_a_bug_shows_the_caller_an_id_and_nothing_else(
     assert "the password" in caplog.text
 
 
+def test_an_error_in_a_task_group_keeps_its_reason() -> None:
+    group = ExceptionGroup("tasks", [UnbrokenError(Reason.DRAINING, "bye")])
+    got = status.from_rpc_error(uvloop.run(failure_of(group, unary)))
+    assert got.reason is Reason.DRAINING
+    mixed = ExceptionGroup("tasks", [UnbrokenError(Reason.DRAINING, "bye"), ValueError()])
+    got = status.from_rpc_error(uvloop.run(failure_of(mixed, unary)))
+    assert got.reason is Reason.INTERNAL
+
+
 def test_a_method_nobody_wrote_is_not_implemented() -> None:
     async def cancel(channel: grpc.aio.Channel) -> None:
         await inference.InferenceServiceStub(channel).Cancel(pb.CancelRequest())
