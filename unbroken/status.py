@@ -232,8 +232,11 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
 
 def _translated(error: Exception, method: str) -> UnbrokenError:
     cause: BaseException = error
-    while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
-        cause = cause.exceptions[0]  # A task group wraps even a single failure.
+    while isinstance(cause, BaseExceptionGroup):  # A task group wraps even a single failure.
+        inner = cast("BaseExceptionGroup[BaseException]", cause).exceptions
+        if len(inner) > 1:
+            break
+        cause = inner[0]
     if isinstance(cause, UnbrokenError):
         return cause
     error_id = secrets.token_hex(8)
