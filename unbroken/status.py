@@ -233,7 +233,7 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
 def _translated(error: Exception, method: str) -> UnbrokenError:
     cause: BaseException = error
     while isinstance(cause, BaseExceptionGroup):  # A task group wraps even a single failure.
-        inner = cast("BaseExceptionGroup[BaseException]", cause).exceptions
+        inner = list(cast("BaseExceptionGroup[BaseException]", cause).exceptions)
         if len(inner) > 1:
             break
         cause = inner[0]

@@ -196,7 +196,7 @@ def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
         worker.record.identity.worker_id,
         worker.description.model or worker.record.model,
         _short(admin_pb.LinkState, worker.link),
-        _short(worker_pb2.EngineState, worker.engine),
+        _short(worker_pb2.EngineState, worker.engine) + (" (draining)" * worker.is_draining),
         worker.num_attempts,
         f"{sum(r.kv_blocks_used for r in ranks)}/{sum(r.kv_blocks_total for r in ranks)}",
         sum(rank.requests_waiting for rank in ranks),
