@@ -1,0 +1,1 @@
+"""Beside each engine: relay, ledger, supervision, KV accounting, health."""

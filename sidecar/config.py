@@ -1,0 +1,54 @@
+"""What a sidecar can be told."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from unbroken.config import Address, ProcessConfig
+
+
+class SidecarConfig(ProcessConfig):
+    """Stands beside an engine: starts it, relays its tokens, knows when it dies."""
+
+    worker_id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")
+    """Stable name, unique in the mesh."""
+    discovery: Path
+    """Directory in which the processes of this machine find each other."""
+    listen: Address = "127.0.0.1:0"
+    """host:port for frontends; port 0 lets the kernel choose."""
+    advertise: Address | None = None
+    """host:port under which others reach it, if that is not where it listens."""
+    metrics_listen: Address | None = None
+    """host:port of the metrics endpoint; none if not given."""
+    engine: Literal["llama", "simulated"] | None = None
+    """Engine of our own to start."""
+    engine_options: str = ""
+    """Its options, as on a command line."""
+    engine_command: str | None = None
+    """Command that starts another engine of the same contract on --engine-socket."""
+    engine_socket: Path | None = None
+    """Unix socket of the engine; without a command, of one that runs already."""
+    engine_start_timeout_s: float = Field(300.0, gt=0, le=3600)
+    """How long the engine may take to load its model."""
+    engine_stop_grace_s: float = Field(5.0, ge=0, le=600)
+    """How long the engine may take to end after SIGTERM."""
+    heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)
+    """Between two heartbeats to a frontend."""
+    link_silence_max_s: float = Field(5.0, ge=0.1, le=600)
+    """A frontend from which nothing comes for so long is lost; its attempts are orphans."""
+    link_write_max_s: float = Field(10.0, ge=0.1, le=600)
+    """A frontend that reads nothing for so long is lost."""
+    orphan_grace_s: float = Field(5.0, ge=0, le=600)
+    """How long an attempt goes on without its frontend, unless its request says."""
+    retention_s: float = Field(300.0, ge=0, le=86400)
+    """How long the tokens of an attempt that ended are kept."""
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> "SidecarConfig":
+        if self.engine is not None:
+            if self.engine_command is not None or self.engine_socket is not None:
+                raise ValueError("expected --engine alone, or --engine-socket")
+        elif self.engine_socket is None:
+            raise ValueError("expected --engine, or --engine-socket with or without a command")
+        return self

@@ -1,0 +1,1 @@
+"""Adapters: one engine protocol each, behind `base.Engine`."""

@@ -1,0 +1,217 @@
+"""What a sidecar remembers of every attempt: ids, offset, owner, epoch. No I/O.
+
+    begin ──▶ RUNNING ──end──▶ ENDED ──retention──▶ forgotten
+                │  ▲
+      link lost │  │ adopt
+                ▼  │
+             ORPHANED ──grace──▶ aborted, then ENDED
+
+The ledger fences: of one stream it accepts only epochs above all it knows, and a new epoch revokes
+the attempt of the old one. Epochs outlive attempts, in a bounded memory of their own.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeAlias, TypeVar
+
+from unbroken.v1 import attempt_pb2 as pb
+
+LinkT = TypeVar("LinkT")
+"""What stands for one Relay call; the ledger only compares it."""
+
+StreamId: TypeAlias = tuple[str, str, int]
+"""Tenant, request id and choice index."""
+
+
+class Fenced(Exception):  # noqa: N818 - It names what happened, as the contract does.
+    """The epoch is not above those known for its stream."""
+
+    def __init__(self, epoch_known: int) -> None:
+        super().__init__(f"expected an epoch above {epoch_known}")
+        self.epoch_known = epoch_known
+
+
+@dataclass(slots=True, eq=False)
+class Attempt(Generic[LinkT]):
+    """One attempt on this worker."""
+
+    stream: StreamId
+    epoch: int
+    slot: int
+    """Its handle between sidecar and engine; never used twice."""
+    checkpoint: pb.Checkpoint
+    first_offset: int
+    orphan_grace_s: float
+    link: LinkT | None
+    """Who reads it; None: nobody."""
+    link_slot: int
+    """Its handle on that link."""
+    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    orphaned_until: float | None = None
+    ended: pb.AttemptEnded | None = None
+    ended_at: float = 0.0
+
+    @property
+    def end_offset(self) -> int:
+        """Offset after the last token produced."""
+        return self.first_offset + len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values the engine holds: prompt, given and produced output."""
+        checkpoint = self.checkpoint
+        given = len(checkpoint.prompt_token_ids) + len(checkpoint.output_token_ids)
+        return given + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How much is remembered, and how long."""
+
+    ended_s: float = 300.0
+    attempts_max: int = 10_000
+    tokens_max: int = 20_000_000
+    epochs_max: int = 100_000
+
+
+class Ledger(Generic[LinkT]):
+    """All attempts of this worker. Times are monotonic seconds."""
+
+    def __init__(self, retention: Retention | None = None) -> None:
+        self.running: dict[int, Attempt[LinkT]] = {}
+        """By engine slot. Read by the hot path; changed here only."""
+        self._retention = retention or Retention()
+        self._by_stream: dict[StreamId, Attempt[LinkT]] = {}
+        self._ended: OrderedDict[int, Attempt[LinkT]] = OrderedDict()
+        self._ended_tokens = 0
+        self._epochs: OrderedDict[StreamId, int] = OrderedDict()
+        self._next_slot = 1
+
+    def begin(
+        self, start: pb.StartAttempt, link: LinkT, *, orphan_grace_s: float
+    ) -> tuple[Attempt[LinkT], Attempt[LinkT] | None]:
+        """Enter a new attempt; also returns the one it revokes, if that still runs.
+
+        Raises `Fenced`.
+        """
+        stream = stream_id(start.stream)
+        self._claim(stream, start.epoch)
+        before = self._by_stream.get(stream)
+        attempt = Attempt[LinkT](
+            stream=stream,
+            epoch=start.epoch,
+            slot=self._next_slot,
+            checkpoint=start.checkpoint,
+            first_offset=start.checkpoint.first_offset,
+            orphan_grace_s=orphan_grace_s,
+            link=link,
+            link_slot=start.slot,
+        )
+        self._next_slot += 1
+        self.running[attempt.slot] = self._by_stream[stream] = attempt
+        return attempt, before if before is not None and before.ended is None else None
+
+    def adopt(
+        self, key: pb.StreamKey, epoch: int, offset: int, link: LinkT, link_slot: int
+    ) -> Attempt[LinkT]:
+        """Give an attempt that runs, or ended not long ago, to another reader.
+
+        The caller tells the old one first. Raises KeyError if the stream is unknown, ValueError if
+        `offset` is not one the attempt can send from, `Fenced`.
+        """
+        stream = stream_id(key)
+        attempt = self._by_stream[stream]
+        if not attempt.first_offset <= offset <= attempt.end_offset:
+            raise ValueError(
+                f"expected an offset from {attempt.first_offset} to {attempt.end_offset}, "
+                f"got {offset}"
+            )
+        self._claim(stream, epoch)
+        attempt.epoch = epoch
+        attempt.link, attempt.link_slot = link, link_slot
+        attempt.orphaned_until = None
+        return attempt
+
+    def peek(self, key: pb.StreamKey) -> Attempt[LinkT] | None:
+        """The latest attempt at this stream, if it is known."""
+        return self._by_stream.get(stream_id(key))
+
+    def end(self, attempt: Attempt[LinkT], ended: pb.AttemptEnded, now: float) -> None:
+        """The attempt is over. `ended` speaks of the engine's slot."""
+        del self.running[attempt.slot]
+        attempt.ended, attempt.ended_at = ended, now
+        attempt.orphaned_until = None
+        self._ended[attempt.slot] = attempt
+        self._ended_tokens += len(attempt.token_ids)
+        self._forget(now)
+
+    def orphan(self, attempts: Iterable[Attempt[LinkT]], now: float) -> None:
+        """Nobody reads these attempts any more; each goes on for its grace time."""
+        for attempt in attempts:
+            attempt.link = None
+            if attempt.ended is None:
+                attempt.orphaned_until = now + attempt.orphan_grace_s
+
+    def expired(self, now: float) -> Sequence[Attempt[LinkT]]:
+        """Orphans whose grace is over, each reported once; the caller aborts them."""
+        self._forget(now)
+        due = [
+            attempt
+            for attempt in self.running.values()
+            if attempt.orphaned_until is not None and attempt.orphaned_until <= now
+        ]
+        for attempt in due:
+            attempt.orphaned_until = None
+        return due
+
+    def __iter__(self) -> Iterator[Attempt[LinkT]]:
+        """Running attempts."""
+        return iter(self.running.values())
+
+    def check(self) -> None:
+        """Assert what is always true."""
+        assert not self.running.keys() & self._ended.keys(), "an attempt runs or has ended"
+        for attempt in self.running.values():
+            assert attempt.ended is None, "what runs has not ended"
+            assert self._epochs[attempt.stream] >= attempt.epoch, "its epoch is known"
+            assert attempt.link is None or attempt.orphaned_until is None, "orphans have no reader"
+        assert all(attempt.ended is not None for attempt in self._ended.values())
+        assert self._ended_tokens == sum(len(a.token_ids) for a in self._ended.values())
+        assert len(self._epochs) <= self._retention.epochs_max + len(self.running)
+
+    def _claim(self, stream: StreamId, epoch: int) -> None:
+        """Make `epoch` the highest known for the stream."""
+        known = self._epochs.get(stream, 0)
+        if epoch <= known:
+            raise Fenced(known)
+        self._epochs[stream] = epoch
+        self._epochs.move_to_end(stream)
+        while len(self._epochs) > self._retention.epochs_max + len(self.running):
+            oldest = next(iter(self._epochs))
+            current = self._by_stream.get(oldest)
+            if current is not None and current.ended is None:
+                self._epochs.move_to_end(oldest)  # What runs must stay fenced.
+            else:
+                del self._epochs[oldest]
+
+    def _forget(self, now: float) -> None:
+        retention = self._retention
+        while self._ended:
+            oldest = next(iter(self._ended.values()))
+            if (
+                now - oldest.ended_at < retention.ended_s
+                and len(self._ended) <= retention.attempts_max
+                and self._ended_tokens <= retention.tokens_max
+            ):
+                return
+            del self._ended[oldest.slot]
+            self._ended_tokens -= len(oldest.token_ids)
+            if self._by_stream.get(oldest.stream) is oldest:
+                del self._by_stream[oldest.stream]
+
+
+def stream_id(key: pb.StreamKey) -> StreamId:
+    """What identifies a stream."""
+    return key.tenant, key.request_id, key.choice_index

@@ -1,0 +1,204 @@
+"""A sidecar as a process: what it is made of, how it starts, how it stops."""
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sidecar.config import SidecarConfig
+from sidecar.engines.base import Engine
+from sidecar.engines.native import Launch, NativeEngine
+from sidecar.hub import Hub
+from sidecar.ledger import Retention
+from sidecar.metrics import HubCollector
+from sidecar.relay import Relay
+from unbroken import discovery, log, metrics
+from unbroken.config import split_address
+from unbroken.discovery import WORKERS, Discovery, Registration
+from unbroken.health import add_health
+from unbroken.transport import listen, make_server
+from unbroken.v1 import relay_service_pb2_grpc, worker_pb2
+
+RELAY_SERVICE = "unbroken.v1.RelayService"
+FLUSH_TIMEOUT_S = 1.0
+"""How long frontends may take to read where their streams were cut."""
+
+_log = log.get_logger(__name__)
+
+
+class Sidecar:
+    """One life of a sidecar, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        config: SidecarConfig,
+        engine: Engine,
+        *,
+        where: Discovery | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`where` is the discovery of the configuration, unless given."""
+        self._config = config
+        self._engine = engine
+        self._discovery = where or discovery.connect(config.discovery)
+        self._clock = clock
+        self.hub = Hub(
+            engine,
+            orphan_grace_s=config.orphan_grace_s,
+            retention=Retention(ended_s=config.retention_s),
+            clock=clock,
+        )
+        self.address = ""
+        """host:port of RelayService, once started."""
+        self._metrics_server: metrics.MetricsServer | None = None
+        self._registration: Registration[worker_pb2.WorkerRecord] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Serve and join the mesh; the engine starts meanwhile. Raises OSError."""
+        config = self._config
+        registry = metrics.new_registry()
+        HubCollector(self.hub, registry)
+        incarnation = await self._discovery.new_incarnation(WORKERS, config.worker_id)
+        self._identity = worker_pb2.WorkerIdentity(
+            worker_id=config.worker_id, incarnation=incarnation
+        )
+        self._server = make_server()
+        relay = Relay(
+            self.hub,
+            self._identity,
+            heartbeat_interval_s=config.heartbeat_interval_s,
+            clock=self._clock,
+        )
+        relay_service_pb2_grpc.add_RelayServiceServicer_to_server(relay, self._server)
+        self._health = add_health(self._server, [RELAY_SERVICE])
+        self._health.set("liveness", is_serving=True)
+        self._health.set("readiness", is_serving=False)
+        self.address = listen(self._server, config.listen)
+        if config.metrics_listen is not None:
+            host, port = split_address(config.metrics_listen)
+            self._metrics_server = metrics.serve(registry, host, port)
+        await self._server.start()
+        self.hub.on_change.append(self._changed.set)
+        self._registration = await self._discovery.register(WORKERS, self._record())
+        self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
+        self._tasks = [
+            asyncio.create_task(self._tick(), name="heartbeats"),
+            asyncio.create_task(self._follow_engine(), name="follow engine"),
+        ]
+        _log.info("sidecar serves", address=self.address, incarnation=incarnation)
+
+    async def wait_engine(self) -> None:
+        """Until the engine is given up."""
+        await asyncio.shield(self._engine_task)
+
+    async def stop(self) -> None:
+        """Hand every stream over, end the engine, leave the mesh."""
+        self._health.set_all(is_serving=False)
+        self._health.set("liveness", is_serving=True)
+        self.hub.drain()
+        await self._flush()
+        await self._engine.stop()
+        await asyncio.gather(self._engine_task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._registration is not None:
+            await self._registration.close()
+        await self._server.stop(None)
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
+        _log.info("sidecar stopped")
+
+    async def _tick(self) -> None:
+        config = self._config
+        while True:
+            self.hub.tick(
+                silence_max_s=config.link_silence_max_s, write_max_s=config.link_write_max_s
+            )
+            await asyncio.sleep(config.heartbeat_interval_s)
+
+    async def _follow_engine(self) -> None:
+        """Health and the record in discovery say what the engine is now."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            up = self.hub.up
+            for service in ("", RELAY_SERVICE, "readiness"):
+                self._health.set(service, is_serving=up is not None)
+            if up is not None:
+                self._model = up.description.model
+            if self._model:
+                self._health.set(f"model/{self._model}", is_serving=up is not None)
+            if self._registration is not None:
+                await self._registration.update(self._record())
+
+    async def _flush(self) -> None:
+        """Wait until the links have been handed all they are to be told."""
+        try:
+            async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                while not all(link.is_idle for link in self.hub.links):  # noqa: ASYNC110 - Rare.
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            _log.warning("frontends do not read the end of their streams")
+
+    _model = ""
+    """Model of the engine's latest life."""
+
+    def _record(self) -> worker_pb2.WorkerRecord:
+        up = self.hub.up
+        return worker_pb2.WorkerRecord(
+            identity=self._identity,
+            address=self._config.advertise or self.address,
+            model=self._model,
+            sidecar_pid=os.getpid(),
+            engine_pgid=up.process_group if up is not None else 0,
+            metrics_address=self._metrics_server.address if self._metrics_server else "",
+        )
+
+
+async def serve(config: SidecarConfig) -> int:
+    """Run a sidecar until SIGTERM or SIGINT (returns 0) or until its engine is given up (1)."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with tempfile.TemporaryDirectory(prefix="unbroken-") as directory:
+        sidecar = Sidecar(config, NativeEngine(launch_of(config, Path(directory))))
+        await sidecar.start()
+        stopping = asyncio.create_task(stop.wait())
+        engine = asyncio.create_task(sidecar.wait_engine())
+        try:
+            await asyncio.wait((stopping, engine), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await sidecar.stop()
+            for task in (stopping, engine):
+                task.cancel()
+            await asyncio.gather(stopping, engine, return_exceptions=True)
+    return 0 if stop.is_set() else 1
+
+
+def launch_of(config: SidecarConfig, directory: Path) -> Launch:
+    """How the engine is started; a socket of our choosing lies in `directory`."""
+    socket = config.engine_socket or directory / "engine.sock"
+    command: tuple[str, ...] | None = None
+    if config.engine is not None:
+        command = (
+            *(sys.executable, "-m", "worker", "--engine", config.engine),
+            *("--socket", str(socket)),
+            *shlex.split(config.engine_options),
+        )
+    elif config.engine_command is not None:
+        command = tuple(shlex.split(config.engine_command))
+    return Launch(
+        command=command,
+        socket_path=str(socket),
+        start_timeout_s=config.engine_start_timeout_s,
+        stop_grace_s=config.engine_stop_grace_s,
+    )
