@@ -1,4 +1,4 @@
-"""What a worker needs to go on with a stream: the immutable form of `Checkpoint` in attempt.proto."""
+"""What a worker needs to go on with a stream: the immutable form of the contract's Checkpoint."""
 
 from dataclasses import dataclass
 

@@ -6,9 +6,11 @@ one. Results go to stdout, everything else to stderr. Exit status: 0 done, 1 fai
 """
 
 import asyncio
+import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Coroutine, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +21,7 @@ import uvloop
 
 from unbroken import discovery, terminal
 from unbroken.client import Client, GenerateOptions
+from unbroken.demo import play
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError, kill_worker
 from unbroken.terminal import Output
@@ -267,6 +270,26 @@ def cancel(
         terminal.show_result(output, {"request_id": request_id, "was_running": was_running}, text)
 
     _run(scenario(), output)
+
+
+@app.command()
+def demo(
+    engine: Annotated[EngineKind, typer.Option(help="Engine of both workers.")] = EngineKind.LLAMA,
+    scenes: Annotated[int, typer.Option(min=1, max=1000, help="How often to play it.")] = 1,
+) -> None:
+    """See a stream survive the death of its worker; ends with the figures as one line of JSON."""
+
+    async def scenario() -> None:
+        with tempfile.TemporaryDirectory(prefix="unbroken-demo-") as directory:
+            result = await play(
+                Path(directory), terminal.write, engine=engine.value, num_scenes=scenes
+            )
+        figures = result.to_json()
+        terminal.write(f"\n{json.dumps(figures)}\n")
+        if not figures["ok"]:
+            raise typer.Exit(1)
+
+    _run(scenario(), Output.TEXT)
 
 
 def main() -> None:

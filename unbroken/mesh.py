@@ -135,7 +135,7 @@ class LocalMesh:
                 for worker_id in self._worker_ids:
                     await self._start_sidecar(worker_id)
                 await self._start_frontend()
-                await self._until_serving(self._worker_ids)
+                await self.until_serving(self._worker_ids)
         except TimeoutError:
             await self.stop()
             raise MeshError(
@@ -202,7 +202,7 @@ class LocalMesh:
             await process.wait()
         await self._start_sidecar(worker_id)
         async with asyncio.timeout(self._ready_timeout_s):
-            await self._until_serving([worker_id])
+            await self.until_serving([worker_id])
 
     async def _start_sidecar(self, worker_id: str) -> None:
         flags = [
@@ -246,7 +246,7 @@ class LocalMesh:
         async for records in self._discovery.watch(WORKERS):
             self._records = records
 
-    async def _until_serving(self, worker_ids: Sequence[str]) -> None:
+    async def until_serving(self, worker_ids: Sequence[str]) -> None:
         """Wait until the frontend can send work to the workers; raises `MeshError`."""
         while self._frontend is None:
             self._check_running([_FRONTEND_ID])

@@ -185,6 +185,12 @@ def show_result(output: Output, facts: dict[str, Any], text: str) -> None:
     print(json.dumps(facts) if output is Output.JSON else text)  # noqa: T201
 
 
+def write(text: str) -> None:
+    """Text as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def note(text: str) -> None:
     """Something beside the result, dim if a terminal shows it."""
     print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)  # noqa: T201

@@ -1,0 +1,1 @@
+"""Measurements, each with one line of JSON at its end; see docs/BENCHMARKS.md."""
