@@ -129,6 +129,8 @@ class LocalMesh:
                     f"expected no mesh in {self.directory}, found {', '.join(sorted(running))}"
                 )
         self.log_directory.mkdir(parents=True, exist_ok=True)
+        for path in self.log_directory.glob("*.log"):
+            path.unlink()  # Of an earlier mesh. A restart within this one adds to its log.
         self._watch = asyncio.create_task(self._follow(), name="mesh membership")
         try:
             async with asyncio.timeout(self._ready_timeout_s):
