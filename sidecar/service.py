@@ -180,7 +180,9 @@ async def serve(config: SidecarConfig) -> int:
             await sidecar.stop()
             for task in (stopping, engine):
                 task.cancel()
-            await asyncio.gather(stopping, engine, return_exceptions=True)
+            await asyncio.gather(stopping, return_exceptions=True)
+        if engine.done() and not engine.cancelled():
+            engine.result()  # A bug of ours must not look like an engine that was given up.
     return 0 if stop.is_set() else 1
 
 
