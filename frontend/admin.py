@@ -39,6 +39,7 @@ class Admin(pb_grpc.AdminServiceServicer):
             engine=worker.engine_state,
             description=worker.description,
             load=worker.load,
+            is_draining=worker.is_draining,
             num_attempts=self._links.num_attempts(worker.worker_id),
         )
         if worker.load is not None:

@@ -46,7 +46,9 @@ class Model:
     abilities: tuple[Abilities, ...]
     """Of the workers that are known, without repetitions; at least one."""
     has_logit_bias: bool = True
-    has_constraints: bool = True
+    constraints: frozenset[str] = frozenset(
+        {"json_schema", "json_object", "regex", "lark", "choice"}
+    )
     has_logprobs: bool = True
     seed_bits: int = 64
     """Bits of seed that every worker which takes seeds accepts."""
@@ -92,17 +94,24 @@ class Admitted:
 
 
 def open_envelope(
-    request: pb.GenerateRequest, *, new_request_id: Callable[[], str], migrations_max: int
+    request: pb.GenerateRequest,
+    *,
+    new_request_id: Callable[[], str],
+    migrations_max: int,
+    policy: ContinuationPolicy,
 ) -> Envelope:
-    """Check all that needs no model; `migrations_max` is the frontend's default.
+    """Check all that needs no model; `migrations_max` and `policy` are the frontend's defaults.
 
-    Raises `InvalidField`.
+    Raises `InvalidField`, and NOT_IMPLEMENTED for what this version does not serve.
     """
+    if request.HasField("reader_grace"):
+        raise UnbrokenError(
+            Reason.NOT_IMPLEMENTED, "reader_grace: streams that nobody reads are not kept yet"
+        )
     if request.continuation not in pb.ContinuationPolicy.values():
         raise InvalidField("continuation", "a known ContinuationPolicy", request.continuation)
-    policy = ContinuationPolicy(request.continuation)
-    if policy is ContinuationPolicy.UNSPECIFIED:
-        policy = ContinuationPolicy.PREFER_EXACT
+    if request.continuation != pb.CONTINUATION_POLICY_UNSPECIFIED:
+        policy = ContinuationPolicy(request.continuation)
     if request.HasField("migrations_max"):
         migrations_max = _within("migrations_max", request.migrations_max, 0, MIGRATIONS_MAX)
         if migrations_max == 0 and policy is ContinuationPolicy.REQUIRE_EXACT:
@@ -287,7 +296,10 @@ def _plain(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
 def _check_abilities(params: GenerationParams, model: Model) -> None:
     asked = {
         "params.sampling.logit_bias": (bool(params.sampling.logit_bias), model.has_logit_bias),
-        "params.constraint": (params.constraint is not None, model.has_constraints),
+        "params.constraint": (
+            params.constraint is not None,
+            params.constraint is None or params.constraint.kind in model.constraints,
+        ),
         "params.logprobs": (params.num_top_logprobs is not None, model.has_logprobs),
     }
     for field, (is_used, is_served) in asked.items():

@@ -1,6 +1,7 @@
 """What a frontend can be told."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -20,8 +21,12 @@ class FrontendConfig(ProcessConfig):
     """host:port under which others reach it, if that is not where it listens."""
     metrics_listen: Address | None = None
     """host:port of the metrics endpoint; none if not given."""
+    continuation: Literal["prefer_exact", "require_exact", "allow_inexact", "never"] = (
+        "prefer_exact"
+    )
+    """What happens to a stream that loses its worker, unless its request says."""
     migrations_max: int = Field(3, ge=0, le=1000)
-    """How many times a choice may go on elsewhere, unless its request says."""
+    """How many workers a choice may lose and still go on, unless its request says."""
     window_tokens: int = Field(1024, ge=2, le=65536)
     """Tokens of a choice that a worker may be ahead of the client."""
     placement_timeout_s: float = Field(30.0, gt=0, le=3600)

@@ -230,13 +230,14 @@ class Choice:
         start.stream.request_id = envelope.request_id
         start.stream.choice_index = self.index
         start.epoch = order.epoch
+        start.engine_incarnation = order.life.engine_incarnation
         start.checkpoint.CopyFrom(checkpoint_to_proto(order.checkpoint))
         start.window_tokens = order.window_tokens
         if self._deadline_at is not None:
             start.deadline.FromNanoseconds(max(0, int((self._deadline_at - now) * 1e9)))
         start.orphan_grace.FromNanoseconds(int(envelope.orphan_grace_s * 1e9))
         start.priority = envelope.priority
-        start.tenant = envelope.tenant
+        start.stream.tenant = envelope.tenant
         slot = call.start(
             self,
             request,

@@ -25,7 +25,7 @@ from frontend.requests import Request, Requests
 from frontend.stream import Limits
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.outcome import FailureKind
+from unbroken.outcome import ContinuationPolicy, FailureKind
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import inference_service_pb2_grpc as pb_grpc
 
@@ -47,6 +47,7 @@ class GatewayLimits:
     """What requests get that do not say."""
 
     stream: Limits
+    policy: ContinuationPolicy = ContinuationPolicy.PREFER_EXACT
     deadline_margin_s: float = 0.02
     """So long before the client's deadline a stream ends, so that the client still hears why."""
 
@@ -186,8 +187,9 @@ class Gateway(pb_grpc.InferenceServiceServicer):
             request,
             new_request_id=lambda: uuid.uuid4().hex,
             migrations_max=self._limits.stream.migrations_max,
+            policy=self._limits.policy,
         )
-        self._requests.check_room(envelope.request_id)
+        self._requests.check_room(envelope)
         model = await self._wait_for_model(envelope, arrived_at, deadline_at)
         if admission.num_text_bytes(request) > LONG_TEXT_BYTES:
             return await asyncio.to_thread(admission.admit, request, envelope, model, self._random)
@@ -228,7 +230,7 @@ class Gateway(pb_grpc.InferenceServiceServicer):
             placement_timeout_s=stream_limits.placement_timeout_s,
             regenerate_tokens_max=stream_limits.regenerate_tokens_max,
         )
-        self._requests.check_room(admitted.envelope.request_id)
+        self._requests.check_room(admitted.envelope)
         running = Request(admitted, self._dispatcher, limits, deadline_at=deadline_at)
         self._requests.add(running)
         self._metrics.requests_started.inc()
@@ -295,7 +297,7 @@ class Gateway(pb_grpc.InferenceServiceServicer):
 
 
 def _raisable(error: UnbrokenError) -> UnbrokenError:
-    """A copy: raised itself, it would hold the frames that hold the stream that holds it."""
+    """A copy: one error can end several choices and requests, and each call raises its own."""
     return UnbrokenError(
         error.reason, error.detail, metadata=error.metadata, retry_after_s=error.retry_after_s
     )

@@ -39,6 +39,7 @@ class _Link:
     worker: Worker
     task: asyncio.Task[None] | None = None
     call: RelayCall | None = None
+    num_calls: int = 0
     is_forgotten: bool = False
     """Discovery does not know it any more."""
 
@@ -148,6 +149,7 @@ class Links:
         lost_at = self._clock()
         while True:
             channel = open_channel(worker.record.address)
+            link.num_calls += 1
             try:
                 link.call = RelayCall(
                     channel,
@@ -156,6 +158,7 @@ class Links:
                     self._tokenizers,
                     self._identity,
                     self._limits,
+                    call_number=link.num_calls,
                     count_tokens=self._count_tokens,
                     clock=self._clock,
                 )

@@ -34,8 +34,11 @@ class Worker:
     link_state: LinkState.ValueType = LinkState.LINK_STATE_CONNECTING
     engine_state: EngineState.ValueType = EngineState.ENGINE_STATE_UNSPECIFIED
     engine_incarnation: int = 0
+    is_draining: bool = False
     description: worker_pb2.EngineDescription | None = None
     view: WorkerView | None = None
+    cached_blocks: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    """Hashes of the prefix blocks that each rank can reuse."""
     load: worker_pb2.LoadReport | None = None
     load_at: float = 0.0
     """When the report came, monotonic seconds."""
@@ -147,9 +150,11 @@ class MeshView:
                 context_length=description.context_length,
                 is_ready=False,
             )
+            worker.cached_blocks.clear()
         is_ready = (
             worker.link_state == LinkState.LINK_STATE_UP
             and worker.engine_state == EngineState.ENGINE_STATE_SERVING
+            and not worker.is_draining
             and description is not None
             and description.tokenizer_fingerprint in self._tokenizers
         )
@@ -223,12 +228,17 @@ def report_load(worker: Worker, load: worker_pb2.LoadReport, now: float) -> None
 
 
 def report_blocks(worker: Worker, events: worker_pb2.KvEvents) -> None:
-    """Count which prefixes a worker can reuse."""
+    """Count which prefixes a rank can reuse; the view has those that any rank can."""
     if worker.view is None:
         return
-    cached = worker.view.cached_blocks
+    ranks = worker.cached_blocks
+    blocks = ranks.setdefault(events.rank, set())
+    removed: set[int] = set(events.removed)
     if events.reset:
-        cached.clear()
-    cached.difference_update(events.removed)
-    room = CACHED_BLOCKS_MAX - len(cached)
-    cached.update(events.stored[:room])
+        removed |= blocks
+    blocks -= removed
+    removed.difference_update(*ranks.values())
+    stored = events.stored[: CACHED_BLOCKS_MAX - len(worker.view.cached_blocks)]
+    blocks.update(stored)
+    worker.view.cached_blocks -= removed
+    worker.view.cached_blocks.update(stored)

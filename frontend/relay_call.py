@@ -29,6 +29,7 @@ from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
 from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
 
 PROTOCOL_VERSION: Final = 1
+SLOT_MAX: Final = 2**32 - 1
 
 _Call: TypeAlias = grpc.aio.StreamStreamCall[
     relay_service_pb2.RelayRequest, relay_service_pb2.RelayResponse
@@ -131,7 +132,10 @@ class TokenizerStore:
 
 
 class RelayCall:
-    """One call, from hello to its end. Everything but `run` returns at once."""
+    """One call, from hello to its end. Everything but `run` returns at once.
+
+    `call_number` counts the calls of this life of the frontend to the worker, from 1.
+    """
 
     def __init__(
         self,
@@ -142,6 +146,7 @@ class RelayCall:
         identity: FrontendIdentity,
         limits: LinkLimits,
         *,
+        call_number: int,
         count_tokens: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -151,6 +156,7 @@ class RelayCall:
         self._tokenizers = tokenizers
         self._identity = identity
         self._limits = limits
+        self._call_number = call_number
         self._count_tokens = count_tokens
         self._clock = clock
         self._seats: dict[int, _Seat] = {}
@@ -199,6 +205,8 @@ class RelayCall:
         self._seats[slot] = _Seat(owner, request.start.epoch, owner.stream.tokens, wants_logprobs)
         self._num_with_logprobs += wants_logprobs
         self._enqueue(request)
+        if slot == SLOT_MAX:
+            self.end(FailureKind.PARTITION, "all slots of the call have been used")
         return slot
 
     def abort(self, slot: int) -> None:
@@ -263,6 +271,7 @@ class RelayCall:
             frontend_id=self._identity.frontend_id,
             incarnation=self._identity.incarnation,
             expected_worker_incarnation=self._worker.record.identity.incarnation,
+            call_number=self._call_number,
         )
         try:
             await call.write(relay_service_pb2.RelayRequest(hello=hello))
@@ -329,6 +338,8 @@ class RelayCall:
             case "heartbeat":
                 self._heartbeat_seen = response.heartbeat.sequence
                 self.heartbeats_at.append(now)
+                if response.heartbeat.HasField("load"):
+                    report_load(self._worker, response.heartbeat.load, now)
             case "verdict":
                 self._receive_verdict(response.verdict)
             case "welcome":
@@ -360,6 +371,7 @@ class RelayCall:
         worker = self._worker
         worker.engine_state = verdict.state
         worker.engine_incarnation = verdict.engine_incarnation
+        worker.is_draining = verdict.is_draining
         worker.detail = _engine_detail(verdict)
         if verdict.HasField("description"):
             problem = _problem_of(verdict.description)
@@ -415,8 +427,8 @@ class RelayCall:
             self._count_tokens(len(token_ids))
         if frame.HasField("load"):
             report_load(self._worker, frame.load, now)
-        if frame.HasField("kv_events"):
-            report_blocks(self._worker, frame.kv_events)
+        for events in frame.kv_events:
+            report_blocks(self._worker, events)
         # Only now, so that the ends which came with the last tokens count in what clients are told.
         for owner, commands in orders:
             owner.obey(commands)
@@ -583,7 +595,7 @@ def _problem_of(description: worker_pb2.EngineDescription) -> str | None:
 
 def _engine_detail(verdict: relay_service_pb2.EngineVerdict) -> str:
     if verdict.state == EngineState.ENGINE_STATE_SERVING:
-        return ""
+        return "draining" if verdict.is_draining else ""
     known = verdict.state in EngineState.values()
     name = EngineState.Name(verdict.state) if known else str(verdict.state)
     state = name.removeprefix("ENGINE_STATE_").lower()
@@ -597,4 +609,5 @@ def _asset(message: worker_pb2.Tokenizer) -> TokenizerAsset:
         bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
         eos_token_ids=frozenset(message.eos_token_ids),
         vocab_size=message.vocab_size,
+        eos_token_id=message.eos_token_id if message.HasField("eos_token_id") else None,
     )

@@ -12,7 +12,7 @@ from typing import Final
 
 from frontend import stream as machine
 from frontend import summaries
-from frontend.admission import Admitted
+from frontend.admission import Admitted, Envelope
 from frontend.dispatch import Choice, Dispatcher
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.v1 import generation_pb2
@@ -70,6 +70,16 @@ class Request:
     @property
     def request_id(self) -> str:
         return self.admitted.envelope.request_id
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Tenant and request id: what makes it this request."""
+        return self.admitted.envelope.tenant, self.admitted.envelope.request_id
+
+    @property
+    def parent_key(self) -> tuple[str, str]:
+        """The key of the request with which it is cancelled."""
+        return self.admitted.envelope.tenant, self.admitted.envelope.parent_request_id
 
     @property
     def is_done(self) -> bool:
@@ -149,7 +159,7 @@ class Request:
                 completion_tokens=sum(len(choice.stream.ledger) for choice in self.choices),
                 recomputed_prefill_tokens=sum(one.recomputed_prefill_tokens for one in accounts),
                 recomputed_decode_tokens=sum(one.recomputed_decode_tokens for one in accounts),
-                cached_prompt_tokens=sum(one.cached_prompt_tokens for one in accounts),
+                cached_prompt_tokens=accounts[0].cached_prompt_tokens,
             ),
             attempts=self._attempts(),
         )
@@ -176,7 +186,8 @@ class Requests:
     def __init__(self, *, running_max: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._running_max = running_max
         self._clock = clock
-        self._running: dict[str, Request] = {}
+        self._running: dict[tuple[str, str], Request] = {}
+        """By tenant and request id."""
         self._ended: OrderedDict[int, tuple[float, pb.StreamInfo]] = OrderedDict()
         """By place in the order of admission, in the order of their ends."""
         self._sequences = itertools.count(1)
@@ -188,13 +199,13 @@ class Requests:
     def num_running(self) -> int:
         return len(self._running)
 
-    def check_room(self, request_id: str) -> None:
+    def check_room(self, envelope: Envelope) -> None:
         """Raises REQUEST_EXISTS or OVERLOADED if such a request cannot be added now."""
-        if request_id in self._running:
+        if (envelope.tenant, envelope.request_id) in self._running:
             raise UnbrokenError(
                 Reason.REQUEST_EXISTS,
-                f"request {request_id} is running",
-                metadata={"request_id": request_id},
+                f"request {envelope.request_id} is running",
+                metadata={"request_id": envelope.request_id},
             )
         if len(self._running) >= self._running_max:
             raise UnbrokenError(
@@ -205,14 +216,14 @@ class Requests:
 
     def add(self, request: Request) -> None:
         """A request was admitted; raises as `check_room`."""
-        self.check_room(request.request_id)
+        self.check_room(request.admitted.envelope)
         request.sequence = next(self._sequences)
-        self._running[request.request_id] = request
+        self._running[request.key] = request
         self._empty.clear()
 
     def remove(self, request: Request) -> None:
         """A request ended; it stays known for a while."""
-        del self._running[request.request_id]
+        del self._running[request.key]
         self._ended[request.sequence] = (self._clock(), request.info())
         self._prune()
         if not self._running:
@@ -228,17 +239,21 @@ class Requests:
         return True
 
     def cancel(self, request_id: str, *, soft: bool) -> bool:
-        """Cancel a request and those below it; whether any was running."""
-        doomed = [one for one in (self._running.get(request_id),) if one is not None]
-        parents = {request_id}
+        """Cancel the requests of that name and those below them; whether any was running."""
+        doomed = [
+            one
+            for one in self._running.values()
+            if request_id in (one.request_id, one.admitted.envelope.parent_request_id)
+        ]
+        parents = {one.key for one in doomed}
         while parents:
             children = [
                 one
                 for one in self._running.values()
-                if one.admitted.envelope.parent_request_id in parents and one not in doomed
+                if one.parent_key in parents and one not in doomed
             ]
             doomed += children
-            parents = {one.request_id for one in children}
+            parents = {one.key for one in children}
         error = UnbrokenError(Reason.CANCELLED, "cancelled by request")
         for request in doomed:
             if soft:
@@ -255,9 +270,9 @@ class Requests:
     def get(self, request_id: str) -> pb.StreamInfo:
         """The newest request of that name; raises STREAM_NOT_FOUND."""
         self._prune()
-        running = self._running.get(request_id)
-        if running is not None:
-            return running.info()
+        for running in reversed(self._running.values()):
+            if running.request_id == request_id:
+                return running.info()
         for _, info in reversed(self._ended.values()):
             if info.request_id == request_id:
                 return info

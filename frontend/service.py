@@ -22,6 +22,7 @@ from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import add_health
+from unbroken.outcome import ContinuationPolicy
 from unbroken.transport import listen, make_server
 from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc, worker_pb2
 
@@ -72,12 +73,12 @@ class Frontend:
             clock=self._clock,
         )
         dispatcher = Dispatcher(self.mesh, self._links, counted, clock=self._clock)
-        self._requests = Requests(running_max=config.requests_running_max, clock=self._clock)
+        self.requests = Requests(running_max=config.requests_running_max, clock=self._clock)
         self._gateway = Gateway(
             config.frontend_id,
             self.mesh,
             dispatcher,
-            self._requests,
+            self.requests,
             GatewayLimits(
                 Limits(
                     migrations_max=config.migrations_max,
@@ -85,13 +86,14 @@ class Frontend:
                     placement_timeout_s=config.placement_timeout_s,
                     regenerate_tokens_max=config.regenerate_tokens_max,
                 ),
+                policy=ContinuationPolicy[config.continuation.upper()],
                 deadline_margin_s=config.deadline_margin_s,
             ),
             random=SystemRandom(),
             clock=self._clock,
         )
         counted.observe(
-            num_running=lambda: self._requests.num_running,
+            num_running=lambda: self.requests.num_running,
             num_waiting=lambda: dispatcher.num_waiting,
             num_links_up=lambda: self._links.num_up,
         )
@@ -125,9 +127,9 @@ class Frontend:
         self._health.set("liveness", is_serving=True)
         if self._registration is not None:
             await self._registration.close()
-        if not await self._requests.until_none(grace_s):
+        if not await self.requests.until_none(grace_s):
             self.cut_short()
-            await self._requests.until_none(CANCELLED_GRACE_S)
+            await self.requests.until_none(CANCELLED_GRACE_S)
         await self._server.stop(None)
         if self._following is not None:
             self._following.cancel()
@@ -140,7 +142,7 @@ class Frontend:
 
     def cut_short(self) -> None:
         """End all running streams; their clients are told why."""
-        self._requests.cancel_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
+        self.requests.cancel_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
 
     def _record(self, identity: FrontendIdentity) -> worker_pb2.FrontendRecord:
         return worker_pb2.FrontendRecord(

@@ -81,18 +81,28 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(ASSET)
 
 
-def next_token(sequence: Sequence[int], seed: int) -> int:
-    """The letter after `sequence`, which is prompt and output together."""
-    digest = hashlib.blake2b(repr((list(sequence), seed)).encode(), digest_size=2).digest()
-    return ord("a") + digest[0] % 26
+class Engine:
+    """The model: its next token depends on all tokens so far and the seed."""
+
+    def __init__(self, sequence: Sequence[int], seed: int) -> None:
+        self._state = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=2)
+        for token_id in sequence:
+            self._take(token_id)
+
+    def next_token(self) -> int:
+        """The next letter; the sequence goes on with it."""
+        token_id = ord("a") + self._state.digest()[0] % 26
+        self._take(token_id)
+        return token_id
+
+    def _take(self, token_id: int) -> None:
+        self._state.update(token_id.to_bytes(4, "little"))
 
 
 def reference(prompt: Sequence[int], num_tokens: int, seed: int = 0) -> list[int]:
     """What an undisturbed run gives."""
-    sequence = list(prompt)
-    for _ in range(num_tokens):
-        sequence.append(next_token(sequence, seed))
-    return sequence[len(prompt) :]
+    engine = Engine(prompt, seed)
+    return [engine.next_token() for _ in range(num_tokens)]
 
 
 @dataclass
@@ -100,7 +110,7 @@ class Running:
     """One attempt at the fake engine."""
 
     start: attempt_pb2.StartAttempt
-    sequence: list[int]
+    engine: Engine
     offset: int
     acked: int
     end: int
@@ -122,13 +132,16 @@ class FakeSidecar(RelayServiceServicer):
             random_source=worker_pb2.RANDOM_SOURCE_POSITIONAL,
             repetition_penalty_counts_prompt=True,
             logit_bias=True,
-            constraints=True,
+            constraints=worker_pb2.ConstraintCapabilities(
+                json_schema=True, json_object=True, regex=True, lark=True, choice=True
+            ),
             logprobs=True,
             seed_bits=64,
         )
     )
     numerics_id: str = "letters-1"
-    is_batch_invariant: bool = True
+    is_invariant: bool = True
+    is_draining: bool = False
     context_length: int = CONTEXT_LENGTH
     state: worker_pb2.EngineState.ValueType = worker_pb2.ENGINE_STATE_SERVING
     welcome_identity: worker_pb2.WorkerIdentity | None = None
@@ -155,6 +168,7 @@ class FakeSidecar(RelayServiceServicer):
         self._news = asyncio.Event()
         self._calls: list[asyncio.Queue[relay_service_pb2.RelayResponse]] = []
         self._frame_sequence = 0
+        self._num_idle_steps = 0
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -204,7 +218,9 @@ class FakeSidecar(RelayServiceServicer):
             batch_size_max=64,
             prefill_tokens_max=512,
             numerics=worker_pb2.NumericsClass(
-                id=self.numerics_id, batch_invariant=self.is_batch_invariant
+                id=self.numerics_id,
+                batch_invariant=self.is_invariant,
+                split_invariant=self.is_invariant,
             ),
             capabilities=self.capabilities,
             tokenizer_fingerprint=FINGERPRINT,
@@ -244,9 +260,7 @@ class FakeSidecar(RelayServiceServicer):
                 and one.offset + len(ids) < one.end
                 and one.offset + len(ids) < one.acked + one.start.window_tokens
             ):
-                seed = one.start.checkpoint.params.sampling.seed
-                token = next_token(one.sequence, seed)
-                one.sequence.append(token)
+                token = one.engine.next_token()
                 ids.append(token)
                 if token in stopping.stop_token_ids:
                     one.end = one.offset + len(ids)
@@ -277,11 +291,17 @@ class FakeSidecar(RelayServiceServicer):
                     cached_tokens=self.cached_tokens,
                 )
         if not frame.slots:
+            self._num_idle_steps = self._num_idle_steps + 1 if self.running else 0
             return None
+        self._num_idle_steps = 0
         if self.on_step is not None:
             self.on_step(frame)
         self.say_frame(frame)
         return frame
+
+    def is_blocked(self) -> bool:
+        """Whether all attempts have waited for their windows, for as many steps as it takes."""
+        return self._num_idle_steps > 100
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Wait until something that the frontend says makes the condition true."""
@@ -367,7 +387,10 @@ class FakeSidecar(RelayServiceServicer):
         max_tokens = checkpoint.params.stopping.max_tokens
         self.running[start.slot] = Running(
             start=start,
-            sequence=[*checkpoint.prompt_token_ids, *checkpoint.output_token_ids],
+            engine=Engine(
+                [*checkpoint.prompt_token_ids, *checkpoint.output_token_ids],
+                checkpoint.params.sampling.seed,
+            ),
             offset=first,
             acked=first,
             end=max_tokens if is_native else first + max_tokens,
@@ -387,15 +410,13 @@ class FakeSidecar(RelayServiceServicer):
         self,
         failure: worker_pb2.FailureKind.ValueType = worker_pb2.FAILURE_KIND_UNSPECIFIED,
     ) -> relay_service_pb2.EngineVerdict:
-        is_known = self.state in {
-            worker_pb2.ENGINE_STATE_SERVING,
-            worker_pb2.ENGINE_STATE_DRAINING,
-        }
+        is_known = self.state == worker_pb2.ENGINE_STATE_SERVING
         return relay_service_pb2.EngineVerdict(
             state=self.state,
             engine_incarnation=1,
             failure=failure,
             description=self.description if is_known else None,
+            is_draining=self.is_draining,
         )
 
     async def _beat(self) -> None:

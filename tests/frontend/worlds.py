@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from frontend.config import FrontendConfig
 from frontend.service import Frontend
 from tests.frontend.fakes import MODEL, FakeDiscovery, FakeSidecar
 from unbroken.client import Client, GenerationStream, Piece
+from unbroken.errors import UnbrokenError
 
 TIME_LIMIT_S = 20.0
 
@@ -25,6 +26,7 @@ class World:
     discovery: FakeDiscovery
     client: Client
     sidecars: list[FakeSidecar]
+    clients: list[Client] = field(default_factory=list[Client])
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Wait for a state of the frontend that no event of ours announces; fails after 5 s."""
@@ -45,6 +47,21 @@ class World:
     def announce(self) -> None:
         """Announce all sidecars."""
         self.discovery.announce(*(sidecar.record for sidecar in self.sidecars))
+
+    def another_client(self) -> Client:
+        """A client with a connection of its own."""
+        client = Client(self.frontend.address)
+        self.clients.append(client)
+        return client
+
+    def num_running(self) -> int:
+        """Requests that run."""
+        return self.frontend.requests.num_running
+
+    def num_tokens(self) -> int:
+        """Tokens in the ledgers of all requests that run."""
+        infos, _ = self.frontend.requests.page(0, "")
+        return sum(choice.num_tokens for info in infos for choice in info.choices)
 
     def sidecar_of(self, request_id: str) -> FakeSidecar:
         """The sidecar on which choice 0 of the request runs."""
@@ -75,6 +92,8 @@ async def world(*sidecars: FakeSidecar, **settings: Any) -> AsyncGenerator[World
                 await it.until_ready(num_serving)
             yield it
     finally:
+        for client in it.clients if it else ():
+            await client.close()
         await frontend.stop()
         for sidecar in it.sidecars if it else sidecars:
             await sidecar.die()
@@ -107,3 +126,12 @@ async def read_some(stream: GenerationStream, num_tokens: int) -> list[Piece]:
     while sum(len(piece.token_ids) for piece in pieces) < num_tokens:
         pieces.append(await anext(stream))
     return pieces
+
+
+async def failure_of(stream: GenerationStream) -> UnbrokenError:
+    """The error with which the stream ends."""
+    try:
+        await read(stream)
+    except UnbrokenError as error:
+        return error
+    raise AssertionError("expected the stream to fail, it ended well")
