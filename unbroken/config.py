@@ -54,7 +54,9 @@ def _valid_address(address: str) -> str:
     return address
 
 
-Address = Annotated[str, AfterValidator(_valid_address)]
+_ADDRESS = AfterValidator(_valid_address)
+
+Address = Annotated[str, _ADDRESS]
 """A "host:port"; port 0 lets the kernel choose one."""
 
 
@@ -146,6 +148,8 @@ def markdown(model_class: type[BaseModel], *, prog: str) -> str:
 
 def expectation(field: FieldInfo) -> str:
     """What a value of the field has to be, in words: "a number above 0"."""
+    if _ADDRESS in field.metadata or _is(Address, field.annotation):
+        return "host:port"
     return f"{_type_in_words(field.annotation)}{_limits_in_words(field.metadata)}"
 
 
@@ -292,8 +296,8 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _is(kind: type, annotation: Any) -> bool:
-    return any(member is kind for member in _members(annotation))
+def _is(kind: Any, annotation: Any) -> bool:
+    return kind in (annotation, *get_args(annotation), *_members(annotation))
 
 
 def _is_list(annotation: Any) -> bool:
@@ -343,8 +347,6 @@ def _limits_in_words(metadata: Sequence[Any]) -> str:
                 words.append(f"of at least {limit.min_length} in length")
             case limits.MaxLen():
                 words.append(f"of at most {limit.max_length} in length")
-            case AfterValidator(func=func) if func is _valid_address:
-                words.append("host:port")
             case _:
                 if pattern := getattr(limit, "pattern", None):
                     words.append(f"matching {pattern}")

@@ -198,11 +198,13 @@ def note(text: str) -> None:
 
 def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
     ranks = worker.load.ranks
+    is_up = worker.link == admin_pb.LINK_STATE_UP  # Else what is known of the engine is old.
+    engine = _short(worker_pb2.EngineState, worker.engine) if is_up else "-"
     return (
         worker.record.identity.worker_id,
         worker.description.model or worker.record.model,
         _short(admin_pb.LinkState, worker.link),
-        _short(worker_pb2.EngineState, worker.engine) + (" (draining)" * worker.is_draining),
+        f"{engine} (draining)" if worker.is_draining else engine,
         worker.num_attempts,
         f"{sum(r.kv_blocks_used for r in ranks)}/{sum(r.kv_blocks_total for r in ranks)}",
         sum(rank.requests_waiting for rank in ranks),
