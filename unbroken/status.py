@@ -238,7 +238,7 @@ def _translated(error: Exception, method: str) -> UnbrokenError:
             break
         cause = inner[0]
     if isinstance(cause, UnbrokenError):
-        # gRPC keeps the exception of an abort in a cycle, and a traceback keeps the handler's frame.
+        # gRPC keeps the exception of an abort in a cycle; a traceback keeps the handler's frame.
         return cause.with_traceback(None)
     error_id = secrets.token_hex(8)
     _log.error("call failed by a bug", method=method, error_id=error_id, exc_info=error)
