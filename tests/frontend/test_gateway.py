@@ -576,7 +576,7 @@ def test_an_engine_that_goes_on_after_the_end_is_stopped() -> None:
 def test_a_slow_client_gets_fewer_messages_and_stops_its_worker() -> None:
     async def scenario() -> None:
         num_tokens, window = 60_000, 512
-        sidecar = FakeSidecar("w1", tokens_per_step=64, step_s=0.0005, context_length=100_000)
+        sidecar = FakeSidecar("w1", tokens_per_step=64, context_length=100_000)
         # A connection that takes in 64 KiB and no more while nobody reads.
         options = [("grpc.http2.bdp_probe", 0)]
         async with (
