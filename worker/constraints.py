@@ -50,7 +50,8 @@ class Matcher:
         """Why no further token can be judged; empty if one can."""
         if not self._matcher.is_error():
             return ""
-        return self._matcher.get_error() or "the constraint's matcher failed"
+        lines = self._matcher.get_error().splitlines()
+        return lines[0] if lines else "the matcher failed"
 
     def allowed(self) -> NDArray[np.bool_]:
         """(vocab_size,): which tokens may come next.

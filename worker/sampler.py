@@ -190,16 +190,19 @@ class Sampler:
             )
         logits[self._bias_ids] += self._bias_values
         if self.matcher is not None:
-            logits[~self.matcher.allowed()] = -np.inf
+            allowed = self.matcher.allowed()
+            if self.matcher.error:  # Its mask would only say that the output may end.
+                raise SamplingError(f"the constraint can't be followed: {self.matcher.error}")
+            logits[~allowed] = -np.inf
         if num_output < self._min_tokens and self._end_ids.size:
             held_off = logits[self._end_ids].copy()
             logits[self._end_ids] = -np.inf
             if self.matcher is not None and logits.max() == -np.inf:
                 # The language allows nothing but the end, and nobody can wait for more.
                 logits[self._end_ids] = held_off
-        if logits.max() == -np.inf or np.isnan(logits.max()):
-            problem = self.matcher.error if self.matcher is not None else ""
-            raise SamplingError(problem or "the parameters leave no token to choose from")
+        highest = logits.max()
+        if highest == -np.inf or np.isnan(highest):
+            raise SamplingError("the parameters leave no token to choose from")
         return logits
 
     def _draw(self, logits: NDArray[np.float32], u: float) -> int:

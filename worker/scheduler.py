@@ -126,8 +126,8 @@ class Scheduler:
         self._streams[stream.slot] = stream
         if stream.deadline is not None:
             heapq.heappush(self._deadlines, (stream.deadline, stream.slot))
-        if not self._end_if_complete(stream):
-            rank.wait(stream)
+        rank.wait(stream)
+        self._end_if_complete(stream)
         return True
 
     def abort(

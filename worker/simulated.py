@@ -32,10 +32,13 @@ _GROWTH = 0x9E3779B97F4A7C15  # Odd, so that no power of it vanishes modulo 2^64
 _SPREAD = 0xD6E8FEB86659FD93  # Multiplier of Degski's 64-bit mixer.
 _END_SPREAD = 0xBF58476D1CE4E5B9
 
-# Logits: noise from 0 to 8, the most probable token above all of it.
+# Logits: noise from 0 to 8, higher for a few tokens that come again and again, as in any text (else
+# no penalty would ever matter), and the most probable token above all of it.
 _NOISE = 8.0
-_PEAK = 9.0
-_END_DUE = 12.0
+_COMMON = 5.0
+_PEAK = 14.0
+_END_DUE = 17.0
+_NUM_COMMON = 48
 _UNREADABLE = -6.0
 _NEVER = -1e4  # Finite: a constraint may leave nothing else.
 
@@ -71,8 +74,11 @@ class SimulatedModel:
         words = [i for i, token in enumerate(tokens) if token[:1] == b" " and len(token) > 3]
         marks = [tokens.index(mark) for mark in (b",", b".", b"!", b"?", b"\n", b"\xc3\xa9")]
         self.emoji_head = tokens.index(vocabulary.EMOJI_HEAD)
-        # What readers like to see: words, and now and then a mark or a face.
-        self.readable = words + marks * (len(words) // 60) + [self.emoji_head] * (len(words) // 60)
+        common = words[:: len(words) // _NUM_COMMON]
+        # What is most probable: all words, the common ones as often as all others together, and now
+        # and then a mark or a face.
+        few = len(words) // 60
+        self.readable = words + common * 60 + marks * few + [self.emoji_head] * few
         self._growths = np.ones(1, dtype=np.uint64)
 
         self._keys = _mixed(np.arange(vocabulary.VOCAB_SIZE, dtype=np.uint64) + np.uint64(1))
@@ -80,6 +86,7 @@ class SimulatedModel:
         for token_id, token in enumerate(tokens):
             if not token.decode(errors="replace").isprintable():
                 self._base[token_id] = _UNREADABLE
+        self._base[common] = _COMMON
         self._base[len(tokens) :] = _NEVER
 
     def state(self, token_ids: Sequence[int]) -> int:
