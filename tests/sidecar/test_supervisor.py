@@ -1,0 +1,240 @@
+"""Claims of `sidecar.supervisor` and its reaper, with real processes that are really killed."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from sidecar.supervisor import EngineProcess
+from tests.sidecar.processes import no_process_left, until
+
+TIMEOUT_S = 20
+SLEEP = "sleep 1000"
+# A child in its group, an orphan with a session of its own, and itself.
+FAMILY = ("sh", "-c", f"{SLEEP} & setsid --fork {SLEEP}; exec {SLEEP}")
+IGNORES_SIGTERM = ("sh", "-c", f"trap '' TERM; {SLEEP} & exec {SLEEP}")
+# Says so when it is told to end. `wait` returns for a trap, where a foreground child would not.
+SAYS_GOODBYE = ("sh", "-c", "trap 'echo goodbye; exit 5' TERM; echo here; sleep 1000 & wait")
+
+Alive = Callable[[], list[str]]
+
+
+def run(scenario: Callable[[Alive], Awaitable[None]]) -> None:
+    async def with_limit(alive: Alive) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await scenario(alive)
+
+    with no_process_left() as alive:
+        uvloop.run(with_limit(alive))
+
+
+async def started(command: tuple[str, ...], alive: Alive, num_sleeping: int) -> EngineProcess:
+    process = EngineProcess.start(command)
+    await until(lambda: alive().count(SLEEP) == num_sleeping and process.pid != 0)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("sh", "-c", "exit 3"), "exited with status 3"),
+        (("true",), "exited with status 0"),
+        (("sh", "-c", "kill -SEGV $$"), "was killed by SIGSEGV"),
+        (("no-such-command-anywhere",), "exited with status 127"),
+    ],
+)
+def test_how_it_ended_is_told(command: tuple[str, ...], told: str) -> None:
+    async def scenario(_alive: Alive) -> None:
+        process = EngineProcess.start(command)
+        assert str(await process.exited) == told
+        await process.wait_gone()
+
+    run(scenario)
+
+
+def test_a_death_is_noticed_at_once() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(("sleep", "1000"), alive, 1)
+        began = time.monotonic()
+        os.kill(process.pid, signal.SIGKILL)
+        await process.exited
+        assert time.monotonic() - began < 0.25  # Most often 1 ms; this machine is shared.
+        await process.wait_gone()
+
+    run(scenario)
+
+
+def test_it_leads_a_session_and_a_group() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(("sleep", "1000"), alive, 1)
+        assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
+        process.kill()
+        await process.wait_gone()
+
+    run(scenario)
+
+
+def test_it_begins_with_no_signal_blocked_or_ignored() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(("sleep", "1000"), alive, 1)
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()  # noqa: ASYNC240
+        masks = {line.split()[0]: int(line.split()[1], 16) for line in lines if line[:3] == "Sig"
+                 and line[:4] != "SigQ"}  # fmt: skip
+        assert masks["SigBlk:"] == masks["SigIgn:"] == 0
+        process.kill()
+        await process.wait_gone()
+
+    run(scenario)
+
+
+def test_what_an_engine_started_dies_with_it_even_in_another_session() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(FAMILY, alive, 3)
+        os.kill(process.pid, signal.SIGKILL)
+        await process.exited
+        await process.wait_gone()
+        assert alive() == []
+
+    run(scenario)
+
+
+def test_kill_ends_everything() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(FAMILY, alive, 3)
+        process.kill()
+        process.kill()
+        await process.wait_gone()
+        assert alive() == []
+        assert str(process.exited.result()) == "was killed by SIGKILL"
+
+    run(scenario)
+
+
+STARTER = """
+import asyncio, sys
+from sidecar.supervisor import EngineProcess
+
+async def main():
+    process = EngineProcess.start(sys.argv[1:])
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("is_group_stopped", [False, True])
+def test_sigkill_of_the_parent_leaves_no_engine_and_no_grandchild(is_group_stopped: bool) -> None:
+    async def scenario(alive: Alive) -> None:
+        starter = subprocess.Popen([sys.executable, "-c", STARTER, *FAMILY])  # noqa: ASYNC220
+        try:
+            await until(lambda: alive().count(SLEEP) == 3)
+            if is_group_stopped:
+                os.killpg(group_of_sleepers(starter.pid), signal.SIGSTOP)
+        finally:
+            starter.kill()
+            starter.wait()
+        await until(lambda: alive() == [])
+
+    run(scenario)
+
+
+def group_of_sleepers(starter: int) -> int:
+    """The engine's group: starter, its child the reaper, whose first child is the engine."""
+    (reaper,) = children_of(starter)
+    return children_of(reaper)[0]
+
+
+def children_of(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def test_sigkill_of_the_reaper_leaves_nothing_of_the_group() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(IGNORES_SIGTERM, alive, 2)
+        (reaper,) = [p for p in children_of(os.getpid()) if process.pid in children_of(p)]
+        os.kill(reaper, signal.SIGKILL)
+        assert (await process.exited).status is None
+        await process.wait_gone()
+        await until(lambda: alive() == [])
+
+    run(scenario)
+
+
+def test_stop_lets_it_end_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario(_alive: Alive) -> None:
+        err = ""
+
+        def is_here() -> bool:
+            nonlocal err
+            err += capfd.readouterr().err
+            return "here" in err
+
+        process = EngineProcess.start(SAYS_GOODBYE)
+        await until(is_here)
+        began = time.monotonic()
+        await asyncio.gather(process.stop(grace_s=TIMEOUT_S), process.stop(grace_s=TIMEOUT_S))
+        assert time.monotonic() - began < TIMEOUT_S / 2
+        assert str(process.exited.result()) == "exited with status 5"
+        assert capfd.readouterr().err == "[engine] goodbye\n"
+        await process.stop(grace_s=TIMEOUT_S)
+
+    run(scenario)
+
+
+def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(IGNORES_SIGTERM, alive, 2)
+        began = time.monotonic()
+        await process.stop(grace_s=0.2)
+        assert time.monotonic() - began >= 0.2
+        assert alive() == []
+        assert str(process.exited.result()) == "was killed by SIGKILL"
+
+    run(scenario)
+
+
+def test_a_stopped_engine_is_killed_after_its_grace() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(FAMILY, alive, 3)
+        os.killpg(process.pid, signal.SIGSTOP)
+        await process.stop(grace_s=0.1)
+        assert alive() == []
+
+    run(scenario)
+
+
+def test_killing_one_that_has_hardly_begun_leaves_nothing() -> None:
+    async def scenario(alive: Alive) -> None:
+        for wait_s in (0, 0.005, 0.01, 0.015, 0.02, 0.03):
+            process = EngineProcess.start(FAMILY)
+            await asyncio.sleep(wait_s)
+            process.kill()
+            await process.wait_gone()
+            assert alive() == []
+
+    run(scenario)
+
+
+def test_its_output_comes_line_by_line_and_long_lines_in_pieces(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def scenario(_alive: Alive) -> None:
+        script = "import sys; print('out', flush=True); sys.stderr.write('x' * 5000 + '\\nlast')"
+        process = EngineProcess.start((sys.executable, "-c", script))
+        await process.exited
+        await process.wait_gone()
+
+    run(scenario)
+    assert capfd.readouterr().err.splitlines() == [
+        "[engine] out",
+        "[engine] " + "x" * 4000,
+        "[engine] " + "x" * 1000,
+        "[engine] last",
+    ]
