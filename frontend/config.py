@@ -39,6 +39,8 @@ class FrontendConfig(ProcessConfig):
     """Between two heartbeats to a sidecar."""
     link_silence_max_s: float = Field(2.0, ge=0.1, le=60)
     """A link on which nothing comes for so long is lost."""
+    link_forgotten_grace_s: float = Field(5.0, ge=0, le=3600)
+    """How long a worker that discovery forgot is called again after its link was lost."""
     deadline_margin_s: float = Field(0.02, ge=0, le=1)
     """So long before its client's deadline a stream ends, so that the client still hears why."""
     shutdown_grace_s: float = Field(30.0, ge=0, le=3600)

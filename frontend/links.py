@@ -24,8 +24,6 @@ from unbroken.v1 import worker_pb2
 
 PAUSE_S_MIN: Final = 0.02
 PAUSE_S_MAX: Final = 1.0
-FORGOTTEN_GRACE_S: Final = 5.0
-"""How long a worker that discovery forgot is called again after its link was lost."""
 INCARNATIONS_MAX: Final = 10_000
 """Workers whose last incarnation is remembered after they have gone."""
 
@@ -179,7 +177,7 @@ class Links:
                 )
             if end.failure is FailureKind.PROTOCOL:
                 pause_s = PAUSE_S_MAX  # It will most likely say the same again.
-            if link.is_forgotten and now - lost_at >= FORGOTTEN_GRACE_S:
+            if link.is_forgotten and now - lost_at >= self._limits.forgotten_grace_s:
                 self._forget(link)
                 return
             await asyncio.sleep(pause_s)

@@ -72,6 +72,8 @@ class LinkLimits:
     commands_queued_max: int = 65_536
     """A sidecar that leaves so many unread is lost."""
     tokenizer_timeout_s: float = 10.0
+    forgotten_grace_s: float = 5.0
+    """How long a worker that discovery forgot is called again after its link was lost."""
 
 
 @dataclass(frozen=True, slots=True)

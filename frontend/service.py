@@ -50,6 +50,8 @@ class Frontend:
         self._discovery = where or discovery.connect(config.discovery)
         self._registry = metrics.new_registry()
         self.mesh = MeshView()
+        self.is_draining = False
+        """It takes no new requests."""
         self.address = ""
         """host:port of the services, once started."""
         self._metrics_server: metrics.MetricsServer | None = None
@@ -68,6 +70,7 @@ class Frontend:
             LinkLimits(
                 heartbeat_interval_s=config.heartbeat_interval_s,
                 silence_max_s=config.link_silence_max_s,
+                forgotten_grace_s=config.link_forgotten_grace_s,
             ),
             count_tokens=counted.count_tokens,
             clock=self._clock,
@@ -122,6 +125,7 @@ class Frontend:
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Take nothing new, let running streams finish for a while, end the rest. Idempotent."""
+        self.is_draining = True
         self._gateway.drain()
         self._health.set_all(is_serving=False)
         self._health.set("liveness", is_serving=True)
@@ -156,7 +160,8 @@ class Frontend:
     def _tell_models(self) -> None:
         """Health of each model: whether a worker takes requests for it."""
         for name in self.mesh.model_names():
-            self._health.set(f"model/{name}", is_serving=self.mesh.num_ready(name) > 0)
+            is_serving = not self.is_draining and self.mesh.num_ready(name) > 0
+            self._health.set(f"model/{name}", is_serving=is_serving)
 
 
 async def serve(config: FrontendConfig) -> None:

@@ -54,6 +54,11 @@ class World:
         self.clients.append(client)
         return client
 
+    def detail_of(self, worker_id: str) -> str:
+        """Why the worker takes no work; empty if it is not known."""
+        worker = self.frontend.mesh.workers.get(worker_id)
+        return worker.detail if worker else ""
+
     def num_running(self) -> int:
         """Requests that run."""
         return self.frontend.requests.num_running

@@ -1,0 +1,366 @@
+"""Links over real gRPC: who is believed, who is not, and what happens when a link is lost."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.frontend.fakes import MODEL, FakeSidecar, reference
+from tests.frontend.worlds import World, read, read_some, run, world
+from unbroken.transport import listen, make_server
+from unbroken.v1 import admin_service_pb2 as admin_pb
+from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
+
+PROMPT = list(b"once upon a time")
+
+
+async def worker_info(it: World, worker_id: str) -> admin_pb.WorkerInfo:
+    """The worker as the frontend sees it."""
+    workers = {one.record.identity.worker_id: one for one in await it.client.list_workers()}
+    return workers[worker_id]
+
+
+def frame(**fields: Any) -> relay_service_pb2.RelayResponse:
+    return relay_service_pb2.RelayResponse(frame=attempt_pb2.StepFrame(**fields))
+
+
+# Who is believed.
+
+
+def test_a_link_says_hello_and_shows_the_worker_when_it_is_welcomed() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1", incarnation=5)) as it:
+            hello = it.sidecars[0].hellos[0]
+            assert (hello.protocol_version, hello.frontend_id, hello.incarnation) == (1, "f0", 1)
+            assert (hello.expected_worker_incarnation, hello.call_number) == (5, 1)
+            info = await worker_info(it, "w1")
+            assert info.link == admin_pb.LINK_STATE_UP
+            assert info.engine == worker_pb2.ENGINE_STATE_SERVING
+            assert info.description.model == MODEL
+            assert info.detail == ""
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("oddity", "detail"),
+    [
+        (
+            {"welcome_identity": worker_pb2.WorkerIdentity(worker_id="other")},
+            "expected worker w2 of incarnation 1, got 'other'",
+        ),
+        (
+            {"welcome_identity": worker_pb2.WorkerIdentity(worker_id="w2", incarnation=9)},
+            "got 'w2' of 9",
+        ),
+        ({"protocol_version": 2}, "expected protocol version 1, got 2"),
+        ({"context_length": 0}, "expected a description with context_length"),
+        ({"model": ""}, "expected a description with model"),
+    ],
+    ids=["name", "incarnation", "version", "context", "model"],
+)
+def test_a_worker_that_is_not_what_it_should_be_gets_no_work(
+    oddity: dict[str, Any], detail: str
+) -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            await it.add(FakeSidecar("w2", **oddity))
+            await it.until(lambda: detail in it.detail_of("w2"))
+            info = await worker_info(it, "w2")
+            assert detail in info.detail
+            assert it.frontend.mesh.num_ready(MODEL) == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("say", "detail"),
+    [
+        (
+            lambda: relay_service_pb2.RelayResponse(
+                welcome=relay_service_pb2.RelayWelcome(protocol_version=1)
+            ),
+            "expected one welcome",
+        ),
+        (
+            lambda: relay_service_pb2.RelayResponse(
+                adopted=relay_service_pb2.AttemptAdopted(slot=1)
+            ),
+            "expected no adoption",
+        ),
+        (
+            lambda: relay_service_pb2.RelayResponse(
+                verdict=relay_service_pb2.EngineVerdict(state=worker_pb2.ENGINE_STATE_SERVING)
+            ),
+            "expected a description with SERVING",
+        ),
+        (lambda: frame(sequence=9), "expected frame 1, got 9"),
+    ],
+    ids=["welcome", "adopted", "verdict", "frame"],
+)
+def test_a_sidecar_that_breaks_the_contract_loses_its_link(
+    say: Callable[[], relay_service_pb2.RelayResponse], detail: str
+) -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            it.sidecars[0].say(say())
+            await it.until_ready(0)
+            assert detail in (await worker_info(it, "w1")).detail
+            await it.until_ready(1)  # It is given another chance, on another call.
+            assert [hello.call_number for hello in it.sidecars[0].hellos] == [1, 2]
+
+    run(scenario())
+
+
+def test_a_sidecar_that_speaks_garbage_harms_nobody() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            server = make_server()
+
+            async def garble(_: AsyncIterator[bytes], __: Any) -> AsyncIterator[bytes]:
+                yield b"\xff\xff\xff\xff"
+                await asyncio.Event().wait()
+
+            make_handler: Any = grpc.stream_stream_rpc_method_handler
+            handler = make_handler(garble)
+            server.add_generic_rpc_handlers(
+                (
+                    grpc.method_handlers_generic_handler(
+                        "unbroken.v1.RelayService", {"Relay": handler}
+                    ),
+                )
+            )
+            address = listen(server, "127.0.0.1:0")
+            await server.start()
+            try:
+                record = worker_pb2.WorkerRecord(
+                    identity=worker_pb2.WorkerIdentity(worker_id="w2", incarnation=1),
+                    address=address,
+                    model=MODEL,
+                )
+                it.discovery.announce(it.sidecars[0].record, record)
+                await it.until(lambda: "got bytes that are none" in it.detail_of("w2"))
+                stream = it.client.generate(token_ids=PROMPT, max_tokens=5, temperature=0)
+                assert (await read(stream))[0] == reference(PROMPT, 5)
+            finally:
+                await server.stop(None)
+
+    run(scenario())
+
+
+def test_a_tokenizer_is_fetched_once_for_all_workers_that_share_it() -> None:
+    async def scenario() -> None:
+        async with world(*(FakeSidecar(f"w{n}") for n in range(3))) as it:
+            assert sum(sidecar.num_tokenizers_sent for sidecar in it.sidecars) == 1
+
+    run(scenario())
+
+
+def test_slots_ascend_and_are_never_used_again() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            for _ in range(4):
+                await read(it.client.generate(token_ids=PROMPT, max_tokens=2))
+            assert [start.slot for start in it.sidecars[0].starts] == [1, 2, 3, 4]
+
+    run(scenario())
+
+
+# Signs of life.
+
+
+def test_heartbeats_go_out_without_gaps() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1"), heartbeat_interval_s=0.02) as it:
+            sidecar = it.sidecars[0]
+            await sidecar.until(lambda: len(sidecar.heartbeats) >= 4)
+            assert [one.sequence for one in sidecar.heartbeats[:4]] == [1, 2, 3, 4]
+            assert sidecar.heartbeats[3].sequence_seen > 0
+            assert sidecar.heartbeats[0].interval.ToMilliseconds() == 20
+
+    run(scenario())
+
+
+def test_a_silent_sidecar_is_lost_as_hung_and_its_streams_go_on() -> None:
+    async def scenario() -> None:
+        async with world(
+            FakeSidecar("w1"), FakeSidecar("w2"), link_silence_max_s=0.3, heartbeat_interval_s=0.05
+        ) as it:
+            stream = it.client.generate(
+                token_ids=PROMPT, max_tokens=100, temperature=0, request_id="r"
+            )
+            ids = [i for piece in await read_some(stream, 5) for i in piece.token_ids]
+            it.sidecar_of("r").is_hung = True
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 100)
+            assert stream.finished is not None
+            first = stream.finished.attempts[0]
+            assert first.failure == worker_pb2.FAILURE_KIND_HANG
+            assert "nothing received" in first.detail
+
+    run(scenario())
+
+
+def test_load_comes_with_heartbeats_and_frames() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            for number, say in enumerate((say_in_heartbeat, say_in_frame), start=1):
+                load = worker_pb2.LoadReport(
+                    engine_steps_total=number,
+                    ranks=[
+                        worker_pb2.RankLoad(kv_blocks_used=10 * number, prefill_tokens_queued=3),
+                        worker_pb2.RankLoad(rank=1, kv_blocks_used=1),
+                    ],
+                )
+                say(it.sidecars[0], load)
+                (view,) = it.frontend.mesh.views()
+                await it.until(lambda v=view, n=number: v.kv_blocks_used == 10 * n + 1)
+                assert view.prefill_tokens_queued == 3
+                assert (await worker_info(it, "w1")).load.engine_steps_total == number
+
+    def say_in_heartbeat(sidecar: FakeSidecar, load: worker_pb2.LoadReport) -> None:
+        heartbeat = relay_service_pb2.Heartbeat(sequence=1, load=load)
+        sidecar.say(relay_service_pb2.RelayResponse(heartbeat=heartbeat))
+
+    def say_in_frame(sidecar: FakeSidecar, load: worker_pb2.LoadReport) -> None:
+        sidecar.say_frame(attempt_pb2.StepFrame(load=load))
+
+    run(scenario())
+
+
+def test_what_a_worker_has_cached_is_known_by_rank() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            (view,) = it.frontend.mesh.views()
+            events = [
+                worker_pb2.KvEvents(reset=True, stored=[1, 2]),
+                worker_pb2.KvEvents(rank=1, reset=True, stored=[2, 3]),
+                worker_pb2.KvEvents(removed=[2]),
+            ]
+            it.sidecars[0].say_frame(attempt_pb2.StepFrame(kv_events=events))
+            await it.until(lambda: view.cached_blocks == {1, 2, 3})  # Rank 1 still has 2.
+            events = [worker_pb2.KvEvents(rank=1, reset=True, stored=[4])]
+            it.sidecars[0].say_frame(attempt_pb2.StepFrame(kv_events=events))
+            await it.until(lambda: view.cached_blocks == {1, 4})
+
+    run(scenario())
+
+
+# News of the engine.
+
+
+def test_streams_leave_an_engine_that_is_dead_or_stalled() -> None:
+    async def scenario() -> None:
+        for state, failure in (
+            (worker_pb2.ENGINE_STATE_DEAD, worker_pb2.FAILURE_KIND_CRASH),
+            (worker_pb2.ENGINE_STATE_STALLED, worker_pb2.FAILURE_KIND_STALL),
+        ):
+            async with world(FakeSidecar("w1"), FakeSidecar("w2")) as it:
+                stream = it.client.generate(
+                    token_ids=PROMPT, max_tokens=100, temperature=0, request_id="r"
+                )
+                ids = [i for piece in await read_some(stream, 5) for i in piece.token_ids]
+                sidecar = it.sidecar_of("r")
+                sidecar.say_state(state)
+                ids += (await read(stream))[0]
+                assert ids == reference(PROMPT, 100)
+                assert stream.finished is not None
+                assert stream.finished.attempts[0].failure == failure
+                await sidecar.until(lambda s=sidecar: s.aborts)
+                assert it.frontend.mesh.num_ready(MODEL) == 1
+                sidecar.say_state(worker_pb2.ENGINE_STATE_SERVING)
+                await it.until_ready(2)
+
+    run(scenario())
+
+
+def test_a_draining_worker_finishes_and_gets_nothing_new() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1", step_s=0.005), FakeSidecar("w2")) as it:
+            stream = it.client.generate(
+                token_ids=PROMPT, max_tokens=60, temperature=0, request_id="r"
+            )
+            ids = [i for piece in await read_some(stream, 2) for i in piece.token_ids]
+            sidecar = it.sidecar_of("r")
+            sidecar.is_draining = True
+            sidecar.say_state(worker_pb2.ENGINE_STATE_SERVING)
+            await it.until_ready(1)
+            info = await worker_info(it, sidecar.worker_id)
+            assert info.is_draining
+            assert info.detail == "draining"
+            for _ in range(4):
+                await read(it.client.generate(token_ids=PROMPT, max_tokens=2))
+            assert len(sidecar.starts) == 1
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 60)
+            assert stream.finished is not None
+            assert len(stream.finished.attempts) == 1
+
+    run(scenario())
+
+
+# Discovery.
+
+
+def test_a_worker_that_discovery_forgets_goes_on_serving() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            it.discovery.announce()
+            for _ in range(2):
+                stream = it.client.generate(token_ids=PROMPT, max_tokens=5, temperature=0)
+                assert (await read(stream))[0] == reference(PROMPT, 5)
+            assert (await worker_info(it, "w1")).link == admin_pb.LINK_STATE_UP
+
+    run(scenario())
+
+
+def test_a_new_incarnation_takes_over_at_once_and_an_old_one_is_not_believed() -> None:
+    async def scenario() -> None:
+        old, new = FakeSidecar("w1", incarnation=5), FakeSidecar("w1", incarnation=6)
+        async with world(old) as it:
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=200, temperature=0)
+            ids = [i for piece in await read_some(stream, 5) for i in piece.token_ids]
+            await new.begin()
+            it.sidecars.append(new)
+            it.discovery.announce(new.record)
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 200)
+            assert stream.finished is not None
+            lives = [one.worker.incarnation for one in stream.finished.attempts]
+            assert lives == [5, 6]
+            it.discovery.announce(old.record)
+            await read(it.client.generate(token_ids=PROMPT, max_tokens=2))
+            info = await worker_info(it, "w1")
+            assert info.record.identity.incarnation == 6
+            assert len(old.starts) == 1
+
+    run(scenario())
+
+
+def test_a_link_that_broke_is_opened_again_and_the_same_life_goes_on_serving() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            sidecar = it.sidecars[0]
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=100, temperature=0)
+            ids = [i for piece in await read_some(stream, 5) for i in piece.token_ids]
+            await sidecar.die()
+            await it.until_ready(0)
+            await sidecar.begin()
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 100)
+
+    run(scenario())
+
+
+def test_a_worker_that_is_gone_and_forgotten_is_dropped() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1"), link_forgotten_grace_s=0.1) as it:
+            await it.sidecars[0].die()
+            it.discovery.announce()
+            await it.until(lambda: not it.frontend.mesh.workers)
+            (model,) = await it.client.list_models()
+            assert (model.model, model.num_workers) == (MODEL, 0)
+
+    run(scenario())
