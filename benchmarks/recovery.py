@@ -85,7 +85,9 @@ def main() -> None:
 
 async def _measure(trials: int, what: Target) -> Totals:
     totals = Totals()
-    options = f"--step-base-ms {STEP_S * 1e3:g} --prefill-tokens-per-s 200000"
+    options = (
+        f"--step-base-ms {STEP_S * 1e3:g} --prefill-tokens-per-s 1000000 --prefill-tokens-max 8192"
+    )
     with tempfile.TemporaryDirectory() as directory:
         mesh = LocalMesh(Path(directory), num_workers=2, engine="simulated", engine_options=options)
         async with mesh, Client(mesh.frontend_address) as client:

@@ -158,7 +158,8 @@ def _ready() -> engine_pb2.EngineReady:
 
 async def _serve_direct(address: str, step_s: float) -> None:
     server = make_server()
-    add_InferenceServiceServicer_to_server(StampingService(step_s), server)
+    service = StampingService(step_s)  # pyright: ignore[reportAbstractUsage] - Generate is enough.
+    add_InferenceServiceServicer_to_server(service, server)
     bound = listen(server, address)
     await server.start()
     print(bound, flush=True)  # noqa: T201 - The starter reads the port from it.

@@ -59,7 +59,7 @@ class LocalMesh:
         directory: Path,
         *,
         num_workers: int = 2,
-        engine: str = "simulated",
+        engine: str | None = "simulated",
         engine_options: str = "",
         sidecar_flags: Sequence[str] = (),
         frontend_flags: Sequence[str] = (),
@@ -68,7 +68,8 @@ class LocalMesh:
     ) -> None:
         """Discovery lives in `directory`, logs in `directory`/logs.
 
-        `engine_options` go to the engine's command line, the flags to the processes they name.
+        `engine_options` go to the engine's command line, the flags to the processes they name;
+        without an `engine`, `sidecar_flags` have to say which to start.
         """
         self.directory = directory
         self._worker_ids = [f"w{i + 1}" for i in range(num_workers)]
@@ -211,7 +212,7 @@ class LocalMesh:
             *("--worker-id", worker_id),
             *("--discovery", str(self.directory)),
             *("--listen", "127.0.0.1:0"),
-            *("--engine", self._engine),
+            *(("--engine", self._engine) if self._engine else ()),
             *(("--engine-options", self._engine_options) if self._engine_options else ()),
             *self._sidecar_flags,
         ]
