@@ -497,7 +497,8 @@ def test_cancelling_run_leaves_nothing(play: Play) -> None:
         running = asyncio.create_task(NativeEngine(Launch(world.fake(), world.socket)).run(heard))
         await heard.up()
         running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        async with asyncio.timeout(5):
+            await asyncio.gather(running, return_exceptions=True)
         assert running.cancelled()
         assert world.alive() == []
 
@@ -539,6 +540,15 @@ def test_an_attached_engine_that_somebody_restarts_is_another_life(play: Play) -
             assert (down.failure, down.is_final) == (FailureKind.CRASH, False)
             with somebody_elses(world):
                 assert (await heard.up(2)).incarnation == 2
+
+    play(scenario)
+
+
+def test_stop_need_not_wait_for_an_engine_that_is_not_there(play: Play) -> None:
+    async def scenario(world: World) -> None:
+        async with world.engine(is_attached=True, start_timeout_s=1000) as (_, heard):
+            await asyncio.sleep(0)
+        assert [down.is_final for down in heard.downs] == [True]
 
     play(scenario)
 

@@ -22,6 +22,12 @@ FAMILY = ("sh", "-c", f"{SLEEP} & setsid --fork {SLEEP}; exec {SLEEP}")
 IGNORES_SIGTERM = ("sh", "-c", f"trap '' TERM; {SLEEP} & exec {SLEEP}")
 # Says so when it is told to end. `wait` returns for a trap, where a foreground child would not.
 SAYS_GOODBYE = ("sh", "-c", "trap 'echo goodbye; exit 5' TERM; echo here; sleep 1000 & wait")
+# Starts one more sleeper each time it is told to end.
+COUNTS_SIGTERM = (
+    "sh",
+    "-c",
+    f"trap 'echo asked; {SLEEP} &' TERM; {SLEEP} & while true; do wait; done",
+)
 
 Alive = Callable[[], list[str]]
 
@@ -167,6 +173,22 @@ def test_sigkill_of_the_reaper_leaves_nothing_of_the_group() -> None:
     run(scenario)
 
 
+def test_sigkill_of_parent_and_reaper_together_leaves_no_engine() -> None:
+    async def scenario(alive: Alive) -> None:
+        starter = subprocess.Popen([sys.executable, "-c", STARTER, "sleep", "1000"])  # noqa: ASYNC220
+        try:
+            await until(lambda: alive().count(SLEEP) == 1)
+            (reaper,) = children_of(starter.pid)
+            starter.send_signal(signal.SIGSTOP)  # It must not see the reaper die.
+            os.kill(reaper, signal.SIGKILL)
+        finally:
+            starter.kill()
+            starter.wait()
+        await until(lambda: alive() == [])
+
+    run(scenario)
+
+
 def test_stop_lets_it_end_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
     async def scenario(_alive: Alive) -> None:
         err = ""
@@ -186,6 +208,18 @@ def test_stop_lets_it_end_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
         await process.stop(grace_s=TIMEOUT_S)
 
     run(scenario)
+
+
+def test_it_is_asked_to_end_only_once(capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(COUNTS_SIGTERM, alive, 1)
+        process.terminate()
+        await until(lambda: alive().count(SLEEP) == 2)
+        process.terminate()
+        await process.stop(grace_s=0.1)
+
+    run(scenario)
+    assert capfd.readouterr().err == "[engine] asked\n"
 
 
 def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace() -> None:
