@@ -2,16 +2,18 @@
 
 The hub owns the ledger. It hears the engine (`EngineListener`) and the links' messages, in the
 order in which they come, and never waits; writing is the links' business. What the engine says is
-checked against the contract before it is believed: an engine that breaks it is ended, and
-frontends see a failure instead of garbage.
+checked against the contract before it is believed (`frames`): an engine that breaks it is ended,
+and frontends see a failure instead of garbage.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Final, cast
 
-from google.protobuf.duration_pb2 import Duration
 from typing_extensions import override
 
+from sidecar import frames
 from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
 from sidecar.kv_account import num_blocks
 from sidecar.ledger import Fenced, Ledger, Retention
@@ -19,14 +21,21 @@ from sidecar.link import Attempt, Link
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
-from unbroken.v1 import attempt_pb2, worker_pb2
+from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 
+if TYPE_CHECKING:
+    from unbroken.v1.worker_pb2 import FailureKind as FailureKindProto
+
+ID_CHARS_MAX: Final = 128
+"""Of a request id and of a tenant: their epochs are remembered for long."""
+FRONTENDS_KNOWN_MAX: Final = 1_000
+"""Of so many the latest call is remembered, so that older ones stay refused."""
+
+_KV_HASHES_MAX: Final = 100_000
+"""In one message of a snapshot."""
+
 _log = log.get_logger(__name__)
-
-
-class _BrokenContractError(Exception):
-    """The engine said something that the contract does not allow."""
 
 
 class Hub(EngineListener):
@@ -45,6 +54,8 @@ class Hub(EngineListener):
         self.up: EngineUp | None = None
         """The engine's present life, while it takes work."""
         self.load: worker_pb2.LoadReport | None = None
+        """Of that life, the latest."""
+        self.is_draining = False
         self.num_tokens = 0
         """Tokens relayed since the start."""
         self.num_engine_failures = 0
@@ -53,96 +64,91 @@ class Hub(EngineListener):
         self._engine = engine
         self._orphan_grace_s = orphan_grace_s
         self._clock = clock
-        self._links: set[Link] = set()
+        self._links: dict[Link, None] = {}  # In the order of their opening.
+        self._lives: OrderedDict[str, tuple[int, int]] = OrderedDict()  # Highest, by frontend.
+        self._replaying: dict[int, Attempt] = {}  # By engine slot; also such as have ended.
         self._verdict = pb.EngineVerdict(state=worker_pb2.ENGINE_STATE_STARTING)
-        self._cached_blocks: dict[int, set[int]] = {}
-        self._drain_budget: Duration | None = None
+        self._cached_blocks: dict[int, set[int]] = {}  # By rank.
+        self._ticked_at = clock()
 
     # Links.
 
     @property
-    def links(self) -> Iterator[Link]:
+    def links(self) -> Collection[Link]:
         """Open Relay calls."""
-        return iter(self._links)
+        return self._links.keys()
 
     def join(self, link: Link) -> pb.EngineVerdict:
         """A frontend opened a Relay call; returns what it is welcomed with.
 
-        Closes older calls of the same frontend. Raises FENCED if this one is the older.
+        Closes older calls of the same frontend. Raises FENCED if this one is not the newest.
         """
+        known = self._lives.get(link.frontend_id)
+        if known is not None and link.life <= known:
+            raise UnbrokenError(
+                Reason.FENCED,
+                f"expected a call after incarnation {known[0]}, call {known[1]}, of frontend "
+                f"{link.frontend_id}, got {link.life[0]}, {link.life[1]}",
+            )
+        self._lives[link.frontend_id] = link.life
+        self._lives.move_to_end(link.frontend_id)
+        if len(self._lives) > FRONTENDS_KNOWN_MAX:
+            self._lives.popitem(last=False)
         for other in list(self._links):
-            if other.frontend_id != link.frontend_id:
-                continue
-            if other.life >= link.life:
-                raise UnbrokenError(
-                    Reason.FENCED,
-                    f"expected a call above incarnation {other.life[0]}, call {other.life[1]}, of "
-                    f"frontend {link.frontend_id}, got {link.life[0]}, {link.life[1]}",
-                )
-            other.close(Reason.FENCED, "a newer call of this frontend replaced this one")
-            self.leave(other)
-        self._links.add(link)
-        for rank, hashes in self._cached_blocks.items():
-            link.kv_events(worker_pb2.KvEvents(reset=True, rank=rank, stored=hashes))
+            if other.frontend_id == link.frontend_id:
+                other.close(Reason.FENCED, "a newer call of this frontend replaced this one")
+                self.leave(other)
+        self._links[link] = None
+        for rank, cached in self._cached_blocks.items():
+            hashes = list(cached)
+            for begin in range(0, max(1, len(hashes)), _KV_HASHES_MAX):
+                stored = hashes[begin : begin + _KV_HASHES_MAX]
+                link.kv_events(worker_pb2.KvEvents(reset=begin == 0, rank=rank, stored=stored))
         return self._verdict
 
     def leave(self, link: Link) -> None:
         """The call is over: its attempts are orphans now. Idempotent."""
-        if link in self._links:
-            self._links.discard(link)
-            self.ledger.orphan(link.by_slot.values(), self._clock())
-            link.by_slot.clear()
+        if link not in self._links:
+            return
+        del self._links[link]
+        for attempt in link.by_slot.values():
+            self._replaying.pop(attempt.slot, None)
+        self.ledger.orphan(link.by_slot.values(), self._clock())
+        link.by_slot.clear()
 
     def start(self, link: Link, message: attempt_pb2.StartAttempt) -> None:
         """Begin an attempt, or refuse it."""
         if not self._take_slot(link, message.slot):
             return
-        up = self.up
-        if self._drain_budget is not None:
-            self._refuse(link, message.slot, FailureKind.DRAIN, "the worker drains")
+        if (reason := self._reason_to_refuse(message)) is not None:
+            _refuse(link, message.slot, *reason)
             return
-        if up is None:
-            detail = worker_pb2.EngineState.Name(self._verdict.state)
-            self._refuse(link, message.slot, FailureKind.CRASH, f"the engine is away: {detail}")
-            return
-        if message.engine_incarnation not in (0, up.incarnation):
-            detail = f"expected engine incarnation {up.incarnation}"
-            self._refuse(
-                link,
-                message.slot,
-                FailureKind.FENCED,
-                f"{detail}, got {message.engine_incarnation}",
-            )
-            return
-        grace = message.orphan_grace
-        grace_s = (
-            grace.ToNanoseconds() / 1e9
-            if message.HasField("orphan_grace")
-            else self._orphan_grace_s
-        )
+        grace_s = self._orphan_grace_s
+        if message.HasField("orphan_grace"):
+            grace_s = message.orphan_grace.ToNanoseconds() / 1e9
         try:
             attempt, revoked = self.ledger.begin(message, link, orphan_grace_s=grace_s)
         except Fenced as fenced:
-            link.refuse(
-                attempt_pb2.AttemptRefused(
-                    slot=message.slot,
-                    kind=worker_pb2.FAILURE_KIND_FENCED,
-                    detail=str(fenced),
-                    epoch_known=fenced.epoch_known,
-                )
-            )
+            _refuse(link, message.slot, FailureKind.FENCED, f"{fenced}", fenced.epoch_known)
             return
         if revoked is not None:
-            self._revoke(revoked)
-            self._engine.abort(revoked.slot)
+            self._give_up(revoked, FailureKind.FENCED, "a newer epoch took the stream")
         link.by_slot[message.slot] = attempt
         message.slot = attempt.slot
         self._engine.start(message)
 
     def abort(self, link: Link, slot: int) -> None:
         """End an attempt."""
-        if (attempt := link.by_slot.get(slot)) is not None:
+        attempt = link.by_slot.get(slot)
+        if attempt is None:
+            return
+        if attempt.ended is None:
             self._engine.abort(attempt.slot)
+        else:  # Its reader lacks tokens, and wants them no more.
+            cancelled = attempt_pb2.AttemptEnded(
+                finish_reason=generation_pb2.FINISH_REASON_CANCELLED
+            )
+            self._tell_end(attempt, cancelled)
 
     def ack(self, link: Link, message: attempt_pb2.AckAttempts) -> None:
         """Move windows."""
@@ -153,50 +159,66 @@ class Hub(EngineListener):
                 f"got {len(message.offsets)}",
             )
             return
-        known = [
-            (attempt.slot, offset)
-            for slot, offset in zip(message.slots, message.offsets, strict=True)
-            if (attempt := link.by_slot.get(slot)) is not None
-        ]
-        if known:
-            self._engine.ack([slot for slot, _ in known], [offset for _, offset in known])
+        slots: list[int] = []
+        offsets: list[int] = []
+        for slot, offset in zip(message.slots, message.offsets, strict=True):
+            attempt = link.by_slot.get(slot)
+            if attempt is None:
+                continue  # It ended meanwhile.
+            attempt.acknowledge(offset)
+            if attempt.ended is None:
+                slots.append(attempt.slot)
+                offsets.append(offset)
+            if attempt.replay is not None:
+                self._replay(attempt)
+        if slots:
+            self._engine.ack(slots, offsets)
 
     def adopt(self, link: Link, message: pb.AdoptAttempt) -> None:
         """Give an attempt to another reader and tell it again what that one lacks."""
         if not self._take_slot(link, message.slot):
             return
+        if self.is_draining:
+            _refuse(link, message.slot, FailureKind.DRAIN, "the worker drains")
+            return
         before = self.ledger.peek(message.stream)
-        old = (before.link, before.link_slot) if before is not None else (None, 0)
+        if before is not None and before.checkpoint.params.HasField("logprobs"):
+            detail = "log probabilities are not kept, so the stream cannot be told again"
+            _refuse(link, message.slot, FailureKind.UNSPECIFIED, detail)
+            return
+        reader = before.link if before is not None else None
+        link_slot, sent = (before.link_slot, before.sent) if before is not None else (0, 0)
         try:
-            attempt = self.ledger.adopt(
-                message.stream, message.epoch, message.offset, link, message.slot
-            )
+            attempt = self.ledger.adopt(message, link)
         except KeyError:
             detail = "the stream is not known here"
-            self._refuse(link, message.slot, FailureKind.UNSPECIFIED, detail)
+            _refuse(link, message.slot, FailureKind.UNSPECIFIED, detail)
+            return
         except ValueError as error:
-            self._refuse(link, message.slot, FailureKind.PROTOCOL, str(error))
+            _refuse(link, message.slot, FailureKind.PROTOCOL, f"{error}")
+            return
         except Fenced as fenced:
-            link.refuse(
-                attempt_pb2.AttemptRefused(
-                    slot=message.slot,
-                    kind=worker_pb2.FAILURE_KIND_FENCED,
-                    detail=str(fenced),
-                    epoch_known=fenced.epoch_known,
-                )
-            )
-        else:
-            old_link, old_slot = old
-            if old_link is not None and old_slot in old_link.by_slot:
-                old_link.end(old_slot, _revoked(attempt.end_offset))
-            self._tell_adopter(link, attempt, message)
+            _refuse(link, message.slot, FailureKind.FENCED, f"{fenced}", fenced.epoch_known)
+            return
+        if reader is not None:
+            ended = _failed(attempt.slot, sent, FailureKind.FENCED, "the stream was adopted")
+            reader.end(link_slot, ended, sent)
+        adopted = pb.AttemptAdopted(
+            slot=message.slot, end_offset=attempt.end_offset, checkpoint=attempt.checkpoint
+        )
+        link.tell(pb.RelayResponse(adopted=adopted))
+        link.by_slot[message.slot] = attempt
+        self._replaying[attempt.slot] = attempt
+        if attempt.ended is None:
+            attempt.acknowledge(message.offset)
+            self._engine.ack([attempt.slot], [message.offset])
+        self._replay(attempt)
 
     # The engine.
 
     @override
     def on_up(self, up: EngineUp) -> None:
         self.up = up
-        self._cached_blocks.clear()
         self._say(
             pb.EngineVerdict(
                 state=worker_pb2.ENGINE_STATE_SERVING,
@@ -204,36 +226,29 @@ class Hub(EngineListener):
                 description=up.description,
             )
         )
-        _log.info(
-            "engine serves",
-            engine=up.description.kind,
-            model=up.description.model,
-            incarnation=up.incarnation,
-        )
 
     @override
     def on_down(self, down: EngineDown) -> None:
-        self.up = None
-        self.num_engine_failures += down.failure is not FailureKind.UNSPECIFIED
+        self.up = self.load = None
+        self._cached_blocks.clear()
+        self.num_engine_failures += down.failure not in (
+            FailureKind.UNSPECIFIED,
+            FailureKind.DRAIN,
+        )
         now = self._clock()
+        failure = down.failure or FailureKind.CRASH
         for attempt in list(self.ledger):
-            ended = attempt_pb2.AttemptEnded(
-                slot=attempt.slot,
-                end_offset=attempt.end_offset,
-                failure=down.failure.value or FailureKind.CRASH.value,  # pyright: ignore[reportArgumentType]
-                detail=down.detail,
-            )
+            ended = _failed(attempt.slot, attempt.end_offset, failure, down.detail)
             self._end(attempt, ended, now)
+        for attempt in list(self._replaying.values()):  # Ended before, but not for their readers.
+            self._tell_end(attempt, _failed(attempt.slot, attempt.sent, failure, down.detail))
         self._say(
             pb.EngineVerdict(
                 state=worker_pb2.ENGINE_STATE_DEAD,
                 engine_incarnation=down.incarnation,
-                failure=down.failure.value,  # pyright: ignore[reportArgumentType]
+                failure=_to_proto(down.failure),
                 detail=down.detail,
             )
-        )
-        _log.warning(
-            "engine gone", failure=down.failure.name, detail=down.detail, is_final=down.is_final
         )
         if not down.is_final:
             self._say(pb.EngineVerdict(state=worker_pb2.ENGINE_STATE_STARTING))
@@ -241,14 +256,22 @@ class Hub(EngineListener):
     @override
     def on_frame(self, frame: attempt_pb2.StepFrame) -> None:
         try:
-            self._tokens(frame)
-            if frame.logprobs:
-                self._logprobs(frame)
-            if frame.ended or frame.refused:
-                self._ends(frame)
-        except _BrokenContractError as error:
-            self._engine.fail(str(error))
+            if self.up is None:
+                raise frames.BrokenContract("expected no frame before the engine is ready")
+            attempts = frames.check(frame, self.ledger.running, self.up)
+        except frames.BrokenContract as error:
+            self._engine.fail(f"{error}")
             return
+        if attempts:
+            self._tokens(frame, attempts)
+        for logprobs in frame.logprobs:
+            attempt = self.ledger.running[logprobs.slot]
+            if attempt.live_link is not None:
+                attempt.live_link.logprobs(attempt.link_slot, logprobs)
+        if frame.ended or frame.refused:
+            self._ends(frame)
+        for attempt in list(self._replaying.values()):
+            self._replay(attempt)
         if frame.HasField("load"):
             self.load = frame.load
             for link in self._links:
@@ -256,105 +279,59 @@ class Hub(EngineListener):
         for events in frame.kv_events:
             self._kv_events(events)
 
-    def _tokens(self, frame: attempt_pb2.StepFrame) -> None:
-        """The hot path: every token passes here once."""
-        slots, token_ids = frame.slots, frame.token_ids
-        if not slots:
-            if token_ids:
-                raise _BrokenContractError("expected rows for the tokens of a frame, got none")
-            return
-        if self.up is None:
-            raise _BrokenContractError("expected no tokens before the engine is ready")
-        if token_ids and max(token_ids) >= self.up.tokenizer.vocab_size:
-            raise _BrokenContractError(
-                f"expected token ids below {self.up.tokenizer.vocab_size}, got {max(token_ids)}"
-            )
-        self.num_tokens += len(token_ids)
-        running, touched = self.ledger.running, set[Link]()
-        try:
-            if frame.token_counts:
-                self._long_rows(frame, touched)
-                return
-            for slot, offset, token_id in zip(slots, frame.offsets, token_ids, strict=True):
-                attempt = running[slot]
-                produced = attempt.token_ids
-                if offset != attempt.first_offset + len(produced):
-                    raise _gap(attempt, offset)
-                produced.append(token_id)
-                link = attempt.link
-                if link is not None:
-                    link.slots.append(attempt.link_slot)
-                    link.offsets.append(offset)
-                    link.token_ids.append(token_id)
-                    if link.counts:
-                        link.counts.append(1)
-                    touched.add(link)
-        except KeyError as error:
-            raise _BrokenContractError(f"expected a slot that runs, got {error}") from error
-        except ValueError as error:  # zip: columns of different lengths.
-            raise _BrokenContractError(f"expected columns of one length: {error}") from error
-        finally:
-            for link in touched:
+    def _tokens(self, frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) -> None:
+        """The hot path: every token passes here once. `attempts` has one for each row."""
+        self.num_tokens += len(frame.token_ids)
+        links = {attempt.live_link for attempt in attempts}
+        if frame.token_counts:
+            begin = 0
+            rows = zip(attempts, frame.offsets, frame.token_counts, strict=True)
+            for attempt, offset, count in rows:
+                token_ids = frame.token_ids[begin : begin + count]
+                begin += count
+                attempt.token_ids.extend(token_ids)
+                if attempt.live_link is not None:
+                    attempt.live_link.row(attempt.link_slot, offset, token_ids)
+        else:
+            for attempt, token_id in zip(attempts, frame.token_ids, strict=True):
+                attempt.token_ids.append(token_id)
+            for link in links:
+                if link is None:
+                    continue
+                if len(links) == 1:
+                    slots = [attempt.link_slot for attempt in attempts]
+                    link.rows(slots, frame.offsets, frame.token_ids)
+                    continue
+                rows = zip(attempts, frame.offsets, frame.token_ids, strict=True)
+                mine = [
+                    (attempt.link_slot, offset, token_id)
+                    for attempt, offset, token_id in rows
+                    if attempt.live_link is link
+                ]
+                link.rows(*zip(*mine, strict=True))
+        for link in links:
+            if link is not None:
                 link.flush()
 
-    def _long_rows(self, frame: attempt_pb2.StepFrame, touched: set[Link]) -> None:
-        """Rows of any number of tokens each."""
-        begin = 0
-        for slot, offset, count in zip(frame.slots, frame.offsets, frame.token_counts, strict=True):
-            attempt = self.ledger.running[slot]
-            if offset != attempt.end_offset:
-                raise _gap(attempt, offset)
-            token_ids = frame.token_ids[begin : begin + count]
-            begin += count
-            attempt.token_ids.extend(token_ids)
-            if attempt.link is not None:
-                attempt.link.row(attempt.link_slot, offset, token_ids)
-                touched.add(attempt.link)
-        if begin != len(frame.token_ids):
-            raise _BrokenContractError(
-                f"expected {begin} tokens in {len(frame.slots)} rows, got {len(frame.token_ids)}"
-            )
-
-    def _logprobs(self, frame: attempt_pb2.StepFrame) -> None:
-        for logprobs in frame.logprobs:
-            attempt = self.ledger.running.get(logprobs.slot)
-            if attempt is None:
-                raise _BrokenContractError(f"expected a slot that runs, got {logprobs.slot}")
-            if attempt.link is not None:
-                attempt.link.logprobs(attempt.link_slot, logprobs)
-
     def _ends(self, frame: attempt_pb2.StepFrame) -> None:
-        now = self._clock()
+        now, running = self._clock(), self.ledger.running
         for ended in frame.ended:
-            attempt = self.ledger.running.get(ended.slot)
-            if attempt is None:
-                raise _BrokenContractError(f"expected a slot that runs, got {ended.slot}")
-            if ended.end_offset != attempt.end_offset:
-                raise _gap(attempt, ended.end_offset)
-            self._end(attempt, ended, now)
+            self._end(running[ended.slot], ended, now)
         for refused in frame.refused:
-            attempt = self.ledger.running.get(refused.slot)
-            if attempt is None:
-                raise _BrokenContractError(f"expected a slot that runs, got {refused.slot}")
+            attempt = running[refused.slot]
+            if attempt.link is not None:
+                message = attempt_pb2.AttemptRefused()
+                message.CopyFrom(refused)
+                message.slot = attempt.link_slot
+                attempt.link.refuse(message)
+            attempt.detach()
             ended = attempt_pb2.AttemptEnded(
                 slot=attempt.slot,
                 end_offset=attempt.end_offset,
                 failure=refused.kind,
                 detail=refused.detail,
             )
-            link, link_slot = attempt.link, attempt.link_slot
-            attempt.link = None
             self._end(attempt, ended, now)
-            if link is not None:
-                message = attempt_pb2.AttemptRefused()
-                message.CopyFrom(refused)
-                message.slot = link_slot
-                link.refuse(message)
-
-    def _end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded, now: float) -> None:
-        self.ledger.end(attempt, ended, now)
-        if attempt.link is not None:
-            attempt.link.end(attempt.link_slot, ended)
 
     def _kv_events(self, events: worker_pb2.KvEvents) -> None:
         cached = self._cached_blocks.setdefault(events.rank, set())
@@ -367,38 +344,31 @@ class Hub(EngineListener):
 
     # Time.
 
-    def tick(self, *, silence_max_s: float, write_max_s: float) -> None:
-        """Heartbeats, orphans whose grace is over, links that hear or say nothing any more."""
+    def tick(self, *, silence_max_s: float) -> None:
+        """Heartbeats, orphans whose grace is over, links that are closed or say nothing."""
         now = self._clock()
+        # If this process itself stood still, what came meanwhile has not been read yet.
+        stood_still = now - self._ticked_at > silence_max_s / 2
+        self._ticked_at = now
         for attempt in self.ledger.expired(now):
-            self._engine.abort(attempt.slot)
+            detail = f"nobody read it for {attempt.orphan_grace_s:g} s"
+            self._give_up(attempt, FailureKind.PARTITION, detail)
         for link in list(self._links):
-            if now - link.heard_at > silence_max_s:
+            if now - link.heard_at > silence_max_s and not stood_still:
                 link.close(Reason.UNREACHABLE, f"nothing heard for {silence_max_s:g} s")
-            elif not link.is_idle and now - link.written_at > write_max_s:
-                link.close(Reason.OVERLOADED, f"nothing read for {write_max_s:g} s")
-            link.heartbeat()
+            if link.error is not None:
+                self.leave(link)  # Its writer may be stuck.
+            else:
+                link.heartbeat()
 
     def drain(self) -> None:
         """Take nothing new and hand every stream over, at exact offsets."""
-        self._drain_budget = Duration()
+        self.is_draining = True
         verdict = pb.EngineVerdict()
         verdict.CopyFrom(self._verdict)
-        verdict.is_draining = True
-        verdict.drain_budget.CopyFrom(self._drain_budget)
         self._say(verdict)
-        for attempt in list(self.ledger):
-            if attempt.link is not None:
-                attempt.link.end(
-                    attempt.link_slot,
-                    attempt_pb2.AttemptEnded(
-                        end_offset=attempt.end_offset,
-                        failure=worker_pb2.FAILURE_KIND_DRAIN,
-                        detail="the worker drains",
-                    ),
-                )
-                attempt.link = None
-            self._engine.abort(attempt.slot)
+        for attempt in [*self.ledger, *self._replaying.values()]:
+            self._give_up(attempt, FailureKind.DRAIN, "the worker drains")
 
     def accounted_blocks(self) -> int:
         """KV blocks of what runs, by the sidecar's own account."""
@@ -411,6 +381,8 @@ class Hub(EngineListener):
 
     def _take_slot(self, link: Link, slot: int) -> bool:
         """Whether a handle may be used; else the link is closed."""
+        if link not in self._links:
+            return False  # It was closed, and what it still says counts for nothing.
         if slot <= link.slot_used:
             link.close(
                 Reason.PROTOCOL_VIOLATION, f"expected a slot above {link.slot_used}, got {slot}"
@@ -419,40 +391,77 @@ class Hub(EngineListener):
         link.slot_used = slot
         return True
 
-    def _refuse(self, link: Link, slot: int, kind: FailureKind, detail: str) -> None:
-        link.refuse(
-            attempt_pb2.AttemptRefused(slot=slot, kind=kind.value, detail=detail)  # pyright: ignore[reportArgumentType]
-        )
-
-    def _revoke(self, attempt: Attempt) -> None:
-        """Its reader is told that it has no say any more; what it still produces goes nowhere."""
-        if attempt.link is not None:
-            attempt.link.end(attempt.link_slot, _revoked(attempt.end_offset))
-            attempt.link = None
-
-    def _tell_adopter(self, link: Link, attempt: Attempt, message: pb.AdoptAttempt) -> None:
-        link.tell(
-            pb.RelayResponse(
-                adopted=pb.AttemptAdopted(
-                    slot=message.slot,
-                    end_offset=attempt.end_offset,
-                    checkpoint=attempt.checkpoint,
-                )
+    def _reason_to_refuse(
+        self, message: attempt_pb2.StartAttempt
+    ) -> tuple[FailureKind, str] | None:
+        key = message.stream
+        if self.is_draining:
+            return FailureKind.DRAIN, "the worker drains"
+        if self.up is None:
+            state = worker_pb2.EngineState.Name(self._verdict.state)
+            return FailureKind.CRASH, f"expected an engine, its state is {state}"
+        if message.engine_incarnation not in (0, self.up.incarnation):
+            return (
+                FailureKind.FENCED,
+                f"expected engine incarnation {self.up.incarnation}, got "
+                f"{message.engine_incarnation}",
             )
-        )
-        missed = attempt.token_ids[message.offset - attempt.first_offset :]
-        if missed:
-            link.row(message.slot, message.offset, missed)
+        if not (1 <= len(key.request_id) <= ID_CHARS_MAX and len(key.tenant) <= ID_CHARS_MAX):
+            return (
+                FailureKind.REJECTED,
+                f"stream: expected a request_id of 1 to {ID_CHARS_MAX} characters and a tenant of "
+                f"at most {ID_CHARS_MAX}, got {len(key.request_id)} and {len(key.tenant)}",
+            )
+        return None
+
+    def _give_up(self, attempt: Attempt, failure: FailureKind, detail: str) -> None:
+        """End an attempt by ourselves; what it still produces goes nowhere."""
+        self._tell_end(attempt, _failed(attempt.slot, attempt.sent, failure, detail))
+        if attempt.ended is None:
+            attempt.given_up = (failure, detail)
+            self._engine.abort(attempt.slot)
+
+    def _end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded, now: float) -> None:
+        """The engine has done with an attempt."""
+        is_cancelled = ended.finish_reason == generation_pb2.FINISH_REASON_CANCELLED
+        if attempt.given_up is not None and is_cancelled:
+            # Not its frontend's wish: who adopts it now has to go on elsewhere.
+            ended = _failed(attempt.slot, attempt.end_offset, *attempt.given_up)
+        self.ledger.end(attempt, ended, now)
+        if attempt.replay is None or is_cancelled or ended.failure:
+            self._tell_end(attempt, ended)
+
+    def _tell_end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded) -> None:
+        """The last word to its reader, at the offset that it got to."""
+        if attempt.link is not None:
+            attempt.link.end(attempt.link_slot, ended, attempt.sent)
+        attempt.detach()
+        self._replaying.pop(attempt.slot, None)
+
+    def _replay(self, attempt: Attempt) -> None:
+        """Send who adopted it what there is and what its window has room for."""
+        replay, link = attempt.replay, attempt.link
+        assert replay is not None, "only such are replayed"
+        assert link is not None, "a replay has a reader"
+        due = replay.due(attempt.end_offset)
+        if due > replay.sent:
+            first = attempt.first_offset
+            token_ids = attempt.token_ids[replay.sent - first : due - first]
+            link.row(attempt.link_slot, replay.sent, token_ids)
             link.flush()
+            replay.sent = due
+        if due < attempt.end_offset:
+            return
         if attempt.ended is not None:
-            link.end(message.slot, attempt.ended)
-        else:
-            link.by_slot[message.slot] = attempt
-            self._engine.ack([attempt.slot], [message.offset])
+            self._tell_end(attempt, attempt.ended)
+        elif attempt.is_paced_by_engine:
+            attempt.follow()
+            del self._replaying[attempt.slot]
 
     def _say(self, verdict: pb.EngineVerdict) -> None:
-        if self._drain_budget is not None:
+        if self.is_draining:
             verdict.is_draining = True
+            verdict.drain_budget.SetInParent()  # None: streams are handed over at once.
         self._verdict = verdict
         for link in self._links:
             link.tell(pb.RelayResponse(verdict=verdict))
@@ -460,15 +469,21 @@ class Hub(EngineListener):
             callback()
 
 
-def _gap(attempt: Attempt, offset: int) -> _BrokenContractError:
-    return _BrokenContractError(
-        f"slot {attempt.slot}: expected offset {attempt.end_offset}, got {offset}"
+def _refuse(link: Link, slot: int, kind: FailureKind, detail: str, epoch_known: int = 0) -> None:
+    link.refuse(
+        attempt_pb2.AttemptRefused(
+            slot=slot, kind=_to_proto(kind), detail=detail, epoch_known=epoch_known
+        )
     )
 
 
-def _revoked(end_offset: int) -> attempt_pb2.AttemptEnded:
+def _failed(
+    slot: int, end_offset: int, failure: FailureKind, detail: str
+) -> attempt_pb2.AttemptEnded:
     return attempt_pb2.AttemptEnded(
-        end_offset=end_offset,
-        failure=worker_pb2.FAILURE_KIND_FENCED,
-        detail="a newer epoch took the stream",
+        slot=slot, end_offset=end_offset, failure=_to_proto(failure), detail=detail
     )
+
+
+def _to_proto(kind: FailureKind) -> "FailureKindProto.ValueType":
+    return cast("FailureKindProto.ValueType", int(kind))

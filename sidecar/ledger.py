@@ -8,6 +8,9 @@
 
 The ledger fences: of one stream it accepts only epochs above all it knows, and a new epoch revokes
 the attempt of the old one. Epochs outlive attempts, in a bounded memory of their own.
+
+Who adopts an attempt reads it from the ledger (`Replay`), under a window of its own, until the
+engine's window is as tight as that; from then on tokens go to it as they come.
 """
 
 from array import array
@@ -16,7 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
+from unbroken.outcome import FailureKind
 from unbroken.v1 import attempt_pb2 as pb
+from unbroken.v1 import relay_service_pb2 as relay
 
 LinkT = TypeVar("LinkT")
 """What stands for one Relay call; the ledger only compares it."""
@@ -33,6 +38,23 @@ class Fenced(Exception):  # noqa: N818 - It names what happened, as the contract
         self.epoch_known = epoch_known
 
 
+@dataclass(slots=True)
+class Replay:
+    """How far a reader is that took over an attempt."""
+
+    sent: int
+    """Offset after the last token it was sent."""
+    acknowledged: int
+    window_tokens: int
+    """0: none."""
+
+    def due(self, end_offset: int) -> int:
+        """Up to where it may be sent what there is."""
+        if self.window_tokens == 0:
+            return end_offset
+        return max(self.sent, min(end_offset, self.acknowledged + self.window_tokens))
+
+
 @dataclass(slots=True, eq=False)
 class Attempt(Generic[LinkT]):
     """One attempt on this worker."""
@@ -46,10 +68,19 @@ class Attempt(Generic[LinkT]):
     orphan_grace_s: float
     link: LinkT | None
     """Who reads it; None: nobody."""
+    live_link: LinkT | None
+    """Who is sent tokens as they come: `link`, unless that is replayed to."""
     link_slot: int
     """Its handle on that link."""
+    window_tokens: int
+    """What the engine keeps to; 0: no window."""
+    acknowledged: int
+    """Where the engine's window begins."""
+    replay: Replay | None = None
     token_ids: "array[int]" = field(default_factory=lambda: array("I"))
     orphaned_until: float | None = None
+    given_up: tuple[FailureKind, str] | None = None
+    """Why the sidecar itself had it aborted."""
     ended: pb.AttemptEnded | None = None
     ended_at: float = 0.0
 
@@ -65,6 +96,38 @@ class Attempt(Generic[LinkT]):
         given = len(checkpoint.prompt_token_ids) + len(checkpoint.output_token_ids)
         return given + len(self.token_ids)
 
+    @property
+    def sent(self) -> int:
+        """Offset after the last token that its reader was sent."""
+        return self.end_offset if self.replay is None else self.replay.sent
+
+    @property
+    def is_paced_by_engine(self) -> bool:
+        """Whether the engine never runs ahead of what its reader allows."""
+        replay = self.replay
+        return (
+            replay is None
+            or replay.window_tokens == 0
+            or (
+                0 < self.window_tokens <= replay.window_tokens
+                and self.acknowledged <= replay.acknowledged
+            )
+        )
+
+    def acknowledge(self, offset: int) -> None:
+        """Its reader has passed on everything before the offset; never moves back."""
+        self.acknowledged = max(self.acknowledged, offset)
+        if self.replay is not None:
+            self.replay.acknowledged = max(self.replay.acknowledged, offset)
+
+    def follow(self) -> None:
+        """Its reader has everything: tokens go to it as they come."""
+        self.replay, self.live_link = None, self.link
+
+    def detach(self) -> None:
+        """Nobody reads it."""
+        self.link = self.live_link = self.replay = None
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:
@@ -73,7 +136,9 @@ class Retention:
     ended_s: float = 300.0
     attempts_max: int = 10_000
     tokens_max: int = 20_000_000
+    """Of prompts and outputs, 4 bytes each."""
     epochs_max: int = 100_000
+    """At least 1."""
 
 
 class Ledger(Generic[LinkT]):
@@ -107,30 +172,34 @@ class Ledger(Generic[LinkT]):
             first_offset=start.checkpoint.first_offset,
             orphan_grace_s=orphan_grace_s,
             link=link,
+            live_link=link,
             link_slot=start.slot,
+            window_tokens=start.window_tokens,
+            acknowledged=start.checkpoint.first_offset,
         )
         self._next_slot += 1
         self.running[attempt.slot] = self._by_stream[stream] = attempt
         return attempt, before if before is not None and before.ended is None else None
 
-    def adopt(
-        self, key: pb.StreamKey, epoch: int, offset: int, link: LinkT, link_slot: int
-    ) -> Attempt[LinkT]:
+    def adopt(self, message: relay.AdoptAttempt, link: LinkT) -> Attempt[LinkT]:
         """Give an attempt that runs, or ended not long ago, to another reader.
 
         The caller tells the old one first. Raises KeyError if the stream is unknown, ValueError if
-        `offset` is not one the attempt can send from, `Fenced`.
+        the offset is not one the attempt can send from, `Fenced`.
         """
-        stream = stream_id(key)
+        stream, offset = stream_id(message.stream), message.offset
         attempt = self._by_stream[stream]
-        if not attempt.first_offset <= offset <= attempt.end_offset:
+        if message.epoch > self._epochs.get(stream, 0) and not (
+            attempt.first_offset <= offset <= attempt.end_offset
+        ):
             raise ValueError(
                 f"expected an offset from {attempt.first_offset} to {attempt.end_offset}, "
                 f"got {offset}"
             )
-        self._claim(stream, epoch)
-        attempt.epoch = epoch
-        attempt.link, attempt.link_slot = link, link_slot
+        self._claim(stream, message.epoch)
+        attempt.epoch = message.epoch
+        attempt.link, attempt.live_link, attempt.link_slot = link, None, message.slot
+        attempt.replay = Replay(offset, offset, message.window_tokens)
         attempt.orphaned_until = None
         return attempt
 
@@ -144,13 +213,14 @@ class Ledger(Generic[LinkT]):
         attempt.ended, attempt.ended_at = ended, now
         attempt.orphaned_until = None
         self._ended[attempt.slot] = attempt
-        self._ended_tokens += len(attempt.token_ids)
+        self._ended_tokens += attempt.num_tokens
         self._forget(now)
+        self._forget_epochs()
 
     def orphan(self, attempts: Iterable[Attempt[LinkT]], now: float) -> None:
         """Nobody reads these attempts any more; each goes on for its grace time."""
         for attempt in attempts:
-            attempt.link = None
+            attempt.detach()
             if attempt.ended is None:
                 attempt.orphaned_until = now + attempt.orphan_grace_s
 
@@ -175,10 +245,13 @@ class Ledger(Generic[LinkT]):
         assert not self.running.keys() & self._ended.keys(), "an attempt runs or has ended"
         for attempt in self.running.values():
             assert attempt.ended is None, "what runs has not ended"
-            assert self._epochs[attempt.stream] >= attempt.epoch, "its epoch is known"
+            if self._by_stream.get(attempt.stream) is attempt:
+                assert self._epochs[attempt.stream] == attempt.epoch, "what runs stays fenced"
             assert attempt.link is None or attempt.orphaned_until is None, "orphans have no reader"
+            live_link = None if attempt.replay is not None else attempt.link
+            assert attempt.live_link is live_link, "who reads is sent tokens, or replayed to"
         assert all(attempt.ended is not None for attempt in self._ended.values())
-        assert self._ended_tokens == sum(len(a.token_ids) for a in self._ended.values())
+        assert self._ended_tokens == sum(a.num_tokens for a in self._ended.values())
         assert len(self._epochs) <= self._retention.epochs_max + len(self.running)
 
     def _claim(self, stream: StreamId, epoch: int) -> None:
@@ -188,6 +261,9 @@ class Ledger(Generic[LinkT]):
             raise Fenced(known)
         self._epochs[stream] = epoch
         self._epochs.move_to_end(stream)
+        self._forget_epochs()
+
+    def _forget_epochs(self) -> None:
         while len(self._epochs) > self._retention.epochs_max + len(self.running):
             oldest = next(iter(self._epochs))
             current = self._by_stream.get(oldest)
@@ -207,7 +283,7 @@ class Ledger(Generic[LinkT]):
             ):
                 return
             del self._ended[oldest.slot]
-            self._ended_tokens -= len(oldest.token_ids)
+            self._ended_tokens -= oldest.num_tokens
             if self._by_stream.get(oldest.stream) is oldest:
                 del self._by_stream[oldest.stream]
 

@@ -1,25 +1,30 @@
 """One Relay call, seen from the sidecar: what waits to be written to a frontend.
 
 Tokens gather in columns until the writer takes them, so a frontend that reads slowly gets fewer and
-larger frames. What can gather is bounded by the windows of its attempts; a link that holds more, or
-whose write does not return, is given up.
+larger frames. What can gather is bounded by the windows of its attempts; a link that holds more
+than any sensible windows add up to is given up.
 """
 
 import asyncio
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from sidecar import ledger
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.v1 import attempt_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 
-TOKENS_WAITING_MAX = 2_000_000
-"""More than any sensible windows add up to; about 20 MB."""
+WAITING_BYTES_MAX: Final = 64 * 1024 * 1024
+FRAME_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Where a frame is closed and the next one begun: frontends take messages of 16 MiB."""
 
-KV_EVENTS_WAITING_MAX = 1_000
+_TOKEN_BYTES: Final = 16
+"""Of a row with one token, about; on the wire it has 4 to 15."""
+_MESSAGE_BYTES: Final = 128
+"""Of a small message in memory, about."""
 
 Attempt: TypeAlias = "ledger.Attempt[Link]"
 
@@ -36,8 +41,6 @@ class Link:
         """Highest handle yet; they ascend."""
         self.heard_at = now
         self.heartbeat_seen = 0
-        self.frame_seen = 0
-        self.written_at = now
         self.error: UnbrokenError | None = None
         """Why the call ends, if the sidecar ends it."""
         # Columns of the frame that goes out next.
@@ -48,89 +51,114 @@ class Link:
         self.token_ids: list[int] = []
         self._ended: list[attempt_pb2.AttemptEnded] = []
         self._refused: list[attempt_pb2.AttemptRefused] = []
-        self._logprobs: list[attempt_pb2.SlotLogprobs] = []
+        self._logprobs: dict[int, attempt_pb2.SlotLogprobs] = {}
         self._kv_events: list[worker_pb2.KvEvents] = []
         self._load: worker_pb2.LoadReport | None = None
+        self._other_bytes = 0
+        """Of what is in that frame beside tokens."""
         self._queue: list[pb.RelayResponse] = []
+        self._queue_bytes = 0
         self._num_frames = 0
         self._num_heartbeats = 0
         self._is_heartbeat_due = False
+        self._is_writing = False
         self._changed = asyncio.Event()
 
     # What it is to be told.
 
-    def row(self, slot: int, offset: int, token_ids: Sequence[int]) -> None:
-        """Tokens of one attempt."""
-        if len(token_ids) != 1 and not self.counts:
-            self.counts = [1] * len(self.slots)
-        self.slots.append(slot)
-        self.offsets.append(offset)
-        if self.counts or len(token_ids) != 1:
-            self.counts.append(len(token_ids))
+    def rows(self, slots: Sequence[int], offsets: Iterable[int], token_ids: Iterable[int]) -> None:
+        """A token for each of these attempts; `flush` follows."""
+        if self.counts:
+            self.counts.extend([1] * len(slots))
+        self.slots.extend(slots)
+        self.offsets.extend(offsets)
         self.token_ids.extend(token_ids)
 
-    def end(self, slot: int, ended: attempt_pb2.AttemptEnded) -> None:
+    def row(self, slot: int, offset: int, token_ids: Sequence[int]) -> None:
+        """Tokens of one attempt, at least one; `flush` follows."""
+        if not self.counts and len(token_ids) != 1:
+            self.counts = [1] * len(self.slots)
+        if self.counts or len(token_ids) != 1:
+            self.counts.append(len(token_ids))
+        self.slots.append(slot)
+        self.offsets.append(offset)
+        self.token_ids.extend(token_ids)
+
+    def flush(self) -> None:
+        """Have the columns written."""
+        size = self._frame_bytes()
+        if size > FRAME_BYTES_MAX:
+            self._seal()
+        if self._queue_bytes + size > WAITING_BYTES_MAX:
+            self.close(Reason.OVERLOADED, "the frontend does not read")
+        self._changed.set()
+
+    def end(self, slot: int, ended: attempt_pb2.AttemptEnded, end_offset: int) -> None:
         """An attempt that it reads is over; `ended` is copied."""
         message = attempt_pb2.AttemptEnded()
         message.CopyFrom(ended)
-        message.slot = slot
+        message.slot, message.end_offset = slot, end_offset
         self._ended.append(message)
         self.by_slot.pop(slot, None)
-        self._changed.set()
+        self._grow(message)
 
     def refuse(self, refused: attempt_pb2.AttemptRefused) -> None:
         """An attempt did not begin."""
         self._refused.append(refused)
         self.by_slot.pop(refused.slot, None)
-        self._changed.set()
+        self._grow(refused)
 
     def logprobs(self, slot: int, logprobs: attempt_pb2.SlotLogprobs) -> None:
-        """Log probabilities of tokens in the same frame."""
-        self._logprobs.append(attempt_pb2.SlotLogprobs(slot=slot, tokens=logprobs.tokens))
+        """Log probabilities of tokens that were just entered in the columns."""
+        gathered = self._logprobs.get(slot)
+        if gathered is None:
+            gathered = self._logprobs[slot] = attempt_pb2.SlotLogprobs(slot=slot)
+        gathered.tokens.extend(logprobs.tokens)
+        # Not sealed here: they belong in the frame of their tokens.
+        self._other_bytes += _MESSAGE_BYTES * len(logprobs.tokens) + logprobs.ByteSize()
 
     def load(self, load: worker_pb2.LoadReport) -> None:
-        """The newest load; earlier ones that still wait are dropped."""
+        """The newest load: it goes out with the next frame, heartbeats have it anyway."""
         self._load = load
-        self._changed.set()
 
     def kv_events(self, events: worker_pb2.KvEvents) -> None:
         """A change of the reusable prefixes."""
+        if self._frame_bytes() + events.ByteSize() > FRAME_BYTES_MAX:
+            self._seal()
         self._kv_events.append(events)
-        if len(self._kv_events) > KV_EVENTS_WAITING_MAX:
-            self.close(Reason.OVERLOADED, "the frontend does not read")
-        self._changed.set()
+        self._grow(events)
 
     def tell(self, response: pb.RelayResponse) -> None:
         """Anything that must keep its place among the frames."""
         self._seal()
         self._queue.append(response)
-        self._changed.set()
+        self._queue_bytes += _MESSAGE_BYTES + response.ByteSize()
+        self.flush()
 
     def heartbeat(self) -> None:
         """A sign of life; one that still waits is enough."""
         self._is_heartbeat_due = True
         self._changed.set()
 
-    def flush(self) -> None:
-        """Columns were changed: have them written."""
-        if len(self.token_ids) > TOKENS_WAITING_MAX:
-            self.close(Reason.OVERLOADED, "the frontend does not read")
+    def close(self, reason: Reason, detail: str) -> None:
+        """End the call, after what waits has been written. The first reason counts."""
+        self.error = self.error or UnbrokenError(reason, detail)
         self._changed.set()
 
-    def close(self, reason: Reason, detail: str) -> None:
-        """End the call, after what waits has been written."""
-        self.error = self.error or UnbrokenError(reason, detail)
+    def wake(self) -> None:
+        """Have the writer look whether the call goes on."""
         self._changed.set()
 
     @property
     def is_idle(self) -> bool:
-        """Everything has been handed to the writer."""
-        return not self._changed.is_set()
+        """Everything has been written."""
+        return not (self._is_writing or self._changed.is_set())
 
     # For the writer.
 
     async def wait(self) -> None:
-        """Until there is something to write, or the link is closed."""
+        """Until there is something to write, or the link is closed. What was taken is written."""
+        self._is_writing = False
         await self._changed.wait()
 
     def take(
@@ -138,8 +166,9 @@ class Link:
     ) -> Sequence[pb.RelayResponse]:
         """All that waits, in order."""
         self._changed.clear()
+        self._is_writing = True
         self._seal()
-        responses, self._queue = self._queue, []
+        responses, self._queue, self._queue_bytes = self._queue, [], 0
         if self._is_heartbeat_due:
             self._is_heartbeat_due = False
             self._num_heartbeats += 1
@@ -154,11 +183,16 @@ class Link:
             responses.append(pb.RelayResponse(heartbeat=heartbeat))
         return responses
 
+    def _frame_bytes(self) -> int:
+        return _TOKEN_BYTES * len(self.token_ids) + self._other_bytes
+
+    def _grow(self, message: Message) -> None:
+        self._other_bytes += _MESSAGE_BYTES + message.ByteSize()
+        self.flush()
+
     def _seal(self) -> None:
-        """Close the frame that was being filled."""
-        if not (
-            self.slots or self._ended or self._refused or self._kv_events or self._load is not None
-        ):
+        """Close the frame, if it says anything."""
+        if not (self.slots or self._ended or self._refused or self._kv_events):
             return
         self._num_frames += 1
         frame = attempt_pb2.StepFrame(
@@ -169,11 +203,13 @@ class Link:
             token_ids=self.token_ids,
             ended=self._ended,
             refused=self._refused,
-            logprobs=self._logprobs,
+            logprobs=self._logprobs.values(),
             load=self._load,
             kv_events=self._kv_events,
         )
         self._queue.append(pb.RelayResponse(frame=frame))
+        self._queue_bytes += self._frame_bytes()
         self.slots, self.offsets, self.counts, self.token_ids = [], [], [], []
-        self._ended, self._refused, self._logprobs, self._kv_events = [], [], [], []
+        self._ended, self._refused, self._logprobs, self._kv_events = [], [], {}, []
         self._load = None
+        self._other_bytes = 0

@@ -22,7 +22,7 @@ class HubCollector(Collector):
     @override
     def collect(self) -> Iterator[Metric]:
         hub = self._hub
-        yield _gauge("links", "Open Relay calls of frontends.", lambda: len(list(hub.links)))
+        yield _gauge("links", "Open Relay calls of frontends.", lambda: len(hub.links))
         yield _gauge("attempts_running", "Attempts on the engine.", lambda: len(hub.ledger.running))
         yield _gauge("engine_up", "1 while the engine takes work.", lambda: hub.up is not None)
         yield _gauge(

@@ -7,9 +7,10 @@ is a task beside it. Whatever a frontend sends, only its own call can suffer.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 from typing_extensions import override
 
 from sidecar.hub import Hub
@@ -20,8 +21,9 @@ from unbroken.v1 import relay_service_pb2 as pb
 from unbroken.v1 import worker_pb2
 from unbroken.v1.relay_service_pb2_grpc import RelayServiceServicer
 
-PROTOCOL_VERSION = 1
-HELLO_TIMEOUT_S = 5.0
+PROTOCOL_VERSION: Final = 1
+HELLO_MAX_S: Final = 5.0
+"""How long a call may be open without a hello."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -35,41 +37,44 @@ class Relay(RelayServiceServicer):
         identity: worker_pb2.WorkerIdentity,
         *,
         heartbeat_interval_s: float,
+        write_max_s: float,
+        hello_max_s: float = HELLO_MAX_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """A frontend that lets `write_max_s` pass without reading what waits for it is lost."""
         self._hub = hub
         self._identity = identity
         self._heartbeat_interval_s = heartbeat_interval_s
+        self._write_max_s = write_max_s
+        self._hello_max_s = hello_max_s
         self._clock = clock
 
     @override
-    async def Relay(
+    async def Relay(  # pyright: ignore[reportIncompatibleMethodOverride] - Writes by itself.
         self, request_iterator: AsyncIterator[pb.RelayRequest], context: _Context
     ) -> None:
         requests = aiter(request_iterator)
-        link = Link(await _hello(requests, self._identity), self._clock())
-        verdict = self._hub.join(link)
+        link = Link(await self._hello(requests), self._clock())
+        welcome = pb.RelayWelcome(
+            protocol_version=PROTOCOL_VERSION,
+            identity=self._identity,
+            verdict=self._hub.join(link),
+        )
         reader = asyncio.create_task(self._read(requests, link), name="relay reader")
         try:
-            await context.write(
-                pb.RelayResponse(
-                    welcome=pb.RelayWelcome(
-                        protocol_version=PROTOCOL_VERSION, identity=self._identity, verdict=verdict
-                    )
-                )
-            )
+            await self._write(pb.RelayResponse(welcome=welcome), context)
             while True:
                 await link.wait()
                 for response in link.take(self._heartbeat_interval_s, self._hub.load):
-                    await context.write(response)
-                link.written_at = self._clock()
+                    await self._write(response, context)
                 if link.error is not None:
                     raise link.error
                 if reader.done():
-                    return
+                    return reader.result()
         finally:
-            reader.cancel()
             self._hub.leave(link)
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
     @override
     async def GetTokenizer(
@@ -82,11 +87,22 @@ class Relay(RelayServiceServicer):
             tokenizer=up.tokenizer, fingerprint=up.description.tokenizer_fingerprint
         )
 
+    async def _write(self, response: pb.RelayResponse, context: _Context) -> None:
+        try:
+            async with asyncio.timeout(self._write_max_s):
+                await context.write(response)
+        except TimeoutError:
+            raise UnbrokenError(
+                Reason.OVERLOADED, f"nothing read for {self._write_max_s:g} s"
+            ) from None
+
     async def _read(self, requests: AsyncIterator[pb.RelayRequest], link: Link) -> None:
         """Hand everything that the frontend says to the hub, until it says no more."""
         hub = self._hub
         try:
             async for request in requests:
+                if link.error is not None:
+                    return
                 link.heard_at = self._clock()
                 match request.WhichOneof("request"):
                     case "start":
@@ -103,45 +119,41 @@ class Relay(RelayServiceServicer):
                         link.close(Reason.PROTOCOL_VIOLATION, "expected one hello, got a second")
                     case None:
                         pass  # From a later version of the contract.
-                if link.error is not None:
-                    return
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            pass  # The call is gone; gRPC cancels its handler.
+        except DecodeError:
+            link.close(Reason.PROTOCOL_VIOLATION, _GARBAGE)
         finally:
-            link.flush()  # The writer looks whether the reader is done.
+            link.wake()  # The writer looks whether the reader is done.
+
+    async def _hello(self, requests: AsyncIterator[pb.RelayRequest]) -> pb.RelayHello:
+        """The first message of a call, if it is what it must be. Raises `UnbrokenError`."""
+        try:
+            async with asyncio.timeout(self._hello_max_s):
+                request = await anext(requests)
+        except (TimeoutError, StopAsyncIteration):
+            raise _violation(f"hello within {self._hello_max_s:g} s", "nothing") from None
+        except DecodeError:
+            raise UnbrokenError(Reason.PROTOCOL_VIOLATION, _GARBAGE) from None
+        kind = request.WhichOneof("request")
+        if kind != "hello":
+            raise _violation("hello as the first message", kind)
+        hello = request.hello
+        if hello.protocol_version < PROTOCOL_VERSION:
+            expected = f"protocol version {PROTOCOL_VERSION} or later"
+            raise _violation(expected, hello.protocol_version)
+        if not INSTANCE_ID.fullmatch(hello.frontend_id):
+            expected = "a frontend_id of 1 to 128 of [A-Za-z0-9._-]"
+            raise _violation(expected, repr(hello.frontend_id[:80]))
+        if hello.expected_worker_incarnation not in (0, self._identity.incarnation):
+            raise UnbrokenError(
+                Reason.FENCED,
+                f"expected worker incarnation {hello.expected_worker_incarnation}, this is "
+                f"{self._identity.incarnation}",
+            )
+        return hello
 
 
-async def _hello(
-    requests: AsyncIterator[pb.RelayRequest], identity: worker_pb2.WorkerIdentity
-) -> pb.RelayHello:
-    """The first message of a call, if it is what it must be."""
-    try:
-        async with asyncio.timeout(HELLO_TIMEOUT_S):
-            request = await anext(requests)
-    except (TimeoutError, StopAsyncIteration):
-        raise UnbrokenError(
-            Reason.PROTOCOL_VIOLATION, f"expected hello within {HELLO_TIMEOUT_S:g} s, got nothing"
-        ) from None
-    if request.WhichOneof("request") != "hello":
-        raise UnbrokenError(
-            Reason.PROTOCOL_VIOLATION,
-            f"expected hello as the first message, got {request.WhichOneof('request')}",
-        )
-    hello = request.hello
-    if hello.protocol_version < PROTOCOL_VERSION:
-        raise UnbrokenError(
-            Reason.PROTOCOL_VIOLATION,
-            f"expected protocol version {PROTOCOL_VERSION} or later, got {hello.protocol_version}",
-        )
-    if not INSTANCE_ID.fullmatch(hello.frontend_id):
-        raise UnbrokenError(
-            Reason.PROTOCOL_VIOLATION,
-            f"frontend_id: expected 1 to 128 of [A-Za-z0-9._-], got {hello.frontend_id[:80]!r}",
-        )
-    if hello.expected_worker_incarnation not in (0, identity.incarnation):
-        raise UnbrokenError(
-            Reason.FENCED,
-            f"expected worker incarnation {hello.expected_worker_incarnation}, this is "
-            f"{identity.incarnation}",
-        )
-    return hello
+_GARBAGE: Final = "expected a RelayRequest, got bytes that are none"
+
+
+def _violation(expected: str, seen: object) -> UnbrokenError:
+    return UnbrokenError(Reason.PROTOCOL_VIOLATION, f"expected {expected}, got {seen}")

@@ -20,6 +20,7 @@ from sidecar.relay import Relay
 from unbroken import discovery, log, metrics
 from unbroken.config import split_address
 from unbroken.discovery import WORKERS, Discovery, Registration
+from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import add_health
 from unbroken.transport import listen, make_server
 from unbroken.v1 import relay_service_pb2_grpc, worker_pb2
@@ -55,8 +56,11 @@ class Sidecar:
         )
         self.address = ""
         """host:port of RelayService, once started."""
+        self._model = ""
+        """Of the engine's latest life."""
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: Registration[worker_pb2.WorkerRecord] | None = None
+        self._engine_task: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
 
@@ -74,6 +78,7 @@ class Sidecar:
             self.hub,
             self._identity,
             heartbeat_interval_s=config.heartbeat_interval_s,
+            write_max_s=config.link_write_max_s,
             clock=self._clock,
         )
         relay_service_pb2_grpc.add_RelayServiceServicer_to_server(relay, self._server)
@@ -94,21 +99,27 @@ class Sidecar:
         ]
         _log.info("sidecar serves", address=self.address, incarnation=incarnation)
 
-    async def wait_engine(self) -> None:
-        """Until the engine is given up."""
-        await asyncio.shield(self._engine_task)
+    async def wait(self) -> None:
+        """Until it cannot go on: the engine is given up (then it returns), or it raises.
+
+        Raises `UnbrokenError` with FENCED if another process took the worker's id.
+        """
+        assert self._engine_task is not None, "started before"
+        tasks = [self._engine_task, *self._tasks]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
 
     async def stop(self) -> None:
         """Hand every stream over, end the engine, leave the mesh."""
-        self._health.set_all(is_serving=False)
-        self._health.set("liveness", is_serving=True)
         self.hub.drain()
+        self._set_health()
         await self._flush()
         await self._engine.stop()
-        await asyncio.gather(self._engine_task, return_exceptions=True)
+        tasks = [task for task in (self._engine_task, *self._tasks) if task is not None]
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._registration is not None:
             await self._registration.close()
         await self._server.stop(None)
@@ -117,27 +128,38 @@ class Sidecar:
         _log.info("sidecar stopped")
 
     async def _tick(self) -> None:
-        config = self._config
+        interval_s, loop = self._config.heartbeat_interval_s, asyncio.get_running_loop()
+        due = loop.time()
         while True:
-            self.hub.tick(
-                silence_max_s=config.link_silence_max_s, write_max_s=config.link_write_max_s
-            )
-            await asyncio.sleep(config.heartbeat_interval_s)
+            self.hub.tick(silence_max_s=self._config.link_silence_max_s)
+            due = max(due + interval_s, loop.time())
+            await asyncio.sleep(due - loop.time())
 
     async def _follow_engine(self) -> None:
         """Health and the record in discovery say what the engine is now."""
         while True:
             await self._changed.wait()
             self._changed.clear()
-            up = self.hub.up
-            for service in ("", RELAY_SERVICE, "readiness"):
-                self._health.set(service, is_serving=up is not None)
-            if up is not None:
-                self._model = up.description.model
-            if self._model:
-                self._health.set(f"model/{self._model}", is_serving=up is not None)
-            if self._registration is not None:
+            self._set_health()
+            assert self._registration is not None, "registered before"
+            try:
                 await self._registration.update(self._record())
+            except UnbrokenError as error:
+                if error.reason is Reason.FENCED:
+                    raise
+                _log.warning("record not updated", detail=error.detail)
+            except OSError as error:  # Frontends know the worker, and ask it itself.
+                _log.warning("record not updated", detail=str(error))
+
+    def _set_health(self) -> None:
+        up = self.hub.up
+        if up is not None:
+            self._model = up.description.model
+        services = ["", RELAY_SERVICE, "readiness"]
+        if self._model:
+            services.append(f"model/{self._model}")
+        for service in services:
+            self._health.set(service, is_serving=up is not None and not self.hub.is_draining)
 
     async def _flush(self) -> None:
         """Wait until the links have been handed all they are to be told."""
@@ -147,9 +169,6 @@ class Sidecar:
                     await asyncio.sleep(0.005)
         except TimeoutError:
             _log.warning("frontends do not read the end of their streams")
-
-    _model = ""
-    """Model of the engine's latest life."""
 
     def _record(self) -> worker_pb2.WorkerRecord:
         up = self.hub.up
@@ -164,7 +183,10 @@ class Sidecar:
 
 
 async def serve(config: SidecarConfig) -> int:
-    """Run a sidecar until SIGTERM or SIGINT (returns 0) or until its engine is given up (1)."""
+    """Run a sidecar until SIGTERM or SIGINT (returns 0) or until its engine is given up (1).
+
+    Raises OSError if it cannot start, and as `Sidecar.wait`.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -173,16 +195,16 @@ async def serve(config: SidecarConfig) -> int:
         sidecar = Sidecar(config, NativeEngine(launch_of(config, Path(directory))))
         await sidecar.start()
         stopping = asyncio.create_task(stop.wait())
-        engine = asyncio.create_task(sidecar.wait_engine())
+        life = asyncio.create_task(sidecar.wait())
         try:
-            await asyncio.wait((stopping, engine), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((stopping, life), return_when=asyncio.FIRST_COMPLETED)
+            if life.done():
+                life.result()
         finally:
             await sidecar.stop()
-            for task in (stopping, engine):
+            for task in (stopping, life):
                 task.cancel()
-            await asyncio.gather(stopping, return_exceptions=True)
-        if engine.done() and not engine.cancelled():
-            engine.result()  # A bug of ours must not look like an engine that was given up.
+            await asyncio.gather(stopping, life, return_exceptions=True)
     return 0 if stop.is_set() else 1
 
 
