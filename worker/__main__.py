@@ -77,7 +77,7 @@ def _runner(config: WorkerConfig) -> ModelRunner:
                 **{name: value for name, value in given.items() if value},
                 block_size=config.block_size,
                 kv_blocks=config.kv_blocks,
-                num_ranks=config.ranks,
+                num_ranks=config.num_ranks,
                 eos_probability=config.eos_probability,
                 cost=CostModel(
                     step_base_s=config.step_base_ms / 1e3,

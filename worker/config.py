@@ -39,7 +39,7 @@ class WorkerConfig(ProcessConfig):
     """simulated: KV blocks of each rank."""
     block_size: int = Field(16, ge=1, le=4096)
     """simulated: tokens of a KV block."""
-    ranks: int = Field(1, ge=1, le=64)
+    num_ranks: int = Field(1, ge=1, le=64)
     """simulated: data-parallel ranks."""
     eos_probability: float = Field(0.0, ge=0, lt=1)
     """simulated: how likely each token ends the generation."""

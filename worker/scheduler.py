@@ -193,6 +193,10 @@ class Scheduler:
             plan.trims += rank.cache.take_trims()
         return plan
 
+    def deadline(self) -> float | None:
+        """When `plan` has somebody to end, at the latest, though there is nothing to compute."""
+        return self._deadlines[0][0] if self._deadlines else None
+
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Apply what the step produced."""
         assert len(result.token_ids) == len(plan.sampled), "a row for every sampled sequence"

@@ -150,7 +150,8 @@ class EngineService:
             )
         if self._session is not None:
             _log.warning("sidecar replaced", num_steps=self._scheduler.num_steps)
-            self._session.connection.close()
+            # At once: the old one may have stopped reading, and steps wait until it has read.
+            self._session.connection.abort()
             self._end_session()
         session.has_greeted = True
         self._session = session
@@ -245,14 +246,16 @@ class EngineService:
                     # A sidecar that does not read stops the engine, not its memory.
                     await session.connection.drain()
             if plan is None:
-                await self._wait_for_work()
+                wake_at = loop.time() + IDLE_INTERVAL_S
+                deadline = self._scheduler.deadline()
+                await self._wait_for_work(wake_at if deadline is None else min(wake_at, deadline))
 
-    async def _wait_for_work(self) -> None:
+    async def _wait_for_work(self, wake_at: float) -> None:
         try:
-            async with asyncio.timeout(IDLE_INTERVAL_S):
+            async with asyncio.timeout_at(wake_at):
                 await self._has_work.wait()
         except TimeoutError:
-            pass  # Time for a sign of life.
+            pass  # Time for a sign of life, or somebody's time is up.
 
     def _frame(self, session: "_Session", *, with_load: bool) -> attempt_pb2.StepFrame | None:
         """Everything that happened since the last frame; None if nothing did."""

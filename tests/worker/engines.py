@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from unbroken.generation import TokenLogprobs
 from unbroken.v1 import attempt_pb2, generation_pb2
+from worker import simulated_tokenizer
 from worker.constraints import ConstraintCompiler
 from worker.engine import PrefillChunk, StepPlan, admit
 from worker.scheduler import Outcome, Scheduler
@@ -30,17 +32,19 @@ class Attempt:
         return self.ended.finish_reason
 
 
+@cache
+def _compiler() -> ConstraintCompiler:
+    return ConstraintCompiler(simulated_tokenizer.asset())
+
+
 class Engine:
     """One simulated engine that steps when it is told to, and checks itself after every step."""
 
-    compilers: dict[int, ConstraintCompiler] = {}  # noqa: RUF012 - shared on purpose: all engines
-    # have one tokenizer, and to read it takes longer than most tests.
-
     def __init__(self, runner: SimulatedRunner | None = None) -> None:
-        self.runner = runner or simulated_runner()
+        self.runner = runner or simulated_runner(context_length=512, kv_blocks=128)
         self.spec = self.runner.spec
         self.scheduler = Scheduler(self.spec)
-        self.compiler = self.compilers.setdefault(0, ConstraintCompiler(self.spec.tokenizer))
+        self.compiler = _compiler()
         self.attempts: dict[int, Attempt] = {}
         self.now = 0.0
         self.plans: list[list[PrefillChunk]] = []

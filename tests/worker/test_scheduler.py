@@ -130,6 +130,14 @@ def test_an_equal_prompt_is_not_computed_twice() -> None:
     assert (second.ended.cached_tokens, second.ended.prefill_tokens) == (8, 2)
 
 
+def test_the_last_token_of_an_output_has_no_kv_to_reuse() -> None:
+    engine = small()
+    first = engine.generate(starting(range(5), max_tokens=3))  # Two full blocks of tokens.
+    ended = engine.generate(starting([*range(5), *first.token_ids, 1], max_tokens=1)).ended
+    assert ended is not None
+    assert ended.cached_tokens == 4
+
+
 def test_tenants_do_not_share_prefixes() -> None:
     engine = small()
     engine.generate(starting(range(10), max_tokens=3, tenant="a"))

@@ -268,9 +268,11 @@ def test_a_deadline_ends_even_an_attempt_that_waits(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         sidecar = await stage.greeted()
         message = starting(slot=1, max_tokens=12, window_tokens=4)
-        message.deadline.FromMilliseconds(300)
+        message.deadline.FromMilliseconds(230)
+        begun = asyncio.get_running_loop().time()
         sidecar.send(start=message)
         await sidecar.until_ended(1)
+        assert 0.2 < asyncio.get_running_loop().time() - begun < 0.35
         assert sidecar.ended[1].finish_reason == CANCELLED
         assert "deadline" in sidecar.ended[1].detail
 
@@ -456,25 +458,41 @@ def test_a_truncated_message_is_no_request(tmp_path: Path, cut: int) -> None:
     on_stage(scenario, tmp_path)
 
 
+async def fill_every_buffer(sidecar: Sidecar, runner: "CountingRunner") -> range:
+    """Start many endless attempts and read nothing until the engine has come to rest."""
+    slots = range(1, 1001)
+    for slot in slots:
+        sidecar.start(slot)
+    num_steps = -1
+    while num_steps != runner.num_steps or not num_steps:
+        num_steps = runner.num_steps
+        await asyncio.sleep(0.2)
+    assert 0 < num_steps < 5000
+    return slots
+
+
 def test_a_sidecar_that_does_not_read_stops_the_engine_and_loses_nothing(tmp_path: Path) -> None:
     runner = CountingRunner(fast().spec, SimulatedModel("simulated"), CostModel(step_base_s=0.0))
 
     async def scenario(stage: Stage) -> None:
         sidecar = await stage.greeted()
-        slots = range(1, 65)
-        for slot in slots:
-            message = starting(slot=slot, request_id=f"r{slot}")
-            message.checkpoint.params.logprobs.num_top = 20  # So that frames are large.
-            sidecar.send(start=message)
-        num_steps = -1
-        while num_steps != runner.num_steps or not num_steps:
-            num_steps = runner.num_steps
-            await asyncio.sleep(0.5)
-        assert 0 < num_steps < 5000
+        slots = await fill_every_buffer(sidecar, runner)
         for slot in slots:
             sidecar.send(abort=attempt_pb2.AbortAttempt(slot=slot))
         await sidecar.until_ended(*slots)
         assert all(e.end_offset == len(sidecar.token_ids[s]) for s, e in sidecar.ended.items())
+
+    on_stage(scenario, tmp_path, runner)
+
+
+def test_a_sidecar_that_does_not_read_can_be_replaced(tmp_path: Path) -> None:
+    runner = CountingRunner(fast().spec, SimulatedModel("simulated"), CostModel(step_base_s=0.0))
+
+    async def scenario(stage: Stage) -> None:
+        await fill_every_buffer(await stage.greeted(), runner)
+        other = await stage.greeted()
+        other.start(1, request_id="new", max_tokens=3)
+        await other.until_ended(1)
 
     on_stage(scenario, tmp_path, runner)
 
