@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import grpc.aio
-from google.protobuf.message import DecodeError
 from typing_extensions import override
 
 from sidecar.hub import Hub
@@ -97,7 +96,10 @@ class Relay(RelayServiceServicer):
             ) from None
 
     async def _read(self, requests: AsyncIterator[pb.RelayRequest], link: Link) -> None:
-        """Hand everything that the frontend says to the hub, until it says no more."""
+        """Hand everything that the frontend says to the hub, until it says no more.
+
+        Raises `UnbrokenError` for bytes that are no message.
+        """
         hub = self._hub
         try:
             async for request in requests:
@@ -119,8 +121,6 @@ class Relay(RelayServiceServicer):
                         link.close(Reason.PROTOCOL_VIOLATION, "expected one hello, got a second")
                     case None:
                         pass  # From a later version of the contract.
-        except DecodeError:
-            link.close(Reason.PROTOCOL_VIOLATION, _GARBAGE)
         finally:
             link.wake()  # The writer looks whether the reader is done.
 
@@ -131,8 +131,6 @@ class Relay(RelayServiceServicer):
                 request = await anext(requests)
         except (TimeoutError, StopAsyncIteration):
             raise _violation(f"hello within {self._hello_max_s:g} s", "nothing") from None
-        except DecodeError:
-            raise UnbrokenError(Reason.PROTOCOL_VIOLATION, _GARBAGE) from None
         kind = request.WhichOneof("request")
         if kind != "hello":
             raise _violation("hello as the first message", kind)
@@ -150,9 +148,6 @@ class Relay(RelayServiceServicer):
                 f"{self._identity.incarnation}",
             )
         return hello
-
-
-_GARBAGE: Final = "expected a RelayRequest, got bytes that are none"
 
 
 def _violation(expected: str, seen: object) -> UnbrokenError:
