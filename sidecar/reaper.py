@@ -1,6 +1,6 @@
 """Runs a command and sees to it that nothing of it is left, whoever dies first and however.
 
-    python -I -S reaper.py <pid of the starter> <report descriptor> <command> [<argument> ...]
+    python -I -S reaper.py <pid of the starter> <report> <lifeline> <command> [<argument> ...]
 
     starter ──SIGUSR1──▶ reaper ──SIGTERM──▶ command          (please end)
     starter ──SIGTERM──▶ reaper ──SIGKILL──▶ all that is left (end now)
@@ -11,25 +11,36 @@ The command leads a session and process group of its own. The reaper is outside 
 stops or kills the group leaves the reaper to clean up, and it adopts every orphan of the command
 (PR_SET_CHILD_SUBREAPER), so not even a descendant with another session escapes it.
 
-The report is text: a line with the command's pid, a line with its status (as `Popen.returncode`)
-as soon as it ended, and the end of file when nothing is left. A file of its own that
-imports little, because it has to be up in milliseconds. Linux only.
+Report and lifeline are descriptors of pipes to the starter. The report is text: a line with the
+command's pid, a line with its status (as `Popen.returncode`) as soon as it ended, and the end of
+file when nothing is left. The lifeline carries nothing and ends when the command's group is killed.
+
+A process closes its files only after the kernel has freed its memory, and that takes an engine
+milliseconds for each 20 MB. So the command's group has a companion that is small and does nothing
+but hold the lifeline: SIGKILL to the group ends it within a millisecond, and the starter knows.
+
+A file of its own that imports little, because it has to be up in milliseconds. Linux only.
 """
 
 import ctypes
 import os
 import signal
 import sys
+import time
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
+_DESCRIPTORS_MAX = 256
+"""More than this small process can have inherited."""
+
 _SIGNALS = {signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM}
 
 
-def main(starter: int, report: int, command: list[str]) -> None:
+def main(starter: int, report: int, lifeline: int, command: list[str]) -> None:
     """Run `command` to its end, and everything it started to theirs."""
     os.set_inheritable(report, False)
+    os.set_inheritable(lifeline, False)
     # Signals wait until they are asked for, so none comes between two steps.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -39,7 +50,8 @@ def main(starter: int, report: int, command: list[str]) -> None:
     reaper = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _become(command, reaper)
+        _become(command, reaper, lifeline)
+    os.close(lifeline)
     _report(report, pid)
     status = _wait(pid)
     if status is not None:
@@ -49,13 +61,14 @@ def main(starter: int, report: int, command: list[str]) -> None:
         _report(report, -signal.SIGKILL)
 
 
-def _become(command: list[str], reaper: int) -> None:
+def _become(command: list[str], reaper: int, lifeline: int) -> None:
     """In the child: be `command`. This process has one thread, so Python may run after the fork."""
     try:
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != reaper:
             os._exit(1)
+        _leave_companion(reaper, lifeline)
         for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(ignored_by_python, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -64,6 +77,27 @@ def _become(command: list[str], reaper: int) -> None:
         os.write(2, f"{command[0]}: {error.strerror}\n".encode())
     finally:
         os._exit(127)  # What a shell says of a command that can't be run.
+
+
+def _leave_companion(reaper: int, lifeline: int) -> None:
+    """Put a process beside us into the group; the reaper adopts it, so no child is left to us."""
+    child = os.fork()
+    if child != 0:
+        os.waitpid(child, 0)
+        return
+    parent = os.getpid()
+    if os.fork() != 0:
+        os._exit(0)
+    # Nobody may wait for the end of a file because of us, and only SIGKILL ends us.
+    os.closerange(0, lifeline)
+    os.closerange(lifeline + 1, _DESCRIPTORS_MAX)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    while os.getppid() == reaper:
+        signal.sigwait({signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
+    os._exit(0)
 
 
 def _wait(pid: int) -> int | None:
@@ -128,4 +162,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

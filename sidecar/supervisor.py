@@ -64,25 +64,30 @@ class EngineProcess:
         self._pid = 0
         self._is_terminated = False
         self._report = b""  # Of a line, what has come so far.
+        self._group_killed: asyncio.Future[None] = loop.create_future()
         self._report_fd, report = os.pipe()
         os.set_blocking(self._report_fd, False)
+        self._lifeline_fd, lifeline = os.pipe()
         try:
             self._reaper = subprocess.Popen(
                 [
-                    *(sys.executable, "-I", "-S", reaper.__file__, str(os.getpid()), str(report)),
+                    *(sys.executable, "-I", "-S", reaper.__file__),
+                    *(str(os.getpid()), str(report), str(lifeline)),
                     *command,
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=(report,),
+                pass_fds=(report, lifeline),
                 start_new_session=True,  # Signals of our terminal are not for it.
             )
         except OSError:
             os.close(self._report_fd)
+            os.close(self._lifeline_fd)
             raise
         finally:
             os.close(report)
+            os.close(lifeline)
         assert self._reaper.stdout is not None
         # A thread, because it may block on our stderr, and the engine's logs then wait, not we.
         self._copier = threading.Thread(
@@ -90,6 +95,7 @@ class EngineProcess:
         )
         self._copier.start()
         loop.add_reader(self._report_fd, self._read_report)
+        loop.add_reader(self._lifeline_fd, self._lifeline_ended)
 
     @classmethod
     def start(cls, command: Sequence[str]) -> Self:
@@ -109,6 +115,11 @@ class EngineProcess:
     def exited(self) -> "asyncio.Future[Exit]":
         """Done when the engine itself has ended. Not to be cancelled."""
         return self._exited
+
+    @property
+    def group_killed(self) -> "asyncio.Future[None]":
+        """Done when the engine's whole group was killed, while it may still be freeing memory."""
+        return self._group_killed
 
     def terminate(self) -> None:
         """Ask the engine to end (SIGTERM to it alone; it knows in which order its parts end)."""
@@ -154,6 +165,11 @@ class EngineProcess:
                 self._pid = int(line)
             elif not self._exited.done():
                 self._exited.set_result(Exit(int(line)))
+
+    def _lifeline_ended(self) -> None:
+        self._loop.remove_reader(self._lifeline_fd)
+        os.close(self._lifeline_fd)
+        self._group_killed.set_result(None)
 
     def _reaper_ended(self) -> None:
         self._loop.remove_reader(self._report_fd)

@@ -207,6 +207,7 @@ class _Life:
         except OSError as error:
             raise _LifeOver(FailureKind.CRASH, f"the engine cannot be started: {error}") from error
         self.process.exited.add_done_callback(self._process_exited)
+        self.process.group_killed.add_done_callback(self._group_killed)
         _log.info("engine starting", incarnation=self.incarnation, command=launch.command)
 
     async def greet(self) -> tuple[engine_pb2.EngineReady, Sequence[engine_pb2.EngineResponse]]:
@@ -392,11 +393,18 @@ class _Life:
         # holds that open.
         self._loop.call_later(_DRAIN_TIMEOUT_S, self.end_socket)
 
+    def _group_killed(self, _killed: "asyncio.Future[None]") -> None:
+        # Its socket ends only when its memory is freed; that may take long, and its streams wait.
+        # What it had written before is read in between.
+        self._loop.call_soon(self._loop.call_soon, self.end_socket)
+
     async def _lost(self, error: FramingError | None = None) -> _LifeOver:
         """The socket ended. Of what?"""
         if isinstance(error, (MessageTooLarge, MessageUndecodable)):
             return _LifeOver(FailureKind.PROTOCOL, error.detail)
         detail = "the engine closed its socket"
+        if self.process is not None and self.process.group_killed.done():
+            return _LifeOver(FailureKind.CRASH, "the engine's process group was killed")
         if self.process is not None:
             await asyncio.wait((self.process.exited,), timeout=_EXIT_TIMEOUT_S)
             if self.process.exited.done():

@@ -300,7 +300,7 @@ def test_an_engine_that_closes_its_socket_is_ended_and_started_anew(play: Play) 
                 "the engine closed its socket",
             )
             await heard.up(2)
-            assert len(world.alive()) == 2  # One engine and its reaper.
+            assert len(world.alive()) == 3  # One engine, its companion and its reaper.
 
     play(scenario)
 
