@@ -8,11 +8,12 @@ its way to another before anything else runs.
 """
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Final, assert_never
 
 from frontend import stream as machine
 from frontend.admission import Envelope, Model
@@ -21,10 +22,16 @@ from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
 from frontend.placement import Need, WorkerView, choose, num_cached_tokens
 from frontend.relay_call import RelayCall
-from unbroken import blocks
+from unbroken import blocks, log
 from unbroken.checkpoint import checkpoint_to_proto
+from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import ContinuationClass, FailureKind
 from unbroken.v1 import relay_service_pb2
+
+RETRIES_AT_ONCE: Final = 64
+"""Placements tried again before other work gets a turn; each takes about 50 µs."""
+
+_log = log.get_logger(__name__)
 
 
 class Dispatcher:
@@ -44,13 +51,15 @@ class Dispatcher:
         self.clock = clock
         self._waiting: dict[Choice, None] = {}
         """First come, first served."""
+        self._retrying: dict[Choice, None] = {}
+        """Those that will be tried again next."""
         self._retry: asyncio.Handle | None = None
         mesh.on_ready.append(self._worker_ready)
 
     @property
     def num_waiting(self) -> int:
         """Choices that wait for a worker."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._retrying)
 
     def wait(self, choice: "Choice") -> None:
         """Try again to place the choice when a worker becomes ready."""
@@ -59,16 +68,22 @@ class Dispatcher:
     def wait_no_more(self, choice: "Choice") -> None:
         """The opposite of `wait`. Idempotent."""
         self._waiting.pop(choice, None)
+        self._retrying.pop(choice, None)
 
     def _worker_ready(self) -> None:
-        if self._retry is None and self._waiting:
-            self._retry = asyncio.get_running_loop().call_soon(self._retry_waiting)
+        self._retrying.update(self._waiting)
+        self._waiting.clear()
+        self._retry_soon()
 
-    def _retry_waiting(self) -> None:
+    def _retry_soon(self) -> None:
+        if self._retry is None and self._retrying:
+            self._retry = asyncio.get_running_loop().call_soon(self._retry_some)
+
+    def _retry_some(self) -> None:
         self._retry = None
-        waiting, self._waiting = self._waiting, {}
-        for choice in waiting:
+        for choice in list(itertools.islice(self._retrying, RETRIES_AT_ONCE)):
             choice.place_again()
+        self._retry_soon()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +146,24 @@ class Choice:
         """The request was admitted."""
         self.obey(self.stream.start(self._dispatcher.clock()))
 
+    def crashed(self) -> None:
+        """The stream's machine raised what is being handled: a bug. The stream ends with it."""
+        _log.exception("bug in a stream", request_id=self._envelope.request_id, index=self.index)
+        error = UnbrokenError(Reason.INTERNAL, "an internal error; the frontend's log has it")
+        self._leave()
+        self._stop_waiting()
+        self.stream.cancelled(error)  # The commands it gives have just been obeyed.
+        self.wake()
+
     def obey(self, commands: Sequence[machine.Command]) -> None:
         """Do what the stream asks, in order, and what it asks in consequence."""
+        try:
+            self._obey(commands)
+        except Exception:
+            self.crashed()
+        self.wake()
+
+    def _obey(self, commands: Sequence[machine.Command]) -> None:
         queue = deque(commands)
         while queue:
             command = queue.popleft()
@@ -155,7 +186,6 @@ class Choice:
                     self._stop_waiting()
                 case _:
                     assert_never(command)
-        self.wake()
 
     def place_again(self) -> None:
         """Time passed, or a worker became ready."""

@@ -229,8 +229,10 @@ def report_load(worker: Worker, load: worker_pb2.LoadReport, now: float) -> None
 
 def report_blocks(worker: Worker, events: worker_pb2.KvEvents) -> None:
     """Count which prefixes a rank can reuse; the view has those that any rank can."""
-    if worker.view is None:
+    if worker.view is None or worker.description is None:
         return
+    if events.rank >= max(1, worker.description.num_ranks):
+        return  # A rank that does not exist helps nobody.
     ranks = worker.cached_blocks
     blocks = ranks.setdefault(events.rank, set())
     removed: set[int] = set(events.removed)

@@ -10,7 +10,7 @@ that breaks the contract loses the call: what it says after the breach is worth 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias, cast
 from weakref import WeakValueDictionary
@@ -30,6 +30,8 @@ from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
 
 PROTOCOL_VERSION: Final = 1
 SLOT_MAX: Final = 2**32 - 1
+COMMANDS_BYTES_MAX: Final = 1024 * 1024
+"""A message of commands is not filled beyond this, so that it stays far below any limit."""
 
 _Call: TypeAlias = grpc.aio.StreamStreamCall[
     relay_service_pb2.RelayRequest, relay_service_pb2.RelayResponse
@@ -51,6 +53,10 @@ class Owner(Protocol):
 
     def wake(self) -> None:
         """There is output, or the stream is done. Cheap, and harmless when repeated."""
+        ...
+
+    def crashed(self) -> None:
+        """The stream's machine raised what is being handled: a bug. The stream ends with it."""
         ...
 
 
@@ -171,6 +177,7 @@ class RelayCall:
         self._heartbeats_sent = 0
         self._commands: deque[relay_service_pb2.RelayRequest] = deque()
         self._acks: dict[int, int] = {}
+        self._is_heartbeat_due = False
         self._has_work = asyncio.Event()
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._fetching: asyncio.Task[None] | None = None
@@ -238,11 +245,8 @@ class RelayCall:
     async def run(self) -> End:
         """Converse until the call ends."""
         call: _Call = self._stub.Relay()
-        tasks = [
-            asyncio.create_task(self._write(call)),
-            asyncio.create_task(self._read(call)),
-            asyncio.create_task(self._pulse()),
-        ]
+        parts = (self._write(call), self._read(call), self._pulse())
+        tasks = [asyncio.create_task(self._guard(part)) for part in parts]
         try:
             return await self._ended
         finally:
@@ -252,6 +256,14 @@ class RelayCall:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _guard(self, part: Coroutine[None, None, None]) -> None:
+        """Whatever goes wrong in a part, the call does not live on without it."""
+        try:
+            await part
+        except Exception:
+            _log.exception("bug in a link", **self._names())
+            self.end(FailureKind.PROTOCOL, "an internal error of the frontend")
 
     async def _read(self, call: _Call) -> None:
         try:
@@ -263,9 +275,6 @@ class RelayCall:
         except _BrokenContract as error:
             _log.warning("sidecar broke the contract", detail=str(error), **self._names())
             self.end(FailureKind.PROTOCOL, str(error))
-        except Exception:
-            _log.exception("bug while reading a link", **self._names())
-            self.end(FailureKind.PROTOCOL, "an internal error of the frontend")
 
     async def _write(self, call: _Call) -> None:
         hello = relay_service_pb2.RelayHello(
@@ -280,12 +289,8 @@ class RelayCall:
             while True:
                 await self._has_work.wait()
                 self._has_work.clear()
-                while self._commands:
-                    await call.write(self._commands.popleft())
-                if self._acks:
-                    acks, self._acks = self._acks, {}
-                    message = attempt_pb2.AckAttempts(slots=acks.keys(), offsets=acks.values())
-                    await call.write(relay_service_pb2.RelayRequest(ack=message))
+                while (request := self._next_request()) is not None:
+                    await call.write(request)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # The call is over; whoever reads it learns why.
 
@@ -302,10 +307,43 @@ class RelayCall:
             if silence_s > self._limits.silence_max_s and not stood_still:
                 self.end(FailureKind.HANG, f"nothing received for {silence_s:.2f} s")
                 return
-            if len(self._commands) < 2:  # Else whatever is written next is a sign of life.
-                self._send_heartbeat()
+            self._is_heartbeat_due = True
+            self._has_work.set()
 
-    def _send_heartbeat(self) -> None:
+    def _next_request(self) -> relay_service_pb2.RelayRequest | None:
+        """What to write next, if anything."""
+        if self._is_heartbeat_due:
+            self._is_heartbeat_due = False
+            return self._heartbeat()
+        if self._commands:
+            return self._next_commands()
+        if self._acks:
+            acks, self._acks = self._acks, {}
+            message = attempt_pb2.AckAttempts(slots=acks.keys(), offsets=acks.values())
+            return relay_service_pb2.RelayRequest(ack=message)
+        return None
+
+    def _next_commands(self) -> relay_service_pb2.RelayRequest:
+        """All commands that wait, as far as they fit into one message and keep their order."""
+        first = self._commands.popleft()
+        if not self._commands:
+            return first
+        batch = relay_service_pb2.AttemptCommands()
+        request, size = first, 0
+        while True:
+            size += request.ByteSize()
+            if request.HasField("start"):
+                batch.starts.append(request.start)
+            else:
+                batch.aborts.append(request.abort)
+            if size > COMMANDS_BYTES_MAX or not self._commands:
+                break
+            if batch.starts and self._commands[0].HasField("abort"):
+                break
+            request = self._commands.popleft()
+        return relay_service_pb2.RelayRequest(commands=batch)
+
+    def _heartbeat(self) -> relay_service_pb2.RelayRequest:
         self._heartbeats_sent += 1
         heartbeat = relay_service_pb2.Heartbeat(
             sequence=self._heartbeats_sent,
@@ -313,7 +351,7 @@ class RelayCall:
             frame_seen=self._frame_seen,
         )
         heartbeat.interval.FromMilliseconds(round(self._limits.heartbeat_interval_s * 1000))
-        self._enqueue(relay_service_pb2.RelayRequest(heartbeat=heartbeat))
+        return relay_service_pb2.RelayRequest(heartbeat=heartbeat)
 
     def _enqueue(self, request: relay_service_pb2.RelayRequest) -> None:
         if self._ended.done():
@@ -448,7 +486,11 @@ class RelayCall:
             seat = seat_of(slot)
             if seat is None:
                 continue  # Late news of an attempt that is over.
-            commands = seat.tokens(seat.epoch, offset, (token_id,), now)
+            try:
+                commands = seat.tokens(seat.epoch, offset, (token_id,), now)
+            except Exception:
+                seat.owner.crashed()  # One stream's bug is not the others' loss.
+                continue
             if commands:
                 orders.append((seat.owner, commands))
             else:
@@ -505,9 +547,13 @@ class RelayCall:
         now = self._clock()
         for slot in list(self._seats):
             seat = self._seats.get(slot)
-            if seat is not None:
+            if seat is None:
+                continue
+            try:
                 seat.owner.obey(seat.owner.stream.lost(seat.epoch, failure, detail, now))
-                self._leave(slot)
+            except Exception:
+                seat.owner.crashed()
+            self._leave(slot)
 
     def _want_tokenizer(self, fingerprint: str) -> None:
         if self._mesh.tokenizer(fingerprint) is None:

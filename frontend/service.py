@@ -1,6 +1,7 @@
 """A frontend as a process: what it is made of, how it starts, how it stops."""
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -177,6 +178,10 @@ async def serve(config: FrontendConfig) -> None:
         loop.add_signal_handler(number, receive)
     frontend = Frontend(config)
     await frontend.start()
+    # What the start made lives as long as the process. A full collection that looks at it takes
+    # 10 to 20 ms, in which every stream would stand still.
+    gc.collect()
+    gc.freeze()
     await signalled.wait()
     _log.info("frontend is asked to stop", grace_s=config.shutdown_grace_s)
     stopping = asyncio.create_task(frontend.stop(config.shutdown_grace_s))

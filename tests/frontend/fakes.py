@@ -224,7 +224,7 @@ class FakeSidecar(RelayServiceServicer):
             ),
             capabilities=self.capabilities,
             tokenizer_fingerprint=FINGERPRINT,
-            num_ranks=1,
+            num_ranks=2,
         )
 
     # Cues.
