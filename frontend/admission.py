@@ -8,8 +8,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from random import Random
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from frontend.continuation import Abilities
 from frontend.stream import announced_way
@@ -19,6 +18,9 @@ from unbroken.generation import GenerationParams, check_token_ids, params_from_p
 from unbroken.outcome import ContinuationClass, ContinuationPolicy
 from unbroken.tokenizer import ChatTemplateError, Tokenizer
 from unbroken.v1 import inference_service_pb2 as pb
+
+if TYPE_CHECKING:  # Randomness comes in; there is none of our own.
+    from random import Random
 
 ID_CHARS_MAX: Final = 128
 TEXT_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -153,7 +155,7 @@ def choose_model(asked: str, known: Sequence[str]) -> str | None:
 
 
 def admit(
-    request: pb.GenerateRequest, envelope: Envelope, model: Model, random: Random
+    request: pb.GenerateRequest, envelope: Envelope, model: Model, random: "Random"
 ) -> Admitted:
     """Resolve everything. Takes milliseconds for long texts; safe in a thread.
 
@@ -321,7 +323,7 @@ def _with_budget(params: GenerationParams, room: int) -> GenerationParams:
 
 
 def _with_seed(
-    params: GenerationParams, model: Model, num_choices: int, random: Random
+    params: GenerationParams, model: Model, num_choices: int, random: "Random"
 ) -> GenerationParams:
     """With a seed whose successors for the other choices the engines accept as well."""
     sampling = params.sampling

@@ -1,0 +1,1 @@
+"""Weights and KV blocks that outlive engines: to come."""
