@@ -10,7 +10,7 @@ of streams, in the same run:
 
 and at 256 streams, clients that read slowly: the mesh must merge, not fall behind.
 
-CPU is time on a CPU of all threads (/proc/PID/task/*/schedstat) per token delivered. Latency is
+CPU is time on a CPU, of all threads of a process, per token delivered. Latency is
 from the engine's step to the client's message, in milliseconds; beyond 40 ms it wraps, so the
 latency of a path that cannot keep up is given as null.
 
@@ -28,6 +28,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import uvloop
 
@@ -207,12 +208,9 @@ async def _listener_of(path: Path) -> str:
     async with asyncio.timeout(15):
         while not (admin := _content(path)):  # noqa: ASYNC110 - Envoy has no event for us.
             await asyncio.sleep(0.05)
-        host, port = admin.rsplit(":", 1)
+        url = f"http://{admin}/listeners?format=json"
         while True:
-            reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(b"GET /listeners?format=json HTTP/1.0\r\n\r\n")
-            answer = (await reader.read()).split(b"\r\n\r\n", 1)[1]
-            writer.close()
+            answer = await asyncio.to_thread(lambda: urlopen(url).read())
             listeners = json.loads(answer).get("listener_statuses", [])
             if listeners:
                 address = listeners[0]["local_address"]["socket_address"]

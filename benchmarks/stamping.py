@@ -33,6 +33,7 @@ class StampingEngine:
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
+        self._num_frames = 0
         self._streams: dict[int, list[int]] = {}
         """Slot: next offset, offset after the last, window, acknowledged offset."""
 
@@ -44,6 +45,7 @@ class StampingEngine:
             while True:
                 connection = await connected.get()
                 self._streams.clear()
+                self._num_frames = 0
                 stepping = asyncio.create_task(self._step(connection))
                 while batch := await connection.receive():
                     for request in batch:
@@ -71,8 +73,7 @@ class StampingEngine:
                         end_offset=stream[0],
                         finish_reason=generation_pb2.FINISH_REASON_CANCELLED,
                     )
-                    frame = attempt_pb2.StepFrame(ended=[ended])
-                    connection.send(engine_pb2.EngineResponse(frame=frame))
+                    self._send(connection, attempt_pb2.StepFrame(ended=[ended]))
             case "ack":
                 for slot, offset in zip(request.ack.slots, request.ack.offsets, strict=True):
                     if slot in self._streams:
@@ -80,12 +81,19 @@ class StampingEngine:
             case None:
                 pass
 
+    def _send(
+        self,
+        connection: framing.Connection[engine_pb2.EngineRequest],
+        frame: attempt_pb2.StepFrame,
+    ) -> None:
+        self._num_frames += 1
+        frame.sequence = self._num_frames
+        connection.send(engine_pb2.EngineResponse(frame=frame))
+
     async def _step(self, connection: framing.Connection[engine_pb2.EngineRequest]) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time()
-        number = 0
         while True:
-            number += 1
             moving = [
                 (slot, stream)
                 for slot, stream in self._streams.items()
@@ -94,7 +102,6 @@ class StampingEngine:
             if moving:
                 token_id = stamp()
                 frame = attempt_pb2.StepFrame(
-                    sequence=number,
                     slots=[slot for slot, _ in moving],
                     offsets=[stream[0] for _, stream in moving],
                     token_ids=[token_id] * len(moving),
@@ -108,10 +115,14 @@ class StampingEngine:
                             finish_reason=generation_pb2.FINISH_REASON_LENGTH,
                         )
                         del self._streams[slot]
-                connection.send(engine_pb2.EngineResponse(frame=frame))
+                self._send(connection, frame)
                 await connection.drain()
-            due = max(due + self._step_s, loop.time() - self._step_s)
-            await asyncio.sleep(max(0.0, due - loop.time()) if moving else 0.001)
+            if moving:
+                due = max(due + self._step_s, loop.time() - self._step_s)
+                await asyncio.sleep(max(0.0, due - loop.time()))
+            else:
+                await asyncio.sleep(0.001)
+                due = loop.time()
 
 
 class StampingService(InferenceServiceServicer):

@@ -117,6 +117,11 @@ class Relay(RelayServiceServicer):
                         hub.abort(link, request.abort.slot)
                     case "adopt":
                         hub.adopt(link, request.adopt)
+                    case "commands":
+                        for abort in request.commands.aborts:
+                            hub.abort(link, abort.slot)
+                        for start in request.commands.starts:
+                            hub.start(link, start)
                     case "hello":
                         link.close(Reason.PROTOCOL_VIOLATION, "expected one hello, got a second")
                     case None:

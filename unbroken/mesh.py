@@ -274,7 +274,9 @@ class LocalMesh:
                 # By process, so that an earlier life of a restarted worker does not count.
                 pids = {worker_id: self._processes[worker_id].pid for worker_id in worker_ids}
                 known = {
-                    worker_id: record.sidecar_pid for worker_id, record in self._records.items()
+                    worker_id: record.sidecar_pid
+                    for worker_id, record in self._records.items()
+                    if record.engine_pgid  # Published a moment after the engine serves.
                 }
                 if pids.items() <= ready.items() and pids.items() <= known.items():
                     return

@@ -360,8 +360,12 @@ class FakeSidecar(RelayServiceServicer):
                 case "start":
                     self._start(request.start)
                 case "abort":
-                    self.aborts.append(request.abort.slot)
-                    self.running.pop(request.abort.slot, None)
+                    self._abort(request.abort.slot)
+                case "commands":
+                    for abort in request.commands.aborts:
+                        self._abort(abort.slot)
+                    for start in request.commands.starts:
+                        self._start(start)
                 case "ack":
                     pairs = zip(request.ack.slots, request.ack.offsets, strict=True)
                     for slot, offset in pairs:
@@ -373,6 +377,10 @@ class FakeSidecar(RelayServiceServicer):
                 case _:
                     raise AssertionError(f"unexpected {request}")
             self._news.set()
+
+    def _abort(self, slot: int) -> None:
+        self.aborts.append(slot)
+        self.running.pop(slot, None)
 
     def _start(self, start: attempt_pb2.StartAttempt) -> None:
         self.starts.append(start)
