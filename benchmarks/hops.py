@@ -8,7 +8,8 @@ of streams, in the same run:
     direct    engine -> client                            what the mesh adds to
     envoy     engine -> Envoy -> client                   one proxy hop, for comparison
 
-and at 256 streams, clients that read slowly: the mesh must merge, not fall behind.
+and at 256 streams, clients that read slowly over connections that take little ahead: the mesh must
+merge, and the engine must not be held up.
 
 CPU is time on a CPU, of all threads of a process, per token delivered. Latency is
 from the engine's step to the client's message, in milliseconds; beyond 40 ms it wraps, so the
@@ -24,7 +25,7 @@ import shutil
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ from benchmarks.stamps import CpuClock
 from unbroken.mesh import LocalMesh
 
 STEP_S = 0.020
+_RELAYED = "unbroken_sidecar_tokens_total"
+SLOW_PAUSE_MS = 60.0
+"""A slow client reads a message, then pauses so long: a third of the pace at which they come."""
 INGEST_TARGET_US = 5.0
 """Sidecar and the frontend's ingest together, at 256 streams."""
 
@@ -48,7 +52,7 @@ class Row:
     streams: int
     tokens_per_s: float
     offered_per_s: float
-    tokens_per_message: float
+    tokens_per_message: float | None
     cpu_us: Mapping[str, float]
     """CPU per token by process."""
     latency_ms_p50: float | None
@@ -80,7 +84,10 @@ async def _measure(counts: Sequence[int], tokens: int) -> list[Row]:
             directory / "mesh",
             num_workers=1,
             engine=None,
-            sidecar_flags=("--engine-socket", str(socket), "--engine-command", command),
+            sidecar_flags=(
+                *("--engine-socket", str(socket), "--engine-command", command),
+                *("--metrics-listen", "127.0.0.1:0"),
+            ),
         )
         async with mesh:
             (worker,) = mesh.workers.values()
@@ -94,7 +101,13 @@ async def _measure(counts: Sequence[int], tokens: int) -> list[Row]:
                 rows.append(await _ingest(mesh.directory, count, tokens, worker.sidecar_pid))
             rows.append(
                 await _read(
-                    "mesh, slow clients", mesh.frontend_address, 256, tokens, pids, pause_ms=200
+                    "mesh, slow clients",
+                    mesh.frontend_address,
+                    256,
+                    tokens,
+                    pids,
+                    pause_ms=SLOW_PAUSE_MS,
+                    relayed=lambda: _relayed(worker.metrics_address),
                 )
             )
         async with _direct() as (address, pid):
@@ -116,14 +129,19 @@ async def _read(
     pids: Mapping[str, int],
     *,
     pause_ms: float = 0.0,
+    relayed: Callable[[], Awaitable[int]] | None = None,
 ) -> Row:
-    """Have a client process read so many streams, and see what it cost whom."""
+    """Have a client process read so many streams, and see what it cost whom.
+
+    Throughput is that of the client, or, if `relayed` counts what the sidecar relayed, the engine's.
+    """
+    counting = asyncio.create_task(_seconds_until(relayed, streams * tokens)) if relayed else None
     clocks = {name: CpuClock(pid) for name, pid in pids.items()}
     loop = asyncio.get_running_loop()
     began = loop.time()
     arguments = ("--streams", str(streams), "--tokens", str(tokens), "--pause-ms", str(pause_ms))
     seen = await _json_of("benchmarks.reader", address, *arguments)
-    elapsed = loop.time() - began
+    elapsed = loop.time() - began if counting is None else await counting
     if seen["complete"] != streams or seen["tokens"] != streams * tokens:
         raise RuntimeError(f"{path}: expected {streams} complete streams, got {seen}")
     delivered = seen["tokens"] / elapsed
@@ -134,7 +152,7 @@ async def _read(
         streams=streams,
         tokens_per_s=delivered,
         offered_per_s=offered,
-        tokens_per_message=seen["tokens"] / seen["messages"],
+        tokens_per_message=round(seen["tokens"] / seen["messages"], 1),
         cpu_us={name: clock.elapsed_s() / seen["tokens"] * 1e6 for name, clock in clocks.items()},
         latency_ms_p50=seen["age_ms_p50"] if keeps_up and not pause_ms else None,
         latency_ms_p99=seen["age_ms_p99"] if keeps_up and not pause_ms else None,
@@ -148,9 +166,9 @@ async def _ingest(directory: Path, streams: int, tokens: int, sidecar_pid: int) 
     return Row(
         path="ingest",
         streams=streams,
-        tokens_per_s=streams / STEP_S,
+        tokens_per_s=seen["tokens_per_s"],
         offered_per_s=streams / STEP_S,
-        tokens_per_message=1.0,
+        tokens_per_message=None,
         cpu_us={
             "sidecar": clock.elapsed_s() / (streams * tokens) * 1e6,
             "frontend": seen["cpu_us_per_token"],
@@ -158,6 +176,27 @@ async def _ingest(directory: Path, streams: int, tokens: int, sidecar_pid: int) 
         latency_ms_p50=None,
         latency_ms_p99=None,
     )
+
+
+async def _relayed(metrics_address: str) -> int:
+    """Tokens that the sidecar has relayed so far."""
+    url = f"http://{metrics_address}/metrics"
+    page = (await asyncio.to_thread(lambda: urlopen(url).read())).decode()
+    (line,) = (line for line in page.splitlines() if line.startswith(_RELAYED))
+    return int(float(line.split()[-1]))
+
+
+async def _seconds_until(relayed: Callable[[], Awaitable[int]], tokens: int) -> float:
+    """How long it takes until so many more tokens have been relayed, from the first on."""
+    before = await relayed()
+    while (now := await relayed()) == before:
+        await asyncio.sleep(0.01)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while now < before + tokens:
+        await asyncio.sleep(0.05)
+        now = await relayed()
+    return loop.time() - began
 
 
 async def _json_of(module: str, *arguments: str) -> dict[str, float]:
@@ -309,7 +348,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, object]:
         "sidecar_and_ingest_us_256": None if cost is None else round(cost, 2),
         "target_us": INGEST_TARGET_US,
         "slow_clients_share_of_throughput": None if kept is None else round(kept, 2),
-        "tokens_per_message_slow": round(slow.tokens_per_message, 1) if slow else None,
+        "tokens_per_message_slow": slow.tokens_per_message if slow else None,
         **latencies,
         "cpu_us": {
             f"{row.path} {row.streams}": {name: round(us, 2) for name, us in row.cpu_us.items()}
@@ -333,7 +372,7 @@ def _markdown(rows: Sequence[Row]) -> str:
         )
         lines.append(
             f"| {row.path} | {row.streams} | {row.tokens_per_s:,.0f} ({row.offered_per_s:,.0f}) "
-            f"| {row.tokens_per_message:.1f} | {cpu} | {latency} |"
+            f"| {row.tokens_per_message or '-'} | {cpu} | {latency} |"
         )
     return "\n".join(lines)
 

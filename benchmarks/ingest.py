@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import uvloop
 
@@ -50,7 +51,7 @@ async def ingest(directory: Path, streams: int, tokens: int) -> Mapping[str, flo
     for index in range(streams):
         stream = Stream(Checkpoint((index % 250, 1, 2), params), model.tokenizer)
         envelope = Envelope(
-            request_id=f"ingest-{index}",
+            request_id=uuid4().hex,
             model=name,
             num_choices=1,
             policy=ContinuationPolicy.PREFER_EXACT,
@@ -73,9 +74,10 @@ async def ingest(directory: Path, streams: int, tokens: int) -> Mapping[str, flo
         )
     for choice in choices:
         choice.begin()
-    taken = 0
-    cpu, counted_from, began = CpuClock(), 0, time.monotonic()
+    taken = counted_from = 0
+    cpu, began = CpuClock(), time.monotonic()
     is_warm = False
+    result: Mapping[str, float] | None = None
     while running := [choice for choice in choices if choice.stream.outcome is None]:
         await asyncio.sleep(TAKE_INTERVAL_S)
         for choice in running:
@@ -83,15 +85,20 @@ async def ingest(directory: Path, streams: int, tokens: int) -> Mapping[str, flo
             taken += len(piece.token_ids)
             choice.obey(commands)
         if not is_warm and time.monotonic() - began > _WARM_UP_S:
-            is_warm, counted_from, cpu = True, taken, CpuClock()
-        if len(running) < len(choices):
-            break  # The end is not the steady state.
-    counted = taken - counted_from
-    result = {
-        "streams": streams,
-        "tokens": counted,
-        "cpu_us_per_token": round(cpu.elapsed_s() / max(counted, 1) * 1e6, 2),
-    }
+            is_warm, counted_from, cpu, began = True, taken, CpuClock(), time.monotonic()
+        if result is None and taken > 0.9 * streams * tokens:  # The end is not the steady state.
+            counted = taken - counted_from
+            result = {
+                "streams": streams,
+                "tokens": counted,
+                "tokens_per_s": counted / (time.monotonic() - began),
+                "cpu_us_per_token": round(cpu.elapsed_s() / counted * 1e6, 2),
+            }
+    failed = [
+        c.stream.outcome.error for c in choices if c.stream.outcome and c.stream.outcome.error
+    ]
+    if failed or result is None:
+        raise RuntimeError(f"{len(failed)} streams failed, the first: {failed[:1]}")
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
     await links.close()

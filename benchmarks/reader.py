@@ -32,7 +32,9 @@ class Seen:
 async def read(address: str, streams: int, tokens: int, pause_s: float) -> Seen:
     """Read so many streams of so many tokens over one connection."""
     seen = Seen()
-    options = channel_options(RECEIVE_BYTES_MAX, MESH_KEEPALIVE)
+    options = [*channel_options(RECEIVE_BYTES_MAX, MESH_KEEPALIVE)]
+    if pause_s:  # Without this, gRPC itself reads far ahead of a slow reader.
+        options += [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         stub = InferenceServiceStub(channel)
         await asyncio.gather(*(_one(stub, i, tokens, pause_s, seen) for i in range(streams)))

@@ -53,13 +53,13 @@ def exact_way(params: GenerationParams, abilities: Abilities) -> Verdict:
             ContinuationClass.NONE,
             "the engine's logits depend on the shape of its batches",
         )
+    if not params.sampling.is_greedy and not abilities.has_seeds:
+        return Verdict(ContinuationClass.NONE, "sampling on an engine that takes no seed")
     if abilities.has_native_resume:
         return Verdict(ContinuationClass.NATIVE)
     obstacle = _obstacle_to_appending(params, abilities)
     if obstacle is None:
         return Verdict(ContinuationClass.APPEND)
-    if not params.sampling.is_greedy and not abilities.has_seeds:
-        return Verdict(ContinuationClass.NONE, f"{obstacle}, and the engine takes no seed")
     return Verdict(ContinuationClass.REGENERATE, obstacle)
 
 
@@ -69,14 +69,16 @@ def way_to_resume(
     delivered_bytes: bytes,
     abilities: Abilities,
     *,
-    numerics_id: str | None,
+    began_with: Abilities | None,
+    is_exact: bool,
     is_inexact_allowed: bool,
     regenerate_tokens_max: int,
 ) -> Verdict:
     """How this stream, at this offset, would go on at this worker.
 
-    `numerics_id` is that of the worker which began the stream; None while nothing was delivered,
-    when any worker will do.
+    `began_with` are the abilities of the engine that delivered the first token; None while nothing
+    was delivered, when any worker will do. `is_exact` tells whether what was delivered is what an
+    undisturbed run gives; otherwise it cannot be generated again.
     """
     if not delivered:
         verdict = exact_way(original.params, abilities)
@@ -84,9 +86,12 @@ def way_to_resume(
             # Nothing was delivered, so beginning again is exact on any worker.
             return Verdict(ContinuationClass.REGENERATE)
         return verdict
+    assert began_with is not None, "who delivered is known"
     verdict = _exact_way_now(
-        original, delivered, delivered_bytes, abilities, numerics_id, regenerate_tokens_max
+        original, delivered, delivered_bytes, abilities, began_with, regenerate_tokens_max
     )
+    if verdict.way is ContinuationClass.REGENERATE and not is_exact:
+        verdict = Verdict(ContinuationClass.NONE, "what was delivered inexactly cannot come again")
     if verdict.way is not ContinuationClass.NONE or not is_inexact_allowed:
         return verdict
     if _is_grammar(original.params.constraint) and not abilities.has_native_resume:
@@ -129,12 +134,16 @@ def _exact_way_now(
     delivered: Sequence[int],
     delivered_bytes: bytes,
     abilities: Abilities,
-    numerics_id: str | None,
+    began_with: Abilities,
     regenerate_tokens_max: int,
 ) -> Verdict:
-    if numerics_id is not None and abilities.numerics_id != numerics_id:
+    if abilities.numerics_id != began_with.numerics_id:
         return Verdict(
             ContinuationClass.NONE, "the worker's numerics class is not that of the stream"
+        )
+    if not _samples_alike(abilities, began_with):
+        return Verdict(
+            ContinuationClass.NONE, "the worker's engine does not sample as that of the stream"
         )
     verdict = exact_way(original.params, abilities)
     if verdict.way is ContinuationClass.APPEND and not _append_fits(
@@ -152,6 +161,15 @@ def _exact_way_now(
     return verdict
 
 
+def _samples_alike(one: Abilities, other: Abilities) -> bool:
+    """Whether equal logits give equal tokens, whatever was asked for."""
+    return (
+        one.has_positional_random == other.has_positional_random
+        and one.repetition_penalty_counts_prompt == other.repetition_penalty_counts_prompt
+        and one.has_logit_bias == other.has_logit_bias
+    )
+
+
 def _obstacle_to_appending(params: GenerationParams, abilities: Abilities) -> str | None:
     """Why appending delivered tokens to the prompt would change the output, if it would."""
     sampling = params.sampling
@@ -161,6 +179,9 @@ def _obstacle_to_appending(params: GenerationParams, abilities: Abilities) -> st
         return "a presence penalty on an engine that counts only its own output"
     if sampling.frequency_penalty != 0 and not abilities.has_logit_bias:
         return "a frequency penalty on an engine without logit bias"
+    if sampling.frequency_penalty != 0 and sampling.repetition_penalty != 1:
+        # As a bias it would be scaled by engines that add the bias first, as vLLM does.
+        return "a frequency penalty beside a repetition penalty"
     if sampling.repetition_penalty != 1 and not abilities.repetition_penalty_counts_prompt:
         return "a repetition penalty on an engine that counts only its own output"
     if _is_grammar(params.constraint):
@@ -182,9 +203,7 @@ def _append_fits(
     if params.sampling.frequency_penalty == 0:
         return True
     bias = _bias_of_delivered(params, delivered)
-    return len(bias) <= LOGIT_BIAS_MAX and all(
-        abs(value) <= LOGIT_BIAS_LIMIT for value in bias.values()
-    )
+    return bias == _permitted(bias)
 
 
 def _appended_params(
@@ -201,7 +220,8 @@ def _appended_params(
     return replace(
         params,
         sampling=replace(
-            params.sampling, logit_bias=MappingProxyType(_bias_of_delivered(params, delivered))
+            params.sampling,
+            logit_bias=MappingProxyType(_permitted(_bias_of_delivered(params, delivered))),
         ),
         stopping=replace(
             stopping,
@@ -220,6 +240,15 @@ def _bias_of_delivered(params: GenerationParams, delivered: Sequence[int]) -> di
         for token_id, count in Counter(delivered).items():
             bias[token_id] = bias.get(token_id, 0.0) - penalty * count
     return bias
+
+
+def _permitted(bias: dict[int, float]) -> dict[int, float]:
+    """As much of it as engines accept: the largest entries, clamped."""
+    largest = sorted(bias, key=lambda token_id: (-abs(bias[token_id]), token_id))
+    return {
+        token_id: max(-LOGIT_BIAS_LIMIT, min(LOGIT_BIAS_LIMIT, bias[token_id]))
+        for token_id in largest[:LOGIT_BIAS_MAX]
+    }
 
 
 def _remaining_options(constraint: Constraint, delivered: bytes) -> tuple[str, ...] | None:

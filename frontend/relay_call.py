@@ -97,7 +97,7 @@ class _Seat:
 
     owner: Owner
     epoch: int
-    tokens: Callable[..., Sequence[Command]]
+    token: Callable[[int, int, int, float], Sequence[Command]]
     """The stream's method, bound once: the hot path calls it for every token."""
     wants_logprobs: bool
 
@@ -211,7 +211,7 @@ class RelayCall:
         self._next_slot += 1
         self._vocab_size = vocab_size
         request.start.slot = slot
-        self._seats[slot] = _Seat(owner, request.start.epoch, owner.stream.tokens, wants_logprobs)
+        self._seats[slot] = _Seat(owner, request.start.epoch, owner.stream.token, wants_logprobs)
         self._num_with_logprobs += wants_logprobs
         self._enqueue(request)
         if slot == SLOT_MAX:
@@ -487,7 +487,7 @@ class RelayCall:
             if seat is None:
                 continue  # Late news of an attempt that is over.
             try:
-                commands = seat.tokens(seat.epoch, offset, (token_id,), now)
+                commands = seat.token(seat.epoch, offset, token_id, now)
             except Exception:
                 seat.owner.crashed()  # One stream's bug is not the others' loss.
                 continue
@@ -528,7 +528,8 @@ class RelayCall:
                     now,
                 )
             else:
-                commands = seat.tokens(seat.epoch, offset, token_ids[begin:end], now, beside)
+                tokens = seat.owner.stream.tokens
+                commands = tokens(seat.epoch, offset, token_ids[begin:end], now, beside)
             if commands:
                 orders.append((seat.owner, commands))
             else:

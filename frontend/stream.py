@@ -124,6 +124,8 @@ class Attempt:
     """Offset after the last token it delivered."""
     failure: FailureKind = FailureKind.UNSPECIFIED
     detail: str = ""
+    is_refused: bool = False
+    """It did not begin."""
     gap_s: float | None = None
     """From the last token delivered before it to the first it delivered."""
 
@@ -181,24 +183,27 @@ class Stream:
     """
 
     __slots__ = (
-        "_abilities",
         "_acked",
         "_avoid",
+        "_began_with",
         "_bytes",
         "_detokenizer",
+        "_flowing",
         "_last_token_at",
         "_limits",
         "_logprob_sum",
         "_max_tokens",
         "_min_tokens",
+        "_num_begun",
         "_num_losses",
         "_num_refusals",
-        "_numerics_id",
         "_output",
         "_placing_since",
         "_policy",
+        "_prefill_tokens",
+        "_said",
+        "_serving",
         "_stop_token_ids",
-        "_verified",
         "accounts",
         "attempts",
         "epoch",
@@ -239,13 +244,16 @@ class Stream:
         self._detokenizer = tokenizer.detokenizer(stopping.stop, include_stop=stopping.include_stop)
         self._bytes = tokenizer.pieces
         self._output = _Output()
+        self._flowing = 0  # Epoch of an attempt whose next token needs no more than `token`.
         self._acked = 0
         self._avoid: frozenset[Life] = frozenset()
-        self._abilities: Abilities | None = None
-        self._numerics_id: str | None = None
+        self._serving: Abilities | None = None  # Of the current attempt's engine.
+        self._began_with: Abilities | None = None  # Of the engine that delivered the first token.
+        self._num_begun = 0  # Attempts that were not refused.
         self._num_losses = 0
         self._num_refusals = 0
-        self._verified = 0
+        self._prefill_tokens = 0  # What the current attempt added to the accounts.
+        self._said = 0  # Offset after the last token that the current attempt said.
         self._logprob_sum = 0.0
         self._placing_since = 0.0
         self._last_token_at: float | None = None
@@ -265,10 +273,9 @@ class Stream:
     @property
     def continued(self) -> Continued:
         """Whether the output went on elsewhere, and how exactly."""
-        ways = {attempt.way for attempt in self.attempts[1:]}
-        if ContinuationClass.INEXACT in ways:
+        if self._is_inexact:
             return Continued.INEXACT
-        return Continued.EXACT if ways else Continued.NEVER
+        return Continued.EXACT if self._num_begun > 1 else Continued.NEVER
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -277,14 +284,15 @@ class Stream:
 
     def way_at(self, abilities: Abilities) -> ContinuationClass:
         """How the stream would go on now at an engine with these abilities; NONE if not at all."""
-        if not self.attempts:
+        if not self._num_begun:
             return ContinuationClass.UNSPECIFIED
         return way_to_resume(
             self.original,
             self.ledger,
             self._delivered_bytes(),
             abilities,
-            numerics_id=self._numerics_id if self.ledger else None,
+            began_with=self._began_with,
+            is_exact=not self._is_inexact,
             is_inexact_allowed=self._policy is ContinuationPolicy.ALLOW_INEXACT,
             regenerate_tokens_max=self._limits.regenerate_tokens_max,
         ).way
@@ -299,6 +307,8 @@ class Stream:
 
     def start(self, now: float) -> list[Command]:
         """The request was admitted."""
+        if self.state is State.DONE:
+            return []  # Cancelled before it began.
         self._placing_since = now
         return [self._place()]
 
@@ -311,20 +321,41 @@ class Stream:
         resumed = len(self.ledger)
         if way is ContinuationClass.UNSPECIFIED:
             checkpoint = self.original
+            self._prefill_tokens = 0
         else:
             checkpoint = next_checkpoint(
                 self.original, self.ledger, self._delivered_bytes(), way, abilities
             )
-            self.accounts.recomputed_prefill_tokens += len(checkpoint.prompt_token_ids) + len(
-                checkpoint.output_token_ids
-            )
+            self._prefill_tokens = len(checkpoint.prompt_token_ids)
+            self._prefill_tokens += len(checkpoint.output_token_ids)
+            self.accounts.recomputed_prefill_tokens += self._prefill_tokens
         self.state = State.RUNNING
-        self._abilities = abilities
-        self._verified = checkpoint.first_offset
+        self._num_begun += 1
+        self._serving = abilities
+        self._said = checkpoint.first_offset
         self._acked = checkpoint.first_offset
         self.attempts.append(Attempt(epoch, life, way, resumed, resumed))
         window = self._limits.window_tokens
         return [Start(life, epoch, checkpoint, window), *self._ack()]
+
+    def token(self, epoch: int, offset: int, token_id: int, now: float) -> Sequence[Command]:
+        """As `tokens`, for one token without log probabilities. The hot path.
+
+        Short for a token that neither begins an attempt nor can end the output.
+        """
+        if (
+            epoch != self._flowing
+            or offset != len(self.ledger)
+            or offset + 1 == self._max_tokens
+            or token_id in self._stop_token_ids
+        ):
+            return self.tokens(epoch, offset, (token_id,), now)
+        self.ledger.append(token_id)
+        self._said = self.attempts[-1].end_offset = offset + 1
+        self._last_token_at = now
+        if text := self._detokenizer.push_one(token_id):
+            self._output.texts.append(text)
+        return ()
 
     def tokens(
         self,
@@ -334,18 +365,18 @@ class Stream:
         now: float,
         logprobs: Sequence[TokenLogprobs] = (),
     ) -> Sequence[Command]:
-        """The attempt produced tokens, the first of which stands at `offset`. The hot path."""
+        """The attempt produced tokens, the first of which stands at `offset`."""
         if epoch != self.epoch or self.state is not State.RUNNING:
             return ()  # Late news of an epoch that is over.
+        if offset != self._said:
+            return self.lost(
+                epoch,
+                FailureKind.PROTOCOL,
+                f"expected a token at offset {self._said}, got offset {offset}",
+                now,
+            )
         known = len(self.ledger)
         if offset != known:
-            if offset != self._verified or offset > known:
-                return self.lost(
-                    epoch,
-                    FailureKind.PROTOCOL,
-                    f"expected a token at offset {self._verified}, got offset {offset}",
-                    now,
-                )
             num_again = min(known - offset, len(token_ids))
             if array("I", token_ids[:num_again]) != self.ledger[offset : offset + num_again]:
                 return self.lost(
@@ -354,7 +385,7 @@ class Stream:
                     f"tokens generated again from offset {offset} are not those delivered",
                     now,
                 )
-            self._verified += num_again
+            self._said += num_again
             self.accounts.recomputed_decode_tokens += num_again
             token_ids = token_ids[num_again:]
             logprobs = logprobs[num_again:]
@@ -381,23 +412,33 @@ class Stream:
         """The worker's last word about the attempt."""
         if epoch != self.epoch or not self.attempts or self.attempts[-1].epoch != epoch:
             return []
-        if len(self.attempts) == 1:
+        if self._num_begun == 1:
             self.accounts.cached_prompt_tokens = cached_tokens
-        else:
-            self.accounts.recomputed_prefill_tokens -= min(
-                cached_tokens, self.accounts.recomputed_prefill_tokens
-            )
+        num_saved = min(cached_tokens, self._prefill_tokens)
+        self.accounts.recomputed_prefill_tokens -= num_saved
+        self._prefill_tokens = 0  # A goodbye that comes twice counts once.
         if self.state is not State.RUNNING:
             return []  # The ledger knew already.
         if finish_reason in {FinishReason.STOP, FinishReason.LENGTH}:
-            if end_offset != len(self.ledger):
+            if end_offset != self._said:
                 return self.lost(
                     epoch,
                     FailureKind.PROTOCOL,
-                    f"ended at offset {end_offset}, but the ledger ends at {len(self.ledger)}",
+                    f"ended at offset {end_offset} after tokens up to offset {self._said}",
+                    now,
+                )
+            if end_offset != len(self.ledger):
+                return self.lost(
+                    epoch,
+                    FailureKind.DIVERGED,
+                    f"generated again, it ended at offset {end_offset} of {len(self.ledger)}",
                     now,
                 )
             return self._done(Outcome(finish_reason, stop_token_id=stop_token_id))
+        if failure is FailureKind.FENCED:
+            # Somebody with a higher epoch has the stream: to go on would be to steal it back.
+            self.attempts[-1].failure, self.attempts[-1].detail = failure, detail
+            return self._fail(UnbrokenError(Reason.FENCED, detail or "the stream has a new owner"))
         kind = failure or FailureKind.ENGINE_ERROR
         return self.lost(epoch, kind, detail or f"ended with {finish_reason.name}", now)
 
@@ -414,6 +455,9 @@ class Stream:
             return [aborted, *self._fail(error)]
         if self._policy is ContinuationPolicy.NEVER:
             return [aborted, *self._fail(self._worker_lost(failure, detail))]
+        if failure is FailureKind.OVERLOAD and attempt.end_offset == attempt.first_offset:
+            # As good as refused: else a stream could be handed round for ever.
+            return [aborted, self._place_after_refusal()]
         if failure not in _NOT_COUNTED:
             self._num_losses += 1
         if self._num_losses > self._limits.migrations_max:
@@ -434,16 +478,17 @@ class Stream:
             return []
         attempt = self.attempts[-1]
         attempt.failure, attempt.detail = kind, detail
-        if kind is FailureKind.FENCED:
-            reason = Reason.REQUEST_EXISTS if len(self.attempts) == 1 else Reason.FENCED
+        attempt.is_refused = True
+        self._num_begun -= 1
+        self.accounts.recomputed_prefill_tokens -= self._prefill_tokens
+        if kind is FailureKind.FENCED and epoch_known >= epoch:
+            reason = Reason.FENCED if self._num_begun else Reason.REQUEST_EXISTS
             detail = f"epoch {epoch} is not above epoch {epoch_known}: {detail}"
             return self._fail(UnbrokenError(reason, detail))
         if kind is FailureKind.REJECTED:
             return self._fail(UnbrokenError(Reason.REJECTED_BY_ENGINE, detail))
-        # Nothing was lost, so it is no migration; the wait for a worker goes on where it was.
         self._avoid |= {attempt.life}
-        self._num_refusals += 1
-        return [self._place(_pause_s(self._num_refusals))]
+        return [self._place_after_refusal()]
 
     def unplaceable(self, epoch: int, error: UnbrokenError) -> list[Command]:
         """No worker can ever take this epoch."""
@@ -467,10 +512,11 @@ class Stream:
             return []
         waited = self._limits.placement_timeout_s
         last = self.attempts[-1] if self.attempts else None
-        if last is None:
-            return self._fail(
-                UnbrokenError(Reason.NO_WORKER, f"no worker for {waited:g} s", retry_after_s=waited)
-            )
+        if last is None or not self._num_begun:
+            detail = f"no worker for {waited:g} s"
+            if last is not None:
+                detail = f"{last.failure.name}: {last.detail}; {detail}"
+            return self._fail(UnbrokenError(Reason.NO_WORKER, detail, retry_after_s=waited))
         return self._fail(
             self._worker_lost(last.failure, f"{last.detail}; no other worker for {waited:g} s")
         )
@@ -499,9 +545,23 @@ class Stream:
 
     # What happens inside.
 
+    @property
+    def _is_inexact(self) -> bool:
+        """Whether some of the output is not that of an undisturbed run."""
+        return any(
+            attempt.way is ContinuationClass.INEXACT and attempt.end_offset > attempt.first_offset
+            for attempt in self.attempts
+        )
+
+    def _place_after_refusal(self) -> Place:
+        """Nothing was lost, so it is no migration; the wait for a worker goes on where it was."""
+        self._num_refusals += 1
+        return self._place(_pause_s(self._num_refusals))
+
     def _place(self, pause_s: float = 0.0) -> Place:
         self.state = State.PLACING
         self.epoch += 1
+        self._flowing = 0
         return Place(self.epoch, self._avoid, pause_s)
 
     def _append(
@@ -529,10 +589,10 @@ class Stream:
             self._output.logprobs.extend(logprobs)
         if text:
             self._output.texts.append(text)
-        self._verified = attempt.end_offset = len(ledger)
+        self._said = attempt.end_offset = len(ledger)
         self._num_refusals = 0
-        if self._numerics_id is None and self._abilities is not None:
-            self._numerics_id = self._abilities.numerics_id
+        if self._began_with is None:
+            self._began_with = self._serving
         if stopped is not None:
             return [
                 Abort(self.epoch),
@@ -542,6 +602,8 @@ class Stream:
             return self._done(Outcome(FinishReason.STOP, stop_token_id=last))
         if len(ledger) == self._max_tokens:
             return self._done(Outcome(FinishReason.LENGTH))
+        if not self.original.params.stopping.stop:
+            self._flowing = self.epoch
         return ()
 
     def _until_stop_token(self, token_ids: Sequence[int]) -> Sequence[int]:
@@ -558,7 +620,8 @@ class Stream:
         if self.state is not State.RUNNING:
             return ()
         sent = self._output.sent
-        if sent - self._acked < self._limits.window_tokens // 2:
+        window = self._limits.window_tokens
+        if not window or sent - self._acked < max(1, window // 2):
             return ()
         self._acked = sent
         return (Ack(self.epoch, sent),)
@@ -571,12 +634,17 @@ class Stream:
 
     def _done(self, outcome: Outcome) -> list[Command]:
         assert self.outcome is None, "a settled stream stays settled"
-        self.state = State.DONE
-        self.outcome = outcome
         if outcome.error is None:
             text = self._detokenizer.flush()
             if text:
                 self._output.texts.append(text)
+            stopped = self._detokenizer.stopped
+            if stopped is not None:
+                # Perhaps only now: what is left of a character can complete a stop string.
+                outcome = Outcome(FinishReason.STOP, stop=stopped.stop)
+        self.state = State.DONE
+        self._flowing = 0
+        self.outcome = outcome
         return [Finish()]
 
     def _fail(self, error: UnbrokenError) -> list[Command]:

@@ -137,7 +137,12 @@ class Tokenizer:
 
     def detokenizer(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> "Detokenizer":
         """A fresh `Detokenizer` for one stream, which shows no special tokens."""
-        return Detokenizer(self.pieces, stop, include_stop, self.special_ids)
+        return Detokenizer(self.pieces, stop, include_stop, self.special_ids, self._texts)
+
+    @cached_property
+    def _texts(self) -> Sequence[str | None]:
+        """What each id says by itself; None if that depends on its neighbours."""
+        return ["" if i in self.special_ids else _text(p) for i, p in enumerate(self.pieces)]
 
     @cached_property
     def _chat_template(self) -> jinja2.Template:
@@ -186,6 +191,14 @@ def _pieces(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> tuple[bytes, ..
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
         pieces[token_id] = token.content.encode()  # Added tokens are text, not in any alphabet.
     return tuple(pieces)
+
+
+def _text(piece: bytes) -> str | None:
+    """What whole characters spell; None for bytes that need others to be any."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -307,6 +320,7 @@ class Detokenizer:
         "_special_ids",
         "_stops",
         "_tail",
+        "_texts",
         "stopped",
     )
 
@@ -316,6 +330,7 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         special_ids: frozenset[int] = frozenset(),
+        texts: Sequence[str | None] = (),
     ) -> None:
         """Start a stream.
 
@@ -324,6 +339,8 @@ class Detokenizer:
             stop: Strings that end the text; none of them empty.
             include_stop: Whether the text ends after the stop string rather than before it.
             special_ids: Ids that have no text, whatever their pieces.
+            texts: For each id its text, if that never depends on its neighbours, else None. A
+                shortcut for `push_one`, which does without if it is empty.
         """
         if "" in stop:
             raise ValueError("a stop string is empty: it would match before the first token")
@@ -331,6 +348,7 @@ class Detokenizer:
         self._special_ids = special_ids
         self._include_stop = include_stop
         self._stops = tuple(stop)
+        self._texts = () if stop else texts
         # Proper prefixes of stop strings, longest first.
         self._prefixes = sorted({s[:n] for s in stop for n in range(1, len(s))}, key=len)[::-1]
         self._first_chars = frozenset(s[0] for s in stop)  # Most text has none of them.
@@ -357,6 +375,14 @@ class Detokenizer:
         if not self._held and self._first_chars.isdisjoint(text):
             return text
         return self._release(text, token_ids, tail)
+
+    def push_one(self, token_id: int) -> str:
+        """As `push`, for one id. Quicker where no stop string has to be looked for."""
+        if self._texts and not self._tail:
+            text = self._texts[token_id]
+            if text is not None:
+                return text
+        return self.push((token_id,))
 
     def flush(self) -> str:
         """The rest of the text, when no more ids will come; an incomplete character is U+FFFD."""
