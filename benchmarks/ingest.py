@@ -2,7 +2,7 @@
 
     python -m benchmarks.ingest --discovery DIR --streams 256 --tokens 300
 
-What has come is taken from the streams every 100 ms, because that is the client edge's work. Prints
+What has come is taken from the streams every 250 ms, because that is the client edge's work. Prints
 one line of JSON when all streams are complete.
 """
 
@@ -29,7 +29,7 @@ from unbroken.checkpoint import Checkpoint
 from unbroken.generation import GenerationParams, SamplingParams, StopConditions
 from unbroken.outcome import ContinuationPolicy
 
-TAKE_INTERVAL_S = 0.100
+TAKE_INTERVAL_S = 0.250
 _WARM_UP_S = 1.0
 
 

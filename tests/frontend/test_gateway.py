@@ -575,13 +575,13 @@ def test_an_engine_that_goes_on_after_the_end_is_stopped() -> None:
 def test_a_bug_in_one_stream_ends_that_stream_and_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    good_tokens = Stream.tokens
+    good_token = Stream.token
     bad_prompt = (1, 2, 3)
 
     def planted(self: Stream, epoch: int, offset: int, *rest: Any) -> Any:
         if offset == 3 and self.original.prompt_token_ids == bad_prompt:
             raise RuntimeError("planted")
-        return good_tokens(self, epoch, offset, *rest)
+        return good_token(self, epoch, offset, *rest)
 
     async def scenario() -> None:
         async with world(FakeSidecar("w1")) as it:
@@ -597,7 +597,7 @@ def test_a_bug_in_one_stream_ends_that_stream_and_no_other(
             assert ids == reference(PROMPT, 60)
             assert len(finished(good).attempts) == 1
 
-    monkeypatch.setattr(Stream, "tokens", planted)
+    monkeypatch.setattr(Stream, "token", planted)
     run(scenario())
 
 
