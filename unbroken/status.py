@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from inspect import isasyncgenfunction, iscoroutinefunction
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -165,7 +165,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     An `UnbrokenError` becomes its own status. Anything else is a bug: the log gets the traceback
     under an id, the caller gets INTERNAL and that id and nothing else. Handlers are async; a method
-    left to the generated servicer is NOT_IMPLEMENTED.
+    left to the generated servicer is NOT_IMPLEMENTED. A request that is no message is a
+    PROTOCOL_VIOLATION; in a stream of requests, reading it raises that.
     """
 
     async def intercept_service(
@@ -187,9 +188,41 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             behavior, rebuild = handler.unary_unary, grpc.unary_unary_rpc_method_handler
         return cast("Any", rebuild)(
             _guarded(cast("Callable[..., Any]", behavior), method),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_checked(
+                handler.request_deserializer, is_raised=handler.request_streaming
+            ),
             response_serializer=handler.response_serializer,
         )
+
+
+class _Undecodable(NamedTuple):
+    """Stands for a request that could not be decoded."""
+
+    error: UnbrokenError
+
+
+def _checked(
+    deserializer: "Callable[[bytes], Any] | None", *, is_raised: bool
+) -> "Callable[[bytes], Any] | None":
+    """`deserializer`, but what it cannot decode raises `UnbrokenError`, or is an `_Undecodable`.
+
+    Raising is for handlers that read by themselves. Left alone, gRPC would take a caller's garbage
+    for our bug and answer UNKNOWN.
+    """
+    if deserializer is None:
+        return None
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError as error:
+            detail = f"expected a message, got {len(data)} bytes that are none: {error}"
+            violation = UnbrokenError(Reason.PROTOCOL_VIOLATION, detail)
+            if is_raised:
+                raise violation from error
+            return _Undecodable(violation)
+
+    return deserialize
 
 
 def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
@@ -199,6 +232,8 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
         async def generate(
             request: object, context: grpc.aio.ServicerContext[Any, Any]
         ) -> AsyncIterator[object]:
+            if isinstance(request, _Undecodable):
+                await abort(context, request.error)
             try:
                 async with aclosing(behavior(request, context)) as responses:
                     async for response in responses:
@@ -220,6 +255,8 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
         return refuse
 
     async def respond(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> object:
+        if isinstance(request, _Undecodable):
+            await abort(context, request.error)
         try:
             return await behavior(request, context)
         except grpc.aio.AbortError:
