@@ -529,7 +529,11 @@ class RelayCall:
                 )
             else:
                 tokens = seat.owner.stream.tokens
-                commands = tokens(seat.epoch, offset, token_ids[begin:end], now, beside)
+                try:
+                    commands = tokens(seat.epoch, offset, token_ids[begin:end], now, beside)
+                except Exception:
+                    seat.owner.crashed()
+                    continue
             if commands:
                 orders.append((seat.owner, commands))
             else:

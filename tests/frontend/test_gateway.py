@@ -572,32 +572,33 @@ def test_an_engine_that_goes_on_after_the_end_is_stopped() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize(("method", "tokens_per_step"), [("token", 1), ("tokens", 3)])
 def test_a_bug_in_one_stream_ends_that_stream_and_no_other(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, method: str, tokens_per_step: int
 ) -> None:
-    good_token = Stream.token
+    good: Any = getattr(Stream, method)
     bad_prompt = (1, 2, 3)
 
     def planted(self: Stream, epoch: int, offset: int, *rest: Any) -> Any:
         if offset == 3 and self.original.prompt_token_ids == bad_prompt:
             raise RuntimeError("planted")
-        return good_token(self, epoch, offset, *rest)
+        return good(self, epoch, offset, *rest)
 
     async def scenario() -> None:
-        async with world(FakeSidecar("w1")) as it:
-            good = it.client.generate(token_ids=PROMPT, max_tokens=60, temperature=0)
-            ids = [i for piece in await read_some(good, 1) for i in piece.token_ids]
+        async with world(FakeSidecar("w1", tokens_per_step=tokens_per_step)) as it:
+            other = it.client.generate(token_ids=PROMPT, max_tokens=60, temperature=0)
+            ids = [i for piece in await read_some(other, 1) for i in piece.token_ids]
             bad = it.client.generate(token_ids=bad_prompt, max_tokens=60)
             error = await failure_of(bad)
             assert error.reason is Reason.INTERNAL
             assert "planted" not in error.detail
             assert finished(bad).usage.completion_tokens == 3
             await it.sidecars[0].until(lambda: it.sidecars[0].aborts)
-            ids += (await read(good))[0]
+            ids += (await read(other))[0]
             assert ids == reference(PROMPT, 60)
-            assert len(finished(good).attempts) == 1
+            assert len(finished(other).attempts) == 1
 
-    monkeypatch.setattr(Stream, "token", planted)
+    monkeypatch.setattr(Stream, method, planted)
     run(scenario())
 
 
