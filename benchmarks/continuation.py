@@ -1,8 +1,8 @@
 """The continuation matrix: every feature, killed for real at many offsets, compared token by token.
 
-For each engine two workers run all features of one prompt at once. SIGKILL takes one worker's
-engine, and when that has come back the other's, so that every stream is cut at least once, each at
-another offset. A cell counts the streams that were cut after their first token; all of them must
+For each engine two workers run all features of one prompt at once. SIGKILL takes one worker, engine
+and sidecar, and when that has come back the other, so that every stream is cut at least once, each
+at another offset. A cell counts the streams that were cut after their first token; all of them must
 equal the undisturbed run in ids, text, log probabilities, finish reason and usage.
 
     python -m benchmarks.continuation [--engine llama] [--cuts 8] [--write docs/CONTINUATION.md]
@@ -89,16 +89,16 @@ class Setup:
 
 SETUPS = (
     Setup("llama", "llama"),
-    Setup("simulated", "simulated", "--step-base-ms 8"),
+    Setup("simulated", "simulated", "--step-base-ms 60"),
     Setup(
         "simulated, no native resume",
         "simulated",
-        "--step-base-ms 8 --no-native-resume --random-source positional",
+        "--step-base-ms 60 --no-native-resume --random-source positional",
     ),
     Setup(
         "simulated, no native resume, generator with a history",
         "simulated",
-        "--step-base-ms 8 --no-native-resume --random-source sequential",
+        "--step-base-ms 60 --no-native-resume --random-source sequential",
     ),
 )
 
@@ -187,17 +187,17 @@ async def _trial(
 ) -> None:
     histories = {feature: History() for feature in FEATURES}
     running = asyncio.create_task(_run_all(client, prompt, histories))
-    for victim in rng.sample(["w1", "w2"], 2):
-        # A cut at a random offset of the streams that are still running.
-        target = rng.randrange(2, MAX_TOKENS - 8)
+    # Early, for the sake of short outputs, and once more when the first victim is back.
+    targets = (rng.randrange(1, 20), rng.randrange(20, MAX_TOKENS - 8))
+    for victim, target in zip(rng.sample(["w1", "w2"], 2), targets, strict=True):
         while not running.done() and not any(  # noqa: ASYNC110 - Histories have no event.
             target <= history.num_tokens < MAX_TOKENS for history in histories.values()
         ):
             await asyncio.sleep(0.002)
         if running.done():
             break
-        mesh.kill(victim, "engine")
-        await mesh.until_serving([victim])
+        mesh.kill(victim, "host")
+        await mesh.restart(victim)
     seen = await running
     for feature, history in seen.items():
         cell = cells[feature]

@@ -133,7 +133,7 @@ async def _read(
 ) -> Row:
     """Have a client process read so many streams, and see what it cost whom.
 
-    Throughput is that of the client, or, if `relayed` counts what the sidecar relayed, the engine's.
+    Throughput is the client's, or, if `relayed` counts what the sidecar relayed, the engine's.
     """
     counting = asyncio.create_task(_seconds_until(relayed, streams * tokens)) if relayed else None
     clocks = {name: CpuClock(pid) for name, pid in pids.items()}
@@ -189,7 +189,7 @@ async def _relayed(metrics_address: str) -> int:
 async def _seconds_until(relayed: Callable[[], Awaitable[int]], tokens: int) -> float:
     """How long it takes until so many more tokens have been relayed, from the first on."""
     before = await relayed()
-    while (now := await relayed()) == before:
+    while (now := await relayed()) == before:  # noqa: ASYNC110 - It is in another process.
         await asyncio.sleep(0.01)
     loop = asyncio.get_running_loop()
     began = loop.time()

@@ -5,3 +5,5 @@ import os
 # gRPC's core writes its INFO lines (a peer said goodbye, a child was started) to stderr in a format
 # of its own; it reads this once, when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# And it would run handlers in every child between fork and exec, some of which then die of SIGSEGV.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
