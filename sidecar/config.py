@@ -1,5 +1,6 @@
 """What a sidecar can be told."""
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -51,4 +52,9 @@ class SidecarConfig(ProcessConfig):
                 raise ValueError("expected --engine alone, or --engine-socket")
         elif self.engine_socket is None:
             raise ValueError("expected --engine, or --engine-socket with or without a command")
+        for name in ("engine_options", "engine_command"):
+            try:
+                shlex.split(getattr(self, name) or "")
+            except ValueError as error:
+                raise ValueError(f"{name}: expected words as in a shell: {error}") from None
         return self

@@ -1,0 +1,480 @@
+"""A sidecar as a process, with the simulated engine: how it starts, fails, stops."""
+
+import asyncio
+import os
+import signal
+import sys
+import urllib.request
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import grpc.aio
+import pytest
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from pydantic import ValidationError
+from typing_extensions import override
+
+from sidecar.config import SidecarConfig
+from sidecar.engines.base import EngineDown, EngineListener
+from sidecar.service import RELAY_SERVICE, Sidecar, launch_of
+from tests.sidecar.fakes import Reader, ScriptedEngine, engine_up, start_of
+from tests.sidecar.processes import no_process_left, until
+from unbroken.discovery import WORKERS, Discovery, Kind, Registration, connect
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.outcome import FailureKind
+from unbroken.transport import open_channel
+from unbroken.v1 import relay_service_pb2 as pb
+from unbroken.v1 import worker_pb2
+from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LIMIT_S = 20.0
+
+
+class Client(Reader):
+    """A frontend of one worker."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        super().__init__()
+        self.call = RelayServiceStub(channel).Relay()
+        self._hearing: asyncio.Task[None] | None = None
+        self._heard = asyncio.Event()
+        self._slot = 0
+
+    async def open(self) -> pb.RelayWelcome:
+        hello = pb.RelayHello(protocol_version=1, frontend_id="f", incarnation=1, call_number=1)
+        await self.call.write(pb.RelayRequest(hello=hello))
+        response = await self.call.read()
+        assert isinstance(response, pb.RelayResponse)
+        self._hearing = asyncio.create_task(self._hear_all())
+        return response.welcome
+
+    async def start(self, number: int) -> list[int]:
+        """Begin so many streams that do not end; returns their slots."""
+        slots = list(range(self._slot + 1, self._slot + number + 1))
+        self._slot += number
+        for slot in slots:
+            start = start_of(slot, f"r{slot}", prompt=[5, slot])
+            start.checkpoint.params.sampling.temperature = 0
+            start.checkpoint.params.stopping.ignore_eos = True
+            await self.call.write(pb.RelayRequest(start=start))
+        return slots
+
+    async def until(self, claim: Callable[[], object]) -> None:
+        assert self._hearing is not None
+        async with asyncio.timeout(LIMIT_S):
+            while not claim():
+                if self._hearing.done():
+                    self._hearing.result()
+                self._heard.clear()
+                await self._heard.wait()
+
+    async def close(self) -> None:
+        self.call.cancel()
+        if self._hearing is not None:
+            self._hearing.cancel()
+            await asyncio.gather(self._hearing, return_exceptions=True)
+
+    async def _hear_all(self) -> None:
+        try:
+            while isinstance(response := await self.call.read(), pb.RelayResponse):
+                self.hear(response)
+                self._heard.set()
+        finally:
+            self._heard.set()
+
+
+class World:
+    """One sidecar process and what can be seen of it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, where: Discovery) -> None:
+        self.process = process
+        self.discovery = where
+        self.record = worker_pb2.WorkerRecord()
+        self.channel: grpc.aio.Channel
+
+    async def member(
+        self, claim: Callable[[worker_pb2.WorkerRecord], object]
+    ) -> worker_pb2.WorkerRecord:
+        """The record in discovery, once it is as claimed."""
+        async with asyncio.timeout(LIMIT_S):
+            async for members in self.discovery.watch(WORKERS):
+                record = members.get("w1")
+                if record is not None and claim(record):
+                    self.record = record
+                    return record
+        raise AssertionError("a watch does not end")
+
+    async def exit_status(self) -> int:
+        async with asyncio.timeout(LIMIT_S):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, *flags: str, engine: str = "--engine=simulated"
+) -> AsyncGenerator[World, None]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sidecar", "--worker-id=w1", f"--discovery={directory}"),
+        *("--log-level=error", engine, *flags),
+    )
+    world = World(process, connect(directory))
+    try:
+        await world.member(lambda record: record.address)
+        async with open_channel(world.record.address) as world.channel:
+            yield world
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@asynccontextmanager
+async def connected(world: World) -> AsyncGenerator[Client, None]:
+    client = Client(world.channel)
+    try:
+        verdict = (await client.open()).verdict
+        if verdict.state != worker_pb2.ENGINE_STATE_SERVING:
+            await client.until(lambda: client.verdicts)
+        yield client
+    finally:
+        await client.close()
+
+
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """In a loop of its own; no process is left afterwards."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(45):
+            await scenario()
+
+    with no_process_left() as alive:
+        uvloop.run(limited())
+        uvloop.run(until(lambda: not alive()))
+
+
+async def statuses(channel: grpc.aio.Channel) -> dict[str, int]:
+    """What List says."""
+    messages = cast("Any", health_pb2)
+    list_ = channel.unary_unary(
+        "/grpc.health.v1.Health/List",
+        request_serializer=messages.HealthListRequest.SerializeToString,
+        response_deserializer=messages.HealthListResponse.FromString,
+    )
+    response = await cast("Any", list_)(messages.HealthListRequest())
+    return {name: status.status for name, status in response.statuses.items()}
+
+
+def test_a_sidecar_registers_and_says_how_it_is(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as world:
+            record = await world.member(lambda record: record.engine_pgid)
+            assert record.sidecar_pid == world.process.pid
+            assert record.model == "simulated"
+            assert record.identity.incarnation > 1_700_000_000_000_000
+            assert os.getpgid(record.engine_pgid) == record.engine_pgid
+            health = cast("Any", health_pb2_grpc.HealthStub(world.channel))
+            names = ["", RELAY_SERVICE, "liveness", "readiness", "model/simulated"]
+            assert await statuses(world.channel) == dict.fromkeys(names, SERVING)
+            for name in names:
+                response = await health.Check(health_pb2.HealthCheckRequest(service=name))
+                assert response.status == SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await health.Check(health_pb2.HealthCheckRequest(service="nonsense"))
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+            stub = cast("Any", reflection_pb2_grpc).ServerReflectionStub(world.channel)
+            call = stub.ServerReflectionInfo()
+            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            services = (await call.read()).list_services_response.service
+            assert {service.name for service in services} >= {
+                RELAY_SERVICE,
+                "grpc.health.v1.Health",
+            }
+            call.cancel()
+
+            stub = RelayServiceStub(world.channel)
+            tokenizer = await stub.GetTokenizer(pb.GetTokenizerRequest())
+            assert tokenizer.tokenizer.vocab_size > 0
+
+    run(scenario)
+
+
+def test_the_death_of_the_engine_ends_every_stream_exactly_and_it_comes_back(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, "--engine-options=--step-base-ms 2") as world:
+            record = await world.member(lambda record: record.engine_pgid)
+            async with connected(world) as client:
+                slots = await client.start(20)
+                await client.until(lambda: all(len(client.tokens.get(s, [])) > 5 for s in slots))
+                watch = cast("Any", health_pb2_grpc.HealthStub(world.channel)).Watch(
+                    health_pb2.HealthCheckRequest(service="readiness")
+                )
+                assert (await watch.read()).status == SERVING
+                began = asyncio.get_running_loop().time()
+                os.kill(record.engine_pgid, signal.SIGKILL)
+                await client.until(lambda: len(client.ended) == 20)  # Exactly: Reader checks it.
+                assert asyncio.get_running_loop().time() - began < 1.0
+                assert {e.failure for e in client.ended.values()} == {worker_pb2.FAILURE_KIND_CRASH}
+                assert (await watch.read()).status == NOT_SERVING
+                await client.until(
+                    lambda: (
+                        client.verdicts
+                        and client.verdicts[-1].state == worker_pb2.ENGINE_STATE_SERVING
+                    )
+                )
+                assert (await watch.read()).status == SERVING
+                watch.cancel()
+                states = [verdict.state for verdict in client.verdicts[-3:]]
+                assert states == [
+                    worker_pb2.ENGINE_STATE_DEAD,
+                    worker_pb2.ENGINE_STATE_STARTING,
+                    worker_pb2.ENGINE_STATE_SERVING,
+                ]
+                assert client.verdicts[-1].engine_incarnation == 2
+                assert "SIGKILL" in client.verdicts[-3].detail
+                (slot,) = await client.start(1)
+                await client.until(lambda: len(client.tokens.get(slot, [])) > 5)
+            again = await world.member(lambda now: now.engine_pgid not in (0, record.engine_pgid))
+            assert again.identity == record.identity
+
+    run(scenario)
+
+
+def test_sigterm_hands_every_stream_over_exactly(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, "--engine-options=--step-base-ms 2") as world:
+            await world.member(lambda record: record.engine_pgid)
+            async with connected(world) as client:
+                slots = await client.start(20)
+                await client.until(lambda: all(len(client.tokens.get(s, [])) > 5 for s in slots))
+                world.process.terminate()
+                await client.until(lambda: len(client.ended) == 20)
+                assert {e.failure for e in client.ended.values()} == {worker_pb2.FAILURE_KIND_DRAIN}
+                assert any(verdict.is_draining for verdict in client.verdicts)
+            assert await world.exit_status() == 0
+            assert await world.discovery.snapshot(WORKERS) == {}
+
+    run(scenario)
+
+
+def test_no_engine_outlives_a_sidecar_that_is_killed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as world:
+            record = await world.member(lambda record: record.engine_pgid)
+            world.process.kill()
+            await world.exit_status()
+            await until(lambda: not Path(f"/proc/{record.engine_pgid}").exists())
+            assert await world.discovery.snapshot(WORKERS) == {}
+
+    run(scenario)
+
+
+def test_an_engine_that_is_given_up_ends_the_sidecar_with_an_error(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, engine="--engine-socket=nowhere") as world:
+            await asyncio.sleep(0)
+            world.process.terminate()
+            assert await world.exit_status() == 0, "while it waits for its engine"
+        flags = ["--engine-command=/bin/false", "--log-level=error"]
+        async with running(tmp_path, *flags, engine="--engine-socket=nowhere") as world:
+            assert await world.exit_status() == 1
+
+    run(scenario)
+
+
+def test_metrics_have_the_names_that_are_documented(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, "--metrics-listen=127.0.0.1:0") as world:
+            record = await world.member(lambda record: record.engine_pgid)
+            async with connected(world) as client:
+                (slot,) = await client.start(1)
+                await client.until(lambda: len(client.tokens.get(slot, [])) > 20)
+                url = f"http://{record.metrics_address}/metrics"
+
+                def fetch() -> str:
+                    with urllib.request.urlopen(url, timeout=5) as response:
+                        return response.read().decode()
+
+                samples = dict(
+                    line.rsplit(" ", 1)
+                    for line in (await asyncio.to_thread(fetch)).splitlines()
+                    if line.startswith("unbroken_sidecar_")
+                )
+                for name in ("links", "attempts_running", "engine_up"):
+                    assert float(samples[f"unbroken_sidecar_{name}"]) == 1, name
+                assert float(samples["unbroken_sidecar_tokens_total"]) > 20
+                assert float(samples["unbroken_sidecar_engine_failures_total"]) == 0
+                assert float(samples["unbroken_sidecar_kv_blocks_accounted"]) >= 2
+                ranks = {name.split("{")[0] for name in samples if '{rank="0"}' in name}
+                assert ranks == {
+                    f"unbroken_sidecar_{name}"
+                    for name in (
+                        "kv_blocks_total",
+                        "kv_blocks_used",
+                        "kv_blocks_cached",
+                        "requests_running",
+                        "requests_waiting",
+                        "prefill_tokens_queued",
+                    )
+                }
+
+    run(scenario)
+
+
+def config_of(**settings: object) -> SidecarConfig:
+    return SidecarConfig.model_validate({"worker_id": "w", "discovery": "d"} | settings)
+
+
+# In this process, with an engine that does what it is told.
+
+
+class UnwillingDiscovery(Discovery):
+    """Registers, and fails on every change after that."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.num_updates = 0
+
+    @override
+    async def new_incarnation(self, kind: Kind[Any], instance_id: str) -> int:
+        return 7
+
+    @override
+    async def register(self, kind: Kind[Any], record: Any) -> Registration[Any]:
+        return self
+
+    async def update(self, record: Any) -> None:  # noqa: ARG002 - A fake.
+        self.num_updates += 1
+        raise self.error
+
+    async def close(self) -> None:
+        pass
+
+    @override
+    async def snapshot(self, kind: Kind[Any]) -> Mapping[str, Any]:
+        return {}
+
+    @override
+    def watch(self, kind: Kind[Any]) -> Any:
+        raise NotImplementedError
+
+
+@asynccontextmanager
+async def scripted(
+    directory: Path, where: Discovery | None = None
+) -> AsyncGenerator[tuple[Sidecar, ScriptedEngine, EngineListener], None]:
+    config = config_of(worker_id="w1", discovery=directory, engine="simulated")
+    engine = ScriptedEngine()
+    sidecar = Sidecar(config, engine, where=where)
+    await sidecar.start()
+    try:
+        await until(lambda: engine.listener is not None)
+        assert engine.listener is not None
+        yield sidecar, engine, engine.listener
+    finally:
+        await sidecar.stop()
+
+
+def test_health_follows_the_engine_and_stays_down_in_a_drain(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            scripted(tmp_path) as (sidecar, _, engine),
+            open_channel(sidecar.address) as channel,
+        ):
+
+            async def until_statuses(expected: dict[str, int]) -> None:
+                async with asyncio.timeout(5):
+                    while (seen := await statuses(channel)) != expected:
+                        assert seen["liveness"] == SERVING
+                        await asyncio.sleep(0.005)
+
+            ours = ["", RELAY_SERVICE, "readiness"]
+            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, NOT_SERVING))
+            ours.append("model/m")
+            engine.on_up(engine_up())
+            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, SERVING))
+            engine.on_down(EngineDown(1, FailureKind.CRASH, "it died"))
+            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, NOT_SERVING))
+            engine.on_up(engine_up(2))
+            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, SERVING))
+            sidecar.hub.drain()
+            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, NOT_SERVING))
+
+    run(scenario)
+
+
+def test_a_sidecar_goes_on_without_discovery(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        where = UnwillingDiscovery(OSError("no space left"))
+        async with scripted(tmp_path, where) as (sidecar, _, engine):
+            life = asyncio.create_task(sidecar.wait())
+            engine.on_up(engine_up())
+            await until(lambda: where.num_updates == 1)
+            engine.on_down(EngineDown(1, FailureKind.CRASH, "it died"))
+            await until(lambda: where.num_updates == 2)
+            assert not life.done()
+            life.cancel()
+
+    run(scenario)
+
+
+def test_a_sidecar_whose_id_another_took_does_not_go_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        where = UnwillingDiscovery(UnbrokenError(Reason.FENCED, "a newer incarnation"))
+        async with scripted(tmp_path, where) as (sidecar, _, engine):
+            engine.on_up(engine_up())
+            with pytest.raises(UnbrokenError, match="a newer incarnation"):
+                async with asyncio.timeout(5):
+                    await sidecar.wait()
+
+    run(scenario)
+
+
+def test_a_sidecar_is_done_when_its_engine_is_given_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with scripted(tmp_path) as (sidecar, engine, _):
+            life = asyncio.create_task(sidecar.wait())
+            await engine.stop()
+            async with asyncio.timeout(5):
+                await life
+
+    run(scenario)
+
+
+# Configuration.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"engine_command": "true"},
+        {"engine": "simulated", "engine_socket": "/s"},
+        {"engine": "simulated", "engine_command": "true"},
+        {"engine": "simulated", "engine_options": "--model 'unfinished"},
+        {"engine_socket": "/s", "engine_command": "'unfinished"},
+    ],
+)
+def test_an_engine_is_named_in_one_way(settings: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="expected"):
+        config_of(**settings)
+
+
+def test_the_command_of_an_engine_is_made_from_the_settings() -> None:
+    config = config_of(engine="llama", engine_options="--model 'a b'")
+    launch = launch_of(config, Path("tmp"))
+    assert launch.command == (
+        *(sys.executable, "-m", "worker", "--engine", "llama"),
+        *("--socket", "tmp/engine.sock", "--model", "a b"),
+    )
+    found = config_of(engine_socket="e.sock")
+    assert launch_of(found, Path("tmp")).command is None
+    assert launch_of(found, Path("tmp")).socket_path == "e.sock"
