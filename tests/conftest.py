@@ -1,0 +1,20 @@
+"""What a run of the tests ends with: its figures as one line of JSON, as every proof of ours."""
+
+import json
+import time
+
+import pytest
+
+_KINDS = ("passed", "failed", "error", "skipped")
+_began = time.monotonic()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Print the line after pytest's own summary; workers of xdist have no terminal."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput"):
+        return
+    counts = {kind: len(reporter.stats.get(kind, ())) for kind in _KINDS}
+    is_ok = not counts["failed"] and not counts["error"] and counts["passed"] > 0
+    seconds = round(time.monotonic() - _began, 1)
+    reporter.write_line(json.dumps({"ok": is_ok, **counts, "seconds": seconds}))
