@@ -162,6 +162,8 @@ class Accounts:
 
 
 _WAYS_THAT_SAY_AGAIN = frozenset({ContinuationClass.REGENERATE})
+_NONE = -1
+"""No epoch."""
 _NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN})
 """A worker that had no room, or that leaves in good order, has not failed the stream."""
 
@@ -244,7 +246,7 @@ class Stream:
         self._detokenizer = tokenizer.detokenizer(stopping.stop, include_stop=stopping.include_stop)
         self._bytes = tokenizer.pieces
         self._output = _Output()
-        self._flowing = 0  # Epoch of an attempt whose next token needs no more than `token`.
+        self._flowing = _NONE  # Epoch of an attempt whose next token needs no more than `token`.
         self._acked = 0
         self._avoid: frozenset[Life] = frozenset()
         self._serving: Abilities | None = None  # Of the current attempt's engine.
@@ -561,7 +563,7 @@ class Stream:
     def _place(self, pause_s: float = 0.0) -> Place:
         self.state = State.PLACING
         self.epoch += 1
-        self._flowing = 0
+        self._flowing = _NONE
         return Place(self.epoch, self._avoid, pause_s)
 
     def _append(
@@ -643,7 +645,7 @@ class Stream:
                 # Perhaps only now: what is left of a character can complete a stop string.
                 outcome = Outcome(FinishReason.STOP, stop=stopped.stop)
         self.state = State.DONE
-        self._flowing = 0
+        self._flowing = _NONE
         self.outcome = outcome
         return [Finish()]
 

@@ -1,0 +1,92 @@
+"""Lives through many seeds, or replays one.
+
+    python -m tests.simulation --seeds 100000 --jobs 2
+    python -m tests.simulation --seed 17 --trace
+
+The last line of output is one JSON object; the exit status is 1 if any seed violates a promise.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from tests.simulation.faults import Fault
+from tests.simulation.scenario import Report, quiet, run_seed
+
+_CHUNK = 250
+_VIOLATIONS_SHOWN_MAX = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seed", type=int, help="live through this seed only")
+    parser.add_argument("--trace", action="store_true", help="tell what happens in it")
+    parser.add_argument("--first", type=int, default=0, help="first of many seeds")
+    parser.add_argument("--seeds", type=int, default=2000, help="how many seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="how many processes")
+    options = parser.parse_args(argv)
+    started = time.monotonic()
+    if options.seed is not None:
+        with quiet():
+            reports = [run_seed(options.seed, trace=_say if options.trace else None)]
+        summary = summarise(reports)
+    else:
+        seeds = range(options.first, options.first + options.seeds)
+        summary = summarise(_run_all(seeds, options.jobs))
+    seconds = time.monotonic() - started
+    summary["seconds"] = round(seconds, 2)
+    _say(json.dumps(summary))
+    return 0 if summary["ok"] else 1
+
+
+def summarise(reports: Iterator[Report] | Sequence[Report]) -> dict[str, object]:
+    """Everything worth knowing about many seeds; `faults` counts the seeds that had each kind."""
+    num_seeds = num_events = num_streams = num_tokens = 0
+    violations: list[dict[str, object]] = []
+    faults = Counter[Fault]()
+    for report in reports:
+        num_seeds += 1
+        num_events += report.num_events
+        num_streams += report.num_streams
+        num_tokens += report.num_tokens
+        faults.update(report.faults.keys())
+        if report.violation is not None:
+            violations.append({"seed": report.seed, "violation": report.violation})
+    return {
+        "ok": not violations,
+        "seeds": num_seeds,
+        "violations": violations[:_VIOLATIONS_SHOWN_MAX],
+        "num_violations": len(violations),
+        "events": num_events,
+        "streams": num_streams,
+        "tokens": num_tokens,
+        "faults": {fault.value: faults[fault] for fault in Fault},
+    }
+
+
+def _run_all(seeds: range, num_jobs: int) -> Iterator[Report]:
+    chunks = [seeds[begin : begin + _CHUNK] for begin in range(0, len(seeds), _CHUNK)]
+    if num_jobs == 1:
+        for chunk in chunks:
+            yield from _run_chunk(chunk)
+        return
+    with multiprocessing.get_context("spawn").Pool(num_jobs) as pool:
+        for reports in pool.imap(_run_chunk, chunks):
+            yield from reports
+
+
+def _run_chunk(seeds: range) -> list[Report]:
+    with quiet():
+        return [run_seed(seed) for seed in seeds]
+
+
+_say = partial(print, file=sys.stdout, flush=True)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What can go wrong, and how often each kind of it had an effect."""
+
+from collections import Counter
+from enum import StrEnum, auto
+
+from tests.support.world import World
+
+
+class Fault(StrEnum):
+    """A kind of trouble. It counts when it took effect, not when it was tried."""
+
+    # Whole processes and links, each at a time of its own.
+    ENGINE_CRASH = auto()
+    """An engine died under running attempts; its sidecar says so, with exact last offsets."""
+    PROCESS_RESET = auto()
+    """Sidecar and engine died; the connection was reset."""
+    PROCESS_SILENT = auto()
+    """Sidecar and engine died without a word."""
+    LINK_RESET = auto()
+    """The connection broke, and both ends live."""
+    PARTITION = auto()
+    """The link fell silent, the frontend gave the worker up, and the worker went on."""
+    TWO_DEATHS = auto()
+    """Two workers died at the same instant."""
+    STALL = auto()
+    """The engine stood still, and the sidecar said so."""
+    DRAIN = auto()
+    """The worker handed its streams over."""
+    THEFT = auto()
+    """Another frontend took a stream over; this one must let go."""
+    CANCEL = auto()
+    DEADLINE = auto()
+
+    # Whatever happens may come out wrong.
+    LOST_GOODBYE = auto()
+    """A worker died after the last token of an output and before its goodbye."""
+    DUPLICATE_LOSS = auto()
+    """The loss of an attempt was reported twice."""
+    DUPLICATE_TOKENS = auto()
+    DUPLICATE_END = auto()
+    GAP = auto()
+    """Tokens were missing."""
+    OVERLOAD = auto()
+    """A worker had no room for an attempt."""
+    PREEMPTION = auto()
+    """A worker gave up an attempt for lack of room."""
+    REJECTION = auto()
+    """The engine refused the request itself."""
+    ENGINE_ERROR = auto()
+    DIVERGENCE = auto()
+    """A prefix that was generated again was not the one delivered."""
+    JUMP = auto()
+    """A worker left out the prefix that it had to generate again."""
+    SHORT = auto()
+    """An attempt that generates again ended before what was delivered."""
+
+    # What follows from the above, from chance, or from clients.
+    LATE_NEWS = auto()
+    """Something came from an attempt that was over."""
+    FENCED = auto()
+    """An attempt was meant for a life of the engine that was over."""
+    NEW_INCARNATION = auto()
+    """A stream went on at a worker that had died before."""
+    SAME_WORKER = auto()
+    """A stream went on at a worker that had failed it."""
+    SLOW_CLIENT = auto()
+    """A window was full."""
+    NO_WORKER = auto()
+    """A stream waited for a worker."""
+    PLACEMENT_TIMEOUT = auto()
+    """It waited in vain."""
+    EXHAUSTED = auto()
+    """A stream lost more workers than it may."""
+    CUT_STOP_STRING = auto()
+    """An attempt ended in the middle of what became a stop string."""
+    CUT_CHARACTER = auto()
+    """An attempt ended in the middle of a character."""
+    AFTER_THE_END = auto()
+    """News came for a stream that was settled."""
+
+    # How streams went on.
+    APPEND = auto()
+    REGENERATE = auto()
+    NATIVE = auto()
+    INEXACT = auto()
+
+
+STRIKES = (
+    Fault.ENGINE_CRASH,
+    Fault.PROCESS_RESET,
+    Fault.PROCESS_SILENT,
+    Fault.LINK_RESET,
+    Fault.PARTITION,
+    Fault.TWO_DEATHS,
+    Fault.TWO_DEATHS,
+    Fault.STALL,
+    Fault.DRAIN,
+    Fault.THEFT,
+    Fault.CANCEL,
+)
+"""Faults that strike at a time."""
+
+MISHAPS = {
+    Fault.LOST_GOODBYE: 0.5,
+    Fault.DUPLICATE_LOSS: 0.9,
+    Fault.DUPLICATE_TOKENS: 0.04,
+    Fault.DUPLICATE_END: 0.9,
+    Fault.GAP: 0.03,
+    Fault.OVERLOAD: 0.6,
+    Fault.PREEMPTION: 0.03,
+    Fault.REJECTION: 0.1,
+    Fault.ENGINE_ERROR: 0.02,
+    Fault.DIVERGENCE: 0.9,
+    Fault.JUMP: 0.9,
+    Fault.SHORT: 0.6,
+    Fault.AFTER_THE_END: 0.9,
+}
+"""Faults that happen to something else that happens, and how likely at most."""
+
+
+class Trouble:
+    """How hostile one world is.
+
+    Attributes:
+        seen: How often each kind took effect.
+    """
+
+    def __init__(self, world: World) -> None:
+        random = world.random
+        self._world = world
+        self.seen = Counter[Fault]()
+        # Most kinds are absent from most worlds: too much trouble at once hides bugs.
+        self._rates = {
+            fault: rate_max * random.random()
+            for fault, rate_max in MISHAPS.items()
+            if random.random() < 0.35
+        }
+        num_strikes = random.choice((0, 1, 2, 3, 4, 6))
+        self.strikes = random.choices(STRIKES, k=num_strikes)
+
+    def happens(self, fault: Fault) -> bool:
+        """Whether a mishap happens now; whoever asks counts it once it takes effect."""
+        rate = self._rates.get(fault)
+        return rate is not None and self._world.random.random() < rate
+
+    def took_effect(self, fault: Fault) -> None:
+        """Count it."""
+        self.seen[fault] += 1
+        self._world.tell("* %s", fault)

@@ -1,0 +1,738 @@
+"""A frontend in virtual time: the real streams and placement, with links that can fail.
+
+The shell is lenient on purpose. It keeps no guard of its own against news of attempts that are
+over, so that the core has to.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+from frontend import stream as machine
+from frontend.placement import Need, WorkerView, choose
+from frontend.stream import Life, Limits, Stream
+from sidecar.link import Link
+from tests.simulation.faults import Fault, Trouble
+from tests.simulation.witness import Witness
+from tests.simulation.worker import BLOCK_SIZE, CONTEXT_LENGTH, FOREVER, Process
+from tests.support.vocabulary import VOCAB_SIZE, tokenizer
+from tests.support.world import World
+from unbroken.checkpoint import Checkpoint, checkpoint_to_proto
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation import TokenLogprobs, logprobs_from_proto
+from unbroken.outcome import ContinuationClass, ContinuationPolicy, FailureKind, FinishReason
+from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2, worker_pb2
+
+ORPHAN_GRACE_S = 2.0
+
+
+@dataclass(slots=True)
+class Seat:
+    """The attempt behind a slot of a call; it stays known after its end."""
+
+    choice: "Choice"
+    epoch: int
+    has_left: bool = False
+    lie: Fault | None = None
+    """What the worker will say wrongly,"""
+    lie_offset: int = 0
+    """and where."""
+    num_known: int = 0
+    """Tokens delivered when it began."""
+
+
+class Channel:
+    """One direction of a connection: in order, late, and perhaps never."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._latency_s = world.random.choice((0.0002, 0.001, 0.003))
+        self._last_due = 0.0
+        self._held_until = 0.0
+        self._is_cut = False
+        self._is_lost = False
+
+    def send(self, deliver: Callable[..., None], *args: Any) -> None:
+        """Have `deliver(*args)` called later, unless the connection breaks."""
+        if self._is_cut:
+            return
+        world = self._world
+        latency_s = self._latency_s * (0.5 + world.random.random())
+        if world.random.random() < 0.02:
+            latency_s += 0.04
+        self._last_due = max(self._last_due, self._held_until, world.now + latency_s)
+        world.at(self._last_due, self._arrive, deliver, args)
+
+    def hold(self, until: float) -> None:
+        """Deliver nothing that is sent from now on before that time."""
+        self._held_until = until
+
+    def cut(self, *, drops_in_flight: bool) -> None:
+        """Send nothing more."""
+        self._is_cut = True
+        self._is_lost = self._is_lost or drops_in_flight
+
+    def flushed_at(self) -> float:
+        """When all that was sent has arrived."""
+        return max(self._last_due, self._world.now)
+
+    def _arrive(self, deliver: Callable[..., None], args: tuple[Any, ...]) -> None:
+        if not self._is_lost:
+            deliver(*args)
+
+
+class Call:
+    """One Relay call to one life of one worker, both ends."""
+
+    def __init__(self, frontend: "Frontend", process: Process, number: int) -> None:
+        world = frontend.world
+        self.process = process
+        self.up = Channel(world)
+        self.down = Channel(world)
+        self.link: Link | None = None
+        """The sidecar's end, while it has one."""
+        self.is_over = False
+        """At the frontend's end."""
+        self.seats: dict[int, Seat] = {}
+        self._frontend = frontend
+        self._world = world
+        self._trouble = frontend.trouble
+        self._number = number
+        self._next_slot = 1
+
+    # At the frontend.
+
+    def start(self, seat: Seat, request: attempt_pb2.StartAttempt) -> int:
+        """Begin an attempt."""
+        slot = self._next_slot
+        self._next_slot += 1
+        request.slot = slot
+        self.seats[slot] = seat
+        self.up.send(self._sidecar_starts, request)
+        return slot
+
+    def abort(self, slot: int) -> None:
+        """End an attempt."""
+        if not self.seats[slot].has_left:
+            self.seats[slot].has_left = True
+            if not self.is_over:
+                self.up.send(self._sidecar_aborts, slot)
+
+    def ack(self, slot: int, offset: int) -> None:
+        """Move a window."""
+        if not self.is_over and not self.seats[slot].has_left:
+            self.up.send(
+                self._sidecar_acks, attempt_pb2.AckAttempts(slots=[slot], offsets=[offset])
+            )
+
+    def end(self, failure: FailureKind) -> None:
+        """The frontend gives the call up."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._world.tell("call to %s over: %s", self.process.worker_id, failure.name)
+        self._frontend.lose_view(self.process)
+        self.lose_all(failure)
+        self._frontend.reconnect_soon(self.process.worker_id)
+
+    def lose_all(self, failure: FailureKind) -> None:
+        """Every attempt of the call is lost."""
+        for seat in list(self.seats.values()):
+            if seat.has_left:
+                continue
+            seat.choice.lost(seat.epoch, failure)
+            seat.has_left = True
+            if self._trouble.happens(Fault.DUPLICATE_LOSS):
+                self._trouble.took_effect(Fault.DUPLICATE_LOSS)
+                again = FailureKind.HANG
+                delay_s = self._world.random.choice((0.0, 0.0, 0.01, 0.1))
+                if delay_s == 0.0:
+                    seat.choice.lost(seat.epoch, again)
+                else:
+                    self._world.after(delay_s, seat.choice.lost, seat.epoch, again)
+
+    def _receive(self, response: relay_service_pb2.RelayResponse) -> None:
+        kind = response.WhichOneof("response")
+        if kind == "frame":
+            self._receive_frame(response.frame)
+        elif self.is_over:
+            return
+        elif kind == "welcome":
+            self._receive_verdict(response.welcome.verdict)
+        elif kind == "verdict":
+            self._receive_verdict(response.verdict)
+
+    def _receive_verdict(self, verdict: relay_service_pb2.EngineVerdict) -> None:
+        is_serving = verdict.state == worker_pb2.ENGINE_STATE_SERVING
+        if is_serving and not verdict.is_draining:
+            self._frontend.add_view(self, verdict.engine_incarnation)
+            return
+        self._frontend.lose_view(self.process)
+        if not is_serving:
+            self.lose_all(FailureKind(verdict.failure) or FailureKind.CRASH)
+
+    def _receive_frame(self, frame: attempt_pb2.StepFrame) -> None:
+        logprobs = {
+            entry.slot: [logprobs_from_proto(token) for token in entry.tokens]
+            for entry in frame.logprobs
+        }
+        counts = frame.token_counts or [1] * len(frame.slots)
+        end = 0
+        for slot, offset, count in zip(frame.slots, frame.offsets, counts, strict=True):
+            begin, end = end, end + count
+            given = logprobs.get(slot, [])
+            beside, logprobs[slot] = given[:count], given[count:]
+            self._receive_row(self.seats[slot], offset, frame.token_ids[begin:end], beside)
+        for ended in frame.ended:
+            seat = self.seats[ended.slot]
+            self._receive_ended(seat, ended)
+            seat.has_left = True
+            if self._trouble.happens(Fault.DUPLICATE_END):
+                self._trouble.took_effect(Fault.DUPLICATE_END)
+                self._receive_ended(seat, ended)
+        for refused in frame.refused:
+            seat = self.seats[refused.slot]
+            seat.has_left = True
+            seat.choice.refused(seat.epoch, FailureKind(refused.kind), refused.epoch_known)
+
+    def _receive_row(
+        self,
+        seat: Seat,
+        offset: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+    ) -> None:
+        trouble = self._trouble
+        if seat.lie is not None:
+            honest = (offset, token_ids)
+            offset, token_ids = self._lie(seat, offset, list(token_ids))
+            if not token_ids:
+                return
+            logprobs = logprobs[offset - honest[0] :]
+        if trouble.happens(Fault.GAP) and seat.choice.listens_to(seat.epoch):
+            trouble.took_effect(Fault.GAP)
+            offset += 1
+        seat.choice.tokens(seat.epoch, offset, token_ids, logprobs)
+        if trouble.happens(Fault.DUPLICATE_TOKENS):
+            trouble.took_effect(Fault.DUPLICATE_TOKENS)
+            delay_s = self._world.random.choice((0.0, 0.02))
+            again = (seat.epoch, offset, token_ids, logprobs)
+            if delay_s == 0.0:
+                seat.choice.tokens(*again)
+            else:
+                self._world.after(delay_s, seat.choice.tokens, *again)
+
+    def _lie(self, seat: Seat, offset: int, token_ids: list[int]) -> tuple[int, list[int]]:
+        """What a worker says that does not generate what was delivered."""
+        if not seat.choice.listens_to(seat.epoch):
+            return offset, token_ids
+        match seat.lie:
+            case Fault.DIVERGENCE:
+                if offset <= seat.lie_offset < offset + len(token_ids):
+                    self._trouble.took_effect(Fault.DIVERGENCE)
+                for index in range(max(0, seat.lie_offset - offset), len(token_ids)):
+                    token_ids[index] = (token_ids[index] + 1) % VOCAB_SIZE
+            case Fault.JUMP:
+                num_left_out = min(max(0, seat.num_known - offset), len(token_ids))
+                if num_left_out:
+                    self._trouble.took_effect(Fault.JUMP)
+                offset, token_ids = offset + num_left_out, token_ids[num_left_out:]
+                if token_ids and offset == seat.num_known:
+                    token_ids[0] = (token_ids[0] + 1) % VOCAB_SIZE
+            case Fault.SHORT:
+                num_said = max(0, seat.lie_offset - offset)
+                if num_said < len(token_ids):
+                    self._trouble.took_effect(Fault.SHORT)
+                    if num_said:
+                        seat.choice.tokens(seat.epoch, offset, token_ids[:num_said], ())
+                    end_offset = self._world.random.choice((seat.lie_offset, seat.num_known))
+                    length = generation_pb2.FINISH_REASON_LENGTH
+                    ended = attempt_pb2.AttemptEnded(end_offset=end_offset, finish_reason=length)
+                    seat.choice.ended(seat.epoch, ended)
+                    return offset, []
+            case _:
+                raise AssertionError(seat.lie)
+        return offset, token_ids
+
+    def _receive_ended(self, seat: Seat, ended: attempt_pb2.AttemptEnded) -> None:
+        seat.choice.ended(seat.epoch, ended)
+
+    # At the sidecar.
+
+    def hello(self) -> None:
+        """The call is opened."""
+        self.up.send(self._sidecar_opens)
+
+    def sidecar_loses(self) -> None:
+        """The sidecar notices that the connection is gone."""
+        link, self.link = self.link, None
+        if link is None or not self.process.is_alive:
+            return
+        self.process.hub.leave(link)
+        self._world.after(ORPHAN_GRACE_S + 0.01, self._frontend.tick, self.process)
+
+    def tell_stalled(self, duration_s: float) -> None:
+        """The sidecar says that its engine stands still, and after a while that it goes on."""
+        stalled = relay_service_pb2.EngineVerdict(
+            state=worker_pb2.ENGINE_STATE_STALLED, failure=worker_pb2.FAILURE_KIND_STALL
+        )
+        serving = relay_service_pb2.EngineVerdict(
+            state=worker_pb2.ENGINE_STATE_SERVING,
+            engine_incarnation=self.process.engine.incarnation,
+        )
+        self._sidecar_tells(stalled)
+        self._world.after(duration_s, self._sidecar_tells, serving)
+
+    def pump(self) -> None:
+        """Write what the sidecar has to say."""
+        link = self.link
+        if link is None or link.is_idle:
+            return
+        for response in link.take(0.1, None):
+            self.down.send(self._receive, response)
+        if link.error is not None:
+            self.sidecar_loses()
+            self.down.send(self.end, FailureKind.FENCED)
+
+    def _sidecar_opens(self) -> None:
+        process = self.process
+        if not process.is_alive:
+            return
+        hello = relay_service_pb2.RelayHello(
+            frontend_id="f", incarnation=1, call_number=self._number
+        )
+        link = Link(hello, self._world.now)
+        try:
+            verdict = process.hub.join(link)
+        except UnbrokenError:
+            self.down.send(self.end, FailureKind.FENCED)
+            return
+        self.link = link
+        link.tell(
+            relay_service_pb2.RelayResponse(welcome=relay_service_pb2.RelayWelcome(verdict=verdict))
+        )
+        self._frontend.pump(process)
+
+    def _sidecar_starts(self, request: attempt_pb2.StartAttempt) -> None:
+        if self.link is not None and self.process.is_alive:
+            self.process.hub.start(self.link, request)
+            self._frontend.pump(self.process)
+
+    def _sidecar_aborts(self, slot: int) -> None:
+        if self.link is not None and self.process.is_alive:
+            self.process.hub.abort(self.link, slot)
+            self._frontend.pump(self.process)
+
+    def _sidecar_acks(self, message: attempt_pb2.AckAttempts) -> None:
+        if self.link is not None and self.process.is_alive:
+            self.process.hub.ack(self.link, message)
+
+    def _sidecar_tells(self, verdict: relay_service_pb2.EngineVerdict) -> None:
+        engine = self.process.engine
+        is_true = engine.is_up and verdict.engine_incarnation in (0, engine.incarnation)
+        if self.link is not None and self.process.is_alive and is_true:
+            verdict.is_draining = self.process.is_draining
+            self.link.tell(relay_service_pb2.RelayResponse(verdict=verdict))
+            self.pump()
+
+
+class Frontend:
+    """Calls to workers, views of them, and the choices that wait for one."""
+
+    def __init__(self, world: World, trouble: Trouble) -> None:
+        self.world = world
+        self.trouble = trouble
+        self.processes: dict[str, Process] = {}
+        """The latest life of each worker, as discovery tells."""
+        self.calls: dict[str, list[Call]] = {}
+        """By worker; the latest is the last."""
+        self._views: dict[str, tuple[WorkerView, Call]] = {}
+        self.waiting: dict[Choice, None] = {}
+        self._num_calls = 0
+
+    # The mesh.
+
+    def discover(self, process: Process) -> None:
+        """A worker is there, perhaps again."""
+        before = self.processes.get(process.worker_id)
+        if before is not None and before.incarnation >= process.incarnation:
+            return
+        self.processes[process.worker_id] = process
+        for call in self.calls.get(process.worker_id, ()):
+            call.end(FailureKind.CRASH)
+        self.connect(process.worker_id)
+
+    def connect(self, worker_id: str) -> None:
+        """Open a call to a worker, unless there is one."""
+        process = self.processes[worker_id]
+        calls = self.calls.setdefault(worker_id, [])
+        if not process.is_alive or (calls and not calls[-1].is_over):
+            return
+        self._num_calls += 1
+        call = Call(self, process, self._num_calls)
+        calls.append(call)
+        call.hello()
+
+    def reconnect_soon(self, worker_id: str) -> None:
+        """After a pause."""
+        self.world.after(self.world.random.uniform(0.005, 0.1), self.connect, worker_id)
+
+    def pump(self, process: Process) -> None:
+        """Write what a sidecar has to say."""
+        if not process.is_alive:
+            return
+        for call in self.calls.get(process.worker_id, ()):
+            if call.process is process:
+                call.pump()
+
+    def tick(self, process: Process) -> None:
+        """Time passes at a sidecar."""
+        if process.is_alive:
+            process.hub.tick(silence_max_s=FOREVER)
+            self.pump(process)
+
+    def add_view(self, call: Call, engine_incarnation: int) -> None:
+        """A worker takes work."""
+        process = call.process
+        view = WorkerView(
+            life=Life(process.worker_id, process.incarnation, engine_incarnation),
+            model="m",
+            abilities=process.engine.personality.abilities,
+            block_size=BLOCK_SIZE,
+            context_length=CONTEXT_LENGTH,
+        )
+        self._views[process.worker_id] = (view, call)
+        waiting, self.waiting = self.waiting, {}
+        for choice in waiting:
+            choice.place_again()
+
+    def lose_view(self, process: Process) -> None:
+        """A worker takes no work."""
+        view = self._views.get(process.worker_id)
+        if view is not None and view[1].process is process:
+            del self._views[process.worker_id]
+
+    def views(self) -> list[WorkerView]:
+        """Workers that take work."""
+        return [view for view, _ in self._views.values()]
+
+    def seat_at(self, life: Life) -> tuple[WorkerView, Call] | None:
+        """Where an attempt for a life of a worker is started."""
+        found = self._views.get(life.worker_id)
+        return found if found is not None and found[0].life == life else None
+
+
+class Choice:
+    """One choice of one request: its stream, obeyed as a frontend does, and its client."""
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        request_id: str,
+        index: int,
+        original: Checkpoint,
+        *,
+        stream_type: type[Stream],
+        policy: ContinuationPolicy,
+        limits: Limits,
+        deadline_s: float | None,
+        client_pause_s: float,
+    ) -> None:
+        self.stream = stream_type(original, tokenizer(), policy=policy, limits=limits)
+        self.name = f"{request_id}/{index}"
+        self.witness = Witness(
+            self.name, self.stream, frontend.trouble, policy=policy, limits=limits
+        )
+        self._frontend = frontend
+        self._world = frontend.world
+        self._trouble = frontend.trouble
+        self._request_id = request_id
+        self._index = index
+        self._deadline_s = deadline_s
+        self._deadline_at: float | None = None
+        self._client_pause_s = client_pause_s
+        self._avoid: frozenset[Life] = frozenset()
+        self._seat: tuple[Call, int, int] | None = None
+        self._view: WorkerView | None = None
+        self._num_timers = 0
+        self._is_take_planned = False
+
+    def begin(self) -> None:
+        """The request was admitted."""
+        now = self._world.now
+        if self._deadline_s is not None:
+            self._deadline_at = now + self._deadline_s
+            self._world.at(self._deadline_at, self.end, Reason.DEADLINE_EXCEEDED)
+        self.witness.began_looking(now)
+        self.obey(self.stream.start(now))
+
+    def end(self, reason: Reason) -> None:
+        """The client left, or its time is up."""
+        if self.stream.outcome is None:
+            fault = Fault.CANCEL if reason is Reason.CANCELLED else Fault.DEADLINE
+            self._trouble.took_effect(fault)
+        self.witness.orders.add(reason)
+        commands = self.stream.cancelled(UnbrokenError(reason, "as asked"))
+        self.witness.asked_to_end(self._world.now)
+        self.obey(commands)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a worker works on it."""
+        return self.stream.state is machine.State.RUNNING
+
+    def steal(self, process: Process) -> None:
+        """Another frontend takes the stream over on this worker, and then leaves it."""
+        self.witness.orders |= {Reason.FENCED, Reason.REQUEST_EXISTS}
+        hello = relay_service_pb2.RelayHello(
+            frontend_id="thief", incarnation=1, call_number=self._world.num_events
+        )
+        thief = Link(hello, self._world.now)
+        process.hub.join(thief)
+        start = self._start_message(self.stream.epoch + 100, self.stream.original)
+        start.slot = 1
+        process.hub.start(thief, start)
+        process.hub.leave(thief)
+        self._frontend.pump(process)
+        self._world.after(ORPHAN_GRACE_S + 0.01, self._frontend.tick, process)
+
+    def runs_on(self, process: Process) -> bool:
+        """Whether this life of a worker works on it."""
+        return self._seat is not None and self._seat[0].process is process
+
+    # News of attempts.
+
+    def listens_to(self, epoch: int) -> bool:
+        """Whether that attempt is the current one."""
+        stream = self.stream
+        return stream.state is machine.State.RUNNING and stream.epoch == epoch
+
+    def tokens(
+        self,
+        epoch: int,
+        offset: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+    ) -> None:
+        """Tokens came."""
+        stream, now = self.stream, self._world.now
+        self._world.tell("%s.%d tokens %d %s", self.name, epoch, offset, token_ids)
+        again = stream.accounts.recomputed_decode_tokens
+        num_again = min(len(stream.ledger) - offset, len(token_ids))
+        if len(token_ids) == 1 and not logprobs:
+            self._hear(epoch, lambda: stream.token(epoch, offset, token_ids[0], now))
+        else:
+            self._hear(epoch, lambda: stream.tokens(epoch, offset, token_ids, now, logprobs))
+        if stream.accounts.recomputed_decode_tokens != again:
+            self.witness.repeated(num_again)
+
+    def ended(self, epoch: int, ended: attempt_pb2.AttemptEnded) -> None:
+        """A goodbye came."""
+        stream, now = self.stream, self._world.now
+        self._world.tell(
+            "%s.%d ended at %d: %d %d",
+            self.name,
+            epoch,
+            ended.end_offset,
+            ended.finish_reason,
+            ended.failure,
+        )
+        self._hear(
+            epoch,
+            lambda: stream.ended(
+                epoch,
+                ended.end_offset,
+                FinishReason(ended.finish_reason),
+                now=now,
+                stop_token_id=ended.stop_token_id if ended.HasField("stop_token_id") else None,
+                failure=FailureKind(ended.failure),
+                detail=ended.detail,
+                cached_tokens=ended.cached_tokens,
+            ),
+        )
+
+    def lost(self, epoch: int, failure: FailureKind) -> None:
+        """The attempt is lost, says somebody."""
+        stream, now = self.stream, self._world.now
+        self._world.tell("%s.%d lost: %s", self.name, epoch, failure.name)
+        self._hear(epoch, lambda: stream.lost(epoch, failure, "lost", now))
+
+    def refused(self, epoch: int, kind: FailureKind, epoch_known: int) -> None:
+        """The attempt did not begin."""
+        stream = self.stream
+        self._world.tell("%s.%d refused: %s", self.name, epoch, kind.name)
+        if kind is FailureKind.FENCED and epoch_known < epoch:
+            self._trouble.took_effect(Fault.FENCED)
+        self._hear(
+            epoch,
+            lambda: stream.refused(epoch, kind, "refused", epoch_known=epoch_known),
+            is_refusal=True,
+        )
+
+    def _hear(
+        self,
+        epoch: int,
+        handle: Callable[[], Sequence[machine.Command]],
+        *,
+        is_refusal: bool = False,
+    ) -> None:
+        stream = self.stream
+        was_current = self.listens_to(epoch)
+        size_before, outcome_before = len(stream.ledger), stream.outcome
+        commands = handle()
+        self.witness.heard(
+            epoch,
+            was_current=was_current,
+            size_before=size_before,
+            outcome_before=outcome_before,
+            commands=commands,
+            now=self._world.now,
+            is_refusal=is_refusal,
+        )
+        self.obey(commands)
+
+    # Commands.
+
+    def obey(self, commands: Sequence[machine.Command]) -> None:
+        """Do what the stream asks, in order, and what it asks in consequence."""
+        queue = deque(commands)
+        while queue:
+            command = queue.popleft()
+            match command:
+                case machine.Place(avoid=avoid, pause_s=pause_s):
+                    self._avoid = avoid
+                    queue.extend(self._place(pause_s))
+                case machine.Start():
+                    queue.extend(self._start(command))
+                case machine.Abort(epoch=epoch):
+                    if self._seat is not None and self._seat[2] == epoch:
+                        self._leave()
+                case machine.Ack(epoch=epoch, offset=offset):
+                    self.witness.acknowledged(offset)
+                    if self._seat is not None and self._seat[2] == epoch:
+                        self._seat[0].ack(self._seat[1], offset)
+                case machine.Finish():
+                    self._leave()
+                    self._stop_waiting()
+                    self._after_the_end()
+                case _:
+                    assert_never(command)
+        self._wake()
+
+    def place_again(self) -> None:
+        """Time passed, or a worker became ready."""
+        self._stop_waiting()
+        stream = self.stream
+        commands = stream.handle_timeout(self._world.now)
+        self.witness.asked_to_end(self._world.now)
+        if stream.state is machine.State.PLACING:
+            commands = [*commands, *self._place(0.0)]
+        self.obey(commands)
+
+    def _place(self, pause_s: float) -> Sequence[machine.Command]:
+        stream, world = self.stream, self._world
+        self._leave()
+        view = None if pause_s > 0 else self._choose()
+        if view is not None:
+            return stream.placed(stream.epoch, view.life, view.abilities)
+        deadline = stream.deadline()
+        assert deadline is not None
+        wait_s = max(0.0, deadline - world.now)
+        if pause_s > 0:
+            wait_s = min(wait_s, pause_s)
+        else:
+            self._trouble.took_effect(Fault.NO_WORKER)
+            self._frontend.waiting[self] = None
+        world.after(wait_s, self._timer, self._num_timers)
+        return ()
+
+    def _timer(self, number: int) -> None:
+        if number == self._num_timers:
+            self.place_again()
+
+    def _choose(self) -> WorkerView | None:
+        stream = self.stream
+
+        def is_able(view: WorkerView) -> bool:
+            return stream.way_at(view.abilities) is not ContinuationClass.NONE
+
+        num_tokens = len(stream.original.prompt_token_ids) + len(stream.ledger)
+        need = Need(model="m", num_tokens=num_tokens, avoid=self._avoid)
+        views = self._frontend.views()
+        view = choose(views, need, is_able=is_able, block_hashes=lambda _: ())
+        if view is not None:
+            able = [other.life for other in views if is_able(other)]
+            self.witness.chosen(view.life, able)
+        return view
+
+    def _start(self, order: machine.Start) -> Sequence[machine.Command]:
+        found = self._frontend.seat_at(order.life)
+        assert found is not None, "nothing has happened since it was chosen"
+        view, call = found
+        personality = call.process.engine.personality
+        self.witness.started(order.checkpoint, personality)
+        seat = Seat(self, order.epoch, num_known=len(self.stream.ledger))
+        way = self.stream.attempts[-1].way
+        self._world.tell(
+            "%s.%d starts on %s: %s", self.name, order.epoch, order.life.worker_id, way.name
+        )
+        if way is ContinuationClass.REGENERATE and seat.num_known:
+            for fault in (Fault.DIVERGENCE, Fault.JUMP, Fault.SHORT):
+                if self._trouble.happens(fault):
+                    seat.lie = fault
+                    seat.lie_offset = self._world.random.randrange(seat.num_known)
+        request = self._start_message(order.epoch, order.checkpoint)
+        request.window_tokens = order.window_tokens
+        request.engine_incarnation = order.life.engine_incarnation
+        if self._deadline_at is not None:
+            request.deadline.FromNanoseconds(
+                max(0, int((self._deadline_at - self._world.now) * 1e9))
+            )
+        self._view = view
+        view.placed(seat.num_known, 0)
+        self._seat = (call, call.start(seat, request), order.epoch)
+        return ()
+
+    def _start_message(self, epoch: int, checkpoint: Checkpoint) -> attempt_pb2.StartAttempt:
+        message = attempt_pb2.StartAttempt(
+            stream=attempt_pb2.StreamKey(request_id=self._request_id, choice_index=self._index),
+            epoch=epoch,
+            checkpoint=checkpoint_to_proto(checkpoint),
+        )
+        message.orphan_grace.FromMilliseconds(int(ORPHAN_GRACE_S * 1000))
+        return message
+
+    def _leave(self) -> None:
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            seat[0].abort(seat[1])
+            assert self._view is not None
+            self._view.num_attempts -= 1
+
+    def _stop_waiting(self) -> None:
+        self._num_timers += 1
+        self._frontend.waiting.pop(self, None)
+
+    def _after_the_end(self) -> None:
+        """A settled stream is told more; it must not mind."""
+        stream = self.stream
+        if self._trouble.happens(Fault.AFTER_THE_END):
+            epoch = stream.epoch
+            self.lost(epoch, FailureKind.CRASH)
+            self.tokens(epoch, len(stream.ledger), (1,), ())
+            self._world.after(0.05, self.lost, epoch, FailureKind.HANG)
+            self._world.after(0.05, self.end, Reason.CANCELLED)
+
+    # The client.
+
+    def _wake(self) -> None:
+        if not self._is_take_planned and self.stream.has_output:
+            self._is_take_planned = True
+            self._world.after(self._client_pause_s, self._take)
+
+    def _take(self) -> None:
+        self._is_take_planned = False
+        piece, commands = self.stream.take()
+        self.witness.received(piece)
+        self.obey(commands)

@@ -1,0 +1,417 @@
+"""One seed: who asks for what, of which workers, and what goes wrong."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from random import Random
+from types import MappingProxyType
+
+from frontend.stream import Limits, Stream
+from tests.simulation.faults import Fault, Trouble
+from tests.simulation.frontend import Choice, Frontend
+from tests.simulation.model import Personality
+from tests.simulation.witness import Violation
+from tests.simulation.worker import Process
+from tests.support.vocabulary import PIECES
+from tests.support.world import World
+from unbroken.checkpoint import Checkpoint
+from unbroken.errors import Reason
+from unbroken.generation import Constraint, GenerationParams, SamplingParams, StopConditions
+from unbroken.outcome import ContinuationPolicy, FailureKind
+
+EVENTS_MAX = 20_000
+"""A world that is not over after so many never will be."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of one seed."""
+
+    seed: int
+    violation: str | None = None
+    faults: Counter[Fault] = field(default_factory=Counter[Fault])
+    num_events: int = 0
+    num_streams: int = 0
+    num_tokens: int = 0
+
+
+def run_seed(
+    seed: int,
+    *,
+    stream_type: type[Stream] = Stream,
+    trace: Callable[[str], None] | None = None,
+) -> Report:
+    """Live through one world and report."""
+    mesh = Mesh(seed, stream_type, trace)
+    report = Report(seed, faults=mesh.trouble.seen, num_streams=len(mesh.choices))
+    try:
+        mesh.live()
+    except AssertionError as violation:
+        # Also those of the core itself: a bug there is a broken promise here.
+        report.violation = str(violation) or repr(violation)
+        mesh.world.tell("VIOLATION %s", report.violation)
+        if not isinstance(violation, Violation):
+            report.violation += f" ({_where(violation)})"
+    report.num_events = mesh.world.num_events
+    report.num_tokens = sum(len(choice.stream.ledger) for choice in mesh.choices)
+    return report
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Keep the sidecar's log silent: engines die by the thousand here."""
+    logger = logging.getLogger("sidecar")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class Worker:
+    """A worker through all its lives."""
+
+    def __init__(self, mesh: "Mesh", worker_id: str, personality: Personality) -> None:
+        self._mesh = mesh
+        self._personality = personality
+        self._worker_id = worker_id
+        self._num_lives = 0
+        self.process = self._new_process()
+
+    def boot(self) -> None:
+        """A new life, which discovery tells the frontend about."""
+        if self.process.is_alive and self._num_lives > 1:
+            return
+        world = self._mesh.world
+        if not self.process.is_alive:
+            self.process = self._new_process()
+        process = self.process
+        world.tell("%s boots as %d", self._worker_id, process.incarnation)
+        world.after(world.random.uniform(0.0, 0.05), self._start_engine, process)
+        world.after(world.random.uniform(0.0, 0.05), self._mesh.frontend.discover, process)
+
+    def die(self, *, silently: bool) -> None:
+        """The whole process group is killed."""
+        process, world = self.process, self._mesh.world
+        if not process.is_alive:
+            return
+        world.tell("%s dies%s", self._worker_id, " silently" if silently else "")
+        process.kill()
+        keeps_in_flight = world.chance(0.5)
+        for call in self._mesh.frontend.calls.get(self._worker_id, ()):
+            if call.process is process and not call.is_over:
+                call.up.cut(drops_in_flight=True)
+                call.down.cut(drops_in_flight=not keeps_in_flight)
+                noticed = world.random.uniform(0.3, 1.0) if silently else 0.001
+                failure = FailureKind.HANG if silently else FailureKind.CRASH
+                world.at(call.down.flushed_at() + noticed, call.end, failure)
+        world.after(self._downtime_s(), self.boot)
+
+    def crash_engine(self) -> None:
+        """The engine dies under its sidecar."""
+        process, world = self.process, self._mesh.world
+        if process.is_alive and process.engine.is_up:
+            world.tell("%s: the engine dies", self._worker_id)
+            if world.chance(0.5):
+                # News of it is late, so that attempts are still meant for the life that is over.
+                for call in self._mesh.frontend.calls.get(self._worker_id, ()):
+                    call.down.hold(world.now + world.random.uniform(0.05, 0.4))
+            process.engine.die(FailureKind.CRASH)
+            self._mesh.frontend.pump(process)
+            world.after(world.random.choice((0.0, 0.02, 0.3)), self._start_engine, process)
+
+    def _start_engine(self, process: Process) -> None:
+        if process.is_alive and not process.engine.is_up:
+            process.engine.start_life()
+            self._mesh.frontend.pump(process)
+
+    def _downtime_s(self) -> float:
+        random = self._mesh.world.random
+        return random.uniform(4.0, 40.0) if random.random() < 0.15 else random.uniform(0.05, 0.6)
+
+    def _new_process(self) -> Process:
+        mesh = self._mesh
+        self._num_lives += 1
+        process = Process(
+            mesh.world, mesh.trouble, self._personality, self._worker_id, self._num_lives
+        )
+        process.engine.after_step = partial(mesh.frontend.pump, process)
+        process.engine.before_goodbye = partial(self._lose_goodbye)
+        return process
+
+    def _lose_goodbye(self) -> None:
+        """Die between the last token and the goodbye."""
+        if any(choice.runs_on(self.process) for choice in self._mesh.choices):
+            self._mesh.trouble.took_effect(Fault.LOST_GOODBYE)
+        self.die(silently=self._mesh.world.chance(0.3))
+
+
+class Mesh:
+    """A frontend, a few workers, their clients, and trouble."""
+
+    def __init__(
+        self, seed: int, stream_type: type[Stream], trace: Callable[[str], None] | None
+    ) -> None:
+        self.world = world = World(seed, trace=trace)
+        self.trouble = Trouble(world)
+        self.frontend = Frontend(world, self.trouble)
+        random = world.random
+        num_workers = random.choice((1, 2, 2, 3, 3, 4))
+        personalities = _personalities(random, num_workers)
+        self.workers = [
+            Worker(self, f"w{index}", personality)
+            for index, personality in enumerate(personalities)
+        ]
+        self.choices: list[Choice] = []
+        for index in range(random.choice((2, 3, 4, 6))):
+            self._request(f"r{index}", stream_type)
+        for worker in self.workers:
+            worker.boot()
+        for fault in self.trouble.strikes:
+            world.at(random.uniform(0.05, 0.65), self._strike, fault)
+
+    def live(self) -> None:
+        """Let everything happen, then compare."""
+        world = self.world
+        while world.step():
+            if world.num_events > EVENTS_MAX:
+                raise Violation(f"not over after {EVENTS_MAX} events, {world.now:.1f} s")
+        for choice in self.choices:
+            choice.witness.finish()
+        for worker in self.workers:
+            worker.process.check_idle()
+            worker.process.hub.ledger.check()
+
+    def _request(self, request_id: str, stream_type: type[Stream]) -> None:
+        world = self.world
+        random = world.random
+        begin_at = random.choice((0.1, 0.1 + 0.2 * random.random()))
+        original = _original(random)
+        policy = random.choices(
+            (
+                ContinuationPolicy.PREFER_EXACT,
+                ContinuationPolicy.ALLOW_INEXACT,
+                ContinuationPolicy.NEVER,
+            ),
+            (8, 3, 1),
+        )[0]
+        limits = Limits(
+            migrations_max=random.choice((0, 1, 2, 3, 3, 8)),
+            window_tokens=random.choice((1, 2, 3, 5, 16, 1024, 1024, 1024)),
+            placement_timeout_s=random.choice((0.5, 3.0, 30.0)),
+            regenerate_tokens_max=random.choice((0, 8, 4096, 4096, 4096)),
+        )
+        deadline_s = random.uniform(0.05, 0.6) if random.random() < 0.06 else None
+        client_pause_s = random.choice((0.0, 0.0, 0.001, 0.02, 0.3))
+        for index in range(random.choice((1, 1, 1, 2))):
+            choice = Choice(
+                self.frontend,
+                request_id,
+                index,
+                _with_seed(original, index),
+                stream_type=stream_type,
+                policy=policy,
+                limits=limits,
+                deadline_s=deadline_s,
+                client_pause_s=client_pause_s,
+            )
+            self.choices.append(choice)
+            world.at(begin_at, choice.begin)
+        world.at(
+            begin_at,
+            world.tell,
+            "%s begins: %s %s %s",
+            request_id,
+            policy.name,
+            limits,
+            original,
+        )
+
+    def _strike(self, fault: Fault) -> None:
+        world, trouble = self.world, self.trouble
+        random = world.random
+        busy = [w for w in self.workers if any(c.runs_on(w.process) for c in self.choices)]
+        if fault is Fault.CANCEL:
+            random.choice(self.choices).end(Reason.CANCELLED)
+            return
+        # Trouble where nobody is does little.
+        worker = random.choice(busy if busy and random.random() < 0.9 else self.workers)
+        is_busy = worker in busy
+        process = worker.process
+        if not process.is_alive:
+            return
+        match fault:
+            case Fault.ENGINE_CRASH:
+                worker.crash_engine()
+            case Fault.PROCESS_RESET | Fault.PROCESS_SILENT:
+                worker.die(silently=fault is Fault.PROCESS_SILENT)
+            case Fault.TWO_DEATHS:
+                others = [w for w in busy if w is not worker]
+                worker.die(silently=world.chance(0.5))
+                is_busy = is_busy and bool(others)
+                if others:
+                    random.choice(others).die(silently=world.chance(0.5))
+            case Fault.LINK_RESET | Fault.PARTITION:
+                self._break_link(worker, fault)
+            case Fault.STALL:
+                self._stall(process)
+            case Fault.THEFT:
+                victims = [c for c in self.choices if c.runs_on(process) and c.is_running]
+                is_busy = bool(victims) and process.engine.is_up and not process.is_draining
+                if is_busy:
+                    random.choice(victims).steal(process)
+            case Fault.DRAIN:
+                if not process.is_draining:
+                    process.is_draining = True
+                    process.hub.drain()
+                    self.frontend.pump(process)
+                    world.after(0.5, partial(worker.die, silently=False))
+            case _:
+                raise AssertionError(fault)
+        if is_busy:
+            trouble.took_effect(fault)
+
+    def _break_link(self, worker: Worker, fault: Fault) -> None:
+        world = self.world
+        random = world.random
+        for call in self.frontend.calls.get(worker.process.worker_id, ()):
+            if call.is_over or call.process is not worker.process:
+                continue
+            if fault is Fault.LINK_RESET:
+                call.up.cut(drops_in_flight=world.chance(0.5))
+                call.down.cut(drops_in_flight=world.chance(0.5))
+                world.at(
+                    call.down.flushed_at() + random.uniform(0.0, 0.02),
+                    call.end,
+                    FailureKind.PARTITION,
+                )
+                world.at(
+                    call.up.flushed_at() + random.uniform(0.0, 0.02),
+                    call.sidecar_loses,
+                )
+            else:
+                until = world.now + random.uniform(0.1, 1.5)
+                call.down.hold(until)
+                if world.chance(0.5):
+                    call.up.hold(until)
+                silence_max_s = random.uniform(0.05, 0.5)
+                if world.now + silence_max_s < until:
+                    # The frontend gives up; the worker goes on, and is heard late.
+                    world.after(silence_max_s, call.end, FailureKind.HANG)
+                    world.after(silence_max_s + random.uniform(0.0, 1.0), call.sidecar_loses)
+
+    def _stall(self, process: Process) -> None:
+        world = self.world
+        duration_s = world.random.uniform(0.05, 0.5)
+        process.engine.stall(duration_s)
+        for call in self.frontend.calls.get(process.worker_id, ()):
+            if call.process is process and not call.is_over:
+                call.tell_stalled(duration_s)
+
+
+def _where(error: AssertionError) -> str:
+    """The innermost line of a traceback."""
+    frame = error.__traceback__
+    assert frame is not None
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    code = frame.tb_frame.f_code
+    return f"{code.co_filename.rsplit('/', 2)[-1]}:{frame.tb_lineno} in {code.co_name}"
+
+
+def _personalities(random: Random, num: int) -> list[Personality]:
+    """Engines of one kind mostly; sometimes one can do more or less, or is another model's."""
+    rarely = 0.1
+    base = {
+        "has_native_resume": random.random() < 0.35,
+        "has_positional_random": random.random() < 0.4,
+        "has_seeds": random.random() > rarely,
+        "is_invariant": random.random() > rarely,
+        "repetition_penalty_counts_prompt": random.random() < 0.7,
+        "has_logit_bias": random.random() < 0.8,
+        "adds_bias_first": random.random() < 0.3,
+    }
+    is_mixed = random.random() < 0.4
+    result: list[Personality] = []
+    for _ in range(num):
+        own = dict(base)
+        salt = 0
+        if is_mixed:
+            if random.random() < 0.5:
+                own["has_native_resume"] = not own["has_native_resume"]
+            if random.random() < 0.25:
+                salt = 1
+            if random.random() < 0.1:
+                own["has_positional_random"] = not own["has_positional_random"]
+        result.append(Personality(model_salt=salt, **own))
+    return result
+
+
+def _stop_strings(random: Random) -> tuple[str, ...]:
+    """Strings that are likely to come, most of them in several tokens."""
+    stops = {
+        b"".join(random.choices(PIECES, k=random.choice((1, 2, 2, 2, 2, 3, 3))))
+        for _ in range(random.choice((1, 8, 16)))
+    }
+    return tuple(sorted(stop.decode(errors="replace") for stop in stops if b"\xc3" not in stop))
+
+
+def _with_seed(original: Checkpoint, index: int) -> Checkpoint:
+    sampling = original.params.sampling
+    if sampling.seed is None:
+        return original
+    sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
+    return replace(original, params=replace(original.params, sampling=sampling))
+
+
+def _original(random: Random) -> Checkpoint:
+    """What a client asks for, as admission resolves it."""
+
+    def sometimes(probability: float) -> bool:
+        return random.random() < probability
+
+    is_sampled = sometimes(0.4)
+    bias: dict[int, float] = {}
+    if sometimes(0.15):
+        bias = {random.randrange(len(PIECES)): random.choice((-4.0, 3.0, 99.0)) for _ in range(3)}
+    sampling = SamplingParams(
+        temperature=random.choice((0.5, 1.0)) if is_sampled else 0.0,
+        seed=random.getrandbits(64) if is_sampled else None,
+        presence_penalty=random.choice((-1.0, 1.5)) if sometimes(0.15) else 0.0,
+        frequency_penalty=random.choice((-0.5, 0.5, 2.0)) if sometimes(0.25) else 0.0,
+        repetition_penalty=random.choice((0.5, 2.0)) if sometimes(0.2) else 1.0,
+        logit_bias=MappingProxyType(bias),
+    )
+    max_tokens = random.choice((1, 5, 24, 40, 64))
+    min_tokens = random.randrange(max_tokens + 1) if sometimes(0.25) else 0
+    stopping = StopConditions(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=_stop_strings(random) if sometimes(0.35) else (),
+        stop_token_ids=(
+            frozenset(random.sample(range(len(PIECES)), 2)) if sometimes(0.15) else frozenset()
+        ),
+        ignore_eos=sometimes(0.6),
+        include_stop=sometimes(0.3),
+    )
+    constraint: Constraint | None = None
+    if sometimes(0.12):
+        constraint = Constraint("regex", f"{random.choice((2, 9, 20, 30))}:{random.choice((2, 3))}")
+    elif sometimes(0.15):
+        options = ("yes", "yes no", "no", "noyes", "END12", "ab yes", "é2", "éé12", "ab ab ab ab")
+        constraint = Constraint("choice", options=tuple(random.sample(options, 4)))
+    return Checkpoint(
+        prompt_token_ids=tuple(
+            random.randrange(len(PIECES)) for _ in range(random.choice((1, 4, 9)))
+        ),
+        params=GenerationParams(
+            sampling=sampling,
+            stopping=stopping,
+            constraint=constraint,
+            num_top_logprobs=0 if sometimes(0.15) else None,
+        ),
+    )

@@ -1,0 +1,253 @@
+"""The simulation finds bugs: each of these, planted into the core, within 2,000 seeds."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+from typing_extensions import override
+
+import frontend.continuation
+import frontend.stream
+from frontend.continuation import Abilities, next_checkpoint
+from frontend.stream import Ack, Command, Life, Outcome, Place, Start, State, Stream
+from tests.simulation.scenario import quiet, run_seed
+from tests.support.vocabulary import tokenizer
+from unbroken.checkpoint import Checkpoint
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation import TokenLogprobs
+from unbroken.outcome import ContinuationClass, FailureKind
+
+SEEDS_MAX = 2000
+
+
+class IgnoresEpochs(Stream):
+    """Takes tokens of any attempt for those of the current one."""
+
+    @override
+    def tokens(
+        self,
+        epoch: int,
+        offset: int,
+        token_ids: Sequence[int],
+        now: float,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> Sequence[Command]:
+        return super().tokens(self.epoch, offset, token_ids, now, logprobs)
+
+
+class HurriesPastEpochs(Stream):
+    """The same, where single tokens come in."""
+
+    @override
+    def token(self, epoch: int, offset: int, token_id: int, now: float) -> Sequence[Command]:
+        return super().token(self.epoch if self._flowing > 0 else epoch, offset, token_id, now)
+
+
+class FlowsOn(Stream):
+    """The short way for single tokens stays open when their attempt is lost."""
+
+    @override
+    def _place(self, pause_s: float = 0.0) -> Place:
+        flowing = self._flowing
+        command = super()._place(pause_s)
+        self._flowing = flowing
+        return command
+
+
+class StealsBack(Stream):
+    """Who was revoked by a new owner goes on elsewhere."""
+
+    @override
+    def _fail(self, error: UnbrokenError) -> list[Command]:
+        return [self._place()] if error.reason is Reason.FENCED else super()._fail(error)
+
+
+class CountsLossesTwice(Stream):
+    """A loss that two observers report is two losses."""
+
+    @override
+    def lost(self, epoch: int, failure: FailureKind, detail: str, now: float) -> list[Command]:
+        if epoch == self.epoch - 1 and self.state is State.PLACING:
+            self._num_losses += 1
+        return super().lost(epoch, failure, detail, now)
+
+
+class MigratesTwice(Stream):
+    """A loss that is reported again ends the next attempt."""
+
+    @override
+    def lost(self, epoch: int, failure: FailureKind, detail: str, now: float) -> list[Command]:
+        return super().lost(self.epoch, failure, detail, now)
+
+
+class DeliversStopTokens(Stream):
+    """The text of the stop token is part of the output."""
+
+    @override
+    def _done(self, outcome: Outcome) -> list[Command]:
+        commands = super()._done(outcome)
+        if outcome.stop_token_id is not None:
+            self._output.texts.append(tokenizer().pieces[outcome.stop_token_id].decode("latin-1"))
+        return commands
+
+
+class WaitsForGoodbyes(Stream):
+    """A stop token ends the output only if the worker lives to say so."""
+
+    @override
+    def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
+        self._stop_token_ids = frozenset[int]()
+        return super().placed(epoch, life, abilities)
+
+
+class TrustsRegeneration(Stream):
+    """A prefix that is generated again is not compared."""
+
+    @override
+    def tokens(
+        self,
+        epoch: int,
+        offset: int,
+        token_ids: Sequence[int],
+        now: float,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> Sequence[Command]:
+        known = self.ledger[offset : offset + len(token_ids)]
+        token_ids = [*known, *token_ids[len(known) :]]
+        return super().tokens(epoch, offset, token_ids, now, logprobs)
+
+
+class AcknowledgesTooMuch(Stream):
+    """The window moves although the client has read nothing."""
+
+    @override
+    def _ack(self) -> Sequence[Command]:
+        return (Ack(self.epoch, len(self.ledger)),) if self.state is State.RUNNING else ()
+
+
+class NeverAcknowledges(Stream):
+    """The window does not move."""
+
+    @override
+    def _ack(self) -> Sequence[Command]:
+        return ()
+
+
+class ForgetsFailures(Stream):
+    """The next worker may be the one that has just failed."""
+
+    @override
+    def _place(self, pause_s: float = 0.0) -> Place:
+        return replace(super()._place(pause_s), avoid=frozenset())
+
+
+class ForgetsHeldText(Stream):
+    """Text that was held back at the cut, as it may begin a stop string, is lost."""
+
+    @override
+    def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
+        if self.attempts:
+            stopping = self.original.params.stopping
+            self._detokenizer = tokenizer().detokenizer(
+                stopping.stop, include_stop=stopping.include_stop
+            )
+        return super().placed(epoch, life, abilities)
+
+
+class NumbersFromOne(Stream):
+    """The next worker begins one offset too far."""
+
+    @override
+    def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
+        commands = super().placed(epoch, life, abilities)
+        match commands:
+            case [Start(checkpoint=checkpoint) as start, *rest] if self.ledger:
+                further = replace(checkpoint, first_offset=checkpoint.first_offset + 1)
+                return [replace(start, checkpoint=further), *rest]
+            case _:
+                return commands
+
+
+@pytest.mark.parametrize(
+    "stream_type",
+    [
+        IgnoresEpochs,
+        HurriesPastEpochs,
+        FlowsOn,
+        StealsBack,
+        CountsLossesTwice,
+        MigratesTwice,
+        DeliversStopTokens,
+        WaitsForGoodbyes,
+        TrustsRegeneration,
+        AcknowledgesTooMuch,
+        NeverAcknowledges,
+        ForgetsFailures,
+        ForgetsHeldText,
+        NumbersFromOne,
+    ],
+)
+def test_a_bug_in_the_stream_is_found(
+    stream_type: type[Stream], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _find(stream_type.__name__, stream_type, capsys)
+
+
+def _one_token_short(
+    original: Checkpoint,
+    delivered: Sequence[int],
+    delivered_bytes: bytes,
+    way: ContinuationClass,
+    abilities: Abilities,
+) -> Checkpoint:
+    checkpoint = next_checkpoint(original, delivered, delivered_bytes, way, abilities)
+    if len(checkpoint.prompt_token_ids) > len(original.prompt_token_ids):
+        return replace(checkpoint, prompt_token_ids=checkpoint.prompt_token_ids[:-1])
+    return replace(checkpoint, output_token_ids=checkpoint.output_token_ids[:-1])
+
+
+def _no_obstacle(*_: object) -> None:
+    return None
+
+
+def _parameters_as_they_were(params: object, *_: object) -> object:
+    return params
+
+
+def _always(*_: object) -> bool:
+    return True
+
+
+_MUTANTS: list[tuple[ModuleType, str, object]] = [
+    (frontend.stream, "next_checkpoint", _one_token_short),
+    (frontend.continuation, "_obstacle_to_appending", _no_obstacle),
+    (frontend.continuation, "_appended_params", _parameters_as_they_were),
+    (frontend.continuation, "_append_fits", _always),
+    (frontend.continuation, "_samples_alike", _always),
+    (frontend.stream, "_NOT_COUNTED", frozenset[FailureKind]()),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "mutant"), _MUTANTS)
+def test_a_bug_in_the_continuation_is_found(
+    module: ModuleType,
+    name: str,
+    mutant: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, name, mutant)
+    _find(name, Stream, capsys)
+
+
+def _find(name: str, stream_type: type[Stream], capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet():
+        for seed in range(SEEDS_MAX):
+            report = run_seed(seed, stream_type=stream_type)
+            if report.violation is not None:
+                with capsys.disabled():
+                    sys.stdout.write(f"\n{name}: seed {seed}: {report.violation[:150]}")
+                return
+    pytest.fail(f"{name} survived {SEEDS_MAX} seeds")
