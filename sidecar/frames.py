@@ -22,8 +22,10 @@ def check(
     frame: attempt_pb2.StepFrame, running: Mapping[int, Attempt[LinkT]], up: EngineUp
 ) -> list[Attempt[LinkT]]:
     """The attempt of each row. Raises `BrokenContract`. The hot path: every token passes here."""
-    slots, offsets, counts = frame.slots, frame.offsets, frame.token_counts
-    num_rows, num_tokens = len(slots), len(frame.token_ids)
+    # Slices are lists, which take half the time to go through.
+    slots, offsets, counts = frame.slots[:], frame.offsets[:], frame.token_counts[:]
+    token_ids = frame.token_ids[:]
+    num_rows, num_tokens = len(slots), len(token_ids)
     try:
         attempts = [running[slot] for slot in slots]
     except KeyError as error:
@@ -40,10 +42,10 @@ def check(
         )
     if num_rows:
         vocab_size = up.tokenizer.vocab_size
-        if (highest := max(frame.token_ids)) >= vocab_size:
+        if (highest := max(token_ids)) >= vocab_size:
             raise BrokenContract(f"expected token ids below {vocab_size}, got {highest}")
         expected = [attempt.first_offset + len(attempt.token_ids) for attempt in attempts]
-        if counts or expected != list(offsets) or len(set(slots)) != num_rows:
+        if counts or expected != offsets or len(set(slots)) != num_rows:
             _check_offsets(frame, attempts)
     if frame.ended or frame.refused or frame.logprobs:
         _check_ends(frame, running)

@@ -8,7 +8,7 @@ and frontends see a failure instead of garbage.
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
@@ -284,31 +284,16 @@ class Hub(EngineListener):
         self.num_tokens += len(frame.token_ids)
         links = {attempt.live_link for attempt in attempts}
         if frame.token_counts:
-            begin = 0
-            rows = zip(attempts, frame.offsets, frame.token_counts, strict=True)
-            for attempt, offset, count in rows:
-                token_ids = frame.token_ids[begin : begin + count]
-                begin += count
-                attempt.token_ids.extend(token_ids)
-                if attempt.live_link is not None:
-                    attempt.live_link.row(attempt.link_slot, offset, token_ids)
+            _enter_long_rows(frame, attempts)
         else:
-            for attempt, token_id in zip(attempts, frame.token_ids, strict=True):
+            token_ids = frame.token_ids[:]
+            for attempt, token_id in zip(attempts, token_ids, strict=True):
                 attempt.token_ids.append(token_id)
-            for link in links:
-                if link is None:
-                    continue
-                if len(links) == 1:
-                    slots = [attempt.link_slot for attempt in attempts]
-                    link.rows(slots, frame.offsets, frame.token_ids)
-                    continue
-                rows = zip(attempts, frame.offsets, frame.token_ids, strict=True)
-                mine = [
-                    (attempt.link_slot, offset, token_id)
-                    for attempt, offset, token_id in rows
-                    if attempt.live_link is link
-                ]
-                link.rows(*zip(*mine, strict=True))
+            if len(links) > 1:
+                _enter_by_link(frame, attempts, links)
+            elif (link := next(iter(links))) is not None:
+                slots = [attempt.link_slot for attempt in attempts]
+                link.rows(slots, frame.offsets, frame.token_ids)
         for link in links:
             if link is not None:
                 link.flush()
@@ -467,6 +452,35 @@ class Hub(EngineListener):
             link.tell(pb.RelayResponse(verdict=verdict))
         for callback in self.on_change:
             callback()
+
+
+def _enter_by_link(
+    frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt], links: Iterable[Link | None]
+) -> None:
+    """Part rows of one token each by who reads them."""
+    columns: dict[Link | None, tuple[list[int], list[int], list[int]]]
+    columns = {link: ([], [], []) for link in links}
+    rows = zip(attempts, frame.offsets[:], frame.token_ids[:], strict=True)
+    for attempt, offset, token_id in rows:
+        slots, offsets, token_ids = columns[attempt.live_link]
+        slots.append(attempt.link_slot)
+        offsets.append(offset)
+        token_ids.append(token_id)
+    for link, mine in columns.items():
+        if link is not None:
+            link.rows(*mine)
+
+
+def _enter_long_rows(frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) -> None:
+    """Rows of any number of tokens."""
+    begin = 0
+    rows = zip(attempts, frame.offsets, frame.token_counts, strict=True)
+    for attempt, offset, count in rows:
+        token_ids = frame.token_ids[begin : begin + count]
+        begin += count
+        attempt.token_ids.extend(token_ids)
+        if attempt.live_link is not None:
+            attempt.live_link.row(attempt.link_slot, offset, token_ids)
 
 
 def _refuse(link: Link, slot: int, kind: FailureKind, detail: str, epoch_known: int = 0) -> None:

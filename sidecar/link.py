@@ -43,19 +43,11 @@ class Link:
         self.heartbeat_seen = 0
         self.error: UnbrokenError | None = None
         """Why the call ends, if the sidecar ends it."""
-        # Columns of the frame that goes out next.
-        self.slots: list[int] = []
-        self.offsets: list[int] = []
-        self.counts: list[int] = []
-        """Empty while every row has one token."""
-        self.token_ids: list[int] = []
-        self._ended: list[attempt_pb2.AttemptEnded] = []
-        self._refused: list[attempt_pb2.AttemptRefused] = []
-        self._logprobs: dict[int, attempt_pb2.SlotLogprobs] = {}
-        self._kv_events: list[worker_pb2.KvEvents] = []
-        self._load: worker_pb2.LoadReport | None = None
-        self._other_bytes = 0
-        """Of what is in that frame beside tokens."""
+        # What goes out next. It is built in place: copying columns is what costs time here.
+        self._response = pb.RelayResponse()
+        self._frame = self._response.frame
+        self._logprobs: dict[int, attempt_pb2.SlotLogprobs] = {}  # By slot, in that frame.
+        self._other_bytes = 0  # Of what is in that frame beside tokens.
         self._queue: list[pb.RelayResponse] = []
         self._queue_bytes = 0
         self._num_frames = 0
@@ -67,22 +59,27 @@ class Link:
     # What it is to be told.
 
     def rows(self, slots: Sequence[int], offsets: Iterable[int], token_ids: Iterable[int]) -> None:
-        """A token for each of these attempts; `flush` follows."""
-        if self.counts:
-            self.counts.extend([1] * len(slots))
-        self.slots.extend(slots)
-        self.offsets.extend(offsets)
-        self.token_ids.extend(token_ids)
+        """A token for each of these attempts; `flush` follows.
+
+        Columns of another message are copied much faster than lists.
+        """
+        frame = self._frame
+        if frame.token_counts:
+            frame.token_counts.extend([1] * len(slots))
+        frame.slots.extend(slots)
+        frame.offsets.extend(offsets)
+        frame.token_ids.extend(token_ids)
 
     def row(self, slot: int, offset: int, token_ids: Sequence[int]) -> None:
         """Tokens of one attempt, at least one; `flush` follows."""
-        if not self.counts and len(token_ids) != 1:
-            self.counts = [1] * len(self.slots)
-        if self.counts or len(token_ids) != 1:
-            self.counts.append(len(token_ids))
-        self.slots.append(slot)
-        self.offsets.append(offset)
-        self.token_ids.extend(token_ids)
+        frame = self._frame
+        if not frame.token_counts and len(token_ids) != 1:
+            frame.token_counts.extend([1] * len(frame.slots))
+        if frame.token_counts or len(token_ids) != 1:
+            frame.token_counts.append(len(token_ids))
+        frame.slots.append(slot)
+        frame.offsets.append(offset)
+        frame.token_ids.extend(token_ids)
 
     def flush(self) -> None:
         """Have the columns written."""
@@ -95,16 +92,15 @@ class Link:
 
     def end(self, slot: int, ended: attempt_pb2.AttemptEnded, end_offset: int) -> None:
         """An attempt that it reads is over; `ended` is copied."""
-        message = attempt_pb2.AttemptEnded()
+        message = self._frame.ended.add()
         message.CopyFrom(ended)
         message.slot, message.end_offset = slot, end_offset
-        self._ended.append(message)
         self.by_slot.pop(slot, None)
         self._grow(message)
 
     def refuse(self, refused: attempt_pb2.AttemptRefused) -> None:
         """An attempt did not begin."""
-        self._refused.append(refused)
+        self._frame.refused.append(refused)
         self.by_slot.pop(refused.slot, None)
         self._grow(refused)
 
@@ -112,20 +108,20 @@ class Link:
         """Log probabilities of tokens that were just entered in the columns."""
         gathered = self._logprobs.get(slot)
         if gathered is None:
-            gathered = self._logprobs[slot] = attempt_pb2.SlotLogprobs(slot=slot)
+            gathered = self._logprobs[slot] = self._frame.logprobs.add(slot=slot)
         gathered.tokens.extend(logprobs.tokens)
         # Not sealed here: they belong in the frame of their tokens.
         self._other_bytes += _MESSAGE_BYTES * len(logprobs.tokens) + logprobs.ByteSize()
 
     def load(self, load: worker_pb2.LoadReport) -> None:
         """The newest load: it goes out with the next frame, heartbeats have it anyway."""
-        self._load = load
+        self._frame.load.CopyFrom(load)
 
     def kv_events(self, events: worker_pb2.KvEvents) -> None:
         """A change of the reusable prefixes."""
         if self._frame_bytes() + events.ByteSize() > FRAME_BYTES_MAX:
             self._seal()
-        self._kv_events.append(events)
+        self._frame.kv_events.append(events)
         self._grow(events)
 
     def tell(self, response: pb.RelayResponse) -> None:
@@ -184,32 +180,22 @@ class Link:
         return responses
 
     def _frame_bytes(self) -> int:
-        return _TOKEN_BYTES * len(self.token_ids) + self._other_bytes
+        return _TOKEN_BYTES * len(self._frame.token_ids) + self._other_bytes
 
     def _grow(self, message: Message) -> None:
         self._other_bytes += _MESSAGE_BYTES + message.ByteSize()
         self.flush()
 
     def _seal(self) -> None:
-        """Close the frame, if it says anything."""
-        if not (self.slots or self._ended or self._refused or self._kv_events):
+        """Close the frame, if it says anything but the load."""
+        frame = self._frame
+        if not (frame.slots or frame.ended or frame.refused or frame.kv_events):
             return
         self._num_frames += 1
-        frame = attempt_pb2.StepFrame(
-            sequence=self._num_frames,
-            slots=self.slots,
-            offsets=self.offsets,
-            token_counts=self.counts,
-            token_ids=self.token_ids,
-            ended=self._ended,
-            refused=self._refused,
-            logprobs=self._logprobs.values(),
-            load=self._load,
-            kv_events=self._kv_events,
-        )
-        self._queue.append(pb.RelayResponse(frame=frame))
+        frame.sequence = self._num_frames
+        self._queue.append(self._response)
         self._queue_bytes += self._frame_bytes()
-        self.slots, self.offsets, self.counts, self.token_ids = [], [], [], []
-        self._ended, self._refused, self._logprobs, self._kv_events = [], [], {}, []
-        self._load = None
+        self._response = pb.RelayResponse()
+        self._frame = self._response.frame
+        self._logprobs = {}
         self._other_bytes = 0

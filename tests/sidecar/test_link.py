@@ -46,8 +46,10 @@ def test_rows_of_one_and_of_many_tokens_merge() -> None:
     assert reader.tokens == {1: [10, 11, 12, 13], 2: [20, 21, 22]}
     link.row(1, 4, [14])
     link.flush()
-    assert not link.counts, "counts are for frames that need them"
-    assert read(link, reader).tokens[1] == [10, 11, 12, 13, 14]
+    (response,) = link.take(0.25, None)
+    assert not response.frame.token_counts, "counts are for frames that need them"
+    reader.hear(response)
+    assert reader.tokens[1] == [10, 11, 12, 13, 14]
 
 
 def test_log_probabilities_of_a_slot_are_one_entry_a_frame() -> None:
