@@ -24,10 +24,19 @@ from unbroken.v1 import worker_pb2
 
 PAUSE_S_MIN: Final = 0.02
 PAUSE_S_MAX: Final = 1.0
-INCARNATIONS_MAX: Final = 10_000
-"""Workers whose last incarnation is remembered after they have gone."""
+KNOWN_MAX: Final = 10_000
+"""Workers whose latest life is remembered after they have gone."""
 
 _log = log.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a worker after it has gone, should it come back."""
+
+    incarnation: int
+    num_calls: int = 0
+    """Calls to this life of it: a sidecar refuses numbers that it knows."""
 
 
 @dataclass(slots=True)
@@ -35,9 +44,9 @@ class _Link:
     """The link to one life of one worker."""
 
     worker: Worker
+    known: _Known
     task: asyncio.Task[None] | None = None
     call: RelayCall | None = None
-    num_calls: int = 0
     is_forgotten: bool = False
     """Discovery does not know it any more."""
 
@@ -62,7 +71,7 @@ class Links:
         self._tokenizers = TokenizerStore(mesh, limits.tokenizer_timeout_s)
         self._links: dict[str, _Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._incarnations: OrderedDict[str, int] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
 
     def call_to(self, life: Life) -> RelayCall | None:
         """The call to this life of a worker, if it is up."""
@@ -78,10 +87,9 @@ class Links:
 
     @property
     def num_up(self) -> int:
-        """Links that are up."""
-        return sum(
-            link.worker.link_state == LinkState.LINK_STATE_UP for link in self._links.values()
-        )
+        """Links that are up. Safe in the thread that serves the metrics."""
+        links = list(self._links.values())
+        return sum(link.worker.link_state == LinkState.LINK_STATE_UP for link in links)
 
     async def follow(self, discovery: Discovery) -> None:
         """Keep the links to what discovery knows, for ever."""
@@ -108,15 +116,17 @@ class Links:
 
     def _announced(self, worker_id: str, record: worker_pb2.WorkerRecord) -> None:
         incarnation = record.identity.incarnation
-        known = self._incarnations.get(worker_id, 0)
-        if incarnation < known:
-            return  # An earlier life; whatever it says is late news.
-        self._incarnations[worker_id] = incarnation
-        self._incarnations.move_to_end(worker_id)
-        while len(self._incarnations) > INCARNATIONS_MAX:
-            self._incarnations.popitem(last=False)
         link = self._links.get(worker_id)
-        if link is not None and incarnation == known:
+        known = self._known.get(worker_id) if link is None else link.known
+        if known is not None and incarnation < known.incarnation:
+            return  # An earlier life; whatever it says is late news.
+        if known is None or incarnation > known.incarnation:
+            known = _Known(incarnation)
+        self._known[worker_id] = known
+        self._known.move_to_end(worker_id)
+        while len(self._known) > KNOWN_MAX:
+            self._known.popitem(last=False)
+        if link is not None and link.known is known:
             link.is_forgotten = False
             link.worker.record = record
             return
@@ -124,7 +134,7 @@ class Links:
             detail = f"incarnation {incarnation} of {worker_id} was announced"
             self._replace(link, detail)
         worker = self._mesh.discovered(record)
-        link = self._links[worker_id] = _Link(worker)
+        link = self._links[worker_id] = _Link(worker, known)
         link.task = asyncio.create_task(self._keep(link), name=f"link to {worker_id}")
         self._tasks.add(link.task)
         link.task.add_done_callback(self._done)
@@ -147,7 +157,7 @@ class Links:
         lost_at = self._clock()
         while True:
             channel = open_channel(worker.record.address)
-            link.num_calls += 1
+            link.known.num_calls += 1
             try:
                 link.call = RelayCall(
                     channel,
@@ -156,7 +166,7 @@ class Links:
                     self._tokenizers,
                     self._identity,
                     self._limits,
-                    call_number=link.num_calls,
+                    call_number=link.known.num_calls,
                     count_tokens=self._count_tokens,
                     clock=self._clock,
                 )
