@@ -188,13 +188,16 @@ class Choice:
                     assert_never(command)
 
     def place_again(self) -> None:
-        """Time passed, or a worker became ready."""
+        """Time passed, or a worker became ready. Raises nothing: others are tried after it."""
         self._stop_waiting()
         stream = self.stream
-        commands = stream.handle_timeout(self._dispatcher.clock())
-        if stream.state is machine.State.PLACING:
-            commands = [*commands, *self._place(0.0)]
-        self.obey(commands)
+        try:
+            self._obey(stream.handle_timeout(self._dispatcher.clock()))
+            if stream.state is machine.State.PLACING:
+                self._obey(self._place(0.0))
+        except Exception:
+            self.crashed()
+        self.wake()
 
     def _place(self, pause_s: float) -> Sequence[machine.Command]:
         stream, dispatcher = self.stream, self._dispatcher
