@@ -80,8 +80,9 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         mesh.on_change.append(self._mesh_changed)
 
     def drain(self) -> None:
-        """Take no new requests."""
+        """Take no new requests, nor those that wait for a model to be served."""
         self._is_draining = True
+        self._mesh_changed()
 
     @override
     async def Generate(
@@ -181,8 +182,7 @@ class Gateway(pb_grpc.InferenceServiceServicer):
     async def _admit(
         self, request: pb.GenerateRequest, arrived_at: float, deadline_at: float | None
     ) -> Admitted:
-        if self._is_draining:
-            raise UnbrokenError(Reason.DRAINING, "this frontend takes no new requests")
+        self._check_open()
         envelope = admission.open_envelope(
             request,
             new_request_id=lambda: uuid.uuid4().hex,
@@ -203,6 +203,7 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         if deadline_at is not None:
             give_up_at = min(give_up_at, deadline_at)
         while True:
+            self._check_open()
             changed = self._changed
             name = admission.choose_model(envelope.model, self._mesh.model_names())
             if name is not None and (model := self._mesh.model(name)) is not None:
@@ -218,6 +219,10 @@ class Gateway(pb_grpc.InferenceServiceServicer):
                     retry_after_s=1.0,
                 ) from None
 
+    def _check_open(self) -> None:
+        if self._is_draining:
+            raise UnbrokenError(Reason.DRAINING, "this frontend takes no new requests")
+
     def _mesh_changed(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
@@ -230,6 +235,7 @@ class Gateway(pb_grpc.InferenceServiceServicer):
             placement_timeout_s=stream_limits.placement_timeout_s,
             regenerate_tokens_max=stream_limits.regenerate_tokens_max,
         )
+        self._check_open()  # It may have waited for a model, or for a thread to tokenise.
         self._requests.check_room(admitted.envelope)
         running = Request(admitted, self._dispatcher, limits, deadline_at=deadline_at)
         self._requests.add(running)
