@@ -353,12 +353,15 @@ def _choice(original: Checkpoint, index: int) -> Checkpoint:
 def _announced(
     original: Checkpoint, envelope: Envelope, model: Model
 ) -> tuple[ContinuationClass, str]:
-    if envelope.policy is ContinuationPolicy.NEVER or envelope.migrations_max == 0:
+    if envelope.policy is ContinuationPolicy.NEVER:
         return ContinuationClass.NONE, "the request asks not to go on elsewhere"
-    way, detail = announced_way(original, model.abilities)
+    if envelope.migrations_max == 0:
+        way, detail = ContinuationClass.NONE, "it may lose no worker (migrations_max is 0)"
+    else:
+        way, detail = announced_way(original, model.abilities)
     if way is not ContinuationClass.NONE:
         return way, ""
-    if envelope.policy is ContinuationPolicy.ALLOW_INEXACT:
+    if envelope.policy is ContinuationPolicy.ALLOW_INEXACT and envelope.migrations_max:
         return ContinuationClass.INEXACT, detail
     if envelope.policy is ContinuationPolicy.REQUIRE_EXACT:
         raise UnbrokenError(
