@@ -124,6 +124,11 @@ class Frontend:
         self._registration = await self._discovery.register(FRONTENDS, self._record(identity))
         _log.info("frontend serves", address=self.address, incarnation=incarnation)
 
+    async def wait(self) -> None:
+        """Until it cannot go on: raises what ended it. Only a bug does."""
+        assert self._following is not None, "started before"
+        await asyncio.shield(self._following)
+
     async def stop(self, grace_s: float = 0.0) -> None:
         """Take nothing new, let running streams finish for a while, end the rest. Idempotent."""
         self.is_draining = True
@@ -182,7 +187,12 @@ async def serve(config: FrontendConfig) -> None:
     # 10 to 20 ms, in which every stream would stand still.
     gc.collect()
     gc.freeze()
-    await signalled.wait()
+    asked = asyncio.create_task(signalled.wait())
+    life = asyncio.create_task(frontend.wait())
+    await asyncio.wait({asked, life}, return_when=asyncio.FIRST_COMPLETED)
+    if life.done():
+        life.result()  # Nobody would tell it of new workers any more.
+    life.cancel()
     _log.info("frontend is asked to stop", grace_s=config.shutdown_grace_s)
     stopping = asyncio.create_task(frontend.stop(config.shutdown_grace_s))
     hurry = asyncio.create_task(again.wait())
