@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unbroken.config import Address, ProcessConfig
 
@@ -45,3 +45,13 @@ class FrontendConfig(ProcessConfig):
     """So long before its client's deadline a stream ends, so that the client still hears why."""
     shutdown_grace_s: float = Field(30.0, ge=0, le=3600)
     """How long running streams may go on after SIGTERM."""
+
+    @model_validator(mode="after")
+    def _silence_is_noticed(self) -> "FrontendConfig":
+        # Silence is judged once a heartbeat, unless we stood still for half of it ourselves.
+        if 2 * self.heartbeat_interval_s >= self.link_silence_max_s:
+            raise ValueError(
+                "expected heartbeat_interval_s below half of link_silence_max_s "
+                f"({self.link_silence_max_s:g}), got {self.heartbeat_interval_s:g}"
+            )
+        return self
