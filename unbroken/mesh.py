@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import aclosing, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self
@@ -246,8 +246,9 @@ class LocalMesh:
 
     async def _follow(self) -> None:
         """Keep `workers` up to date."""
-        async for records in self._discovery.watch(WORKERS):
-            self._records = records
+        async with aclosing(self._discovery.watch(WORKERS)) as changes:
+            async for records in changes:
+                self._records = records
 
     async def until_serving(self, worker_ids: Sequence[str]) -> None:
         """Wait until the frontend can send work to the workers; raises `MeshError`."""

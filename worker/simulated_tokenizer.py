@@ -13,7 +13,7 @@ have boundaries inside a character, as those of real models do.
 import json
 from functools import cache
 
-from unbroken.tokenizer import TokenizerAsset
+from unbroken.tokenizer import BYTE_OF_CHAR, TokenizerAsset
 
 VOCAB_SIZE = 4096
 
@@ -124,16 +124,8 @@ def _vocabulary() -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
     return tokens, merges
 
 
-@cache
-def _alphabet() -> dict[int, str]:
-    """GPT-2's character for each byte: itself if printable, else one from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(0x100 + index) for index, byte in enumerate(others)
-    }
+_CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 
 
 def _written(token: bytes) -> str:
-    alphabet = _alphabet()
-    return "".join(alphabet[byte] for byte in token)
+    return "".join(_CHAR_OF_BYTE[byte] for byte in token)
