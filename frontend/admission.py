@@ -8,13 +8,18 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 from frontend.continuation import Abilities
 from frontend.stream import announced_way
 from unbroken.checkpoint import Checkpoint
 from unbroken.errors import InvalidField, Reason, UnbrokenError
-from unbroken.generation import GenerationParams, check_token_ids, params_from_proto
+from unbroken.generation import (
+    ConstraintKind,
+    GenerationParams,
+    check_token_ids,
+    params_from_proto,
+)
 from unbroken.outcome import ContinuationClass, ContinuationPolicy
 from unbroken.tokenizer import ChatTemplateError, Tokenizer
 from unbroken.v1 import inference_service_pb2 as pb
@@ -48,9 +53,7 @@ class Model:
     abilities: tuple[Abilities, ...]
     """Of the workers that are known, without repetitions; at least one."""
     has_logit_bias: bool = True
-    constraints: frozenset[str] = frozenset(
-        {"json_schema", "json_object", "regex", "lark", "choice"}
-    )
+    constraints: frozenset[str] = frozenset(get_args(ConstraintKind))
     has_logprobs: bool = True
     seed_bits: int = 64
     """Bits of seed that every worker which takes seeds accepts."""

@@ -218,13 +218,10 @@ class Choice:
     def _choose(self) -> WorkerView | None:
         stream, mesh, model = self.stream, self._dispatcher.mesh, self._model
         original = stream.original
-        max_tokens = original.params.stopping.max_tokens
-        assert max_tokens is not None, "admission resolves max_tokens"
-        num_prompt_tokens = len(original.prompt_token_ids)
         ways: dict[object, ContinuationClass] = {}
 
         def is_able(view: WorkerView) -> bool:
-            if not mesh.can_serve(view, model, num_prompt_tokens + max_tokens):
+            if not mesh.can_serve(view, model, original):
                 return False
             if view.abilities not in ways:  # Most workers are alike, and asking costs something.
                 ways[view.abilities] = stream.way_at(view.abilities)
@@ -232,7 +229,7 @@ class Choice:
 
         need = Need(
             model=model.name,
-            num_tokens=num_prompt_tokens + len(stream.ledger),
+            num_tokens=len(original.prompt_token_ids) + len(stream.ledger),
             avoid=self._avoid,
         )
         return choose(mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes)

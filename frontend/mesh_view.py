@@ -7,11 +7,14 @@ was known about a model outlives its workers, so that a request can wait for one
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import get_args
 
 from frontend.admission import Model
 from frontend.continuation import Abilities
 from frontend.placement import WorkerView
 from frontend.stream import Life
+from unbroken.checkpoint import Checkpoint
+from unbroken.generation import ConstraintKind, GenerationParams
 from unbroken.tokenizer import Tokenizer
 from unbroken.v1 import admin_service_pb2, worker_pb2
 
@@ -100,14 +103,20 @@ class MeshView:
             self._tokenizers.move_to_end(fingerprint)
         return tokenizer
 
-    def can_serve(self, view: WorkerView, model: Model, num_tokens: int) -> bool:
-        """Whether a worker understands a request of `model` whose output ends at `num_tokens`."""
+    def can_serve(self, view: WorkerView, model: Model, request: Checkpoint) -> bool:
+        """Whether a worker understands a resolved request of `model` and does all it asks.
+
+        Admission asks whether any worker of the model does; here it is about this one.
+        """
         worker = self.workers.get(view.life.worker_id)
         if worker is None or worker.description is None:
             return False
+        params = request.params
+        assert params.stopping.max_tokens is not None, "admission resolves max_tokens"
         return (
             worker.description.tokenizer_fingerprint == model.tokenizer_fingerprint
-            and view.context_length >= num_tokens
+            and view.context_length >= len(request.prompt_token_ids) + params.stopping.max_tokens
+            and _honours(worker.description.capabilities, params)
         )
 
     # News.
@@ -187,7 +196,7 @@ class MeshView:
             constraints=frozenset(
                 kind
                 for one in able
-                for kind in ("json_schema", "json_object", "regex", "lark", "choice")
+                for kind in get_args(ConstraintKind)
                 if getattr(one.constraints, kind)
             ),
             has_logprobs=any(one.logprobs for one in able),
@@ -200,6 +209,20 @@ class MeshView:
     def _notify(self) -> None:
         for callback in self.on_change:
             callback()
+
+
+def _honours(able: worker_pb2.EngineCapabilities, params: GenerationParams) -> bool:
+    """Whether an engine does what these parameters ask."""
+    sampling, constraint = params.sampling, params.constraint
+    if sampling.logit_bias and not able.logit_bias:
+        return False
+    if params.num_top_logprobs is not None and not able.logprobs:
+        return False
+    if constraint is not None and not getattr(able.constraints, constraint.kind):
+        return False
+    # Engines that take no seeds sample by their own; others refuse larger ones.
+    seed = None if sampling.is_greedy else sampling.seed
+    return seed is None or not able.seed_bits or seed.bit_length() <= able.seed_bits
 
 
 def abilities_of(description: worker_pb2.EngineDescription) -> Abilities:
