@@ -161,7 +161,6 @@ class Accounts:
     cached_prompt_tokens: int = 0
 
 
-_WAYS_THAT_SAY_AGAIN = frozenset({ContinuationClass.REGENERATE})
 _NONE = -1
 """No epoch."""
 _NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN})

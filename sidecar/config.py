@@ -46,6 +46,16 @@ class SidecarConfig(ProcessConfig):
     """How long the tokens of an attempt that ended are kept."""
 
     @model_validator(mode="after")
+    def _silence_is_noticed(self) -> "SidecarConfig":
+        # Silence is judged once a heartbeat, unless we stood still for half of it ourselves.
+        if 2 * self.heartbeat_interval_s >= self.link_silence_max_s:
+            raise ValueError(
+                "expected heartbeat_interval_s below half of link_silence_max_s "
+                f"({self.link_silence_max_s:g}), got {self.heartbeat_interval_s:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_engine(self) -> "SidecarConfig":
         if self.engine is not None:
             if self.engine_command is not None or self.engine_socket is not None:

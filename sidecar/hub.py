@@ -264,10 +264,6 @@ class Hub(EngineListener):
             return
         if attempts:
             self._tokens(frame, attempts)
-        for logprobs in frame.logprobs:
-            attempt = self.ledger.running[logprobs.slot]
-            if attempt.live_link is not None:
-                attempt.live_link.logprobs(attempt.link_slot, logprobs)
         if frame.ended or frame.refused:
             self._ends(frame)
         for attempt in list(self._replaying.values()):
@@ -294,7 +290,11 @@ class Hub(EngineListener):
             elif (link := next(iter(links))) is not None:
                 slots = [attempt.link_slot for attempt in attempts]
                 link.rows(slots, frame.offsets, frame.token_ids)
-        for link in links:
+        for logprobs in frame.logprobs:
+            attempt = self.ledger.running[logprobs.slot]
+            if attempt.live_link is not None:
+                attempt.live_link.logprobs(attempt.link_slot, logprobs)
+        for link in links:  # Only now: a frame that is full is closed by it.
             if link is not None:
                 link.flush()
 
@@ -359,7 +359,7 @@ class Hub(EngineListener):
         """KV blocks of what runs, by the sidecar's own account."""
         if self.up is None:
             return 0
-        lengths = [attempt.num_tokens for attempt in self.ledger]
+        lengths = [attempt.num_tokens for attempt in list(self.ledger.running.values())]
         return num_blocks(lengths, self.up.description.block_size or 1)
 
     # Parts.

@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from sidecar.hub import Hub
+from unbroken.v1 import worker_pb2
 
 _PREFIX = "unbroken_sidecar"
 
@@ -38,12 +39,11 @@ class HubCollector(Collector):
             "Times the engine was lost.",
             value=hub.num_engine_failures,
         )
-        if hub.load is not None:
-            yield from self._ranks()
+        load = hub.load  # Scrapes have a thread of their own; meanwhile the hub goes on.
+        if load is not None:
+            yield from self._ranks(load)
 
-    def _ranks(self) -> Iterator[Metric]:
-        load = self._hub.load
-        assert load is not None, "asked only when there is one"
+    def _ranks(self, load: worker_pb2.LoadReport) -> Iterator[Metric]:
         for name, help_text in _RANK_GAUGES.items():
             family = GaugeMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["rank"])
             for rank in load.ranks:
