@@ -102,7 +102,7 @@ def generate(
     ] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
     model: Annotated[str | None, typer.Option(help="Model to ask, if there are several.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most output tokens.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most output tokens.")] = 512,
     min_tokens: Annotated[int | None, typer.Option(help="No end before so many tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus.")] = None,
