@@ -1,0 +1,27 @@
+"""Memory and gauges return to where they were; `python -m tests.integration.memory` does more."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration import memory
+from tests.integration.worlds import real_mesh
+
+pytestmark = pytest.mark.xdist_group("integration")
+
+
+def test_1500_streams_leave_nothing_behind(tmp_path: Path) -> None:
+    with real_mesh(tmp_path, **memory.SETTINGS) as world:
+        figures = world.run(memory.measure(world, num_streams=1500, num_warm_up=500), limit_s=60)
+    assert figures.is_ok, figures.to_json()
+    assert figures.after.gauges["frontend_links_up"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_10000_streams_leave_nothing_behind(tmp_path: Path) -> None:
+    with real_mesh(tmp_path, **memory.SETTINGS) as world:
+        figures = world.run(
+            memory.measure(world, num_streams=10_000, num_warm_up=2_000), limit_s=500
+        )
+    assert figures.is_ok, figures.to_json()
