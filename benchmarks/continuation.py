@@ -54,7 +54,7 @@ FEATURES: Mapping[str, GenerateOptions] = {
         "repetition_penalty": 1.1,
     },
     "logit bias": {"temperature": 0.0, "logit_bias": {260: 4.0, 265: -50.0, 281: 3.0}},
-    "min_tokens": {**_SAMPLED, "min_tokens": 60},
+    "min_tokens": {**_SAMPLED, "min_tokens": 40},
     "stop strings": {"temperature": 0.0, "stop": ["\n\n\n", "zebra crossing", "###"]},
     "JSON schema": {**_SAMPLED, "json_schema": _SCHEMA},
     "regex": {**_SAMPLED, "regex": "([A-Z][a-z]{2,9} [a-z]{2,12}[,.] ){12}"},
@@ -63,7 +63,7 @@ FEATURES: Mapping[str, GenerateOptions] = {
         "choice": [
             "The first of a number of long answers that differ only towards their very end: red",
             "The first of a number of long answers that differ only towards their very end: green",
-            "Another answer",
+            "The last of a number of long answers that differ at their beginning and at their end",
         ],
     },
     "log probabilities": {**_SAMPLED, "num_top_logprobs": 3},
@@ -75,7 +75,7 @@ PROMPTS = (
     "What should somebody know who visits a big city for the first time?",
     "Describe how bread is made, step by step.",
 )
-MAX_TOKENS = 72
+MAX_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +174,11 @@ async def _column(setup: Setup, cuts: int, rng: random.Random) -> dict[str, Cell
                     if min(len(c.offsets.get(prompt, ())) for c in cells.values()) >= cuts:
                         break
                     await _trial(mesh, client, prompt, undisturbed, cells, rng)
+                    print(  # noqa: T201
+                        f"{setup.name}, {prompt[:20]!r}: "
+                        f"{[len(cell.offsets.get(prompt, ())) for cell in cells.values()]}",
+                        file=sys.stderr,
+                    )
     return cells
 
 
@@ -188,7 +193,7 @@ async def _trial(
     histories = {feature: History() for feature in FEATURES}
     running = asyncio.create_task(_run_all(client, prompt, histories))
     # Early, for the sake of short outputs, and once more when the first victim is back.
-    targets = (rng.randrange(1, 20), rng.randrange(20, MAX_TOKENS - 8))
+    targets = (rng.randrange(1, 14), rng.randrange(14, MAX_TOKENS - 8))
     for victim, target in zip(rng.sample(["w1", "w2"], 2), targets, strict=True):
         while not running.done() and not any(  # noqa: ASYNC110 - Histories have no event.
             target <= history.num_tokens < MAX_TOKENS for history in histories.values()
