@@ -97,6 +97,15 @@ def test_placements_since_the_last_report_count_until_the_next() -> None:
     assert first.num_attempts == 1
 
 
+def test_prefill_that_was_placed_weighs_beside_its_blocks() -> None:
+    first = worker(W1)
+    first.placed(64, 0)
+    assert cost(first, Need("m", 16), ()) == 1 + 4 + 4
+    cached = worker(W2)
+    cached.placed(64, 64)
+    assert cost(cached, Need("m", 16), ()) == 1 + 0 + 4
+
+
 def test_a_crowd_that_comes_between_two_reports_is_spread() -> None:
     workers = [worker(life) for life in (W1, W2, W3)]
     for _ in range(30):

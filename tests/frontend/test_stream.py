@@ -239,6 +239,12 @@ def test_a_stop_string_across_the_cut_is_found() -> None:
     assert stream.ledger.tolist() == [A, token("E"), n, token("E"), token("END")]
 
 
+def test_a_stop_string_that_a_single_token_completes_ends_the_output() -> None:
+    stream = streaming([A, token("E"), token("n")], stop=("no",))
+    assert stream.token(1, 3, token("o"), 2.0) == [Abort(1), Finish()]
+    assert text_of(stream) == "aE"
+
+
 @pytest.mark.parametrize(("include_stop", "text"), [(False, "a"), (True, "ayes")])
 def test_the_text_of_a_stop_string_is_delivered_only_if_asked_for(
     include_stop: bool, text: str

@@ -184,6 +184,8 @@ class Generation:
         return [*(i % period == position % period for i in range(EOS)), False]
 
     def _is_fulfilled(self, constraint: Constraint) -> bool:
+        if self._output[-1:] == [EOS]:
+            return True  # Although min_tokens held it off: the language left nothing else.
         if constraint.kind == "choice":
             said = _bytes(self._output)
             options = [option.encode() for option in constraint.options]
