@@ -61,9 +61,11 @@ FEATURES: Mapping[str, GenerateOptions] = {
     "choice": {
         "temperature": 0.0,
         "choice": [
-            "The first of a number of long answers that differ only towards their very end: red",
-            "The first of a number of long answers that differ only towards their very end: green",
-            "The last of a number of long answers that differ at their beginning and at their end",
+            f"The {number} of a number of rather long answers, of which some are alike for most of "
+            f"their length and differ only towards their very end, so that a cut anywhere in the "
+            f"middle leaves more than one of them to choose from: {colour}"
+            for number in ("first", "last")
+            for colour in ("red", "green")
         ],
     },
     "log probabilities": {**_SAMPLED, "num_top_logprobs": 3},
@@ -170,10 +172,12 @@ async def _column(setup: Setup, cuts: int, rng: random.Random) -> dict[str, Cell
         async with mesh, Client(mesh.frontend_address) as client:
             for prompt in PROMPTS:
                 undisturbed = await _run_all(client, prompt)
-                for _ in range(4 * cuts):
+                first_targets = rng.sample(range(1, 20), 19)  # Each cut at another offset.
+                for target in first_targets:
                     if min(len(c.offsets.get(prompt, ())) for c in cells.values()) >= cuts:
                         break
-                    await _trial(mesh, client, prompt, undisturbed, cells, rng)
+                    targets = (target, target + 20)
+                    await _trial(mesh, client, prompt, undisturbed, cells, targets, rng)
                     print(  # noqa: T201
                         f"{setup.name}, {prompt[:20]!r}: "
                         f"{[len(cell.offsets.get(prompt, ())) for cell in cells.values()]}",
@@ -188,12 +192,12 @@ async def _trial(
     prompt: str,
     undisturbed: Mapping[str, History],
     cells: Mapping[str, Cell],
+    targets: tuple[int, int],
     rng: random.Random,
 ) -> None:
+    """Run all features, and kill both workers, one after the other, at these offsets or later."""
     histories = {feature: History() for feature in FEATURES}
     running = asyncio.create_task(_run_all(client, prompt, histories))
-    # Early, for the sake of short outputs, and once more when the first victim is back.
-    targets = (rng.randrange(1, 14), rng.randrange(14, MAX_TOKENS - 8))
     for victim, target in zip(rng.sample(["w1", "w2"], 2), targets, strict=True):
         while not running.done() and not any(  # noqa: ASYNC110 - Histories have no event.
             target <= history.num_tokens < MAX_TOKENS for history in histories.values()
