@@ -189,7 +189,7 @@ BREACHES: dict[str, Breach] = {
     "too many tokens": change(token_ids=[1]),
     "id beyond the vocabulary": change(slots=[3], offsets=[0], token_ids=[VOCAB_SIZE]),
     "too few counts": change(token_counts=[1]),
-    "counts of nothing": change(token_counts=[1, 0]),
+    "counts of nothing": change(token_counts=[2, 0]),
     "counts of more": change(token_counts=[1, 2]),
     "gap in rows of many": change(token_counts=[1, 1, 2], slots=[3], offsets=[1], token_ids=[1, 1]),
     "end at a wrong offset": change(ended=[finished(1, 3)]),
@@ -634,6 +634,9 @@ def test_an_adopter_that_lacks_tokens_ends_at_what_it_was_sent(how: str, has_end
             assert newest.tokens == {again: [4]}
         case _:
             desk.hub.leave(new.link)
+            desk.hub.on_frame(attempt_pb2.StepFrame())  # Nobody is replayed to any more.
+            assert new.read(), "what was told before"
+            assert new.ended == {}
             desk.check()
             return
     new.read()
