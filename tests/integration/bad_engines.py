@@ -63,8 +63,8 @@ class Meddler:
                 copying.cancel()
             finally:
                 to_engine.close()
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # One side left.
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # One side left, or the test is over.
         finally:
             writer.close()
 
@@ -88,9 +88,13 @@ class Meddler:
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-    writer.close()
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+    except ConnectionError:
+        pass  # As good as its end.
+    finally:
+        writer.close()
 
 
 def _framed(message: engine_pb2.EngineResponse) -> bytes:
@@ -290,8 +294,11 @@ SOCKET_CASES: tuple[BadInput[EngineSocket], ...] = (
 
 
 async def is_greeted(socket: EngineSocket) -> bool:
-    """Whether the worker still answers a good hello."""
-    reader, writer = await asyncio.open_unix_connection(socket.path)
+    """Whether a worker answers a good hello."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(socket.path)
+    except OSError:
+        return False
     try:
         data = _HELLO.SerializeToString()
         writer.write(_SIZE.pack(len(data)) + data)

@@ -154,6 +154,10 @@ def test_a_frontend_survives_bad_sidecars(world: World, case: BadInput[bad_sidec
     assert pids(world) == before
 
 
+_FAILURES_OF_ONE_ENGINE = 4
+"""One less than its sidecar bears within a minute."""
+
+
 class Tampered:
     """A worker of the model `tampered` in the world's mesh, whose engine lives behind a meddler."""
 
@@ -164,6 +168,8 @@ class Tampered:
         self.meddler = bad_engines.Meddler(directory / "meddler.sock", self.socket)
         self._sidecar_log = directory / "sidecar.log"
         self._processes: list[asyncio.subprocess.Process] = []
+        self._num_sidecars = 0
+        self._num_uses = 0
 
     async def start(self) -> None:
         await self._run(
@@ -172,17 +178,26 @@ class Tampered:
             *("--model", bad_engines.MODEL, "--step-base-ms", "1"),
             *("--context-length", str(bad_requests.CONTEXT_LENGTH)),
         )
+        socket = bad_engines.EngineSocket(self.socket, self.log)
+        while not await bad_engines.is_greeted(socket):  # noqa: ASYNC110 - It starts.
+            await asyncio.sleep(0.02)
         await self.meddler.start()
 
-    async def start_sidecar(self, name: str) -> asyncio.subprocess.Process:
-        """One for each test: it gives up an engine that fails too often."""
-        process = await self._run(
-            self._sidecar_log,
-            *("sidecar", "--worker-id", name, "--discovery", str(self.world.mesh.directory)),
-            *("--engine-socket", str(self.meddler.path)),
-        )
+    async def sidecar(self) -> asyncio.subprocess.Process:
+        """A sidecar that serves; a new one now and then, for it gives up an engine in the end."""
+        if self._num_uses % _FAILURES_OF_ONE_ENGINE == 0:
+            if self._num_sidecars:
+                await end(self._processes[-1])
+            self._num_sidecars += 1
+            await self._run(
+                self._sidecar_log,
+                *("sidecar", "--worker-id", f"tampered-{self._num_sidecars}"),
+                *("--discovery", str(self.world.mesh.directory)),
+                *("--engine-socket", str(self.meddler.path)),
+            )
+        self._num_uses += 1
         await self.until_served()
-        return process
+        return self._processes[-1]
 
     async def until_served(self) -> None:
         """Wait until the frontend can send work there."""
@@ -231,15 +246,11 @@ def test_a_sidecar_survives_bad_engines(
     world = tampered.world
 
     async def scenario() -> None:
-        number = [one.kind for one in bad_engines.CASES].index(case.kind)
-        sidecar = await tampered.start_sidecar(f"tampered-{number}")
-        try:
-            worker = bad_engines.TamperedWorker(tampered.meddler, world.client)
-            assert await case.say(worker) == case.expected
-            await good_request_succeeds(world.client, bad_engines.MODEL)
-            assert sidecar.returncode is None
-        finally:
-            await end(sidecar)
+        sidecar = await tampered.sidecar()
+        worker = bad_engines.TamperedWorker(tampered.meddler, world.client)
+        assert await case.say(worker) == case.expected
+        await good_request_succeeds(world.client, bad_engines.MODEL)
+        assert sidecar.returncode is None
 
     world.run(scenario())
 
