@@ -180,7 +180,9 @@ async def _column(setup: Setup, cuts: int, rng: random.Random) -> dict[str, Cell
                     await _trial(mesh, client, prompt, undisturbed, cells, targets, rng)
                     print(  # noqa: T201
                         f"{setup.name}, {prompt[:20]!r}: "
-                        f"{[len(cell.offsets.get(prompt, ())) for cell in cells.values()]}",
+                        f"{[len(cell.offsets.get(prompt, ())) for cell in cells.values()]} "
+                        f"{sum(cell.equal for cell in cells.values())} of "
+                        f"{sum(cell.cuts for cell in cells.values())} equal",
                         file=sys.stderr,
                     )
     return cells
