@@ -629,6 +629,8 @@ def _diagnosis(error: grpc.aio.AioRpcError) -> tuple[FailureKind, str]:
     """What the status of a Relay call says about the sidecar."""
     meaning = from_rpc_error(error)
     kind = _FAILURES_OF_REASONS.get(meaning.reason, FailureKind.PROTOCOL)
+    if error.code() is grpc.StatusCode.INTERNAL and "grpc_code" in meaning.metadata:
+        kind = FailureKind.CRASH  # gRPC's own, when a write is the first to meet a dead peer.
     return kind, f"{meaning.reason.name}: {meaning.detail}"
 
 
