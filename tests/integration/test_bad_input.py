@@ -4,6 +4,7 @@ docs/BAD_INPUT.md lists it all; to write it: python -m tests.integration.test_ba
 """
 
 import asyncio
+import json
 import sys
 import tempfile
 from collections.abc import Generator, Iterable
@@ -199,6 +200,11 @@ class Tampered:
         await self.until_served()
         return self._processes[-1]
 
+    def failures(self) -> list[str]:
+        """What the sidecars called the ends of their engines."""
+        lines = map(json.loads, self._sidecar_log.read_text().splitlines())
+        return [line["failure"] for line in lines if line["event"] == "engine down"]
+
     async def until_served(self) -> None:
         """Wait until the frontend can send work there."""
         while not any(  # noqa: ASYNC110 - Nothing announces it.
@@ -247,8 +253,10 @@ def test_a_sidecar_survives_bad_engines(
 
     async def scenario() -> None:
         sidecar = await tampered.sidecar()
+        before = tampered.failures()
         worker = bad_engines.TamperedWorker(tampered.meddler, world.client)
         assert await case.say(worker) == case.expected
+        assert tampered.failures() == [*before, case.expected.about]  # The sidecar itself saw it.
         await good_request_succeeds(world.client, bad_engines.MODEL)
         assert sidecar.returncode is None
 
