@@ -47,4 +47,4 @@ def assert_equal(seen: History, expected: History, *, num_migrations: int = 1) -
     assert seen.difference(expected).is_none, seen.difference(expected)
     assert seen.finished is not None
     failed = [attempt for attempt in seen.finished.attempts if attempt.failure]
-    assert len(failed) == num_migrations
+    assert len(failed) == num_migrations, seen.finished.attempts
