@@ -404,8 +404,11 @@ class _Life:
             return _LifeOver(FailureKind.PROTOCOL, error.detail)
         detail = "the engine closed its socket"
         if self.process is not None and self.process.group_killed.done():
-            return _LifeOver(FailureKind.CRASH, "the engine's process group was killed")
-        if self.process is not None:
+            await asyncio.sleep(0)  # What came in the same moment tells why, if it was an exit.
+            detail = "the engine's process group was killed"
+            if self.process.exited.done():
+                detail = f"the engine {self.process.exited.result()}"
+        elif self.process is not None:
             await asyncio.wait((self.process.exited,), timeout=_EXIT_TIMEOUT_S)
             if self.process.exited.done():
                 detail = f"the engine {self.process.exited.result()}"
