@@ -203,7 +203,7 @@ def test_a_stop_string_across_the_cut_stops(world: World) -> None:
 def test_a_cancel_during_a_migration_ends_the_stream(world: World) -> None:
     async def scenario() -> None:
         expected = await undisturbed(world, **GREEDY)
-        it = reader(world, **{**GREEDY, "max_tokens": 1000})
+        it = reader(world, **{**GREEDY, "max_tokens": 1000, "migrations_max": 100})
         await it.until(NUM_TOKENS)
         for worker_id in WORKER_IDS:  # With nowhere to go on, it waits for a worker.
             kill(world, worker_id, "engine")
