@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
-from sidecar.restart import RestartPolicy, Restarts
 from sidecar.supervisor import EngineProcess, Exit
 from unbroken import framing, log
 from unbroken.framing import (
@@ -26,6 +25,7 @@ from unbroken.framing import (
     MessageUndecodable,
 )
 from unbroken.outcome import FailureKind
+from unbroken.restart import RestartPolicy, Restarts
 from unbroken.v1 import attempt_pb2, engine_pb2, worker_pb2
 
 PROTOCOL_VERSION: Final = 1

@@ -16,10 +16,10 @@ import uvloop
 from sidecar.engines import native
 from sidecar.engines.base import EngineDown, EngineUp
 from sidecar.engines.native import Launch, NativeEngine
-from sidecar.restart import RestartPolicy
 from tests.sidecar import fake_engine
 from tests.sidecar.processes import no_process_left, until
 from unbroken.outcome import FailureKind
+from unbroken.restart import RestartPolicy
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 
 TIMEOUT_S = 30

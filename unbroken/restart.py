@@ -1,4 +1,4 @@
-"""Decides after each life of an engine whether and when the next one begins. No I/O."""
+"""Decides after each life of a process whether and when the next one begins. No I/O."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """When an engine is started again, and when it is given up. Times in seconds."""
+    """When a process is started again, and when it is given up. Times in seconds."""
 
     backoff_initial_s: float = 0.1
     """Wait after the first short life; after a healthy one there is none."""
@@ -16,22 +16,22 @@ class RestartPolicy:
     healthy_after_s: float = 10.0
     """A life that served for less is short. Loading a model is not serving."""
     crash_loop_limit: int = 5
-    """So many short lives in a row, ending within the window, and the engine is given up."""
+    """So many short lives in a row, ending within the window, and the process is given up."""
     crash_loop_window_s: float = 60.0
-    """An engine that takes longer for them is tried for ever, since it burns little."""
+    """A process that takes longer for them is tried for ever, since it burns little."""
 
 
 class Restarts:
-    """The lives of one engine. `now` and `served_since` are monotonic seconds."""
+    """The lives of one process. `now` and `served_since` are monotonic seconds."""
 
     def __init__(self, policy: RestartPolicy) -> None:
-        assert policy.crash_loop_limit >= 1, "no life is no engine"
+        assert policy.crash_loop_limit >= 1, "no life is no process"
         self._policy = policy
         self._backoff_s = policy.backoff_initial_s
         self._short_ends: deque[float] = deque(maxlen=policy.crash_loop_limit)
 
     def life_ended(self, *, served_since: float | None, now: float) -> float | None:
-        """Seconds until the next life begins; None: the engine crashes in a loop, give it up.
+        """Seconds until the next life begins; None: it crashes in a loop, give it up.
 
         `served_since` is None if the life never came to serving.
         """

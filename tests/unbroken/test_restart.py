@@ -1,8 +1,8 @@
-"""Claims of `sidecar.restart`."""
+"""Claims of `unbroken.restart`."""
 
 import pytest
 
-from sidecar.restart import RestartPolicy, Restarts
+from unbroken.restart import RestartPolicy, Restarts
 
 POLICY = RestartPolicy(
     backoff_initial_s=0.1,
