@@ -23,7 +23,7 @@ from unbroken import discovery, terminal
 from unbroken.client import Client, GenerateOptions
 from unbroken.demo import play
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.mesh import LocalMesh, MeshError, kill_worker
+from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.terminal import Output
 from unbroken.v1 import inference_service_pb2 as pb
 
@@ -75,21 +75,29 @@ OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Text for p
 @app.command()
 def up(
     workers: Annotated[int, typer.Option(min=1, max=64, help="Number of workers.")] = 2,
+    frontends: Annotated[int, typer.Option(min=1, max=16, help="Number of frontends.")] = 1,
     engine: Annotated[EngineKind, typer.Option(help="Engine of every worker.")] = EngineKind.LLAMA,
     engine_options: Annotated[str, typer.Option(help="Passed on to every engine.")] = "",
-    listen: Annotated[str, typer.Option(help="host:port of the frontend.")] = "127.0.0.1:0",
+    listen: Annotated[
+        str, typer.Option(help="host:port of the first frontend; others take the next ports.")
+    ] = "127.0.0.1:0",
+    restart: Annotated[bool, typer.Option(help="Start processes again that end.")] = True,
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Run a mesh on this machine until Ctrl-C: a frontend, and workers with their sidecars."""
-    mesh = LocalMesh(
-        directory.absolute(),
-        num_workers=workers,
-        engine=engine.value,
-        engine_options=engine_options,
-        frontend_listen=listen,
-    )
-    _run(_up(mesh, output), output)
+    """Run a mesh on this machine until Ctrl-C: frontends, and workers with their sidecars."""
+    try:
+        mesh = LocalMesh(
+            directory.absolute(),
+            num_workers=workers,
+            num_frontends=frontends,
+            engine=engine.value,
+            engine_options=engine_options,
+            frontend_listen=listen,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(f"--listen: expected {error}, got {listen!r}") from None
+    _run(_up(mesh, output, is_supervised=restart), output)
 
 
 @app.command()
@@ -231,23 +239,36 @@ def models(
 
 @app.command()
 def kill(
-    worker: Annotated[str, typer.Argument(help="Name of the worker.")],
-    what: Annotated[KillTarget, typer.Option(help="Host: engine and sidecar.")] = KillTarget.HOST,
+    name: Annotated[str, typer.Argument(help="Name of a worker or a frontend.")],
+    what: Annotated[
+        KillTarget | None, typer.Option(help="Of a worker. Host: engine and sidecar.")
+    ] = None,
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Kill a worker of this machine with SIGKILL, to see what happens."""
+    """Kill a worker (its host) or a frontend of this machine with SIGKILL, to see what happens."""
 
     async def scenario() -> None:
-        found = await discovery.connect(directory).snapshot(discovery.WORKERS)
-        if worker not in found:
-            known = ", ".join(found) or "none"
+        mesh = discovery.connect(directory)
+        workers = await mesh.snapshot(discovery.WORKERS)
+        frontends = await mesh.snapshot(discovery.FRONTENDS)
+        if name in frontends and name not in workers:
+            if what is not None:
+                raise typer.BadParameter(f"--what is for workers, and {name} is a frontend")
+            kill_frontend(frontends[name])
+            facts = {"frontend": name, "killed": "frontend"}
+            terminal.show_result(output, facts, f"killed frontend {name}")
+            return
+        if name not in workers:
+            known = ", ".join([*workers, *frontends]) or "none"
             raise UnbrokenError(
-                Reason.NO_WORKER, f"expected a worker of {directory} ({known}), got {worker!r}"
+                Reason.NO_WORKER,
+                f"expected a worker or frontend of {directory} ({known}), got {name!r}",
             )
-        kill_worker(found[worker], what.value)
+        target = what or KillTarget.HOST
+        kill_worker(workers[name], target.value)
         terminal.show_result(
-            output, {"worker": worker, "killed": what.value}, f"killed {what.value} of {worker}"
+            output, {"worker": name, "killed": target.value}, f"killed {target.value} of {name}"
         )
 
     _run(scenario(), output)
@@ -297,7 +318,7 @@ def main() -> None:
     app()
 
 
-async def _up(mesh: LocalMesh, output: Output) -> None:
+async def _up(mesh: LocalMesh, output: Output, *, is_supervised: bool) -> None:
     """Run `mesh` until SIGINT or SIGTERM; both end it in order."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -308,13 +329,15 @@ async def _up(mesh: LocalMesh, output: Output) -> None:
         terminal.note("starting; engines load their models")
         async with mesh:
             terminal.show_mesh(mesh, output)
+            if is_supervised:
+                await mesh.supervise(terminal.note)
             while True:
                 name, status = await mesh.until_one_ends()
                 terminal.note(
                     f"{name} ended with status {status}; log: {mesh.log_directory / name}.log"
                 )
                 if not mesh.is_serving:
-                    raise MeshError("the frontend ended")
+                    raise MeshError("no frontend is left")
     except asyncio.CancelledError:
         terminal.note("stopped")
 

@@ -1,13 +1,15 @@
-"""A whole mesh on this machine: a frontend, and sidecars that each have an engine.
+"""A whole mesh on this machine: frontends, and sidecars that each have an engine.
 
-    async with LocalMesh(Path(".run/demo"), num_workers=2, engine="simulated") as mesh:
-        async with Client(mesh.frontend_address) as client:
-            ...
-            mesh.kill("w1", "host")
+    mesh = LocalMesh(Path(".run/demo"), num_workers=2, num_frontends=2, engine="simulated")
+    async with mesh, Client(*mesh.frontend_addresses) as client:
+        ...
+        mesh.kill("w1", "host")
+        mesh.kill("f1")
 
 For demos, tests and benchmarks. Everything runs as separate processes that are really killed, and
 nothing outlives the mesh: processes are tethered to this one and carry a mark in their environment
-by which leftovers of any generation are found and killed at the end.
+by which leftovers of any generation are found and killed at the end. What is killed stays dead
+until it is restarted, by `restart` or by whoever runs `supervise`.
 """
 
 import asyncio
@@ -16,17 +18,20 @@ import secrets
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypeVar
 
 from unbroken import log, tether
 from unbroken.client import Client
+from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, WORKERS
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
+from unbroken.restart import RestartPolicy, Restarts
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import worker_pb2 as pb
 
@@ -38,7 +43,6 @@ _SWEEP_TIMEOUT_S: Final = 5.0
 _SWEEP_POLL_S: Final = 0.01
 _POLL_S: Final = 0.05
 _MARK: Final = "UNBROKEN_MESH"
-_FRONTEND_ID: Final = "f1"
 _LOG_TAIL_LINES: Final = 20
 
 Target = Literal["engine", "sidecar", "host"]
@@ -52,13 +56,14 @@ class MeshError(Exception):
 
 
 class LocalMesh:
-    """One frontend ("f1") and workers "w1" to "wN", from `start` to `stop`."""
+    """Frontends "f1" to "fM" and workers "w1" to "wN", from `start` to `stop`."""
 
     def __init__(
         self,
         directory: Path,
         *,
         num_workers: int = 2,
+        num_frontends: int = 1,
         engine: str | None = "simulated",
         engine_options: str = "",
         sidecar_flags: Sequence[str] = (),
@@ -69,38 +74,52 @@ class LocalMesh:
         """Discovery lives in `directory`, logs in `directory`/logs.
 
         `engine_options` go to the engine's command line, the flags to the processes they name;
-        without an `engine`, `sidecar_flags` have to say which to start.
+        without an `engine`, `sidecar_flags` have to say which to start. The first frontend listens
+        at `frontend_listen`, each further one at the next port; 0 lets the kernel choose for all.
         """
         self.directory = directory
         self._worker_ids = [f"w{i + 1}" for i in range(num_workers)]
+        self._listen = _addresses(frontend_listen, num_frontends)
         self._engine = engine
         self._engine_options = engine_options
         self._sidecar_flags = tuple(sidecar_flags)
         self._frontend_flags = tuple(frontend_flags)
-        self._frontend_listen = frontend_listen
         self._ready_timeout_s = ready_timeout_s
         self._discovery = FileDiscovery(directory)
         self._mark = secrets.token_hex(8)
         self._processes: dict[str, asyncio.subprocess.Process] = {}
-        self._records: Mapping[str, pb.WorkerRecord] = MappingProxyType({})
-        self._frontend: pb.FrontendRecord | None = None
+        self._workers: Mapping[str, pb.WorkerRecord] = MappingProxyType({})
+        self._frontends: Mapping[str, pb.FrontendRecord] = MappingProxyType({})
+        self._known_frontends: dict[str, pb.FrontendRecord] = {}
+        """The dead included; who is restarted listens where it did, since clients know it."""
         self._ends_told: set[str] = set()
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
+        self._restarting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
     def frontend_address(self) -> str:
-        """host:port of the InferenceService."""
-        return self._started_frontend().address
+        """host:port of the InferenceService of the first frontend."""
+        return self._known_frontend("f1").address
+
+    @property
+    def frontend_addresses(self) -> Sequence[str]:
+        """host:port of every frontend's InferenceService, whether it lives or not; "f1" first."""
+        return [self._known_frontend(frontend_id).address for frontend_id in self._listen]
 
     @property
     def frontend_pid(self) -> int:
-        """Process id of the frontend."""
-        return self._started_frontend().pid
+        """Process id of the first frontend."""
+        return self._known_frontend("f1").pid
+
+    @property
+    def frontends(self) -> Mapping[str, pb.FrontendRecord]:
+        """What discovery knows of the frontends now, by id; the dead are missing."""
+        return self._frontends
 
     @property
     def workers(self) -> Mapping[str, pb.WorkerRecord]:
         """What discovery knows of the workers now, by id; the dead are missing."""
-        return self._records
+        return self._workers
 
     @property
     def log_directory(self) -> Path:
@@ -132,13 +151,15 @@ class LocalMesh:
         self.log_directory.mkdir(parents=True, exist_ok=True)
         for path in self.log_directory.glob("*.log"):
             path.unlink()  # Of an earlier mesh. A restart within this one adds to its log.
-        self._watch = asyncio.create_task(self._follow(), name="mesh membership")
+        self._watches = [
+            asyncio.create_task(self._follow_workers(), name="workers of the mesh"),
+            asyncio.create_task(self._follow_frontends(), name="frontends of the mesh"),
+        ]
         try:
             async with asyncio.timeout(self._ready_timeout_s):
-                for worker_id in self._worker_ids:
-                    await self._start_sidecar(worker_id)
-                await self._start_frontend()
-                await self.until_serving(self._worker_ids)
+                for name in (*self._worker_ids, *self._listen):
+                    await self._start(name)
+                await self.until_serving(self._worker_ids, list(self._listen))
         except TimeoutError:
             await self.stop()
             raise MeshError(
@@ -159,17 +180,16 @@ class LocalMesh:
         await self._sweep(self._mark)
         await asyncio.gather(*(process.wait() for process in running))
         self._processes.clear()
-        self._frontend = None
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-            self._watch = None
+        self._known_frontends.clear()
+        watches, self._watches = self._watches, []
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
 
     @property
     def is_serving(self) -> bool:
-        """Whether the frontend runs."""
-        frontend = self._processes.get(_FRONTEND_ID)
-        return frontend is not None and frontend.returncode is None
+        """Whether a frontend runs."""
+        return any(map(self._is_running, self._listen))
 
     async def until_one_ends(self) -> tuple[str, int]:
         """Wait until a process of the mesh ends by itself or is killed; its name and status.
@@ -192,74 +212,76 @@ class LocalMesh:
         self._ends_told.add(waits[task])
         return waits[task], task.result()
 
-    def kill(self, worker_id: str, what: Target = "host") -> None:
-        """SIGKILL `what` of a worker; raises UnbrokenError if it is not there."""
-        if worker_id not in self._records:
-            raise UnbrokenError(Reason.NO_WORKER, f"expected a living worker, got {worker_id!r}")
-        kill_worker(self._records[worker_id], what)
+    async def supervise(
+        self, tell: Callable[[str], None], *, policy: RestartPolicy | None = None
+    ) -> None:
+        """Start processes again that end; raises `MeshError` once no frontend is left to start.
 
-    async def restart(self, worker_id: str) -> None:
-        """Kill what is left of a worker, start it anew and wait until it takes work."""
-        await self._sweep(f"{self._mark}/{worker_id}")
-        if (process := self._processes.pop(worker_id, None)) is not None:
-            await process.wait()
-        await self._start_sidecar(worker_id)
+        `tell` receives a line about every end, every restart, and whoever is given up.
+        """
+        policy = policy or RestartPolicy()
+        kept = {
+            asyncio.create_task(self._keep(name, Restarts(policy), tell), name=f"keep {name}"): name
+            for name in (*self._worker_ids, *self._listen)
+        }
+        try:
+            while self._listen.keys() & kept.values():
+                given_up, _ = await asyncio.wait(kept, return_when=asyncio.FIRST_COMPLETED)
+                for task in given_up:
+                    del kept[task]
+                    task.result()
+            raise MeshError("no frontend is left")
+        finally:
+            for task in kept:
+                task.cancel()
+            await asyncio.gather(*kept, return_exceptions=True)
+
+    def kill(self, name: str, what: Target | None = None) -> None:
+        """SIGKILL a frontend, or `what` of a worker ("host" if not told).
+
+        Raises UnbrokenError if it is not there.
+        """
+        if name in self._listen:
+            if what is not None:
+                raise ValueError(f"expected a frontend to be killed whole, got {what!r}")
+            kill_frontend(_member(self._frontends, name))
+        else:
+            kill_worker(_member(self._workers, name), what or "host")
+
+    async def restart(self, name: str) -> None:
+        """Kill what is left of a worker or frontend, start it anew and wait until it serves."""
+        async with self._restarting[name]:
+            await self._replace(name)
         async with asyncio.timeout(self._ready_timeout_s):
-            await self.until_serving([worker_id])
+            if name in self._listen:
+                running = [worker for worker in self._worker_ids if self._is_running(worker)]
+                await self.until_serving(running, [name])
+            else:
+                await self.until_serving([name])
 
-    async def _start_sidecar(self, worker_id: str) -> None:
-        flags = [
-            *("--worker-id", worker_id),
-            *("--discovery", str(self.directory)),
-            *("--listen", "127.0.0.1:0"),
-            *(("--engine", self._engine) if self._engine else ()),
-            *(("--engine-options", self._engine_options) if self._engine_options else ()),
-            *self._sidecar_flags,
-        ]
-        await self._run(worker_id, "sidecar", flags)
+    async def until_serving(
+        self, worker_ids: Sequence[str], frontend_ids: Sequence[str] | None = None
+    ) -> None:
+        """Wait until the frontends (those that run, if not told) can send work to the workers.
 
-    async def _start_frontend(self) -> None:
-        flags = [
-            *("--frontend-id", _FRONTEND_ID),
-            *("--discovery", str(self.directory)),
-            *("--listen", self._frontend_listen),
-            *self._frontend_flags,
-        ]
-        await self._run(_FRONTEND_ID, "frontend", flags)
+        Raises `MeshError` if one of them has ended.
+        """
+        if frontend_ids is None:
+            frontend_ids = [name for name in self._listen if self._is_running(name)]
+            if not frontend_ids:
+                raise MeshError("expected a frontend, all have ended")
+        for frontend_id in frontend_ids:
+            await self._until_reaching(frontend_id, worker_ids)
 
-    async def _run(self, name: str, module: str, flags: Sequence[str]) -> None:
-        """Start `python -m module`, tethered and marked; its output goes to its log file."""
-        command = [sys.executable, "-m", module, *flags]
-        self._ends_told.discard(name)
-        path = self.log_directory / f"{name}.log"
-        with path.open("ab") as output:
-            self._processes[name] = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # Ctrl-C in the terminal is for us alone.
-                env={**os.environ, _MARK: f"{self._mark}/{name}"},
-            )
-        _log.info("process started", name=name, command=shlex.join(command), log=str(path))
-
-    async def _follow(self) -> None:
-        """Keep `workers` up to date."""
-        async with aclosing(self._discovery.watch(WORKERS)) as changes:
-            async for records in changes:
-                self._records = records
-
-    async def until_serving(self, worker_ids: Sequence[str]) -> None:
-        """Wait until the frontend can send work to the workers; raises `MeshError`."""
-        while self._frontend is None:
-            self._check_running([_FRONTEND_ID])
-            frontends = await self._discovery.snapshot(FRONTENDS)
-            self._frontend = frontends.get(_FRONTEND_ID)
+    async def _until_reaching(self, frontend_id: str, worker_ids: Sequence[str]) -> None:
+        """Wait until the frontend can send work to the workers."""
+        pid = self._processes[frontend_id].pid
+        while (record := self._frontends.get(frontend_id)) is None or record.pid != pid:
+            self._check_running([frontend_id])
             await asyncio.sleep(_POLL_S)
-        async with Client(self._frontend.address) as client:
+        async with Client(record.address) as client:
             while True:
-                self._check_running([_FRONTEND_ID, *worker_ids])
+                self._check_running([frontend_id, *worker_ids])
                 try:
                     workers = await client.list_workers()
                 except UnbrokenError as error:
@@ -276,12 +298,92 @@ class LocalMesh:
                 pids = {worker_id: self._processes[worker_id].pid for worker_id in worker_ids}
                 known = {
                     worker_id: record.sidecar_pid
-                    for worker_id, record in self._records.items()
+                    for worker_id, record in self._workers.items()
                     if record.engine_pgid  # Published a moment after the engine serves.
                 }
                 if pids.items() <= ready.items() and pids.items() <= known.items():
                     return
                 await asyncio.sleep(_POLL_S)
+
+    async def _keep(self, name: str, restarts: Restarts, tell: Callable[[str], None]) -> None:
+        """Start a process again whenever it ends, until it is given up."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began_at = loop.time()
+            process = self._processes[name]
+            status = await process.wait()
+            log_path = self.log_directory / f"{name}.log"
+            backoff_s = restarts.life_ended(served_since=began_at, now=loop.time())
+            if backoff_s is None:
+                tell(f"{name} ended with status {status} and is given up; log: {log_path}")
+                return
+            tell(f"{name} ended with status {status}; log: {log_path}")
+            await asyncio.sleep(backoff_s)
+            async with self._restarting[name]:
+                if self._processes.get(name) is process:  # Else somebody else restarted it.
+                    await self._replace(name)
+                    tell(f"{name} is started again")
+
+    async def _replace(self, name: str) -> None:
+        """Kill what is left of a process and of what it started, and start it anew."""
+        await self._sweep(f"{self._mark}/{name}/")
+        if (process := self._processes.get(name)) is not None:
+            await process.wait()
+        await self._start(name)
+
+    async def _start(self, name: str) -> None:
+        if name in self._listen:
+            known = self._known_frontends.get(name)
+            flags = [
+                *("--frontend-id", name),
+                *("--discovery", str(self.directory)),
+                *("--listen", known.address if known else self._listen[name]),
+                *self._frontend_flags,
+            ]
+            await self._run(name, "frontend", flags)
+            return
+        flags = [
+            *("--worker-id", name),
+            *("--discovery", str(self.directory)),
+            *("--listen", "127.0.0.1:0"),
+            *(("--engine", self._engine) if self._engine else ()),
+            *(("--engine-options", self._engine_options) if self._engine_options else ()),
+            *self._sidecar_flags,
+        ]
+        await self._run(name, "sidecar", flags)
+
+    async def _run(self, name: str, module: str, flags: Sequence[str]) -> None:
+        """Start `python -m module`, tethered and marked; its output goes to its log file."""
+        command = [sys.executable, "-m", module, *flags]
+        self._ends_told.discard(name)
+        path = self.log_directory / f"{name}.log"
+        with path.open("ab") as output:
+            self._processes[name] = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C in the terminal is for us alone.
+                env={**os.environ, _MARK: f"{self._mark}/{name}/"},
+            )
+        _log.info("process started", name=name, command=shlex.join(command), log=str(path))
+
+    async def _follow_workers(self) -> None:
+        """Keep `workers` up to date."""
+        async with aclosing(self._discovery.watch(WORKERS)) as changes:
+            async for self._workers in changes:
+                pass
+
+    async def _follow_frontends(self) -> None:
+        """Keep `frontends` up to date."""
+        async with aclosing(self._discovery.watch(FRONTENDS)) as changes:
+            async for self._frontends in changes:
+                self._known_frontends.update(self._frontends)
+
+    def _is_running(self, name: str) -> bool:
+        process = self._processes.get(name)
+        return process is not None and process.returncode is None
 
     def _check_running(self, names: Sequence[str]) -> None:
         for name in names:
@@ -303,10 +405,24 @@ class LocalMesh:
                 raise MeshError(f"expected processes to die, still there: {pids}")
             await asyncio.sleep(_SWEEP_POLL_S)
 
-    def _started_frontend(self) -> pb.FrontendRecord:
-        if self._frontend is None:
+    def _known_frontend(self, frontend_id: str) -> pb.FrontendRecord:
+        if frontend_id not in self._known_frontends:
             raise MeshError("expected a started mesh")
-        return self._frontend
+        return self._known_frontends[frontend_id]
+
+
+_MemberT = TypeVar("_MemberT", pb.WorkerRecord, pb.FrontendRecord)
+
+
+def _member(members: Mapping[str, _MemberT], name: str) -> _MemberT:
+    if name not in members:
+        raise UnbrokenError(Reason.NO_WORKER, f"expected a living member of the mesh, got {name!r}")
+    return members[name]
+
+
+def kill_frontend(record: pb.FrontendRecord) -> None:
+    """SIGKILL the frontend on this machine; raises UnbrokenError if it is not there."""
+    _kill(record.frontend_id, "frontend", record.pid, os.kill)
 
 
 def kill_worker(record: pb.WorkerRecord, what: Target) -> None:
@@ -319,13 +435,23 @@ def kill_worker(record: pb.WorkerRecord, what: Target) -> None:
             _kill(worker_id, "engine", record.engine_pgid, os.killpg)
 
 
-def _kill(worker_id: str, part: str, number: int, send: Callable[[int, int], None]) -> None:
+def _kill(name: str, part: str, number: int, send: Callable[[int, int], None]) -> None:
     if number <= 1:  # 0 would be our own process group.
-        raise UnbrokenError(Reason.NO_WORKER, f"the {part} of {worker_id} has no process here")
+        raise UnbrokenError(Reason.NO_WORKER, f"the {part} of {name} has no process here")
     try:
         send(number, signal.SIGKILL)
     except ProcessLookupError:
-        raise UnbrokenError(Reason.NO_WORKER, f"the {part} of {worker_id} is gone") from None
+        raise UnbrokenError(Reason.NO_WORKER, f"the {part} of {name} is gone") from None
+
+
+def _addresses(first: str, number: int) -> Mapping[str, str]:
+    """Where the frontends listen, by id: ports in a row, or any. Raises ValueError."""
+    host, port = split_address(first)
+    shown = f"[{host}]" if ":" in host else host
+    addresses = {f"f{i + 1}": f"{shown}:{port + i if port else 0}" for i in range(max(1, number))}
+    for address in addresses.values():
+        split_address(address)  # The last ports may be too high.
+    return MappingProxyType(addresses)
 
 
 def _marked_processes(mark: str) -> list[int]:

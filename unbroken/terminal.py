@@ -141,6 +141,7 @@ def show_mesh(mesh: LocalMesh, output: Output) -> None:
     if output is Output.JSON:
         facts = {
             "frontend": mesh.frontend_address,
+            "frontends": [_to_dict(record) for record in mesh.frontends.values()],
             "discovery": str(mesh.directory),
             "logs": str(mesh.log_directory),
             "workers": [_to_dict(record) for record in mesh.workers.values()],
@@ -148,7 +149,7 @@ def show_mesh(mesh: LocalMesh, output: Output) -> None:
         print(json.dumps(facts), flush=True)  # noqa: T201
         return
     lines = [
-        f"frontend  {mesh.frontend_address}",
+        *(f"frontend  {name} at {record.address}" for name, record in mesh.frontends.items()),
         *(f"worker    {name} at {record.address}" for name, record in mesh.workers.items()),
         f"logs      {mesh.log_directory}",
         "",

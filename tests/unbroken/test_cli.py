@@ -181,6 +181,8 @@ def test_several_choices_are_shown_one_after_the_other() -> None:
         ("generate", "x", "--continuation", "always"),
         ("generate", "1,two", "--token-ids"),
         ("up", "--workers", "0"),
+        ("up", "--frontends", "0"),
+        ("up", "--frontends", "2", "--listen", "127.0.0.1:65535"),
         ("up", "--engine", "steam"),
         ("kill",),
         ("dance",),
@@ -252,14 +254,37 @@ def test_kill_kills_a_worker_that_discovery_knows_and_no_other(tmp_path: Path) -
     uvloop.run(scenario())
 
 
+def test_kill_kills_a_frontend(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        frontend = await asyncio.create_subprocess_exec("sleep", "60")
+        try:
+            registration = await FileDiscovery(tmp_path).register(
+                FRONTENDS,
+                worker_pb2.FrontendRecord(frontend_id="f2", incarnation=1, pid=frontend.pid),
+            )
+            flags = ("--discovery", str(tmp_path))
+            assert (await unbroken("kill", "f2", "--what", "engine", *flags)).status == 2
+            run = await unbroken("kill", "f2", *flags)
+            assert (run.status, run.out) == (0, "killed frontend f2\n")
+            assert await asyncio.wait_for(frontend.wait(), 5) == -signal.SIGKILL
+            await registration.close()
+        finally:
+            if frontend.returncode is None:
+                frontend.kill()
+
+    uvloop.run(scenario())
+
+
+@pytest.mark.parametrize("is_supervised", [True, False])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_up_runs_a_mesh_until_a_signal_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, is_supervised: bool
 ) -> None:
     pretenders.install(tmp_path, monkeypatch)
 
     async def scenario() -> None:
-        flags = "up --workers 2 --engine simulated --discovery mesh -o json"
+        flags = "up --workers 2 --frontends 2 --engine simulated --discovery mesh -o json"
+        flags += "" if is_supervised else " --no-restart"
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "unbroken.cli", *flags.split()),
             stdout=asyncio.subprocess.PIPE,
@@ -272,10 +297,13 @@ def test_up_runs_a_mesh_until_a_signal_and_leaves_nothing(
                 facts = json.loads(await process.stdout.readline())
                 assert re.fullmatch(r"127\.0\.0\.1:\d+", facts["frontend"])
                 pids = [worker["engine_pgid"] for worker in facts["workers"]]
-                assert len(pids) == 2
+                pids += [frontend["pid"] for frontend in facts["frontends"]]
+                assert len(pids) == 4
                 victim = facts["workers"][1]["sidecar_pid"]
                 os.kill(victim, signal.SIGKILL)
                 await process.stderr.readuntil(b"w2 ended with status -9")
+                if is_supervised:
+                    await process.stderr.readuntil(b"w2 is started again")
                 process.send_signal(number)
                 assert await process.wait() == 0
             assert not any(map(pretenders.is_alive, pids))

@@ -17,6 +17,7 @@ from tests.unbroken.pretenders import is_alive
 from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError, kill_worker
+from unbroken.restart import RestartPolicy
 from unbroken.v1 import worker_pb2 as pb
 
 
@@ -99,6 +100,112 @@ def test_a_kill_kills_what_it_says_and_a_restart_replaces_the_worker(
             assert new.identity.incarnation > old.identity.incarnation
             assert is_alive(new.sidecar_pid)
             assert all(map(is_alive, others))
+
+    uvloop.run(scenario())
+
+
+def test_frontends_are_killed_and_restarted_at_their_addresses(directory: Path) -> None:
+    async def scenario() -> None:
+        async with LocalMesh(directory, num_workers=1, num_frontends=2) as mesh:
+            addresses = mesh.frontend_addresses
+            assert addresses[0] == mesh.frontend_address
+            assert len(set(addresses)) == 2
+            assert sorted(mesh.frontends) == ["f1", "f2"]
+            pids = {name: record.pid for name, record in mesh.frontends.items()}
+            others = [pids["f2"], mesh.workers["w1"].sidecar_pid]
+            mesh.kill("f1")
+            await until(lambda: not is_alive(pids["f1"]) and "f1" not in mesh.frontends)
+            assert all(map(is_alive, others))
+            assert mesh.frontend_addresses == addresses
+            with pytest.raises(UnbrokenError) as raised:
+                mesh.kill("f1")
+            assert raised.value.reason is Reason.NO_WORKER
+            await mesh.restart("f1")
+            assert mesh.frontend_addresses == addresses
+            assert mesh.frontend_pid not in (pids["f1"], pids["f2"])
+            async with Client(addresses[0]) as client:
+                assert len(await client.list_workers()) == 1
+            assert all(map(is_alive, others))
+            mesh.kill("f2")
+            await mesh.restart("w1")  # With the frontend that is left.
+
+    uvloop.run(scenario())
+
+
+def test_frontends_listen_at_ports_in_a_row(tmp_path: Path) -> None:
+    def listens(first: str, number: int) -> list[str]:
+        mesh = LocalMesh(tmp_path, num_frontends=number, frontend_listen=first)
+        return list(mesh._listen.values())  # pyright: ignore[reportPrivateUsage]
+
+    assert listens("127.0.0.1:7400", 3) == ["127.0.0.1:7400", "127.0.0.1:7401", "127.0.0.1:7402"]
+    assert listens("[::1]:0", 2) == ["[::1]:0", "[::1]:0"]
+    with pytest.raises(ValueError, match="port"):
+        listens("127.0.0.1:65535", 2)
+
+
+def test_a_frontend_is_killed_whole(directory: Path) -> None:
+    with pytest.raises(ValueError, match="whole"):
+        LocalMesh(directory).kill("f1", "engine")
+
+
+def test_supervision_restarts_whoever_ends(directory: Path) -> None:
+    async def scenario() -> None:
+        told: list[str] = []
+        async with LocalMesh(directory, num_workers=1, num_frontends=2) as mesh:
+            supervision = asyncio.create_task(mesh.supervise(told.append))
+            old = {"f2": mesh.frontends["f2"].pid, "w1": mesh.workers["w1"].sidecar_pid}
+            engine = mesh.workers["w1"].engine_pgid
+            address = mesh.frontends["f2"].address
+            mesh.kill("f2")
+            mesh.kill("w1", "sidecar")
+            await until(lambda: "f2" in mesh.frontends and mesh.frontends["f2"].pid != old["f2"])
+            await until(
+                lambda: "w1" in mesh.workers and mesh.workers["w1"].sidecar_pid != old["w1"]
+            )
+            assert mesh.frontends["f2"].address == address
+            assert not is_alive(engine)
+            assert sorted(line.split(";")[0] for line in told) == [
+                "f2 ended with status -9",
+                "f2 is started again",
+                "w1 ended with status -9",
+                "w1 is started again",
+            ]
+            supervision.cancel()
+            await asyncio.gather(supervision, return_exceptions=True)
+            mesh.kill("f2")
+            await until(lambda: "f2" not in mesh.frontends)
+
+    uvloop.run(scenario())
+
+
+def test_supervision_gives_up_what_crashes_in_a_loop(directory: Path) -> None:
+    async def scenario() -> None:
+        told: list[str] = []
+        policy = RestartPolicy(backoff_initial_s=0.01, crash_loop_limit=2)
+        async with LocalMesh(directory, num_workers=1) as mesh:
+            supervision = asyncio.create_task(mesh.supervise(told.append, policy=policy))
+            for _ in range(2):
+                pid = mesh.frontends["f1"].pid
+                mesh.kill("f1")
+                await until(
+                    lambda pid=pid: (
+                        supervision.done()
+                        or ("f1" in mesh.frontends and mesh.frontends["f1"].pid != pid)
+                    )
+                )
+            with pytest.raises(MeshError, match="no frontend is left"):
+                await supervision
+        assert "f1 ended with status -9 and is given up" in told[-1]
+
+    uvloop.run(scenario())
+
+
+def test_restarting_a_worker_leaves_those_with_longer_names_alone(directory: Path) -> None:
+    async def scenario() -> None:
+        async with LocalMesh(directory, num_workers=10) as mesh:
+            tenth = mesh.workers["w10"].sidecar_pid
+            await mesh.restart("w1")
+            assert is_alive(tenth)
 
     uvloop.run(scenario())
 
