@@ -36,8 +36,10 @@ _WARM_UP_S = 1.0
 async def ingest(directory: Path, streams: int, tokens: int) -> Mapping[str, float]:
     """Run so many streams of so many tokens to their end."""
     mesh = MeshView()
-    links = Links(mesh, FrontendIdentity("ingest", discovery.incarnation_now()), LinkLimits())
-    dispatcher = Dispatcher(mesh, links, FrontendMetrics(metrics.new_registry()))
+    counted = FrontendMetrics(metrics.new_registry())
+    identity = FrontendIdentity("ingest", discovery.incarnation_now())
+    links = Links(mesh, identity, LinkLimits(), observer=counted)
+    dispatcher = Dispatcher(mesh, links, counted)
     following = asyncio.create_task(links.follow(discovery.connect(directory)))
     while not any(mesh.num_ready(name) for name in mesh.model_names()):  # noqa: ASYNC110
         await asyncio.sleep(0.02)

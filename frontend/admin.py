@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 from typing_extensions import override
@@ -41,6 +41,8 @@ class Admin(pb_grpc.AdminServiceServicer):
             load=worker.load,
             is_draining=worker.is_draining,
             num_attempts=self._links.num_attempts(worker.worker_id),
+            liveness=cast("pb.Liveness.ValueType", int(worker.liveness)),
+            suspicion=self._links.suspicion(worker.worker_id),
         )
         if worker.load is not None:
             info.load_age.FromNanoseconds(max(0, int((self._clock() - worker.load_at) * 1e9)))

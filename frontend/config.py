@@ -38,7 +38,13 @@ class FrontendConfig(ProcessConfig):
     heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)
     """Between two heartbeats to a sidecar."""
     link_silence_max_s: float = Field(2.0, ge=0.1, le=60)
-    """A link on which nothing comes for so long is lost."""
+    """A link on which nothing comes for so long is lost, whatever pauses it was used to."""
+    link_suspect_phi: float = Field(1.0, gt=0, le=50)
+    """A worker whose silence is so surprising (-log10 of its probability) gets no new work."""
+    link_dead_phi: float = Field(8.0, gt=0, le=50)
+    """A link whose silence is so surprising is lost."""
+    link_allowance_s: float = Field(0.25, ge=0, le=60)
+    """Pauses of a link beyond its heartbeat interval that surprise nobody."""
     link_forgotten_grace_s: float = Field(5.0, ge=0, le=3600)
     """How long a worker that discovery forgot is called again after its link was lost."""
     deadline_margin_s: float = Field(0.02, ge=0, le=1)
@@ -48,10 +54,15 @@ class FrontendConfig(ProcessConfig):
 
     @model_validator(mode="after")
     def _silence_is_noticed(self) -> "FrontendConfig":
-        # Silence is judged once a heartbeat, unless we stood still for half of it ourselves.
+        # Else one heartbeat that is late is a death.
         if 2 * self.heartbeat_interval_s >= self.link_silence_max_s:
             raise ValueError(
                 "expected heartbeat_interval_s below half of link_silence_max_s "
                 f"({self.link_silence_max_s:g}), got {self.heartbeat_interval_s:g}"
+            )
+        if self.link_suspect_phi > self.link_dead_phi:
+            raise ValueError(
+                f"expected link_suspect_phi up to link_dead_phi ({self.link_dead_phi:g}), "
+                f"got {self.link_suspect_phi:g}"
             )
         return self

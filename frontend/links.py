@@ -7,14 +7,21 @@ incarnation is reached at once, however long the pause before the next try was.
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
+from frontend.failure_detector import Liveness, Rhythm
 from frontend.mesh_view import LinkState, MeshView, Worker
-from frontend.relay_call import FrontendIdentity, LinkLimits, RelayCall, TokenizerStore
+from frontend.relay_call import (
+    FrontendIdentity,
+    LinkLimits,
+    LinkObserver,
+    RelayCall,
+    TokenizerStore,
+)
 from frontend.stream import Life
 from unbroken import log
 from unbroken.discovery import WORKERS, Discovery
@@ -45,6 +52,8 @@ class _Link:
 
     worker: Worker
     known: _Known
+    rhythm: Rhythm
+    """Of its heartbeats."""
     task: asyncio.Task[None] | None = None
     call: RelayCall | None = None
     is_forgotten: bool = False
@@ -60,13 +69,13 @@ class Links:
         identity: FrontendIdentity,
         limits: LinkLimits,
         *,
-        count_tokens: Callable[[int], None] = lambda _: None,
+        observer: LinkObserver,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mesh = mesh
         self._identity = identity
         self._limits = limits
-        self._count_tokens = count_tokens
+        self._observer = observer
         self._clock = clock
         self._tokenizers = TokenizerStore(mesh, limits.tokenizer_timeout_s)
         self._links: dict[str, _Link] = {}
@@ -84,6 +93,15 @@ class Links:
         """Attempts of this frontend that run on the worker."""
         link = self._links.get(worker_id)
         return link.call.num_attempts if link is not None and link.call is not None else 0
+
+    def suspicion(self, worker_id: str) -> float:
+        """How surprising the silence of the worker is now (phi); 0 without a link."""
+        link = self._links.get(worker_id)
+        return link.call.detector.phi(self._clock()) if link and link.call is not None else 0.0
+
+    def num_workers_by_liveness(self) -> Mapping[Liveness, int]:
+        """How many workers are thought to be what. Safe in the thread that serves the metrics."""
+        return Counter(link.worker.liveness for link in list(self._links.values()))
 
     @property
     def num_up(self) -> int:
@@ -134,7 +152,9 @@ class Links:
             detail = f"incarnation {incarnation} of {worker_id} was announced"
             self._replace(link, detail)
         worker = self._mesh.discovered(record)
-        link = self._links[worker_id] = _Link(worker, known)
+        link = self._links[worker_id] = _Link(
+            worker, known, Rhythm(self._limits.detector.heartbeat_interval_s)
+        )
         link.task = asyncio.create_task(self._keep(link), name=f"link to {worker_id}")
         self._tasks.add(link.task)
         link.task.add_done_callback(self._done)
@@ -167,7 +187,8 @@ class Links:
                     self._identity,
                     self._limits,
                     call_number=link.known.num_calls,
-                    count_tokens=self._count_tokens,
+                    rhythm=link.rhythm,
+                    observer=self._observer,
                     clock=self._clock,
                 )
                 worker.link_state = LinkState.LINK_STATE_CONNECTING

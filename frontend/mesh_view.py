@@ -11,6 +11,7 @@ from typing import get_args
 
 from frontend.admission import Model
 from frontend.continuation import Abilities
+from frontend.failure_detector import Liveness
 from frontend.placement import WorkerView
 from frontend.stream import Life
 from unbroken.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ class Worker:
     engine_state: EngineState.ValueType = EngineState.ENGINE_STATE_UNSPECIFIED
     engine_incarnation: int = 0
     is_draining: bool = False
+    liveness: Liveness = Liveness.UNSPECIFIED
     description: worker_pb2.EngineDescription | None = None
     view: WorkerView | None = None
     cached_blocks: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
@@ -169,6 +171,7 @@ class MeshView:
         )
         if worker.view is not None:
             worker.view.is_ready = is_ready
+            worker.view.is_suspect = worker.liveness is Liveness.SUSPECT
         if is_ready and description is not None:
             self._remember(description)
         self._notify()

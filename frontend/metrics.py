@@ -1,9 +1,10 @@
 """The frontend's metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from frontend.failure_detector import Liveness
 from unbroken.metrics import SECONDS_BUCKETS
 from unbroken.outcome import ContinuationClass, FailureKind
 
@@ -61,6 +62,30 @@ class FrontendMetrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
+        self.suspects = Counter(
+            f"{_PREFIX}_suspects_total",
+            "Times that a worker was silent for longer than it was used to be.",
+            registry=registry,
+        )
+        self.links_lost = Counter(
+            f"{_PREFIX}_links_lost_total",
+            "Links that had been up and were lost, by failure.",
+            ["failure"],
+            registry=registry,
+        )
+        self.detection_s = Histogram(
+            f"{_PREFIX}_detection_seconds",
+            "From the last that came on a link to its being given up.",
+            ["failure"],
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._workers = Gauge(
+            f"{_PREFIX}_workers",
+            "Workers, by the failure detector's opinion.",
+            ["liveness"],
+            registry=registry,
+        )
         self._running = Gauge(
             f"{_PREFIX}_requests_running", "Requests that run.", registry=registry
         )
@@ -77,15 +102,30 @@ class FrontendMetrics:
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
         num_links_up: Callable[[], int],
+        workers_by_liveness: Callable[[], Mapping[Liveness, int]],
     ) -> None:
         """Ask for these whenever the metrics are read, from the thread that serves them."""
         self._running.set_function(num_running)
         self._waiting.set_function(num_waiting)
         self._links_up.set_function(num_links_up)
+        for liveness in Liveness:
+            if liveness is not Liveness.UNSPECIFIED:
+                self._workers.labels(liveness.name.lower()).set_function(
+                    lambda one=liveness: workers_by_liveness().get(one, 0)
+                )
 
     def count_tokens(self, num_tokens: int) -> None:
         """A frame came."""
         self.tokens.inc(num_tokens)
+
+    def suspected(self) -> None:
+        """A worker is silent for longer than it was used to be."""
+        self.suspects.inc()
+
+    def link_lost(self, failure: FailureKind, silence_s: float) -> None:
+        """A link was lost, so long after the last that came on it."""
+        self.links_lost.labels(failure.name).inc()
+        self.detection_s.labels(failure.name).observe(silence_s)
 
     def migrated(self, failure: FailureKind, way: ContinuationClass) -> None:
         """A stream goes on elsewhere."""

@@ -26,6 +26,8 @@ class WorkerView:
     context_length: int
     is_ready: bool = True
     """Its link is up and its engine takes work."""
+    is_suspect: bool = False
+    """It is silent for longer than it was used to be: taken only if there is no other."""
     kv_blocks_used: int = 0
     prefill_tokens_queued: int = 0
     blocks_placed: int = 0
@@ -71,7 +73,8 @@ def choose(
 
     `is_able` tells whether the stream could go on there at all. `block_hashes` are the chained
     hashes of the tokens to compute, in the worker's block size. A worker that failed this stream
-    is a last resort rather than taboo: with one worker left, waiting helps nobody.
+    is a last resort rather than taboo: with one worker left, waiting helps nobody. One that may be
+    dead is a resort after that.
     """
     candidates = [
         worker
@@ -81,9 +84,10 @@ def choose(
         and worker.context_length > need.num_tokens
         and is_able(worker)
     ]
-    untried = [worker for worker in candidates if worker.life not in need.avoid]
+    ranks = [(worker.is_suspect, worker.life in need.avoid) for worker in candidates]
+    best = min(ranks, default=None)
     return min(
-        untried or candidates,
+        [worker for worker, rank in zip(candidates, ranks, strict=True) if rank == best],
         key=lambda worker: (cost(worker, need, block_hashes(worker)), worker.life),
         default=None,
     )

@@ -11,13 +11,20 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias, cast
 from weakref import WeakValueDictionary
 
 import grpc.aio
 
+from frontend.failure_detector import (
+    DetectorLimits,
+    FailureDetector,
+    Liveness,
+    Rhythm,
+)
 from frontend.mesh_view import EngineState, LinkState, MeshView, Worker, report_blocks, report_load
+from frontend.reach import reach
 from frontend.stream import Command, Stream
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
@@ -32,6 +39,8 @@ PROTOCOL_VERSION: Final = 1
 SLOT_MAX: Final = 2**32 - 1
 COMMANDS_BYTES_MAX: Final = 1024 * 1024
 """A message of commands is not filled beyond this, so that it stays far below any limit."""
+_LOOK_INTERVAL_S_MIN: Final = 0.001
+"""A loop's timer may be early by a fraction of this."""
 
 _Call: TypeAlias = grpc.aio.StreamStreamCall[
     relay_service_pb2.RelayRequest, relay_service_pb2.RelayResponse
@@ -68,13 +77,27 @@ class FrontendIdentity:
     incarnation: int
 
 
+class LinkObserver(Protocol):
+    """Who counts what happens on links."""
+
+    def count_tokens(self, num_tokens: int) -> None:
+        """A frame brought tokens."""
+        ...
+
+    def suspected(self) -> None:
+        """A worker is silent for longer than it was used to be."""
+        ...
+
+    def link_lost(self, failure: FailureKind, silence_s: float) -> None:
+        """A link that had been up was lost, so long after the last that came on it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LinkLimits:
     """How long a link may be silent, and how much may wait to be written."""
 
-    heartbeat_interval_s: float = 0.1
-    silence_max_s: float = 2.0
-    """Nothing received for so long: the link is lost."""
+    detector: DetectorLimits = field(default_factory=DetectorLimits)
     commands_queued_max: int = 65_536
     """A sidecar that leaves so many unread is lost."""
     tokenizer_timeout_s: float = 10.0
@@ -142,7 +165,8 @@ class TokenizerStore:
 class RelayCall:
     """One call, from hello to its end. Everything but `run` returns at once.
 
-    `call_number` counts the calls of this life of the frontend to the worker, from 1.
+    `call_number` counts the calls of this life of the frontend to the worker, from 1. `rhythm` is
+    what earlier calls to it have learnt.
     """
 
     def __init__(
@@ -155,7 +179,8 @@ class RelayCall:
         limits: LinkLimits,
         *,
         call_number: int,
-        count_tokens: Callable[[int], None],
+        rhythm: Rhythm,
+        observer: LinkObserver,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stub = RelayServiceStub(channel)
@@ -164,8 +189,9 @@ class RelayCall:
         self._tokenizers = tokenizers
         self._identity = identity
         self._limits = limits
+        self._heartbeat_interval_s = limits.detector.heartbeat_interval_s
         self._call_number = call_number
-        self._count_tokens = count_tokens
+        self._observer = observer
         self._clock = clock
         self._seats: dict[int, _Seat] = {}
         self._next_slot = 1
@@ -181,10 +207,9 @@ class RelayCall:
         self._has_work = asyncio.Event()
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._fetching: asyncio.Task[None] | None = None
-        self.last_received_at = clock()
-        """When anything came from the sidecar, monotonic seconds."""
-        self.heartbeats_at: deque[float] = deque(maxlen=128)
-        """When its last heartbeats came, for a failure detector."""
+        self._reaching: asyncio.Task[None] | None = None
+        self.detector = FailureDetector(limits.detector, rhythm, clock())
+        """Whether the sidecar lives."""
 
     @property
     def is_over(self) -> bool:
@@ -236,9 +261,12 @@ class RelayCall:
         self._ended.set_result(End(failure, detail, self._is_welcomed))
         worker = self._worker
         worker.link_state = LinkState.LINK_STATE_DOWN
+        worker.liveness = Liveness.DEAD
         worker.detail = f"link lost: {failure.name}: {detail}"
         self._mesh.refresh(worker)  # Before streams look for another worker.
         self._lose_all(failure, detail)
+        if self._is_welcomed:
+            self._observer.link_lost(failure, self.detector.silence_s(self._clock()))
 
     # The conversation.
 
@@ -250,8 +278,7 @@ class RelayCall:
         try:
             return await self._ended
         finally:
-            if self._fetching is not None:
-                tasks.append(self._fetching)
+            tasks += [one for one in (self._fetching, self._reaching) if one is not None]
             call.cancel()
             for task in tasks:
                 task.cancel()
@@ -291,24 +318,50 @@ class RelayCall:
                 self._has_work.clear()
                 while (request := self._next_request()) is not None:
                     await call.write(request)
+                    if request.HasField("heartbeat"):
+                        self.detector.sent(request.heartbeat.sequence, self._clock())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # The call is over; whoever reads it learns why.
 
     async def _pulse(self) -> None:
-        interval_s = self._limits.heartbeat_interval_s
-        before = self._clock()
+        """Beat, and judge when there may be something to see: a silence is noticed when it is due.
+
+        The detector is told when this will look again, so that it knows when all here was late.
+        """
+        interval_s, detector, clock = self._heartbeat_interval_s, self.detector, self._clock
+        beats_at = clock() + interval_s
         while True:
-            await asyncio.sleep(interval_s)
-            now = self._clock()
-            # If this process itself stood still, what came meanwhile has not been read yet.
-            stood_still = now - before > self._limits.silence_max_s / 2
-            before = now
-            silence_s = now - self.last_received_at
-            if silence_s > self._limits.silence_max_s and not stood_still:
-                self.end(FailureKind.HANG, f"nothing received for {silence_s:.2f} s")
+            now = clock()
+            looks_at = max(now + _LOOK_INTERVAL_S_MIN, min(beats_at, detector.deadline()))
+            detector.expects_to_look(looks_at)
+            await asyncio.sleep(looks_at - now)
+            now = clock()
+            before = detector.liveness
+            death = detector.judge(now)
+            if death is not None:
+                self.end(death.failure, death.detail)
                 return
-            self._is_heartbeat_due = True
-            self._has_work.set()
+            if detector.liveness is not before:
+                self._show_liveness()
+            if now >= beats_at:
+                beats_at = now + interval_s
+                self._is_heartbeat_due = True
+                self._has_work.set()
+
+    def _show_liveness(self) -> None:
+        """The opinion of the failure detector changed."""
+        worker, liveness = self._worker, self.detector.liveness
+        worker.liveness = liveness
+        if liveness is Liveness.SUSPECT:
+            self._observer.suspected()
+            if self._reaching is None or self._reaching.done():
+                self._reaching = asyncio.create_task(self._reach())
+        _log.debug("liveness", liveness=liveness.name, **self._names())
+        self._mesh.refresh(worker)
+
+    async def _reach(self) -> None:
+        silence_max_s = self._limits.detector.silence_max_s
+        self.detector.reached(await reach(self._worker.record.address, silence_max_s))
 
     def _next_request(self) -> relay_service_pb2.RelayRequest | None:
         """What to write next, if anything."""
@@ -350,7 +403,7 @@ class RelayCall:
             sequence_seen=self._heartbeat_seen,
             frame_seen=self._frame_seen,
         )
-        heartbeat.interval.FromMilliseconds(round(self._limits.heartbeat_interval_s * 1000))
+        heartbeat.interval.FromMilliseconds(round(self._heartbeat_interval_s * 1000))
         return relay_service_pb2.RelayRequest(heartbeat=heartbeat)
 
     def _enqueue(self, request: relay_service_pb2.RelayRequest) -> None:
@@ -368,18 +421,17 @@ class RelayCall:
             return
         if response is None:  # gRPC's way to say so.
             raise _BrokenContract("expected a RelayResponse, got bytes that are none")
-        now = self.last_received_at = self._clock()
+        now = self._clock()
         kind = response.WhichOneof("response")
         if not self._is_welcomed and kind != "welcome":
             raise _BrokenContract(f"expected a welcome first, got {kind}")
+        if self.detector.heard(now):
+            self._show_liveness()
         match kind:
             case "frame":
                 self._receive_frame(response.frame, now)
             case "heartbeat":
-                self._heartbeat_seen = response.heartbeat.sequence
-                self.heartbeats_at.append(now)
-                if response.heartbeat.HasField("load"):
-                    report_load(self._worker, response.heartbeat.load, now)
+                self._receive_heartbeat(response.heartbeat, now)
             case "verdict":
                 self._receive_verdict(response.verdict)
             case "welcome":
@@ -406,6 +458,13 @@ class RelayCall:
         self._worker.link_state = LinkState.LINK_STATE_UP
         _log.info("link up", **self._names())
         self._receive_verdict(welcome.verdict)
+
+    def _receive_heartbeat(self, heartbeat: relay_service_pb2.Heartbeat, now: float) -> None:
+        self._heartbeat_seen = heartbeat.sequence
+        interval_s = heartbeat.interval.ToNanoseconds() / 1e9
+        self.detector.heartbeat(heartbeat.sequence_seen, interval_s, now)
+        if heartbeat.HasField("load"):
+            report_load(self._worker, heartbeat.load, now)
 
     def _receive_verdict(self, verdict: relay_service_pb2.EngineVerdict) -> None:
         worker = self._worker
@@ -464,7 +523,7 @@ class RelayCall:
             if (seat := self._leave(refused.slot)) is not None
         ]
         if num_rows:
-            self._count_tokens(len(token_ids))
+            self._observer.count_tokens(len(token_ids))
         if frame.HasField("load"):
             report_load(self._worker, frame.load, now)
         for events in frame.kv_events:

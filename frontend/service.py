@@ -11,6 +11,7 @@ from random import SystemRandom
 from frontend.admin import Admin
 from frontend.config import FrontendConfig
 from frontend.dispatch import Dispatcher
+from frontend.failure_detector import DetectorLimits
 from frontend.gateway import Gateway, GatewayLimits
 from frontend.links import Links
 from frontend.mesh_view import MeshView
@@ -69,11 +70,16 @@ class Frontend:
             self.mesh,
             identity,
             LinkLimits(
-                heartbeat_interval_s=config.heartbeat_interval_s,
-                silence_max_s=config.link_silence_max_s,
+                detector=DetectorLimits(
+                    heartbeat_interval_s=config.heartbeat_interval_s,
+                    silence_max_s=config.link_silence_max_s,
+                    phi_suspect=config.link_suspect_phi,
+                    phi_dead=config.link_dead_phi,
+                    allowance_s=config.link_allowance_s,
+                ),
                 forgotten_grace_s=config.link_forgotten_grace_s,
             ),
-            count_tokens=counted.count_tokens,
+            observer=counted,
             clock=self._clock,
         )
         dispatcher = Dispatcher(self.mesh, self._links, counted, clock=self._clock)
@@ -100,6 +106,7 @@ class Frontend:
             num_running=lambda: self.requests.num_running,
             num_waiting=lambda: dispatcher.num_waiting,
             num_links_up=lambda: self._links.num_up,
+            workers_by_liveness=self._links.num_workers_by_liveness,
         )
         self._server = make_server()
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(

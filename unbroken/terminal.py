@@ -205,6 +205,7 @@ def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
         worker.record.identity.worker_id,
         worker.description.model or worker.record.model,
         _short(admin_pb.LinkState, worker.link),
+        _liveness(worker),
         f"{engine} (draining)" if worker.is_draining else engine,
         worker.num_attempts,
         f"{sum(r.kv_blocks_used for r in ranks)}/{sum(r.kv_blocks_total for r in ranks)}",
@@ -213,6 +214,15 @@ def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
         worker.record.engine_pgid,
         worker.record.address,
     )
+
+
+def _liveness(worker: admin_pb.WorkerInfo) -> str:
+    """The failure detector's opinion; how strong a suspicion is."""
+    if worker.liveness == admin_pb.LIVENESS_UNSPECIFIED:
+        return "-"
+    name = _short(admin_pb.Liveness, worker.liveness)
+    is_suspect = worker.liveness == admin_pb.LIVENESS_SUSPECT
+    return f"{name} ({worker.suspicion:.1f})" if is_suspect else name
 
 
 def _stream_row(stream: pb.StreamInfo) -> Sequence[object]:
@@ -242,7 +252,8 @@ def _model_row(model: pb.ModelInfo) -> Sequence[object]:
 
 
 WORKERS: Final = Table(
-    "WORKER MODEL LINK ENGINE ATTEMPTS KV-BLOCKS WAITING SIDECAR ENGINE-PGID ADDRESS", _worker_row
+    "WORKER MODEL LINK LIVENESS ENGINE ATTEMPTS KV-BLOCKS WAITING SIDECAR ENGINE-PGID ADDRESS",
+    _worker_row,
 )
 STREAMS: Final = Table(
     "REQUEST MODEL CLASS STATE WORKERS TOKENS SENT MIGRATIONS ADMITTED", _stream_row

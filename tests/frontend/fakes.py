@@ -165,9 +165,14 @@ class FakeSidecar(RelayServiceServicer):
         self.num_tokenizers_sent = 0
         self.running: dict[int, Running] = {}
         self.is_hung = False
+        self.is_mute = False
+        """It says nothing for a while; what it has to say waits."""
+        self.is_deaf = False
+        """Nothing that a frontend says reaches it, and it goes on speaking."""
         self._news = asyncio.Event()
         self._calls: list[asyncio.Queue[relay_service_pb2.RelayResponse]] = []
         self._frame_sequence = 0
+        self._heartbeat_seen = 0
         self._num_idle_steps = 0
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -323,6 +328,8 @@ class FakeSidecar(RelayServiceServicer):
                 response = await queue.get()
                 if self.is_hung:
                     await asyncio.Event().wait()
+                while self.is_mute:  # noqa: ASYNC110 - a test's whim.
+                    await asyncio.sleep(0.005)
                 yield response
         finally:
             reader.cancel()
@@ -351,10 +358,13 @@ class FakeSidecar(RelayServiceServicer):
         queue: asyncio.Queue[relay_service_pb2.RelayResponse],
     ) -> None:
         async for request in requests:
+            if self.is_deaf:
+                continue
             match request.WhichOneof("request"):
                 case "hello":
                     self.hellos.append(request.hello)
                     self._frame_sequence = 0
+                    self._heartbeat_seen = 0
                     queue.put_nowait(self._welcome())
                     self._calls.append(queue)
                 case "start":
@@ -374,6 +384,7 @@ class FakeSidecar(RelayServiceServicer):
                             self.running[slot].acked = offset
                 case "heartbeat":
                     self.heartbeats.append(request.heartbeat)
+                    self._heartbeat_seen = request.heartbeat.sequence
                 case _:
                     raise AssertionError(f"unexpected {request}")
             self._news.set()
@@ -431,7 +442,10 @@ class FakeSidecar(RelayServiceServicer):
         sequence = 0
         while True:
             sequence += 1
-            heartbeat = relay_service_pb2.Heartbeat(sequence=sequence)
+            heartbeat = relay_service_pb2.Heartbeat(
+                sequence=sequence,
+                sequence_seen=self._heartbeat_seen,
+            )
             self.say(relay_service_pb2.RelayResponse(heartbeat=heartbeat))
             await asyncio.sleep(0.05)
 

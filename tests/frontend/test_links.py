@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from frontend.failure_detector import Liveness
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.worlds import World, read, read_some, run, world
 from unbroken.transport import listen, make_server
@@ -199,6 +200,57 @@ def test_a_silent_sidecar_is_lost_as_hung_and_its_streams_go_on() -> None:
             first = stream.finished.attempts[0]
             assert first.failure == worker_pb2.FAILURE_KIND_HANG
             assert "nothing received" in first.detail
+
+    run(scenario())
+
+
+def test_a_sidecar_that_hears_nothing_is_lost_as_cut_off_and_its_streams_go_on() -> None:
+    async def scenario() -> None:
+        async with world(
+            FakeSidecar("w1", step_s=0.01),
+            FakeSidecar("w2", step_s=0.01),
+            link_silence_max_s=0.3,
+            heartbeat_interval_s=0.05,
+        ) as it:
+            stream = it.client.generate(
+                token_ids=PROMPT, max_tokens=100, temperature=0, request_id="r"
+            )
+            ids = [i for piece in await read_some(stream, 5) for i in piece.token_ids]
+            it.sidecar_of("r").is_deaf = True
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 100)
+            assert stream.finished is not None
+            first = stream.finished.attempts[0]
+            assert first.failure == worker_pb2.FAILURE_KIND_PARTITION
+            assert "it has heard nothing" in first.detail
+            assert first.end_offset > 10  # It was heard all the time.
+
+    run(scenario())
+
+
+def test_a_suspect_gets_new_work_only_if_there_is_no_other_worker() -> None:
+    async def scenario() -> None:
+        async with world(
+            FakeSidecar("w1"), FakeSidecar("w2"), link_silence_max_s=60, link_dead_phi=50
+        ) as it:
+            silent, other = it.sidecars
+            silent.is_mute = True
+            await it.until(lambda: it.frontend.mesh.workers["w1"].liveness is Liveness.SUSPECT)
+            info = await worker_info(it, "w1")
+            assert info.liveness == admin_pb.LIVENESS_SUSPECT
+            assert info.suspicion > 1
+            for _ in range(4):
+                await read(it.client.generate(token_ids=PROMPT, max_tokens=2))
+            assert (len(silent.starts), len(other.starts)) == (0, 4)
+            await other.die()
+            await it.until_ready(1)
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=2)
+            reading = asyncio.create_task(read(stream))
+            await silent.until(lambda: silent.starts)
+            silent.is_mute = False
+            await reading
+            await it.until(lambda: it.frontend.mesh.workers["w1"].liveness is Liveness.ALIVE)
+            assert (await worker_info(it, "w1")).suspicion < 1
 
     run(scenario())
 
