@@ -69,6 +69,8 @@ class LocalMesh:
         sidecar_flags: Sequence[str] = (),
         frontend_flags: Sequence[str] = (),
         frontend_listen: str = "127.0.0.1:0",
+        flags_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        wrap_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         """Discovery lives in `directory`, logs in `directory`/logs.
@@ -76,6 +78,8 @@ class LocalMesh:
         `engine_options` go to the engine's command line, the flags to the processes they name;
         without an `engine`, `sidecar_flags` have to say which to start. The first frontend listens
         at `frontend_listen`, each further one at the next port; 0 lets the kernel choose for all.
+        `flags_of` are more flags of one process by its name, which count before all others, and
+        `wrap_of` a command, with its full path, that becomes its process, such as `ip netns exec`.
         """
         self.directory = directory
         self._worker_ids = [f"w{i + 1}" for i in range(num_workers)]
@@ -84,6 +88,8 @@ class LocalMesh:
         self._engine_options = engine_options
         self._sidecar_flags = tuple(sidecar_flags)
         self._frontend_flags = tuple(frontend_flags)
+        self._flags_of = flags_of
+        self._wrap_of = wrap_of
         self._ready_timeout_s = ready_timeout_s
         self._discovery = FileDiscovery(directory)
         self._mark = secrets.token_hex(8)
@@ -354,7 +360,11 @@ class LocalMesh:
 
     async def _run(self, name: str, module: str, flags: Sequence[str]) -> None:
         """Start `python -m module`, tethered and marked; its output goes to its log file."""
-        command = [sys.executable, "-m", module, *flags]
+        command = [
+            *self._wrap_of.get(name, ()),
+            *(sys.executable, "-m", module, *flags),
+            *self._flags_of.get(name, ()),  # The last of a flag counts.
+        ]
         self._ends_told.discard(name)
         path = self.log_directory / f"{name}.log"
         with path.open("ab") as output:
