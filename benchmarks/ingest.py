@@ -1,9 +1,10 @@
 """A frontend without its client edge: links, ledgers, detokenisation, and nobody to write to.
 
-    python -m benchmarks.ingest --discovery DIR --streams 256 --tokens 300
+    python -m benchmarks.ingest --discovery DIR --streams 256 --tokens 300 --sidecar-pid PID
 
 What has come is taken from the streams every 250 ms, because that is the client edge's work. Prints
-one line of JSON when all streams are complete.
+one line of JSON when all streams are complete. CPU is that of the steady state, for this process
+and the sidecar alike: from a second after the streams began until most tokens have come.
 """
 
 import argparse
@@ -33,7 +34,9 @@ TAKE_INTERVAL_S = 0.250
 _WARM_UP_S = 1.0
 
 
-async def ingest(directory: Path, streams: int, tokens: int) -> Mapping[str, float]:
+async def ingest(
+    directory: Path, streams: int, tokens: int, sidecar_pid: int
+) -> Mapping[str, float]:
     """Run so many streams of so many tokens to their end."""
     mesh = MeshView()
     counted = FrontendMetrics(metrics.new_registry())
@@ -77,7 +80,7 @@ async def ingest(directory: Path, streams: int, tokens: int) -> Mapping[str, flo
     for choice in choices:
         choice.begin()
     taken = counted_from = 0
-    cpu, began = CpuClock(), time.monotonic()
+    cpu, sidecar_cpu, began = CpuClock(), CpuClock(sidecar_pid), time.monotonic()
     is_warm = False
     result: Mapping[str, float] | None = None
     while running := [choice for choice in choices if choice.stream.outcome is None]:
@@ -87,7 +90,8 @@ async def ingest(directory: Path, streams: int, tokens: int) -> Mapping[str, flo
             taken += len(piece.token_ids)
             choice.obey(commands)
         if not is_warm and time.monotonic() - began > _WARM_UP_S:
-            is_warm, counted_from, cpu, began = True, taken, CpuClock(), time.monotonic()
+            is_warm, counted_from, began = True, taken, time.monotonic()
+            cpu, sidecar_cpu = CpuClock(), CpuClock(sidecar_pid)
         if result is None and taken > 0.9 * streams * tokens:  # The end is not the steady state.
             counted = taken - counted_from
             result = {
@@ -95,6 +99,7 @@ async def ingest(directory: Path, streams: int, tokens: int) -> Mapping[str, flo
                 "tokens": counted,
                 "tokens_per_s": counted / (time.monotonic() - began),
                 "cpu_us_per_token": round(cpu.elapsed_s() / counted * 1e6, 2),
+                "sidecar_cpu_us_per_token": round(sidecar_cpu.elapsed_s() / counted * 1e6, 2),
             }
     failed = [
         c.stream.outcome.error for c in choices if c.stream.outcome and c.stream.outcome.error
@@ -112,8 +117,11 @@ def main() -> None:
     parser.add_argument("--discovery", type=Path, required=True)
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--sidecar-pid", type=int, required=True)
     arguments = parser.parse_args()
-    result = uvloop.run(ingest(arguments.discovery, arguments.streams, arguments.tokens))
+    result = uvloop.run(
+        ingest(arguments.discovery, arguments.streams, arguments.tokens, arguments.sidecar_pid)
+    )
     print(json.dumps(result))  # noqa: T201
 
 
