@@ -127,7 +127,7 @@ class NativeEngine(Engine):
                 ready, first_frames = await life.greet()
                 await life.serve(ready, first_frames)
             except _LifeOver as over:
-                return self._life_over(life, over, listener)
+                return await self._life_over(life, over, listener)
         finally:
             life.is_serving = False
             life.end_socket()
@@ -139,7 +139,7 @@ class NativeEngine(Engine):
                     await life.process.wait_gone()
             self._life = None
 
-    def _life_over(
+    async def _life_over(
         self, life: "_Life", over: "_LifeOver", listener: EngineListener
     ) -> float | None:
         life.is_serving = False
@@ -147,11 +147,15 @@ class NativeEngine(Engine):
         if self._stop_wanted.is_set():
             failure, detail, restart_in_s = FailureKind.DRAIN, "stopped", None
         else:
-            if life.process is not None:
-                life.process.kill()  # What is left of it; the news does not wait for that.
             restart_in_s = self._restarts.life_ended(
                 served_since=life.served_since, now=asyncio.get_running_loop().time()
             )
+        down = EngineDown(life.incarnation, failure, detail, is_final=restart_in_s is None)
+        try:
+            listener.on_down(down)
+        except Exception:
+            _log.exception("bug: on_down failed", incarnation=life.incarnation)
+        await asyncio.sleep(0)  # The news leaves before anything else is done: streams stand still.
         _log.warning(
             "engine down",
             incarnation=life.incarnation,
@@ -159,11 +163,6 @@ class NativeEngine(Engine):
             detail=detail,
             restart_in_s=restart_in_s,
         )
-        down = EngineDown(life.incarnation, failure, detail, is_final=restart_in_s is None)
-        try:
-            listener.on_down(down)
-        except Exception:
-            _log.exception("bug: on_down failed", incarnation=life.incarnation)
         return restart_in_s
 
 
