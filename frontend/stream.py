@@ -196,6 +196,7 @@ class Stream:
         "_max_tokens",
         "_min_tokens",
         "_num_begun",
+        "_num_decoded",
         "_num_losses",
         "_num_refusals",
         "_output",
@@ -245,6 +246,7 @@ class Stream:
         self._detokenizer = tokenizer.detokenizer(stopping.stop, include_stop=stopping.include_stop)
         self._bytes = tokenizer.pieces
         self._output = _Output()
+        self._num_decoded = 0  # Tokens of the ledger that the detokenizer has seen.
         self._flowing = _NONE  # Epoch of an attempt whose next token needs no more than `token`.
         self._acked = 0
         self._avoid: frozenset[Life] = frozenset()
@@ -342,7 +344,8 @@ class Stream:
     def token(self, epoch: int, offset: int, token_id: int, now: float) -> Sequence[Command]:
         """As `tokens`, for one token without log probabilities. The hot path.
 
-        Short for a token that neither begins an attempt nor can end the output.
+        Short for a token that neither begins an attempt nor can end the output; its text can wait
+        until it is sent.
         """
         if (
             epoch != self._flowing
@@ -354,8 +357,6 @@ class Stream:
         self.ledger.append(token_id)
         self._said = self.attempts[-1].end_offset = offset + 1
         self._last_token_at = now
-        if text := self._detokenizer.push_one(token_id):
-            self._output.texts.append(text)
         return ()
 
     def tokens(
@@ -524,6 +525,7 @@ class Stream:
 
     def take(self) -> tuple[Piece, Sequence[Command]]:
         """All output that the client has not been sent; it counts as sent from now on."""
+        self._decode()
         output = self._output
         piece = Piece(
             offset=output.sent,
@@ -569,6 +571,7 @@ class Stream:
         self, attempt: Attempt, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
     ) -> Sequence[Command]:
         ledger = self.ledger
+        self._decode()
         if len(token_ids) > 1:
             token_ids = self._until_stop_token(token_ids)
         room = self._max_tokens - len(ledger)
@@ -584,6 +587,7 @@ class Stream:
         if stopped is not None:
             token_ids = token_ids[: stopped.num_tokens]
         ledger.extend(token_ids)
+        self._num_decoded = len(ledger)
         if logprobs:
             logprobs = logprobs[: len(token_ids)]
             self._logprob_sum += sum(entry.logprob for entry in logprobs)
@@ -606,6 +610,16 @@ class Stream:
         if not self.original.params.stopping.stop:
             self._flowing = self.epoch
         return ()
+
+    def _decode(self) -> None:
+        """Make text of the tokens that came by the short way. None of them can end the output."""
+        if self._num_decoded < len(self.ledger):
+            waiting = self.ledger[self._num_decoded :]
+            push_all, push_one = self._detokenizer.push, self._detokenizer.push_one
+            text = push_one(waiting[0]) if len(waiting) == 1 else push_all(waiting)
+            self._num_decoded = len(self.ledger)
+            if text:
+                self._output.texts.append(text)
 
     def _until_stop_token(self, token_ids: Sequence[int]) -> Sequence[int]:
         """The ids up to the first stop token that may end the output."""
@@ -636,6 +650,7 @@ class Stream:
     def _done(self, outcome: Outcome) -> list[Command]:
         assert self.outcome is None, "a settled stream stays settled"
         if outcome.error is None:
+            self._decode()
             text = self._detokenizer.flush()
             if text:
                 self._output.texts.append(text)
