@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from benchmarks.stamps import stamp
 from unbroken import framing
+from unbroken.tokenizer import asset_to_proto
 from unbroken.transport import listen, make_server
 from unbroken.v1 import attempt_pb2, engine_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
@@ -25,7 +26,6 @@ from unbroken.v1.inference_service_pb2_grpc import (
     add_InferenceServiceServicer_to_server,
 )
 from worker import simulated_tokenizer
-from worker.engine import describe_tokenizer
 
 
 class StampingEngine:
@@ -163,7 +163,7 @@ def _ready() -> engine_pb2.EngineReady:
             tokenizer_fingerprint=asset.fingerprint,
             num_ranks=1,
         ),
-        tokenizer=describe_tokenizer(asset),
+        tokenizer=asset_to_proto(asset),
     )
 
 

@@ -31,7 +31,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
 from unbroken.outcome import FailureKind, FinishReason
 from unbroken.status import from_rpc_error
-from unbroken.tokenizer import Tokenizer, TokenizerAsset
+from unbroken.tokenizer import Tokenizer, asset_from_proto
 from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
 from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
 
@@ -156,7 +156,7 @@ class TokenizerStore:
                 )
             try:
                 # It takes a second for a large vocabulary.
-                tokenizer = await asyncio.to_thread(Tokenizer, _asset(response.tokenizer))
+                tokenizer = await asyncio.to_thread(Tokenizer, asset_from_proto(response.tokenizer))
             except ValueError as error:
                 raise UnbrokenError(Reason.PROTOCOL_VIOLATION, str(error)) from error
             self._mesh.add_tokenizer(fingerprint, tokenizer)
@@ -714,14 +714,3 @@ def _engine_detail(verdict: relay_service_pb2.EngineVerdict) -> str:
     name = EngineState.Name(verdict.state) if known else str(verdict.state)
     state = name.removeprefix("ENGINE_STATE_").lower()
     return f"engine {state}: {verdict.detail}" if verdict.detail else f"engine {state}"
-
-
-def _asset(message: worker_pb2.Tokenizer) -> TokenizerAsset:
-    return TokenizerAsset(
-        tokenizer_json=message.tokenizer_json,
-        chat_template=message.chat_template,
-        bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
-        eos_token_ids=frozenset(message.eos_token_ids),
-        vocab_size=message.vocab_size,
-        eos_token_id=message.eos_token_id if message.HasField("eos_token_id") else None,
-    )

@@ -28,6 +28,8 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
+from unbroken.v1 import worker_pb2
+
 # What a rendered chat may grow to. Far above any context window, far below what hurts a frontend.
 RENDERED_CHARS_MAX = 16 * 2**20
 
@@ -58,6 +60,30 @@ class TokenizerAsset:
             digest.update(len(part).to_bytes(8, "little"))  # Else parts could trade bytes.
             digest.update(part)
         return digest.hexdigest()
+
+
+def asset_to_proto(asset: TokenizerAsset) -> worker_pb2.Tokenizer:
+    """The asset as the contract carries it."""
+    return worker_pb2.Tokenizer(
+        tokenizer_json=asset.tokenizer_json,
+        chat_template=asset.chat_template,
+        bos_token_id=asset.bos_token_id,
+        eos_token_ids=sorted(asset.eos_token_ids),
+        vocab_size=asset.vocab_size,
+        eos_token_id=asset.eos_token_id,
+    )
+
+
+def asset_from_proto(message: worker_pb2.Tokenizer) -> TokenizerAsset:
+    """The inverse of `asset_to_proto`."""
+    return TokenizerAsset(
+        tokenizer_json=message.tokenizer_json,
+        chat_template=message.chat_template,
+        bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
+        eos_token_ids=frozenset(message.eos_token_ids),
+        vocab_size=message.vocab_size,
+        eos_token_id=message.eos_token_id if message.HasField("eos_token_id") else None,
+    )
 
 
 class Tokenizer:

@@ -142,18 +142,6 @@ def describe(spec: EngineSpec) -> worker_pb2.EngineDescription:
     )
 
 
-def describe_tokenizer(asset: TokenizerAsset) -> worker_pb2.Tokenizer:
-    """The tokenizer as the contract carries it."""
-    return worker_pb2.Tokenizer(
-        tokenizer_json=asset.tokenizer_json,
-        chat_template=asset.chat_template,
-        bos_token_id=asset.bos_token_id,
-        eos_token_ids=sorted(asset.eos_token_ids),
-        vocab_size=asset.vocab_size,
-        eos_token_id=asset.eos_token_id,
-    )
-
-
 # What runs.
 
 

@@ -17,9 +17,10 @@ from unbroken import framing, log
 from unbroken.errors import UnbrokenError
 from unbroken.framing import Connection, FramingError
 from unbroken.generation import logprobs_to_proto
+from unbroken.tokenizer import asset_to_proto
 from unbroken.v1 import attempt_pb2, engine_pb2, worker_pb2
 from worker.constraints import ConstraintCompiler
-from worker.engine import ModelRunner, Sequence, admit, describe, describe_tokenizer
+from worker.engine import ModelRunner, Sequence, admit, describe
 from worker.fencing import EpochFence, StreamKey
 from worker.scheduler import Scheduler
 
@@ -160,7 +161,7 @@ class EngineService:
                 ready=engine_pb2.EngineReady(
                     protocol_version=min(hello.protocol_version, PROTOCOL_VERSION),
                     description=describe(self._runner.spec),
-                    tokenizer=describe_tokenizer(self._runner.spec.tokenizer),
+                    tokenizer=asset_to_proto(self._runner.spec.tokenizer),
                 )
             )
         )

@@ -19,6 +19,8 @@ from unbroken.tokenizer import (
     StopMatch,
     Tokenizer,
     TokenizerAsset,
+    asset_from_proto,
+    asset_to_proto,
 )
 
 BOS, EOS, TOOL = 256, 257, 258
@@ -117,6 +119,15 @@ def test_a_fingerprint_tells_assets_apart() -> None:
     assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 7
     assert replace(others[3], eos_token_ids=frozenset({EOS})).fingerprint == one.fingerprint
     assert len(one.fingerprint) == 32
+
+
+def test_an_asset_is_the_same_after_its_journey() -> None:
+    for one in (
+        asset(chat_template="ab"),
+        replace(asset(), bos_token_id=None),
+        replace(asset(), bos_token_id=0, eos_token_ids=frozenset({0}), eos_token_id=0),
+    ):
+        assert asset_from_proto(asset_to_proto(one)) == one
 
 
 def test_an_unreadable_tokenizer_is_a_value_error() -> None:
