@@ -47,6 +47,16 @@ class FrontendConfig(ProcessConfig):
     """Pauses of a link beyond its heartbeat interval that surprise nobody."""
     link_forgotten_grace_s: float = Field(5.0, ge=0, le=3600)
     """How long a worker that discovery forgot is called again after its link was lost."""
+    outlier_failures_max: int = Field(3, ge=1, le=1000)
+    """A worker that fails so many attempts in a row by its own fault is ejected for a while."""
+    outlier_slow_factor: float = Field(3.0, gt=1, le=1000)
+    """A worker that takes so many times as long as the median of its peers is ejected."""
+    ejection_s: float = Field(5.0, gt=0, le=3600)
+    """How long a worker is ejected the first time; each time after, twice as long."""
+    ejection_s_max: float = Field(300.0, gt=0, le=86400)
+    """How long a worker is ejected at most."""
+    ejected_share_max: float = Field(0.5, ge=0, le=1)
+    """No more than this share of a model's ready workers is ejected, and never the last one."""
     deadline_margin_s: float = Field(0.02, ge=0, le=1)
     """So long before its client's deadline a stream ends, so that the client still hears why."""
     shutdown_grace_s: float = Field(30.0, ge=0, le=3600)

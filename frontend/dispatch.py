@@ -54,6 +54,8 @@ class Dispatcher:
         self._retrying: dict[Choice, None] = {}
         """Those that will be tried again next."""
         self._retry: asyncio.Handle | None = None
+        self.on_attempt_ended: list[Callable[[Choice, machine.Life, machine.Attempt], None]] = []
+        """Called with what became of an attempt; it may not start another."""
         mesh.on_ready.append(self._worker_ready)
 
     @property
@@ -268,19 +270,19 @@ class Choice:
         start.orphan_grace.FromNanoseconds(int(envelope.orphan_grace_s * 1e9))
         start.priority = envelope.priority
         start.stream.tenant = envelope.tenant
+        view = worker.view
+        num_tokens = len(stream.original.prompt_token_ids) + len(stream.ledger)
+        hashes = self._block_hashes(view)
+        num_cached = num_cached_tokens(view.cached_blocks, hashes, view.block_size)
         slot = call.start(
             self,
             request,
             vocab_size=self._model.tokenizer.asset.vocab_size,
             wants_logprobs=stream.original.params.num_top_logprobs is not None,
+            num_prefill_tokens=num_tokens - num_cached,
         )
-        view = worker.view
         self._seat = _Seat(call, slot, order.epoch, view)
-        hashes = self._block_hashes(view)
-        view.placed(
-            len(stream.original.prompt_token_ids) + len(stream.ledger),
-            num_cached_tokens(view.cached_blocks, hashes, view.block_size),
-        )
+        view.placed(num_tokens, num_cached)
         return ()
 
     def _leave(self) -> None:
@@ -288,6 +290,10 @@ class Choice:
         if seat is not None:
             seat.call.abort(seat.slot)
             seat.view.num_attempts -= 1
+            attempt = self.stream.attempts[-1]
+            if attempt.epoch == seat.epoch:
+                for callback in self._dispatcher.on_attempt_ended:
+                    callback(self, seat.view.life, attempt)
 
     def _stop_waiting(self) -> None:
         self._dispatcher.wait_no_more(self)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from frontend.failure_detector import Liveness
+from frontend.outliers import Outliers
 from unbroken.metrics import SECONDS_BUCKETS
 from unbroken.outcome import ContinuationClass, FailureKind
 
@@ -80,6 +81,25 @@ class FrontendMetrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
+        self.ejections = Counter(
+            f"{_PREFIX}_ejections_total",
+            "Times that a worker which failed or was slow was kept out of placement.",
+            registry=registry,
+        )
+        self.probes = Counter(
+            f"{_PREFIX}_probes_total",
+            "Probes of ejected workers, by result: good or bad.",
+            ["result"],
+            registry=registry,
+        )
+        self._ejected = Gauge(
+            f"{_PREFIX}_workers_ejected", "Workers kept out of placement.", registry=registry
+        )
+        self._panicking = Gauge(
+            f"{_PREFIX}_models_panicking",
+            "Models of whose workers so many look bad that ejections are ignored.",
+            registry=registry,
+        )
         self._workers = Gauge(
             f"{_PREFIX}_workers",
             "Workers, by the failure detector's opinion.",
@@ -102,12 +122,15 @@ class FrontendMetrics:
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
         num_links_up: Callable[[], int],
+        outliers: Outliers,
         workers_by_liveness: Callable[[], Mapping[Liveness, int]],
     ) -> None:
         """Ask for these whenever the metrics are read, from the thread that serves them."""
         self._running.set_function(num_running)
         self._waiting.set_function(num_waiting)
         self._links_up.set_function(num_links_up)
+        self._ejected.set_function(lambda: outliers.num_ejected)
+        self._panicking.set_function(lambda: outliers.num_panicking)
         for liveness in Liveness:
             if liveness is not Liveness.UNSPECIFIED:
                 self._workers.labels(liveness.name.lower()).set_function(
@@ -126,6 +149,10 @@ class FrontendMetrics:
         """A link was lost, so long after the last that came on it."""
         self.links_lost.labels(failure.name).inc()
         self.detection_s.labels(failure.name).observe(silence_s)
+
+    def probed(self, *, is_good: bool) -> None:
+        """A probe ended."""
+        self.probes.labels("good" if is_good else "bad").inc()
 
     def migrated(self, failure: FailureKind, way: ContinuationClass) -> None:
         """A stream goes on elsewhere."""
