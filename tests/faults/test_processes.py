@@ -19,21 +19,19 @@ LIMIT_S = 20.0
 
 # Counts, so that it can be seen running; opens a file and says how that went when it reads a line.
 COUNTING = """
-import itertools, os, sys, threading, time
-def say(text):
-    os.write(1, f"{text}\\n".encode())
+import itertools, sys, threading, time
 def count():
     for number in itertools.count():
-        say(number)
+        print(number, flush=True)
         time.sleep(0.001)
 threading.Thread(target=count, daemon=True).start()
 for line in sys.stdin:
     try:
         with open(line.strip(), "a") as file:
             file.write("x" * 100)
-        say("written")
+        print("written", flush=True)
     except OSError as error:
-        say(error.strerror)
+        print(error.strerror, flush=True)
 """
 
 
