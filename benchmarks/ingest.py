@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from uuid import uuid4
 
 import uvloop
@@ -23,6 +24,7 @@ from frontend.dispatch import Choice, Dispatcher
 from frontend.links import Links
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
+from frontend.outliers import OutlierLimits, Outliers
 from frontend.relay_call import FrontendIdentity, LinkLimits
 from frontend.stream import Stream
 from unbroken import discovery, metrics
@@ -39,9 +41,10 @@ async def ingest(
 ) -> Mapping[str, float]:
     """Run so many streams of so many tokens to their end."""
     mesh = MeshView()
+    outliers = Outliers(OutlierLimits(), Random(0))
     counted = FrontendMetrics(metrics.new_registry())
     identity = FrontendIdentity("ingest", discovery.incarnation_now())
-    links = Links(mesh, identity, LinkLimits(), observer=counted)
+    links = Links(mesh, identity, LinkLimits(), observer=counted, outliers=outliers)
     dispatcher = Dispatcher(mesh, links, counted)
     following = asyncio.create_task(links.follow(discovery.connect(directory)))
     while not any(mesh.num_ready(name) for name in mesh.model_names()):  # noqa: ASYNC110

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from frontend.links import Links
 from frontend.mesh_view import LinkState, MeshView, Worker
+from frontend.outliers import Outliers
 from unbroken.v1 import admin_service_pb2 as pb
 from unbroken.v1 import admin_service_pb2_grpc as pb_grpc
 
@@ -19,10 +20,16 @@ class Admin(pb_grpc.AdminServiceServicer):
     """The service."""
 
     def __init__(
-        self, mesh: MeshView, links: Links, *, clock: Callable[[], float] = time.monotonic
+        self,
+        mesh: MeshView,
+        links: Links,
+        outliers: Outliers,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mesh = mesh
         self._links = links
+        self._outliers = outliers
         self._clock = clock
 
     @override
@@ -46,6 +53,13 @@ class Admin(pb_grpc.AdminServiceServicer):
         )
         if worker.load is not None:
             info.load_age.FromNanoseconds(max(0, int((self._clock() - worker.load_at) * 1e9)))
+        ejection = self._outliers.ejection(worker.worker_id)
+        if ejection is not None:
+            info.ejection.detail = ejection.detail
+            info.ejection.num_in_a_row = ejection.num_in_a_row
+            if ejection.until is not None:
+                left_s = max(0.0, ejection.until - self._clock())
+                info.ejection.remaining.FromNanoseconds(int(left_s * 1e9))
         if worker.view is None or not worker.view.is_ready:
             info.detail = worker.detail or _why_not_ready(worker)
         return info

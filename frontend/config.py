@@ -33,18 +33,6 @@ class FrontendConfig(ProcessConfig):
     """How long a request looks for a worker."""
     regenerate_tokens_max: int = Field(4096, ge=0)
     """Delivered tokens that may be generated again to go on with a stream."""
-    resume_queue: bool = True
-    """Streams that lost their worker go to others as fast as those bear it; without, at once."""
-    resume_share: float = Field(0.5, gt=0, le=1)
-    """Of its measured prefill rate that a worker gives while streams wait to resume."""
-    new_work_share: float = Field(0.2, gt=0, lt=1)
-    """Of that, for new requests."""
-    resume_burst_tokens: int = Field(4096, ge=1)
-    """Prompt tokens that a worker is given at once in any case, however slow it is."""
-    prefill_tokens_per_s: float = Field(20_000.0, gt=0)
-    """Prefill rate of a worker that has not been measured yet."""
-    fleet_loss_share: float = Field(0.5, gt=0, le=1)
-    """If more of a model's workers are lost at once, new requests are refused until all resumed."""
     requests_running_max: int = Field(10_000, ge=1)
     """More requests at once are refused."""
     heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)
@@ -59,6 +47,16 @@ class FrontendConfig(ProcessConfig):
     """Pauses of a link beyond its heartbeat interval that surprise nobody."""
     link_forgotten_grace_s: float = Field(5.0, ge=0, le=3600)
     """How long a worker that discovery forgot is called again after its link was lost."""
+    outlier_failures_max: int = Field(3, ge=1, le=1000)
+    """A worker that fails so many attempts in a row by its own fault is ejected for a while."""
+    outlier_slow_factor: float = Field(3.0, gt=1, le=1000)
+    """A worker that takes so many times as long as the median of its peers is ejected."""
+    ejection_s: float = Field(5.0, gt=0, le=3600)
+    """How long a worker is ejected the first time; each time after, twice as long."""
+    ejection_s_max: float = Field(300.0, gt=0, le=86400)
+    """How long a worker is ejected at most."""
+    ejected_share_max: float = Field(0.5, ge=0, le=1)
+    """No more than this share of a model's ready workers is ejected, and never the last one."""
     deadline_margin_s: float = Field(0.02, ge=0, le=1)
     """So long before its client's deadline a stream ends, so that the client still hears why."""
     shutdown_grace_s: float = Field(30.0, ge=0, le=3600)

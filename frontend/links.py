@@ -15,6 +15,7 @@ from typing import Final
 
 from frontend.failure_detector import Liveness, Rhythm
 from frontend.mesh_view import LinkState, MeshView, Worker
+from frontend.outliers import Outliers
 from frontend.relay_call import (
     FrontendIdentity,
     LinkLimits,
@@ -70,12 +71,14 @@ class Links:
         limits: LinkLimits,
         *,
         observer: LinkObserver,
+        outliers: Outliers,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mesh = mesh
         self._identity = identity
         self._limits = limits
         self._observer = observer
+        self._outliers = outliers
         self._clock = clock
         self._tokenizers = TokenizerStore(mesh, limits.tokenizer_timeout_s)
         self._links: dict[str, _Link] = {}
@@ -189,6 +192,7 @@ class Links:
                     call_number=link.known.num_calls,
                     rhythm=link.rhythm,
                     observer=self._observer,
+                    outliers=self._outliers,
                     clock=self._clock,
                 )
                 worker.link_state = LinkState.LINK_STATE_CONNECTING

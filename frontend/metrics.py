@@ -1,31 +1,15 @@
 """The frontend's metrics."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from frontend.failure_detector import Liveness
+from frontend.outliers import Outliers
 from unbroken.metrics import SECONDS_BUCKETS
 from unbroken.outcome import ContinuationClass, FailureKind
 
 _PREFIX = "unbroken_frontend"
-
-
-class QueueFigures(Protocol):
-    """What the resume queue tells of itself."""
-
-    @property
-    def num_resumes_waiting(self) -> int: ...
-
-    @property
-    def tokens_waiting(self) -> int: ...
-
-    @property
-    def tokens_outstanding(self) -> int: ...
-
-    @property
-    def num_fleet_losses(self) -> int: ...
 
 
 class FrontendMetrics:
@@ -79,30 +63,6 @@ class FrontendMetrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
-        self.resume_wait_s = Histogram(
-            f"{_PREFIX}_resume_wait_seconds",
-            "Time that a stream which lost its worker stood in the resume queue.",
-            buckets=SECONDS_BUCKETS,
-            registry=registry,
-        )
-        self._resumes_waiting = Gauge(
-            f"{_PREFIX}_resumes_waiting", "Choices in the resume queue.", registry=registry
-        )
-        self._resume_tokens_waiting = Gauge(
-            f"{_PREFIX}_resume_prefill_tokens_waiting",
-            "Prompt tokens that the choices in the resume queue have to compute.",
-            registry=registry,
-        )
-        self._resume_tokens_outstanding = Gauge(
-            f"{_PREFIX}_resume_prefill_tokens_outstanding",
-            "Prompt tokens that left the resume queue and are not computed yet.",
-            registry=registry,
-        )
-        self._fleet_losses = Gauge(
-            f"{_PREFIX}_fleet_losses",
-            "Models that lost so many workers at once that new requests are refused.",
-            registry=registry,
-        )
         self.suspects = Counter(
             f"{_PREFIX}_suspects_total",
             "Times that a worker was silent for longer than it was used to be.",
@@ -119,6 +79,25 @@ class FrontendMetrics:
             "From the last that came on a link to its being given up.",
             ["failure"],
             buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.ejections = Counter(
+            f"{_PREFIX}_ejections_total",
+            "Times that a worker which failed or was slow was kept out of placement.",
+            registry=registry,
+        )
+        self.probes = Counter(
+            f"{_PREFIX}_probes_total",
+            "Probes of ejected workers, by result: good or bad.",
+            ["result"],
+            registry=registry,
+        )
+        self._ejected = Gauge(
+            f"{_PREFIX}_workers_ejected", "Workers kept out of placement.", registry=registry
+        )
+        self._panicking = Gauge(
+            f"{_PREFIX}_models_panicking",
+            "Models of whose workers so many look bad that ejections are ignored.",
             registry=registry,
         )
         self._workers = Gauge(
@@ -142,18 +121,16 @@ class FrontendMetrics:
         *,
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
-        queue: QueueFigures,
         num_links_up: Callable[[], int],
+        outliers: Outliers,
         workers_by_liveness: Callable[[], Mapping[Liveness, int]],
     ) -> None:
         """Ask for these whenever the metrics are read, from the thread that serves them."""
         self._running.set_function(num_running)
         self._waiting.set_function(num_waiting)
-        self._resumes_waiting.set_function(lambda: queue.num_resumes_waiting)
-        self._resume_tokens_waiting.set_function(lambda: queue.tokens_waiting)
-        self._resume_tokens_outstanding.set_function(lambda: queue.tokens_outstanding)
-        self._fleet_losses.set_function(lambda: queue.num_fleet_losses)
         self._links_up.set_function(num_links_up)
+        self._ejected.set_function(lambda: outliers.num_ejected)
+        self._panicking.set_function(lambda: outliers.num_panicking)
         for liveness in Liveness:
             if liveness is not Liveness.UNSPECIFIED:
                 self._workers.labels(liveness.name.lower()).set_function(
@@ -172,6 +149,10 @@ class FrontendMetrics:
         """A link was lost, so long after the last that came on it."""
         self.links_lost.labels(failure.name).inc()
         self.detection_s.labels(failure.name).observe(silence_s)
+
+    def probed(self, *, is_good: bool) -> None:
+        """A probe ended."""
+        self.probes.labels("good" if is_good else "bad").inc()
 
     def migrated(self, failure: FailureKind, way: ContinuationClass) -> None:
         """A stream goes on elsewhere."""

@@ -28,6 +28,8 @@ class WorkerView:
     """Its link is up and its engine takes work."""
     is_suspect: bool = False
     """It is silent for longer than it was used to be: taken only if there is no other."""
+    is_ejected: bool = False
+    """It fails or is slow: taken only if there is no other but suspects."""
     kv_blocks_used: int = 0
     prefill_tokens_queued: int = 0
     blocks_placed: int = 0
@@ -73,8 +75,8 @@ def choose(
 
     `is_able` tells whether the stream could go on there at all. `block_hashes` are the chained
     hashes of the tokens to compute, in the worker's block size. A worker that failed this stream
-    is a last resort rather than taboo: with one worker left, waiting helps nobody. One that may be
-    dead is a resort after that.
+    is a last resort rather than taboo: with one worker left, waiting helps nobody. One that is
+    ejected is a resort after that, and one that may be dead the very last.
     """
     candidates = [
         worker
@@ -84,18 +86,15 @@ def choose(
         and worker.context_length > need.num_tokens
         and is_able(worker)
     ]
-    ranks = [standing(worker, need.avoid) for worker in candidates]
+    ranks = [
+        (worker.is_suspect, worker.is_ejected, worker.life in need.avoid) for worker in candidates
+    ]
     best = min(ranks, default=None)
     return min(
         [worker for worker, rank in zip(candidates, ranks, strict=True) if rank == best],
         key=lambda worker: (cost(worker, need, block_hashes(worker)), worker.life),
         default=None,
     )
-
-
-def standing(worker: WorkerView, avoid: Collection[Life]) -> tuple[bool, bool]:
-    """How gladly an attempt is placed there, whatever it costs: the lowest first."""
-    return worker.is_suspect, worker.life in avoid
 
 
 def cost(worker: WorkerView, need: Need, block_hashes: Sequence[int]) -> float:

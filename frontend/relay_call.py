@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol, TypeAlias, cast
 from weakref import WeakValueDictionary
 
@@ -23,7 +24,8 @@ from frontend.failure_detector import (
     Liveness,
     Rhythm,
 )
-from frontend.mesh_view import EngineState, LinkState, MeshView, Worker, report_blocks
+from frontend.mesh_view import EngineState, LinkState, MeshView, Worker, report_blocks, report_load
+from frontend.outliers import Outliers
 from frontend.reach import reach
 from frontend.stream import Command, Stream
 from unbroken import log
@@ -39,6 +41,10 @@ PROTOCOL_VERSION: Final = 1
 SLOT_MAX: Final = 2**32 - 1
 COMMANDS_BYTES_MAX: Final = 1024 * 1024
 """A message of commands is not filled beyond this, so that it stays far below any limit."""
+SAMPLE_INTERVAL_S: Final = 0.5
+"""Between two samples of a worker's inter-token latency."""
+BACKLOG_TOKENS_MAX: Final = 64
+"""A stream of which more has not been sent goes at the pace of its client."""
 _LOOK_INTERVAL_S_MIN: Final = 0.001
 """A loop's timer may be early by a fraction of this."""
 
@@ -123,6 +129,8 @@ class _Seat:
     token: Callable[[int, int, int, float], Sequence[Command]]
     """The stream's method, bound once: the hot path calls it for every token."""
     wants_logprobs: bool
+    started_at: float
+    num_prefill_tokens: int
 
 
 class _BrokenContract(Exception):  # noqa: N818 - it names what happened.
@@ -181,6 +189,7 @@ class RelayCall:
         call_number: int,
         rhythm: Rhythm,
         observer: LinkObserver,
+        outliers: Outliers,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stub = RelayServiceStub(channel)
@@ -192,6 +201,10 @@ class RelayCall:
         self._heartbeat_interval_s = limits.detector.heartbeat_interval_s
         self._call_number = call_number
         self._observer = observer
+        self._outliers = outliers
+        self._sampled: tuple[int, int, float] | None = None
+        """A slot, an offset, and when it came: where the next sample of latency begins."""
+        self._samples_at = clock()
         self._clock = clock
         self._seats: dict[int, _Seat] = {}
         self._next_slot = 1
@@ -230,13 +243,24 @@ class RelayCall:
         *,
         vocab_size: int,
         wants_logprobs: bool,
+        num_prefill_tokens: int,
     ) -> int:
-        """Begin the attempt `request.start`, whose slot is filled in and returned."""
+        """Begin the attempt `request.start`, whose slot is filled in and returned.
+
+        About `num_prefill_tokens` have to be computed before its first token.
+        """
         slot = self._next_slot
         self._next_slot += 1
         self._vocab_size = vocab_size
         request.start.slot = slot
-        self._seats[slot] = _Seat(owner, request.start.epoch, owner.stream.token, wants_logprobs)
+        self._seats[slot] = _Seat(
+            owner,
+            request.start.epoch,
+            partial(self._first_token, slot),
+            wants_logprobs,
+            self._clock(),
+            num_prefill_tokens,
+        )
         self._num_with_logprobs += wants_logprobs
         self._enqueue(request)
         if slot == SLOT_MAX:
@@ -464,7 +488,7 @@ class RelayCall:
         interval_s = heartbeat.interval.ToNanoseconds() / 1e9
         self.detector.heartbeat(heartbeat.sequence_seen, interval_s, now)
         if heartbeat.HasField("load"):
-            self._mesh.report_load(self._worker, heartbeat.load, now)
+            report_load(self._worker, heartbeat.load, now)
 
     def _receive_verdict(self, verdict: relay_service_pb2.EngineVerdict) -> None:
         worker = self._worker
@@ -522,10 +546,12 @@ class RelayCall:
             for refused in frame.refused
             if (seat := self._leave(refused.slot)) is not None
         ]
+        if num_rows and now >= self._samples_at:
+            self._sample(frame.slots[0], frame.offsets[0], now)
         if num_rows:
             self._observer.count_tokens(len(token_ids))
         if frame.HasField("load"):
-            self._mesh.report_load(self._worker, frame.load, now)
+            report_load(self._worker, frame.load, now)
         for events in frame.kv_events:
             report_blocks(self._worker, events)
         # Only now, so that the ends which came with the last tokens count in what clients are told.
@@ -574,6 +600,8 @@ class RelayCall:
             seat = self._seats.get(slot)
             if seat is None:
                 continue
+            if isinstance(seat.token, partial):
+                self._hear_first(seat, now)
             beside = no_logprobs
             if seat.wants_logprobs:
                 # A slot with several rows has its log probabilities one after the other.
@@ -597,6 +625,34 @@ class RelayCall:
                 orders.append((seat.owner, commands))
             else:
                 seat.owner.wake()
+
+    # How fast the worker is.
+
+    def _first_token(
+        self, slot: int, epoch: int, offset: int, token_id: int, now: float
+    ) -> Sequence[Command]:
+        """Stands in for the stream's method until it is called once."""
+        seat = self._seats[slot]
+        self._hear_first(seat, now)
+        return seat.token(epoch, offset, token_id, now)
+
+    def _hear_first(self, seat: _Seat, now: float) -> None:
+        seat.token = seat.owner.stream.token
+        self._outliers.first_token(
+            self._worker.worker_id, now - seat.started_at, seat.num_prefill_tokens, now
+        )
+
+    def _sample(self, slot: int, offset: int, now: float) -> None:
+        """Every now and then: how fast one stream went since the last time."""
+        before, self._sampled = self._sampled, (slot, offset, now)
+        self._samples_at = now + SAMPLE_INTERVAL_S
+        seat = self._seats.get(slot)
+        if before is None or before[0] != slot or offset <= before[1] or seat is None:
+            return
+        stream = seat.owner.stream
+        if len(stream.ledger) - stream.num_sent <= BACKLOG_TOKENS_MAX:  # Else its client is slow.
+            latency_s = (now - before[2]) / (offset - before[1])
+            self._outliers.inter_token(self._worker.worker_id, latency_s, now)
 
     # Bookkeeping.
 

@@ -16,9 +16,10 @@ from frontend.gateway import Gateway, GatewayLimits
 from frontend.links import Links
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
+from frontend.outlier_watch import OutlierWatch
+from frontend.outliers import OutlierLimits, Outliers
 from frontend.relay_call import FrontendIdentity, LinkLimits
 from frontend.requests import Requests
-from frontend.resume_queue import ResumeLimits
 from frontend.stream import Limits
 from unbroken import discovery, log, metrics
 from unbroken.config import split_address
@@ -60,6 +61,7 @@ class Frontend:
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: Registration[worker_pb2.FrontendRecord] | None = None
         self._following: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serve, then join the mesh. Raises OSError if an address is taken."""
@@ -67,6 +69,17 @@ class Frontend:
         incarnation = await self._discovery.new_incarnation(FRONTENDS, config.frontend_id)
         identity = FrontendIdentity(config.frontend_id, incarnation)
         counted = FrontendMetrics(self._registry)
+        random = SystemRandom()
+        outliers = Outliers(
+            OutlierLimits(
+                failures_max=config.outlier_failures_max,
+                slow_factor=config.outlier_slow_factor,
+                ejection_s=config.ejection_s,
+                ejection_s_max=config.ejection_s_max,
+                ejected_share_max=config.ejected_share_max,
+            ),
+            random,
+        )
         self._links = Links(
             self.mesh,
             identity,
@@ -81,24 +94,20 @@ class Frontend:
                 forgotten_grace_s=config.link_forgotten_grace_s,
             ),
             observer=counted,
+            outliers=outliers,
             clock=self._clock,
         )
-        random = SystemRandom()
-        dispatcher = Dispatcher(
+        dispatcher = Dispatcher(self.mesh, self._links, counted, clock=self._clock)
+        self._watch = OutlierWatch(
+            outliers,
             self.mesh,
             self._links,
             counted,
-            limits=ResumeLimits(
-                is_on=config.resume_queue,
-                share=config.resume_share,
-                new_work_share=config.new_work_share,
-                burst_tokens=config.resume_burst_tokens,
-                prefill_tokens_per_s=config.prefill_tokens_per_s,
-                fleet_loss_share=config.fleet_loss_share,
-            ),
-            random=random,
+            name=f"probe-{config.frontend_id[:64]}-{incarnation}",
             clock=self._clock,
         )
+        watch = self._watch
+        dispatcher.on_attempt_ended.append(lambda _, life, ended: watch.attempt_ended(life, ended))
         self.requests = Requests(running_max=config.requests_running_max, clock=self._clock)
         self._gateway = Gateway(
             config.frontend_id,
@@ -121,8 +130,8 @@ class Frontend:
         counted.observe(
             num_running=lambda: self.requests.num_running,
             num_waiting=lambda: dispatcher.num_waiting,
-            queue=dispatcher.queue,
             num_links_up=lambda: self._links.num_up,
+            outliers=outliers,
             workers_by_liveness=self._links.num_workers_by_liveness,
         )
         self._server = make_server()
@@ -130,7 +139,7 @@ class Frontend:
             self._gateway, self._server
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
-            Admin(self.mesh, self._links, clock=self._clock), self._server
+            Admin(self.mesh, self._links, outliers, clock=self._clock), self._server
         )
         self._health = add_health(self._server, [INFERENCE_SERVICE, ADMIN_SERVICE])
         self.address = listen(self._server, config.listen)
@@ -145,13 +154,16 @@ class Frontend:
         self._following = asyncio.create_task(
             self._links.follow(self._discovery), name="follow discovery"
         )
+        self._watching = asyncio.create_task(self._watch.run(), name="watch outliers")
         self._registration = await self._discovery.register(FRONTENDS, self._record(identity))
         _log.info("frontend serves", address=self.address, incarnation=incarnation)
 
     async def wait(self) -> None:
         """Until it cannot go on: raises what ended it. Only a bug does."""
         assert self._following is not None, "started before"
-        await asyncio.shield(self._following)
+        assert self._watching is not None, "started before"
+        tasks = (self._following, self._watching)
+        await asyncio.shield(asyncio.gather(*tasks))
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Take nothing new, let running streams finish for a while, end the rest. Idempotent."""
@@ -165,9 +177,11 @@ class Frontend:
             self.cut_short()
             await self.requests.until_none(CANCELLED_GRACE_S)
         await self._server.stop(None)
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        for task in (self._following, self._watching):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._watch.close()
         await self._links.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)

@@ -1,89 +1,57 @@
 """The client library: streams of tokens, checked against the contract as they arrive.
 
-    async with Client("127.0.0.1:7400") as client:
+    async with Client("10.0.0.1:7400", "10.0.0.2:7400") as client:
         stream = client.generate(prompt="Once upon a time", max_tokens=64, temperature=0)
         async for piece in stream:
             print(piece.text, end="")
-        print(stream.finished.usage.completion_tokens)
+        print(stream.finished.usage.completion_tokens, stream.resumes)
 
-Every failure is an `UnbrokenError` with a reason of docs/ERRORS.md.
+A stream survives the death of its frontend: it goes on at another one, and its reader sees one
+sequence of pieces. docs/CLIENT.md says what is promised. Every failure is an `UnbrokenError` with a
+reason of docs/ERRORS.md.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+import random
+import uuid
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 from typing_extensions import Unpack
 
-from unbroken import status
-from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken import resumption, status
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.frontends import Frontends
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
-from unbroken.transport import open_channel
+from unbroken.outcome import FinishReason
+from unbroken.received import Received
+from unbroken.request import GenerateOptions, request_to_proto
+from unbroken.resumption import ResumeBudget, ResumePolicy, Resumption
+from unbroken.transport import CLIENT_KEEPALIVE, Keepalive
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import admin_service_pb2_grpc as admin_grpc
 from unbroken.v1 import inference_service_pb2 as pb
-from unbroken.v1 import inference_service_pb2_grpc as inference_grpc
+from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
-if TYPE_CHECKING:  # A generic class in the stubs only.
-    _Call: TypeAlias = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
-
-CONNECT_TIMEOUT_S: Final = 2.0
-"""How long one of several frontends may take to accept a connection before the next is tried."""
+if TYPE_CHECKING:  # Generic classes in the stubs only.
+    _Call: TypeAlias = (
+        grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
+        | grpc.aio.UnaryStreamCall[pb.ResumeRequest, pb.ResumeResponse]
+    )
 
 CALL_TIMEOUT_S: Final = 10.0
 """Deadline of calls other than `generate`."""
 
 _STREAMS_PAGE_SIZE: Final = 1000
+_BARE_CODE: Final = "grpc_code"  # In the metadata of an error that no process of ours made.
 
-_ResponseT = TypeVar("_ResponseT")
-
-
-class Params(TypedDict, total=False):
-    """What shapes an output. Absent means the default; generation.proto has ranges and meanings."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    logit_bias: Mapping[int, float]
-    max_tokens: int
-    min_tokens: int
-    stop: Sequence[str]
-    stop_token_ids: Iterable[int]
-    ignore_eos: bool
-    include_stop: bool
-    json_schema: str
-    json_object: bool
-    regex: str
-    lark: str
-    choice: Sequence[str]
-    num_top_logprobs: int
-
-
-class Options(TypedDict, total=False):
-    """What concerns a request apart from its prompt and output."""
-
-    request_id: str
-    model: str
-    num_choices: int
-    continuation: pb.ContinuationPolicy.ValueType
-    migrations_max: int
-    priority: int
-    tenant: str
-    parent_request_id: str
-    orphan_grace_s: float
-
-
-class GenerateOptions(Params, Options, total=False):
-    """All keywords of `generate` apart from the prompt and the timeout."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,48 +68,104 @@ class Piece:
     """One per token, if asked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """A seam: where a stream left one frontend and went on at another."""
+
+    from_address: str
+    to_address: str
+    """The same, if only the connection broke."""
+    reason: Reason
+    """Why it left."""
+    offsets: tuple[int, ...]
+    """Tokens it had then, by choice."""
+    gap_s: float
+    """From the last message before to the first output after."""
+
+
 class GenerationStream:
     """The output of one request: an async iterator of pieces.
 
     Used as a context manager, it cancels the request if it is left before the end. Iterating raises
     `UnbrokenError`: the frontend's, `WORKER_LOST` if the call ends without a word about its end,
-    `PROTOCOL_VIOLATION` if the frontend breaks the contract. What was yielded is correct even then.
+    `UNREACHABLE` if no frontend is left to go on at, `PROTOCOL_VIOLATION` if a frontend breaks the
+    contract. What was yielded is correct even then.
     """
 
     def __init__(
-        self, client: "Client", request: pb.GenerateRequest, timeout_s: float | None
+        self,
+        client: "Client",
+        request: pb.GenerateRequest,
+        timeout_s: float | None,
+        resume: pb.ResumeRequest | None = None,
     ) -> None:
+        """`resume`: go on from what its holder has."""
         self._client = client
+        self._frontends = client.frontends
         self._request = request
         self._timeout_s = timeout_s
+        self._received = Received.restored(resume) if resume else Received(request)
+        self._resumption = client.new_resumption(has_token=resume is not None)
         self._call: _Call | None = None
-        self._checker = _ContractChecker(request)
+        self._frontend = 0
+        self._pause_s = 0.0
+        """Before the next call."""
         self._is_over = False
+        self._interrupted = asyncio.Event()
+        """Set when the stream is over or its client closed: a pause ends at once."""
+        self._resumes: list[Resume] = []
+        self._left: tuple[int, Reason, tuple[int, ...]] | None = None
+        """Frontend, reason and offsets of a seam after which nothing has come yet."""
+        self._heard_at = 0.0
+        self._error: UnbrokenError | None = None
 
     @property
     def started(self) -> pb.StreamStarted | None:
         """How the frontend opened the stream: ids, continuation class, seed. None until then."""
-        return self._checker.started
+        return self._received.started
 
     @property
     def finished(self) -> pb.StreamFinished | None:
         """How the stream ended: finish reasons, usage, attempts. None until then."""
-        return self._checker.finished
+        return self._received.finished
 
     @property
     def request_id(self) -> str:
-        """Identity of the request; empty until known."""
-        return self.started.request_id if self.started else self._request.request_id
+        """Identity of the request."""
+        return self._request.request_id
+
+    @property
+    def frontend_address(self) -> str:
+        """The frontend that serves the stream, or served it last."""
+        return self._frontends.addresses[self._frontend]
+
+    @property
+    def resumes(self) -> Sequence[Resume]:
+        """Where it left one frontend and went on at another, so far."""
+        return tuple(self._resumes)
+
+    def checkpoint(self) -> pb.ResumeRequest:
+        """What `Client.resume` needs to go on from here, in another process too. Secret."""
+        return self._received.resume_request()
 
     async def text(self) -> str:
         """Read to the end; the text of the first choice."""
         return "".join([piece.text async for piece in self if piece.choice_index == 0])
 
     async def cancel(self) -> None:
-        """Stop reading, and let the frontend know. Idempotent."""
-        self._is_over = True
+        """Stop reading, and let the frontend know. Idempotent; also while it is being read."""
+        was_over, self._is_over = self._is_over, True
+        self._interrupted.set()
         if self._call is not None:
             self._call.cancel()
+        if not was_over and self.started is not None and self._request.HasField("reader_grace"):
+            # A reader that merely leaves is waited for; only this ends the generation.
+            with suppress(UnbrokenError):
+                await self._client.cancel(self.request_id)
+
+    def interrupt(self) -> None:
+        """End a pause: the client was closed."""
+        self._interrupted.set()
 
     def __aiter__(self) -> Self:
         return self
@@ -149,16 +173,7 @@ class GenerationStream:
     async def __anext__(self) -> Piece:
         while not self._is_over:
             response = await self._read()
-            if response is None:
-                self._is_over = True
-                self._checker.close()
-                break
-            try:
-                self._checker.check(response)
-            except UnbrokenError:
-                await self.cancel()
-                raise
-            if response.token_ids or response.text:
+            if response is not None and (response.token_ids or response.text):
                 return Piece(
                     response.choice_index,
                     response.offset,
@@ -180,35 +195,168 @@ class GenerationStream:
         await self.cancel()
 
     async def _read(self) -> pb.GenerateResponse | None:
-        """The next message; None at the end of the call."""
+        """The next message, checked; None if the call ended and the stream may not have."""
         try:
             if self._call is None:
-                stub = inference_grpc.InferenceServiceStub(await self._client.channel())
-                self._call = stub.Generate(self._request, timeout=self._timeout_s)
-            response = await self._call.read()
+                await self._pause()
+                if self._is_over:
+                    return None
+                self._call = await self._begin_call()
+            message = await self._call.read()
+            if message is grpc.aio.EOF:
+                self._call_ended(None)
+                return None
+            response: pb.GenerateResponse = (
+                message.response if isinstance(message, pb.ResumeResponse) else message  # pyright: ignore[reportAssignmentType]
+            )
+            self._take(response)
         except grpc.RpcError as error:
-            self._is_over = True
-            raise status.from_rpc_error(error) from error
+            self._call_ended(status.from_rpc_error(error))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                self._abandon()
+                raise
+            # The call was cancelled under its reader: by `cancel`, or with its client.
+            self._call_ended(UnbrokenError(Reason.CANCELLED, "the call was cancelled here"))
         except BaseException:
-            await self.cancel()
+            self._abandon()
             raise
-        return None if response is grpc.aio.EOF else response  # pyright: ignore[reportReturnType]
+        else:
+            return response
+        return None
+
+    async def _begin_call(self) -> "_Call":
+        """Ask the best frontend for the stream, or for the rest of it."""
+        loop = asyncio.get_running_loop()
+        way = self._resumption
+        if way.num_calls == 0:
+            self._heard_at = loop.time()
+            if self._timeout_s is not None:
+                way.deadline_at = loop.time() + self._timeout_s
+            self._frontend = await self._frontends.first()
+        else:
+            self._frontend = way.choose(self._frontends.readiness())
+        way.call_began()
+        self._received.begin_call()
+        stub = self._frontends.stub(self._frontend)
+        left_s = None if way.deadline_at is None else way.deadline_at - loop.time()
+        if way.has_started:
+            return stub.Resume(self._received.resume_request(), timeout=left_s)
+        return stub.Generate(self._request, timeout=left_s)
+
+    def _take(self, response: pb.GenerateResponse) -> None:
+        """Take in a message; raises `PROTOCOL_VIOLATION`."""
+        received, way = self._received, self._resumption
+        received.add(response)
+        now = asyncio.get_running_loop().time()
+        is_end = response.HasField("finished")
+        if not way.has_started or response.token_ids or response.text or is_end:
+            way.output_came()
+            if self._left is not None:
+                index, reason, offsets = self._left
+                self._left = None
+                address = self._frontends.addresses[index]
+                self._resumes.append(
+                    Resume(address, self.frontend_address, reason, offsets, now - self._heard_at)
+                )
+        self._heard_at = now
+        way.has_started = True
+        way.has_token = bool(received.resume_token)
+        way.is_finished = is_end
+
+    def _call_ended(self, error: UnbrokenError | None) -> None:
+        """Go on elsewhere, after a pause; or raise, or let the stream be over."""
+        self._call = None
+        if self._is_over:
+            return
+        if self._client.is_closed:
+            self._is_over = True
+            raise UnbrokenError(Reason.CANCELLED, "the client was closed")
+        if error is None and self.finished is None:
+            error = UnbrokenError(
+                Reason.WORKER_LOST, "expected `finished` before the end of the stream, got none"
+            )
+            end = resumption.CallEnded(None)
+        elif (
+            error is not None and error.reason is Reason.CANCELLED and _BARE_CODE in error.metadata
+        ):
+            # Nobody of ours said so: a proxy between, or a server that stopped.
+            end = resumption.CallEnded(Reason.UNREACHABLE)
+        else:
+            end = resumption.CallEnded(
+                error.reason if error else None, error.retry_after_s if error else None
+            )
+        now = asyncio.get_running_loop().time()
+        match self._resumption.call_ended(end, self._frontend, now):
+            case resumption.Finish():
+                self._is_over = True
+                if error is not None and self._has_failed_choice():
+                    raise error
+            case resumption.GiveUp(detail):
+                self._is_over = True
+                assert error is not None, "an end without an error is the stream's"
+                raise _explained(error, detail) from self._error
+            case resumption.GoOn(pause_s):
+                assert error is not None, "an end without an error is the stream's"
+                self._error = error
+                if self._resumption.has_started and self._left is None:
+                    num_choices = max(1, self._request.num_choices)
+                    offsets = tuple(map(self._received.num_tokens, range(num_choices)))
+                    self._left = (self._frontend, end.reason or error.reason, offsets)
+                self._pause_s = pause_s
+
+    async def _pause(self) -> None:
+        """Wait before the next call, unless there will be none."""
+        pause_s, self._pause_s = self._pause_s, 0.0
+        if pause_s > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._interrupted.wait()
+        if self._client.is_closed and not self._is_over:
+            raise UnbrokenError(Reason.CANCELLED, "the client was closed")
+
+    def _has_failed_choice(self) -> bool:
+        assert self.finished is not None, "it is over"
+        return any(
+            choice.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
+            for choice in self.finished.choices
+        )
+
+    def _abandon(self) -> None:
+        self._is_over = True
+        if self._call is not None:
+            self._call.cancel()
 
 
 class Client:
-    """Talks to a frontend. Safe for many concurrent calls of one event loop.
+    """Talks to frontends. Safe for many concurrent calls of one event loop.
 
-    Of several addresses the first that can be reached serves a call. A stream whose frontend dies
-    ends with `UNREACHABLE`; this version does not resume it on another.
+    Of several addresses the first that can be reached begins a stream, and any goes on with it when
+    its frontend dies, hangs, drains or cannot be reached any more.
     """
 
-    def __init__(self, *addresses: str, call_timeout_s: float = CALL_TIMEOUT_S) -> None:
-        """`addresses` are "host:port", at least one. Connections are made when needed."""
+    def __init__(
+        self,
+        *addresses: str,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+        resume_policy: ResumePolicy | None = None,
+        resume_budget: ResumeBudget | None = None,
+        keepalive: Keepalive = CLIENT_KEEPALIVE,
+    ) -> None:
+        """`addresses` are "host:port", at least one. Connections are made when needed.
+
+        `resume_budget` can be shared by several clients.
+        """
         if not addresses:
             raise ValueError("expected the address of a frontend, got none")
-        self._addresses = addresses
+        self.frontends = Frontends(addresses, keepalive)
+        self.is_closed = False
         self._call_timeout_s = call_timeout_s
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._policy = resume_policy or ResumePolicy()
+        self._budget = resume_budget or ResumeBudget()
+        self._random = random.Random()
+        self._streams: weakref.WeakSet[GenerationStream] = weakref.WeakSet()
 
     async def __aenter__(self) -> Self:
         return self
@@ -222,10 +370,11 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Close all connections; calls that still run are cancelled."""
-        channels, self._channels = list(self._channels.values()), {}
-        for channel in channels:
-            await channel.close()
+        """Close all connections; calls that still run, or are about to, are cancelled."""
+        self.is_closed = True
+        for stream in list(self._streams):
+            stream.interrupt()
+        await self.frontends.close()
 
     def generate(
         self,
@@ -247,44 +396,94 @@ class Client:
     def start(
         self, request: pb.GenerateRequest, *, timeout_s: float | None = None
     ) -> GenerationStream:
-        """As `generate`, from a request of the contract."""
-        return GenerationStream(self, request, timeout_s)
+        """As `generate`, from a request of the contract; it gets an id if it has none."""
+        if not request.request_id:
+            named = pb.GenerateRequest()
+            named.CopyFrom(request)
+            named.request_id = uuid.uuid4().hex
+            request = named
+        stream = GenerationStream(self, request, timeout_s)
+        self._streams.add(stream)
+        return stream
 
-    async def cancel(self, request_id: str, *, is_soft: bool = False) -> bool:
-        """End a request, from any connection. False: it is not known there, or had ended.
+    def resume(
+        self, checkpoint: pb.ResumeRequest, *, timeout_s: float | None = None
+    ) -> GenerationStream:
+        """The rest of a stream, from a `GenerationStream.checkpoint` of any process.
+
+        Whoever reads the stream now is cut off: `FENCED`.
+        """
+        stream = GenerationStream(self, checkpoint.request, timeout_s, checkpoint)
+        self._streams.add(stream)
+        return stream
+
+    def new_resumption(self, *, has_token: bool) -> Resumption:
+        """How a stream of this client goes on."""
+        return Resumption(
+            len(self.frontends),
+            policy=self._policy,
+            budget=self._budget,
+            random=self._random,
+            has_token=has_token,
+        )
+
+    async def cancel(self, request_id: str, *, is_soft: bool = False, tenant: str = "") -> bool:
+        """End a request, from any connection. False: no frontend knows it, or it had ended.
 
         Soft: the current engine step is finished and its tokens are delivered.
         """
-        request = pb.CancelRequest(request_id=request_id, soft=is_soft)
-        stub = inference_grpc.InferenceServiceStub(await self.channel())
-        return (await _answer(stub.Cancel(request, timeout=self._call_timeout_s))).was_running
+        request = pb.CancelRequest(request_id=request_id, soft=is_soft, tenant=tenant)
+        answers = await self._ask_all(
+            lambda stub: stub.Cancel(request, timeout=self._call_timeout_s)
+        )
+        return any(answer.was_running for answer in answers)
 
     async def list_models(self) -> Sequence[pb.ModelInfo]:
         """The models that workers serve now or served before, by name."""
-        stub = inference_grpc.InferenceServiceStub(await self.channel())
+        stub = self.frontends.stub(await self.frontends.first())
         request = pb.ListModelsRequest()
         return (await _answer(stub.ListModels(request, timeout=self._call_timeout_s))).models
 
-    async def get_stream(self, request_id: str) -> pb.StreamInfo:
-        """One request of this frontend; raises `STREAM_NOT_FOUND`."""
-        stub = inference_grpc.InferenceServiceStub(await self.channel())
-        request = pb.GetStreamRequest(request_id=request_id)
-        return (await _answer(stub.GetStream(request, timeout=self._call_timeout_s))).stream
+    async def get_stream(self, request_id: str, *, tenant: str = "") -> pb.StreamInfo:
+        """One request, of whichever frontend knows it; raises `STREAM_NOT_FOUND`.
+
+        If several do, because it was resumed, then that of the frontend which still runs it.
+        """
+        request = pb.GetStreamRequest(request_id=request_id, tenant=tenant)
+        answers = await self._ask_all(
+            lambda stub: stub.GetStream(request, timeout=self._call_timeout_s)
+        )
+        return min(
+            (answer.stream for answer in answers),
+            key=lambda stream: all(c.state == pb.STREAM_STATE_DONE for c in stream.choices),
+        )
 
     async def list_streams(self) -> AsyncIterator[pb.StreamInfo]:
-        """The requests of this frontend, oldest first, page by page."""
-        stub = inference_grpc.InferenceServiceStub(await self.channel())
-        request = pb.ListStreamsRequest(page_size=_STREAMS_PAGE_SIZE)
-        while True:
-            page = await _answer(stub.ListStreams(request, timeout=self._call_timeout_s))
-            for stream in page.streams:
-                yield stream
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        """The requests of all frontends that can be reached, oldest first at each."""
+        error: UnbrokenError | None = None
+        num_answers = 0
+        for index in range(len(self.frontends)):
+            stub = self.frontends.stub(index)
+            request = pb.ListStreamsRequest(page_size=_STREAMS_PAGE_SIZE)
+            while True:
+                try:
+                    page = await _answer(stub.ListStreams(request, timeout=self._call_timeout_s))
+                except UnbrokenError as failure:
+                    if failure.reason is not Reason.UNREACHABLE:
+                        raise
+                    error = failure
+                    break
+                num_answers += 1
+                for stream in page.streams:
+                    yield stream
+                if not page.next_page_token:
+                    break
+                request.page_token = page.next_page_token
+        if error is not None and not num_answers:
+            raise error
 
     async def list_workers(self) -> Sequence[admin_pb.WorkerInfo]:
-        """The workers as this frontend sees them, by name."""
+        """The workers as a frontend sees them, by name."""
         stub = admin_grpc.AdminServiceStub(await self.channel())
         request = admin_pb.ListWorkersRequest()
         return (await _answer(stub.ListWorkers(request, timeout=self._call_timeout_s))).workers
@@ -294,156 +493,31 @@ class Client:
 
         With several addresses, the first that can be reached; raises `UNREACHABLE` if none can.
         """
-        if len(self._addresses) == 1:
-            return self._open(self._addresses[0])  # The call itself finds out.
-        for address in self._addresses:
-            channel = self._open(address)
-            if await _is_connected(channel):
-                return channel
-        raise UnbrokenError(
-            Reason.UNREACHABLE, f"expected a frontend at one of {', '.join(self._addresses)}"
-        )
+        return self.frontends.channel(await self.frontends.first())
 
-    def _open(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = open_channel(address)
-        return self._channels[address]
+    async def _ask_all(self, ask: Callable[[InferenceServiceStub], Awaitable[_T]]) -> Sequence[_T]:
+        """The answers of all frontends that have one; raises what one said if none has."""
+        asked = [_answer(ask(self.frontends.stub(i))) for i in range(len(self.frontends))]
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        answers = [result for result in results if not isinstance(result, BaseException)]
+        if not answers:
+            errors = [result for result in results if isinstance(result, UnbrokenError)]
+            raise min(errors, key=lambda error: error.reason is Reason.UNREACHABLE)
+        return answers
 
 
-class _ContractChecker:
-    """Holds one call's messages against the contract (inference_service.proto)."""
-
-    def __init__(self, request: pb.GenerateRequest) -> None:
-        self.started: pb.StreamStarted | None = None
-        self.finished: pb.StreamFinished | None = None
-        self._wants_logprobs = request.params.HasField("logprobs")
-        self._offsets = [0] * max(1, request.num_choices)
-
-    def check(self, response: pb.GenerateResponse) -> None:
-        """Take in the next message; raises `PROTOCOL_VIOLATION`."""
-        index, num_tokens = response.choice_index, len(response.token_ids)
-        if self.finished is not None:
-            raise _violation("nothing after `finished`", f"a message at offset {response.offset}")
-        if response.HasField("started") != (self.started is None):
-            raise _violation("`started` in the first message and only there", "it elsewhere")
-        if response.HasField("started"):
-            self.started = response.started
-        if index >= len(self._offsets):
-            raise _violation(f"choices below {len(self._offsets)}", f"choice {index}")
-        if num_tokens:
-            if response.offset != self._offsets[index]:
-                raise _violation(
-                    f"offset {self._offsets[index]} of choice {index}", f"offset {response.offset}"
-                )
-            if len(response.logprobs) != (num_tokens if self._wants_logprobs else 0):
-                raise _violation(
-                    f"log probabilities {'for each of' if self._wants_logprobs else 'for none of'} "
-                    f"{num_tokens} tokens",
-                    f"{len(response.logprobs)}",
-                )
-            self._offsets[index] += num_tokens
-        if response.HasField("finished"):
-            self._check_end(response.finished)
-            self.finished = response.finished
-
-    def close(self) -> None:
-        """The call ended without an error; raises unless it may."""
-        if self.finished is None:
-            raise UnbrokenError(
-                Reason.WORKER_LOST, "expected `finished` before the end of the stream, got none"
-            )
-
-    def _check_end(self, finished: pb.StreamFinished) -> None:
-        ends = [(choice.choice_index, choice.num_tokens) for choice in finished.choices]
-        if ends != list(enumerate(self._offsets)):
-            raise _violation(f"choices to end at {self._offsets}", f"ends (choice, offset) {ends}")
-
-
-def request_to_proto(
-    prompt: str | None,
-    token_ids: Iterable[int] | None,
-    messages: Iterable[Mapping[str, str]] | None,
-    options: GenerateOptions,
-) -> pb.GenerateRequest:
-    """The request of the contract; raises `InvalidField` for what it cannot say."""
-    prompts = {"prompt": prompt, "token_ids": token_ids, "messages": messages}
-    given = [name for name, value in prompts.items() if value is not None]
-    if len(given) != 1:
-        raise InvalidField("prompt", "exactly one of prompt, token_ids, messages", given)
-    languages = sorted(_LANGUAGES & options.keys())
-    if len(languages) > 1:
-        raise InvalidField("constraint", "at most one", languages)
-    request = pb.GenerateRequest()
-    for name, value in (prompts | options).items():
-        if value is None:
-            continue
-        try:
-            _set(request, name, value)
-        except (TypeError, ValueError) as error:  # protobuf's; its text names types and ranges.
-            raise InvalidField(name, f"what its field can hold ({error})", value) from error
-    return request
-
-
-_LANGUAGES: Final = frozenset({"json_schema", "json_object", "regex", "lark", "choice"})
-
-
-def _set(request: pb.GenerateRequest, name: str, value: Any) -> None:
-    """Put one keyword where it belongs; raises TypeError or ValueError if it does not fit."""
-    params = request.params
-    match name:
-        case "prompt":
-            request.text = value
-        case "token_ids":
-            request.token_ids.SetInParent()
-            request.token_ids.ids.extend(value)
-        case "messages":
-            request.chat.SetInParent()
-            for message in value:
-                request.chat.messages.add(**message)
-        case "num_top_logprobs":
-            params.logprobs.SetInParent()
-            params.logprobs.num_top = value
-        case "choice":
-            params.constraint.choice.SetInParent()
-            params.constraint.choice.options.extend(value)
-        case "orphan_grace_s":
-            request.orphan_grace.FromNanoseconds(round(value * 1e9))
-        case "logit_bias":
-            params.sampling.logit_bias.update(value)
-        case "stop" | "stop_token_ids":
-            if isinstance(value, str):
-                raise TypeError("a list, not a text")
-            getattr(params.stopping, name).extend(value)
-        case _ if name in _LANGUAGES:
-            setattr(params.constraint, name, value)
-        case _ if name in Options.__annotations__:
-            setattr(request, name, value)
-        case _ if name in Params.__annotations__:
-            is_sampling = name in params.sampling.DESCRIPTOR.fields_by_name
-            setattr(params.sampling if is_sampling else params.stopping, name, value)
-        case _:
-            raise TypeError("`generate` has no such keyword")
-
-
-async def _answer(call: Awaitable[_ResponseT]) -> _ResponseT:
+async def _answer(call: Awaitable[_T]) -> _T:
     try:
         return await call
     except grpc.RpcError as error:
         raise status.from_rpc_error(error) from error
 
 
-async def _is_connected(channel: grpc.aio.Channel) -> bool:
-    """Whether `channel` is, or soon gets, connected."""
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            state = channel.get_state(try_to_connect=True)
-            while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
-                await channel.wait_for_state_change(state)
-                state = channel.get_state(try_to_connect=True)
-    except TimeoutError:
-        return False
-    return state is grpc.ChannelConnectivity.READY
-
-
-def _violation(expected: str, seen: str) -> UnbrokenError:
-    return UnbrokenError(Reason.PROTOCOL_VIOLATION, f"expected {expected}, got {seen}")
+def _explained(error: UnbrokenError, detail: str) -> UnbrokenError:
+    """`error`, and why nothing more is tried."""
+    return UnbrokenError(
+        error.reason,
+        f"{error.detail} ({detail})" if detail else error.detail,
+        metadata=error.metadata,
+        retry_after_s=error.retry_after_s,
+    )

@@ -206,7 +206,7 @@ def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
         worker.description.model or worker.record.model,
         _short(admin_pb.LinkState, worker.link),
         _liveness(worker),
-        f"{engine} (draining)" if worker.is_draining else engine,
+        _engine_row(worker, engine),
         worker.num_attempts,
         f"{sum(r.kv_blocks_used for r in ranks)}/{sum(r.kv_blocks_total for r in ranks)}",
         sum(rank.requests_waiting for rank in ranks),
@@ -214,6 +214,18 @@ def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
         worker.record.engine_pgid,
         worker.record.address,
     )
+
+
+def _engine_row(worker: admin_pb.WorkerInfo, engine: str) -> str:
+    marks = [
+        name
+        for name, is_so in (
+            ("draining", worker.is_draining),
+            ("ejected", worker.HasField("ejection")),
+        )
+        if is_so
+    ]
+    return f"{engine} ({', '.join(marks)})" if marks else engine
 
 
 def _liveness(worker: admin_pb.WorkerInfo) -> str:

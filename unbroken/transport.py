@@ -32,7 +32,7 @@ METADATA_BYTES_MAX: Final = 16 * 1024
 class Keepalive:
     """When a silent connection is asked for a sign of life, and how long the answer may take.
 
-    A backstop: links have heartbeats, which notice a hung peer earlier.
+    Between processes of the mesh a backstop: their heartbeats notice a hung peer earlier.
     """
 
     interval_s: float = 10.0
@@ -40,6 +40,10 @@ class Keepalive:
 
 
 MESH_KEEPALIVE: Final = Keepalive()
+"""Between the processes of the mesh."""
+
+CLIENT_KEEPALIVE: Final = Keepalive(interval_s=1.0, timeout_s=1.5)
+"""Between clients and frontends, where nothing else notices a peer that hangs: within 2.5 s."""
 
 Options = Sequence[tuple[str, str | int]]
 

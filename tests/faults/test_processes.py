@@ -19,19 +19,21 @@ LIMIT_S = 20.0
 
 # Counts, so that it can be seen running; opens a file and says how that went when it reads a line.
 COUNTING = """
-import itertools, sys, threading, time
+import itertools, os, sys, threading, time
+def say(text):
+    os.write(1, f"{text}\\n".encode())
 def count():
     for number in itertools.count():
-        print(number, flush=True)
+        say(number)
         time.sleep(0.001)
 threading.Thread(target=count, daemon=True).start()
 for line in sys.stdin:
     try:
         with open(line.strip(), "a") as file:
             file.write("x" * 100)
-        print("written", flush=True)
+        say("written")
     except OSError as error:
-        print(error.strerror, flush=True)
+        say(error.strerror)
 """
 
 

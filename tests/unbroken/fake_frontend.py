@@ -1,5 +1,6 @@
 """A frontend that says what a test tells it to say, rightly or wrongly."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,15 +16,31 @@ from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import inference_service_pb2_grpc as inference_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Script = Sequence[pb.GenerateResponse | UnbrokenError]
+
+
+class Hang:
+    """In a script: nothing more is said until the call is left."""
+
+
+Script = Sequence[pb.GenerateResponse | UnbrokenError | Hang]
 
 
 class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServiceServicer):
-    """`script` is what Generate says: its messages, perhaps an error, and the end of the call."""
+    """`script` is what Generate says: its messages, perhaps an error, and the end of the call.
 
-    def __init__(self, script: Script = ()) -> None:
+    `resume_scripts` are for calls of Resume, one after the other; the last is for all that follow.
+    """
+
+    def __init__(self, script: Script = (), *resume_scripts: Script) -> None:
         self.script = script
+        self.resume_scripts = list(resume_scripts)
         self.requests: list[pb.GenerateRequest] = []
+        self.resumes: list[pb.ResumeRequest] = []
+        self.time_remaining_s: list[float | None] = []
+        """Of every call of Generate and Resume."""
+        self.left = asyncio.Event()
+        """A call was left by its client while it hung."""
+        self.cancels: list[pb.CancelRequest] = []
         self.streams = [pb.StreamInfo(request_id=f"r{i}") for i in range(3)]
 
     @override
@@ -31,20 +48,44 @@ class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServ
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
-        for message in self.script:
-            if isinstance(message, UnbrokenError):
-                raise message
+        async for message in self._play(self.script, request.request_id, context):
             yield message
 
     @override
     async def Resume(
         self, request: pb.ResumeRequest, context: Context
     ) -> AsyncIterator[pb.ResumeResponse]:
-        raise UnbrokenError(Reason.NOT_IMPLEMENTED, "no")
-        yield pb.ResumeResponse()
+        self.resumes.append(request)
+        if not self.resume_scripts:
+            raise UnbrokenError(Reason.NOT_IMPLEMENTED, "no")
+        script = self.resume_scripts[min(len(self.resumes), len(self.resume_scripts)) - 1]
+        async for message in self._play(script, request.request.request_id, context):
+            yield pb.ResumeResponse(response=message)
+
+    async def _play(
+        self, script: Script, request_id: str, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        self.time_remaining_s.append(context.time_remaining())
+        for message in script:
+            match message:
+                case UnbrokenError():
+                    raise message
+                case Hang():
+                    try:
+                        await asyncio.Event().wait()
+                    finally:
+                        self.left.set()
+                case _ if message.HasField("started") and not message.started.request_id:
+                    named = pb.GenerateResponse()
+                    named.CopyFrom(message)
+                    named.started.request_id = request_id
+                    yield named
+                case _:
+                    yield message
 
     @override
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        self.cancels.append(request)
         return pb.CancelResponse(was_running=request.request_id == "r0" and not request.soft)
 
     @override
@@ -81,8 +122,8 @@ class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServ
 
 
 def started(**fields: Any) -> pb.GenerateResponse:
-    """The first message of a stream."""
-    return pb.GenerateResponse(started=pb.StreamStarted(request_id="r1", **fields))
+    """The first message of a stream; its id is that of the request."""
+    return pb.GenerateResponse(started=pb.StreamStarted(**fields))
 
 
 def tokens(

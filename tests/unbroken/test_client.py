@@ -1,17 +1,15 @@
 """Claims of the client library, against a frontend that behaves, and one that does not."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import uvloop
 from google.protobuf import text_format
-from typing_extensions import override
 
 from tests.unbroken.fake_frontend import (
-    Context,
     FakeFrontend,
+    Hang,
     Script,
     finished,
     serving_frontend,
@@ -61,7 +59,7 @@ def test_a_stream_is_delivered_piece_by_piece() -> None:
     assert pieces == [Piece(0, 0, (7, 8), "ab"), Piece(0, 2, (9,), ""), Piece(0, 3, (), "c")]
     assert stream.started is not None
     assert stream.started.num_prompt_tokens == 2
-    assert stream.request_id == "r1"
+    assert stream.request_id == stream.started.request_id
     assert stream.finished is not None
     assert stream.finished.usage.completion_tokens == 3
 
@@ -190,28 +188,12 @@ def test_of_several_frontends_the_first_that_can_be_reached_serves() -> None:
     uvloop.run(scenario())
 
 
-class Silent(FakeFrontend):
-    """Starts streams and says nothing more; knows whether its client left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = asyncio.Event()
-
-    @override
-    async def Generate(
-        self, request: pb.GenerateRequest, context: Context
-    ) -> AsyncIterator[pb.GenerateResponse]:
-        yield started()
-        yield tokens(0, 1)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self.left.set()
+SILENT: Script = [started(), tokens(0, 1), Hang()]
 
 
 def test_the_timeout_bounds_the_generation() -> None:
     async def scenario() -> None:
-        async with serving_frontend(Silent()) as address, Client(address) as client:
+        async with serving_frontend(FakeFrontend(SILENT)) as address, Client(address) as client:
             with pytest.raises(UnbrokenError) as raised:
                 await client.generate(prompt="x", timeout_s=0.1).text()
             assert raised.value.reason is Reason.DEADLINE_EXCEEDED
@@ -231,7 +213,7 @@ def test_leaving_a_stream_tells_the_frontend(how: str) -> None:
                     await stream.cancel()
 
     async def scenario() -> None:
-        frontend = Silent()
+        frontend = FakeFrontend(SILENT)
         async with (
             serving_frontend(frontend) as address,
             Client(address) as client,
@@ -311,6 +293,7 @@ def test_every_keyword_reaches_its_field() -> None:
         num_top_logprobs=0,
         regex="a+",
         orphan_grace_s=1.5,
+        reader_grace_s=2.5,
         **sampling,
         **stopping,
         **options,
@@ -326,6 +309,7 @@ def test_every_keyword_reaches_its_field() -> None:
         **options,
     )
     expected.orphan_grace.FromMilliseconds(1500)
+    expected.reader_grace.FromMilliseconds(2500)
     assert got == expected
     assert got.params.HasField("logprobs")
     assert got.HasField("migrations_max")
@@ -339,7 +323,9 @@ def test_prompts_come_in_three_forms() -> None:
 
 
 def test_an_absent_keyword_is_an_absent_field() -> None:
-    assert request_of(prompt="x") == pb.GenerateRequest(text="x")
+    got = request_of(prompt="x")
+    assert got.request_id, "the client names its requests, so that they can be asked again"
+    assert got == pb.GenerateRequest(text="x", request_id=got.request_id)
 
 
 NONSENSE: dict[str, dict[str, Any]] = {

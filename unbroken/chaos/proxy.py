@@ -435,7 +435,9 @@ class _Pipe:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with RST instead of FIN."""
+    """Close with RST instead of FIN, unless it is closed."""
+    if writer.is_closing():
+        return
     connection: socket.socket = writer.get_extra_info("socket")
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)

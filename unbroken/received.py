@@ -1,0 +1,126 @@
+"""What a client has of a stream, held against the contract as it comes. No I/O."""
+
+from array import array
+from dataclasses import dataclass, field
+
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.v1 import inference_service_pb2 as pb
+
+
+@dataclass(slots=True)
+class ReceivedChoice:
+    """What came of one choice."""
+
+    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    num_text_bytes: int = 0
+
+
+class Received:
+    """The output of one request over all of its calls (inference_service.proto).
+
+    It is what `Resume` has to be told, and the reason why a seam between two frontends cannot hide
+    a token that is missing or comes twice.
+    """
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        self.started: pb.StreamStarted | None = None
+        self.finished: pb.StreamFinished | None = None
+        self.resume_token = b""
+        """The newest; empty if none came."""
+        self._request = request
+        self._wants_logprobs = request.params.HasField("logprobs")
+        self._choices = [ReceivedChoice() for _ in range(max(1, request.num_choices))]
+        self._is_first = True
+
+    @classmethod
+    def restored(cls, resume: pb.ResumeRequest) -> "Received":
+        """What the holder of `resume` has; raises `PROTOCOL_VIOLATION` if that cannot be."""
+        received = cls(resume.request)
+        received.resume_token = resume.resume_token
+        for position in resume.positions:
+            choice = received._choice(position.choice_index)
+            choice.token_ids.extend(position.token_ids)
+            choice.num_text_bytes = position.num_text_bytes
+        return received
+
+    def resume_request(self) -> pb.ResumeRequest:
+        """How any frontend is asked for the rest."""
+        resume = pb.ResumeRequest(request=self._request, resume_token=self.resume_token)
+        for index, choice in enumerate(self._choices):
+            if choice.token_ids:
+                resume.positions.add(
+                    choice_index=index,
+                    token_ids=choice.token_ids,
+                    num_text_bytes=choice.num_text_bytes,
+                )
+        return resume
+
+    def num_tokens(self, choice_index: int = 0) -> int:
+        """Offset after the choice's last token."""
+        return len(self._choices[choice_index].token_ids)
+
+    def begin_call(self) -> None:
+        """What comes next is the first message of a call."""
+        self._is_first = True
+
+    def add(self, response: pb.GenerateResponse) -> None:
+        """Take in the next message; raises `PROTOCOL_VIOLATION`."""
+        is_first, self._is_first = self._is_first, False
+        if self.finished is not None:
+            raise _violation("nothing after `finished`", f"a message at offset {response.offset}")
+        self._add_started(response, is_first=is_first)
+        choice = self._choice(response.choice_index)
+        if num_tokens := len(response.token_ids):
+            if response.offset != len(choice.token_ids):
+                raise _violation(
+                    f"offset {len(choice.token_ids)} of choice {response.choice_index}",
+                    f"offset {response.offset}",
+                )
+            if len(response.logprobs) != (num_tokens if self._wants_logprobs else 0):
+                raise _violation(
+                    f"log probabilities {'for each of' if self._wants_logprobs else 'for none of'} "
+                    f"{num_tokens} tokens",
+                    f"{len(response.logprobs)}",
+                )
+            choice.token_ids.extend(response.token_ids)
+        if response.text:
+            choice.num_text_bytes += len(response.text.encode())
+        if response.resume_token:
+            self.resume_token = response.resume_token
+        if response.HasField("finished"):
+            self._check_end(response.finished)
+            self.finished = response.finished
+
+    def _add_started(self, response: pb.GenerateResponse, *, is_first: bool) -> None:
+        """`started` opens the stream; a call that goes on with it may repeat it."""
+        has_started = response.HasField("started")
+        if (has_started and not is_first) or not (has_started or self._has_begun):
+            raise _violation("`started` in the first message and only there", "it elsewhere")
+        if not has_started:
+            return
+        expected, seen = self._request.request_id, response.started.request_id
+        if expected and seen != expected:
+            raise _violation(f"request {expected}", f"request {seen}")
+        if self.started is None:
+            self.started = response.started
+        if response.started.resume_token:
+            self.resume_token = response.started.resume_token
+
+    @property
+    def _has_begun(self) -> bool:
+        return self.started is not None or bool(self.resume_token)
+
+    def _choice(self, index: int) -> ReceivedChoice:
+        if index >= len(self._choices):
+            raise _violation(f"choices below {len(self._choices)}", f"choice {index}")
+        return self._choices[index]
+
+    def _check_end(self, finished: pb.StreamFinished) -> None:
+        ends = [(choice.choice_index, choice.num_tokens) for choice in finished.choices]
+        expected = [(i, len(choice.token_ids)) for i, choice in enumerate(self._choices)]
+        if ends != expected:
+            raise _violation(f"choices to end at {expected}", f"ends (choice, offset) {ends}")
+
+
+def _violation(expected: str, seen: str) -> UnbrokenError:
+    return UnbrokenError(Reason.PROTOCOL_VIOLATION, f"expected {expected}, got {seen}")
