@@ -33,6 +33,18 @@ class FrontendConfig(ProcessConfig):
     """How long a request looks for a worker."""
     regenerate_tokens_max: int = Field(4096, ge=0)
     """Delivered tokens that may be generated again to go on with a stream."""
+    resume_queue: bool = True
+    """Streams that lost their worker go to others as fast as those bear it; without, at once."""
+    resume_share: float = Field(0.5, gt=0, le=1)
+    """Of its measured prefill rate that a worker gives while streams wait to resume."""
+    new_work_share: float = Field(0.2, gt=0, lt=1)
+    """Of that, for new requests."""
+    resume_burst_tokens: int = Field(4096, ge=1)
+    """Prompt tokens that a worker is given at once in any case, however slow it is."""
+    prefill_tokens_per_s: float = Field(20_000.0, gt=0)
+    """Prefill rate of a worker that has not been measured yet."""
+    fleet_loss_share: float = Field(0.5, gt=0, le=1)
+    """If more of a model's workers are lost at once, new requests are refused until all resumed."""
     requests_running_max: int = Field(10_000, ge=1)
     """More requests at once are refused."""
     heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)

@@ -1,41 +1,43 @@
 """Obeys what streams ask: finds workers, starts and ends attempts, moves windows, keeps time.
 
-    Place ──▶ placement ──▶ a worker ──▶ Start on its link
-                  └── none ──▶ wait until a worker becomes ready, or the stream's deadline
+    Place ──▶ resume queue ──its turn──▶ placement ──▶ a worker ──▶ Start on its link
+                  └── nobody has room ──▶ wait until something changes, or the stream's deadline
 
-Everything happens in the call that brought the news, so that a stream which lost its worker is on
-its way to another before anything else runs.
+Everything happens in the call that brought the news, so that a stream which lost its worker and has
+its turn is on its way to another before anything else runs.
 """
 
 import asyncio
-import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from random import Random
 from typing import Final, assert_never
 
 from frontend import stream as machine
 from frontend.admission import Envelope, Model
 from frontend.links import Links
-from frontend.mesh_view import MeshView
+from frontend.mesh_view import MeshView, Worker
 from frontend.metrics import FrontendMetrics
 from frontend.placement import Need, WorkerView, choose, num_cached_tokens
 from frontend.relay_call import RelayCall
+from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
+from frontend.stream import Life
 from unbroken import blocks, log
 from unbroken.checkpoint import checkpoint_to_proto
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import ContinuationClass, FailureKind
 from unbroken.v1 import relay_service_pb2
 
-RETRIES_AT_ONCE: Final = 64
-"""Placements tried again before other work gets a turn; each takes about 50 µs."""
+TURNS_AT_ONCE: Final = 256
+"""Placements tried before other work gets a turn; each takes about 50 µs."""
 
 _log = log.get_logger(__name__)
 
 
 class Dispatcher:
-    """What all streams share: the workers, the links, and the line of those that wait."""
+    """What all streams share: the workers, the links, and the line of those that want a worker."""
 
     def __init__(
         self,
@@ -43,49 +45,78 @@ class Dispatcher:
         links: Links,
         metrics: FrontendMetrics,
         *,
+        limits: ResumeLimits | None = None,
+        random: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.mesh = mesh
         self.links = links
         self.metrics = metrics
+        self.queue = ResumeQueue[Choice](limits or ResumeLimits(), random or Random())
         self.clock = clock
-        self._waiting: dict[Choice, None] = {}
-        """First come, first served."""
-        self._retrying: dict[Choice, None] = {}
-        """Those that will be tried again next."""
-        self._retry: asyncio.Handle | None = None
+        self._is_giving_turns = False
+        self._soon: asyncio.Handle | None = None
+        self._due: asyncio.TimerHandle | None = None
         self.on_attempt_ended: list[Callable[[Choice, machine.Life, machine.Attempt], None]] = []
         """Called with what became of an attempt; it may not start another."""
-        mesh.on_ready.append(self._worker_ready)
+        mesh.on_change.append(self._mesh_changed)
+        mesh.on_load.append(self._load_reported)
 
     @property
     def num_waiting(self) -> int:
         """Choices that wait for a worker."""
-        return len(self._waiting) + len(self._retrying)
+        return self.queue.num_waiting
 
-    def wait(self, choice: "Choice") -> None:
-        """Try again to place the choice when a worker becomes ready."""
-        self._waiting[choice] = None
+    def line_up(self, choice: "Choice", ticket: Ticket) -> UnbrokenError | None:
+        """Place the choice as soon as it has its turn, perhaps now; an error if it gets none."""
+        error = self.queue.offer(choice, ticket, self.clock())
+        if error is None:
+            self._give_turns()
+        return error
 
-    def wait_no_more(self, choice: "Choice") -> None:
-        """The opposite of `wait`. Idempotent."""
-        self._waiting.pop(choice, None)
-        self._retrying.pop(choice, None)
+    def computed(self, choice: "Choice") -> None:
+        """The prompt of the choice is computed, or its attempt is over."""
+        self.queue.computed(choice)
+        self._give_turns_soon()
 
-    def _worker_ready(self) -> None:
-        self._retrying.update(self._waiting)
-        self._waiting.clear()
-        self._retry_soon()
+    def _mesh_changed(self) -> None:
+        self.queue.workers(self.mesh.views(), self.clock())
+        self._give_turns_soon()
 
-    def _retry_soon(self) -> None:
-        if self._retry is None and self._retrying:
-            self._retry = asyncio.get_running_loop().call_soon(self._retry_some)
+    def _load_reported(self, worker: Worker) -> None:
+        if worker.view is not None and worker.load is not None:
+            self.queue.reported(worker.view.life, worker.load, worker.load_at)
+            self._give_turns_soon()
 
-    def _retry_some(self) -> None:
-        self._retry = None
-        for choice in list(itertools.islice(self._retrying, RETRIES_AT_ONCE)):
-            choice.place_again()
-        self._retry_soon()
+    def _give_turns_soon(self) -> None:
+        if self._soon is None and self.queue.num_waiting:
+            self._soon = asyncio.get_running_loop().call_soon(self._give_turns)
+
+    def _give_turns(self) -> None:
+        if self._is_giving_turns:
+            return  # A placement that failed at once stands in line again; its turn comes below.
+        self._cancel_timers()
+        self._is_giving_turns = True
+        try:
+            for _ in range(TURNS_AT_ONCE):
+                turn = self.queue.next(self.clock())
+                if turn is None:
+                    break
+                turn.key.take_turn(turn.lives)
+            else:
+                self._give_turns_soon()
+        finally:
+            self._is_giving_turns = False
+        due = self.queue.deadline()
+        if due is not None:
+            wait_s = max(0.0, due - self.clock())
+            self._due = asyncio.get_running_loop().call_later(wait_s, self._give_turns)
+
+    def _cancel_timers(self) -> None:
+        for handle in (self._soon, self._due):
+            if handle is not None:
+                handle.cancel()
+        self._soon = self._due = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +138,7 @@ class Choice:
         "_dispatcher",
         "_envelope",
         "_hashes",
+        "_is_computing",
         "_model",
         "_seat",
         "_timer",
@@ -136,11 +168,19 @@ class Choice:
         self._deadline_at = deadline_at
         self._avoid: frozenset[machine.Life] = frozenset()
         self._hashes: dict[tuple[str, int], list[int]] = {}
+        self._is_computing = False  # The resume queue has it on a worker's account.
         self._seat: _Seat | None = None
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def waiting_detail(self) -> str:
+        """What it waits for, for people; empty if it waits for no worker."""
+        return self._dispatcher.queue.detail(self)
+
     def wake(self) -> None:
         """Let the client's side look at the stream."""
+        if self._is_computing and self.stream.is_prefilled:
+            self._computed()
         if not self._wake.is_set():
             self._wake.set()
 
@@ -189,8 +229,26 @@ class Choice:
                 case _:
                     assert_never(command)
 
+    def take_turn(self, lives: Set[Life]) -> None:
+        """One of these workers may be taken. Raises nothing: others have their turn after it."""
+        stream, dispatcher = self.stream, self._dispatcher
+        try:
+            view = self._choose(lives)
+            if view is None:
+                dispatcher.queue.passed_over(self, lives)
+                return
+            waited_s = dispatcher.queue.admitted(self, view.life, dispatcher.clock())
+            self._is_computing = True
+            self._stop_waiting()
+            if stream.attempts:
+                dispatcher.metrics.resume_wait_s.observe(waited_s)
+            self._obey(stream.placed(stream.epoch, view.life, view.abilities))
+        except Exception:
+            self.crashed()
+        self.wake()
+
     def place_again(self) -> None:
-        """Time passed, or a worker became ready. Raises nothing: others are tried after it."""
+        """The pause after a refusal is over, or nobody had room for too long. Raises nothing."""
         self._stop_waiting()
         stream = self.stream
         try:
@@ -204,36 +262,60 @@ class Choice:
     def _place(self, pause_s: float) -> Sequence[machine.Command]:
         stream, dispatcher = self.stream, self._dispatcher
         self._leave()  # A refused attempt has left its slot, but not its worker's books.
-        view = None if pause_s > 0 else self._choose()
-        if view is not None:
-            return stream.placed(stream.epoch, view.life, view.abilities)
-        deadline = stream.deadline()
+        epoch, deadline = stream.epoch, stream.deadline()
         assert deadline is not None, "a stream that is placed has a deadline"
         wait_s = max(0.0, deadline - dispatcher.clock())
         if pause_s > 0:
             wait_s = min(wait_s, pause_s)
-        else:
-            dispatcher.wait(self)
         self._timer = asyncio.get_running_loop().call_later(wait_s, self.place_again)
-        return ()
+        if pause_s > 0:
+            return ()
+        error = dispatcher.line_up(self, self._ticket(deadline))
+        return () if error is None else stream.unplaceable(epoch, error)
 
-    def _choose(self) -> WorkerView | None:
+    def _ticket(self, deadline: float) -> Ticket:
+        stream = self.stream
+        give_up_at = deadline if self._deadline_at is None else min(deadline, self._deadline_at)
+        is_resume = bool(stream.attempts)
+        return Ticket(
+            model=self._model.name,
+            work=Work.RESUME if is_resume else Work.NEW,
+            priority=self._envelope.priority,
+            num_tokens=self._num_tokens,
+            give_up_at=give_up_at,
+            avoid=self._avoid,
+            cached=self._cached() if is_resume else {},
+        )
+
+    @property
+    def _num_tokens(self) -> int:
+        """To compute before the next one: prompt and delivered output."""
+        return len(self.stream.original.prompt_token_ids) + len(self.stream.ledger)
+
+    def _cached(self) -> dict[Life, int]:
+        """How many of them each worker that has some has in its prefix cache."""
+        cached: dict[Life, int] = {}
+        for view in self._dispatcher.mesh.views():
+            if view.model == self._model.name and view.cached_blocks:
+                hashes = self._block_hashes(view)
+                num_tokens = num_cached_tokens(view.cached_blocks, hashes, view.block_size)
+                if num_tokens:
+                    cached[view.life] = num_tokens
+        return cached
+
+    def _choose(self, lives: Set[Life]) -> WorkerView | None:
         stream, mesh, model = self.stream, self._dispatcher.mesh, self._model
         original = stream.original
         ways: dict[object, ContinuationClass] = {}
 
         def is_able(view: WorkerView) -> bool:
-            if not mesh.can_serve(view, model, original):
+            if view.life not in lives or not mesh.can_serve(view, model, original):
                 return False
             if view.abilities not in ways:  # Most workers are alike, and asking costs something.
                 ways[view.abilities] = stream.way_at(view.abilities)
             return ways[view.abilities] is not ContinuationClass.NONE
 
-        need = Need(
-            model=model.name,
-            num_tokens=len(original.prompt_token_ids) + len(stream.ledger),
-            avoid=self._avoid,
-        )
+        need = Need(model=model.name, num_tokens=self._num_tokens, avoid=self._avoid)
         return choose(mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes)
 
     def _block_hashes(self, view: WorkerView) -> Sequence[int]:
@@ -271,7 +353,7 @@ class Choice:
         start.priority = envelope.priority
         start.stream.tenant = envelope.tenant
         view = worker.view
-        num_tokens = len(stream.original.prompt_token_ids) + len(stream.ledger)
+        num_tokens = self._num_tokens
         hashes = self._block_hashes(view)
         num_cached = num_cached_tokens(view.cached_blocks, hashes, view.block_size)
         slot = call.start(
@@ -285,7 +367,13 @@ class Choice:
         view.placed(num_tokens, num_cached)
         return ()
 
+    def _computed(self) -> None:
+        self._is_computing = False
+        self._dispatcher.computed(self)
+
     def _leave(self) -> None:
+        if self._is_computing:
+            self._computed()
         seat, self._seat = self._seat, None
         if seat is not None:
             seat.call.abort(seat.slot)
@@ -296,7 +384,7 @@ class Choice:
                     callback(self, seat.view.life, attempt)
 
     def _stop_waiting(self) -> None:
-        self._dispatcher.wait_no_more(self)
+        self._dispatcher.queue.cancel(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -65,12 +65,13 @@ class MeshView:
     """All workers, and what follows from them.
 
     `on_ready` is called when a worker began to take work; `on_change` whenever the readiness of a
-    worker, or which models there are, may have changed.
+    worker, or which models there are, may have changed; `on_load` when a worker told its load.
     """
 
     workers: dict[str, Worker] = field(default_factory=dict[str, Worker])
     on_ready: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     on_change: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    on_load: list[Callable[[Worker], None]] = field(default_factory=list[Callable[[Worker], None]])
     _tokenizers: OrderedDict[str, Tokenizer] = field(default_factory=OrderedDict[str, Tokenizer])
     _models: OrderedDict[str, Model] = field(default_factory=OrderedDict[str, Model])
     """What each model was when a worker last served it."""
@@ -144,6 +145,18 @@ class MeshView:
         """A worker is gone for good."""
         if self.workers.pop(worker_id, None) is not None:
             self._notify()
+
+    def report_load(self, worker: Worker, load: worker_pb2.LoadReport, now: float) -> None:
+        """Count what a worker says about its load."""
+        worker.load, worker.load_at = load, now
+        if worker.view is None:
+            return
+        worker.view.reported(
+            sum(rank.kv_blocks_used for rank in load.ranks),
+            sum(rank.prefill_tokens_queued for rank in load.ranks),
+        )
+        for callback in self.on_load:
+            callback(worker)
 
     def refresh(self, worker: Worker) -> None:
         """Derive anew whether the worker takes work, after its link or engine changed."""
@@ -241,16 +254,6 @@ def abilities_of(description: worker_pb2.EngineDescription) -> Abilities:
         repetition_penalty_counts_prompt=able.repetition_penalty_counts_prompt,
         has_logit_bias=able.logit_bias,
     )
-
-
-def report_load(worker: Worker, load: worker_pb2.LoadReport, now: float) -> None:
-    """Count what a worker says about its load."""
-    worker.load, worker.load_at = load, now
-    if worker.view is not None:
-        worker.view.reported(
-            sum(rank.kv_blocks_used for rank in load.ranks),
-            sum(rank.prefill_tokens_queued for rank in load.ranks),
-        )
 
 
 def report_blocks(worker: Worker, events: worker_pb2.KvEvents) -> None:

@@ -1,6 +1,7 @@
 """The frontend's metrics."""
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -10,6 +11,22 @@ from unbroken.metrics import SECONDS_BUCKETS
 from unbroken.outcome import ContinuationClass, FailureKind
 
 _PREFIX = "unbroken_frontend"
+
+
+class QueueFigures(Protocol):
+    """What the resume queue tells of itself."""
+
+    @property
+    def num_resumes_waiting(self) -> int: ...
+
+    @property
+    def tokens_waiting(self) -> int: ...
+
+    @property
+    def tokens_outstanding(self) -> int: ...
+
+    @property
+    def num_fleet_losses(self) -> int: ...
 
 
 class FrontendMetrics:
@@ -61,6 +78,30 @@ class FrontendMetrics:
             f"{_PREFIX}_migration_gap_seconds",
             "From the last token before a migration to the first one after it.",
             buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.resume_wait_s = Histogram(
+            f"{_PREFIX}_resume_wait_seconds",
+            "Time that a stream which lost its worker stood in the resume queue.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._resumes_waiting = Gauge(
+            f"{_PREFIX}_resumes_waiting", "Choices in the resume queue.", registry=registry
+        )
+        self._resume_tokens_waiting = Gauge(
+            f"{_PREFIX}_resume_prefill_tokens_waiting",
+            "Prompt tokens that the choices in the resume queue have to compute.",
+            registry=registry,
+        )
+        self._resume_tokens_outstanding = Gauge(
+            f"{_PREFIX}_resume_prefill_tokens_outstanding",
+            "Prompt tokens that left the resume queue and are not computed yet.",
+            registry=registry,
+        )
+        self._fleet_losses = Gauge(
+            f"{_PREFIX}_fleet_losses",
+            "Models that lost so many workers at once that new requests are refused.",
             registry=registry,
         )
         self.suspects = Counter(
@@ -121,6 +162,7 @@ class FrontendMetrics:
         *,
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
+        queue: QueueFigures,
         num_links_up: Callable[[], int],
         outliers: Outliers,
         workers_by_liveness: Callable[[], Mapping[Liveness, int]],
@@ -128,6 +170,10 @@ class FrontendMetrics:
         """Ask for these whenever the metrics are read, from the thread that serves them."""
         self._running.set_function(num_running)
         self._waiting.set_function(num_waiting)
+        self._resumes_waiting.set_function(lambda: queue.num_resumes_waiting)
+        self._resume_tokens_waiting.set_function(lambda: queue.tokens_waiting)
+        self._resume_tokens_outstanding.set_function(lambda: queue.tokens_outstanding)
+        self._fleet_losses.set_function(lambda: queue.num_fleet_losses)
         self._links_up.set_function(num_links_up)
         self._ejected.set_function(lambda: outliers.num_ejected)
         self._panicking.set_function(lambda: outliers.num_panicking)

@@ -86,15 +86,18 @@ def choose(
         and worker.context_length > need.num_tokens
         and is_able(worker)
     ]
-    ranks = [
-        (worker.is_suspect, worker.is_ejected, worker.life in need.avoid) for worker in candidates
-    ]
+    ranks = [standing(worker, need.avoid) for worker in candidates]
     best = min(ranks, default=None)
     return min(
         [worker for worker, rank in zip(candidates, ranks, strict=True) if rank == best],
         key=lambda worker: (cost(worker, need, block_hashes(worker)), worker.life),
         default=None,
     )
+
+
+def standing(worker: WorkerView, avoid: Collection[Life]) -> tuple[bool, bool, bool]:
+    """How gladly an attempt is placed there, whatever it costs: the lowest first."""
+    return worker.is_suspect, worker.is_ejected, worker.life in avoid
 
 
 def cost(worker: WorkerView, need: Need, block_hashes: Sequence[int]) -> float:

@@ -24,7 +24,7 @@ from frontend.failure_detector import (
     Liveness,
     Rhythm,
 )
-from frontend.mesh_view import EngineState, LinkState, MeshView, Worker, report_blocks, report_load
+from frontend.mesh_view import EngineState, LinkState, MeshView, Worker, report_blocks
 from frontend.outliers import Outliers
 from frontend.reach import reach
 from frontend.stream import Command, Stream
@@ -488,7 +488,7 @@ class RelayCall:
         interval_s = heartbeat.interval.ToNanoseconds() / 1e9
         self.detector.heartbeat(heartbeat.sequence_seen, interval_s, now)
         if heartbeat.HasField("load"):
-            report_load(self._worker, heartbeat.load, now)
+            self._mesh.report_load(self._worker, heartbeat.load, now)
 
     def _receive_verdict(self, verdict: relay_service_pb2.EngineVerdict) -> None:
         worker = self._worker
@@ -551,7 +551,7 @@ class RelayCall:
         if num_rows:
             self._observer.count_tokens(len(token_ids))
         if frame.HasField("load"):
-            report_load(self._worker, frame.load, now)
+            self._mesh.report_load(self._worker, frame.load, now)
         for events in frame.kv_events:
             report_blocks(self._worker, events)
         # Only now, so that the ends which came with the last tokens count in what clients are told.

@@ -143,7 +143,9 @@ class Request:
             model=self.admitted.model.name,
             continuation_class=summaries.way(self.admitted.continuation_class),
             num_prompt_tokens=self.admitted.num_prompt_tokens,
-            choices=[summaries.choice(one.index, one.stream) for one in self.choices],
+            choices=[
+                summaries.choice(one.index, one.stream, one.waiting_detail) for one in self.choices
+            ],
             attempts=self._attempts(),
         )
         info.admitted_at.FromNanoseconds(self._admitted_at_ns)

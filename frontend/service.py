@@ -20,6 +20,7 @@ from frontend.outlier_watch import OutlierWatch
 from frontend.outliers import OutlierLimits, Outliers
 from frontend.relay_call import FrontendIdentity, LinkLimits
 from frontend.requests import Requests
+from frontend.resume_queue import ResumeLimits
 from frontend.stream import Limits
 from unbroken import discovery, log, metrics
 from unbroken.config import split_address
@@ -97,7 +98,22 @@ class Frontend:
             outliers=outliers,
             clock=self._clock,
         )
-        dispatcher = Dispatcher(self.mesh, self._links, counted, clock=self._clock)
+        random = SystemRandom()
+        dispatcher = Dispatcher(
+            self.mesh,
+            self._links,
+            counted,
+            limits=ResumeLimits(
+                is_on=config.resume_queue,
+                share=config.resume_share,
+                new_work_share=config.new_work_share,
+                burst_tokens=config.resume_burst_tokens,
+                prefill_tokens_per_s=config.prefill_tokens_per_s,
+                fleet_loss_share=config.fleet_loss_share,
+            ),
+            random=random,
+            clock=self._clock,
+        )
         self._watch = OutlierWatch(
             outliers,
             self.mesh,
@@ -130,6 +146,7 @@ class Frontend:
         counted.observe(
             num_running=lambda: self.requests.num_running,
             num_waiting=lambda: dispatcher.num_waiting,
+            queue=dispatcher.queue,
             num_links_up=lambda: self._links.num_up,
             outliers=outliers,
             workers_by_liveness=self._links.num_workers_by_liveness,

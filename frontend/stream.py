@@ -204,6 +204,7 @@ class Stream:
         "_policy",
         "_prefill_tokens",
         "_said",
+        "_said_from",
         "_serving",
         "_stop_token_ids",
         "accounts",
@@ -256,7 +257,8 @@ class Stream:
         self._num_losses = 0
         self._num_refusals = 0
         self._prefill_tokens = 0  # What the current attempt added to the accounts.
-        self._said = 0  # Offset after the last token that the current attempt said.
+        self._said = 0  # Offset after the last token that the current attempt said,
+        self._said_from = 0  # and that of its first.
         self._logprob_sum = 0.0
         self._placing_since = 0.0
         self._last_token_at: float | None = None
@@ -272,6 +274,11 @@ class Stream:
     def num_sent(self) -> int:
         """Tokens that the client was sent."""
         return self._output.sent
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the current attempt has said a token: what it had to compute before is there."""
+        return self.state is State.RUNNING and self._said > self._said_from
 
     @property
     def continued(self) -> Continued:
@@ -335,7 +342,7 @@ class Stream:
         self.state = State.RUNNING
         self._num_begun += 1
         self._serving = abilities
-        self._said = checkpoint.first_offset
+        self._said = self._said_from = checkpoint.first_offset
         self._acked = checkpoint.first_offset
         self.attempts.append(Attempt(epoch, life, way, resumed, resumed))
         window = self._limits.window_tokens

@@ -55,13 +55,14 @@ def messages(choice_index: int, piece: Piece) -> list[pb.GenerateResponse]:
     return parts
 
 
-def choice(index: int, stream: Stream) -> pb.ChoiceInfo:
-    """Where one choice stands."""
+def choice(index: int, stream: Stream, detail: str = "") -> pb.ChoiceInfo:
+    """Where one choice stands; `detail` is what it waits for."""
     info = pb.ChoiceInfo(
         choice_index=index,
         state=_STATES[stream.state],
         num_tokens=len(stream.ledger),
         num_tokens_sent=stream.num_sent,
+        detail=detail,
     )
     if stream.state is State.RUNNING:
         info.epoch = stream.epoch

@@ -107,6 +107,8 @@ class Scheduler:
         self._tenant_end: dict[str, float] = {}  # Virtual time at which its turns so far end.
         self._outcome = Outcome()
         self.num_steps = 0
+        self.num_prefill_tokens = 0
+        """Computed so far, those computed again included."""
 
     # What comes in.
 
@@ -209,6 +211,7 @@ class Scheduler:
                     detail=detail,
                 )
         for chunk in plan.prefills:
+            self.num_prefill_tokens += len(chunk.token_ids)
             standing = _standing(chunk.sequence)
             if standing.state is State.PREFILL:
                 standing.rank.computed(chunk)
@@ -247,6 +250,7 @@ class Scheduler:
         """The load at this moment."""
         return worker_pb2.LoadReport(
             engine_steps_total=self.num_steps,
+            prefill_tokens_total=self.num_prefill_tokens,
             ranks=[rank.load(index) for index, rank in enumerate(self._ranks)],
         )
 
