@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check format lint types protos landed-protos simulate matrix chaos recovery bench lock clean
+.PHONY: help demo test check format lint types protos landed-protos simulate matrix chaos detection recovery bench lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -48,6 +48,9 @@ matrix: .venv/.dev ## Every feature, killed at many offsets, on both engines
 
 chaos: .venv/.dev ## Everything hurt in every way, in every phase of a stream; writes docs/CHAOS.md
 	$(BIN)/python -m tests.faults.matrix --write
+
+detection: .venv/.dev ## How long streams stand still when something fails, for every kind of failure
+	$(BIN)/python -m benchmarks.detection
 
 recovery: .venv/.dev ## How long a stream stands still when its worker is killed
 	$(BIN)/python -m benchmarks.recovery

@@ -29,7 +29,7 @@ from typing import Any, Final
 import uvloop
 
 from unbroken.chaos.arena import Arena, Component, Fault, Harm
-from unbroken.chaos.checker import Came, Event, Verdict, check
+from unbroken.chaos.checker import Came, Event, Verdict, check, longest_wait_s
 from unbroken.chaos.processes import NoEffect
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import inference_service_pb2 as pb
@@ -170,7 +170,7 @@ class Hit:
 
     phase: Phase
     wait_s: float | None
-    """From its last token before the fault, or else from the fault, to the next; None if over."""
+    """Its longest wait for a token from the fault on; None if all had come."""
 
 
 @dataclass(slots=True)
@@ -370,9 +370,7 @@ def _hits(
     for name, (worker_id, phase) in _phases(infos, wanted, num_read).items():
         if fault.component not in _OF_CLIENTS and worker_id != fault.victim:
             continue
-        before = [at for at in read_at[name] if at <= fault.at]
-        after = [at for at in read_at[name] if at > fault.at]
-        wait_s = min(after) - max(before, default=fault.at) if after else None
+        wait_s = longest_wait_s(read_at[name], fault.at)
         hits.append(Hit(phase, wait_s))
     return hits
 

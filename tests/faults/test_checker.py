@@ -16,7 +16,7 @@ from unbroken.chaos.checker import (
     Truth,
     Verdict,
     check,
-    gap_s,
+    longest_wait_s,
     truth_of,
 )
 from unbroken.chaos.recorder import RecorderError, event_from_json, event_to_json
@@ -157,10 +157,13 @@ def test_choices_are_judged_apart() -> None:
     assert "choice 1" in missing.detail
 
 
-def test_the_gap_is_from_the_last_token_before_the_fault_to_the_first_after() -> None:
-    assert gap_s(GOOD, "s", 3.5) == 2.0
-    assert gap_s(GOOD, "s", 0.5) is None
-    assert gap_s(GOOD, "s", 8.0) is None
+def test_the_longest_wait_after_a_fault_counts_and_not_what_was_under_way() -> None:
+    times = [1.0, 1.1, 1.2, 2.4, 2.5]
+    assert longest_wait_s(times, 1.15) == pytest.approx(1.2)
+    assert longest_wait_s(times, 2.45) == pytest.approx(0.1)
+    assert longest_wait_s(times, 0.5) == pytest.approx(1.2)
+    assert longest_wait_s(times[:1], 0.4) == pytest.approx(0.6)
+    assert longest_wait_s(times, 3.0) is None
 
 
 @pytest.mark.parametrize("event", [*GOOD, FAILED])

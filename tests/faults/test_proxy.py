@@ -235,3 +235,17 @@ def test_a_server_that_is_not_there_refuses_through_the_proxy() -> None:
         writer.close()
 
     run(scenario)
+
+
+def test_a_proxy_can_refuse_and_listen_again_and_what_is_open_stays() -> None:
+    async def scenario(ends: Ends) -> None:
+        host, _, port = ends.proxy.address.rpartition(":")
+        ends.proxy.refuse()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(host, int(port))
+        assert await ends.sent_up(b"still there") == b"still there"
+        await ends.proxy.start()
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.close()
+
+    run(scenario)

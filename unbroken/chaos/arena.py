@@ -16,7 +16,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -74,16 +74,13 @@ class Harm(Enum):
     SLOW = "slow"
 
 
-OF_PROCESSES: Final = frozenset({Harm.KILL, Harm.STOP})
-"""What only a process can suffer. SLOW is for both, the others are for links."""
-
 _LINK_DIRECTIONS: Final[Mapping[Component, tuple[Direction, ...]]] = {
     Component.LINK_UP: (Direction.UPSTREAM,),
     Component.LINK_DOWN: (Direction.DOWNSTREAM,),
     Component.LINK_BOTH: BOTH,
 }
 
-WORKER_COMPONENTS: Final = frozenset({Component.ENGINE, Component.SIDECAR, Component.HOST})
+_LISTENERS: Final = frozenset({Component.SIDECAR, Component.HOST, Component.FRONTEND})
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +121,8 @@ class Arena:
         """The proxy before each sidecar."""
         self.doors: dict[str, Proxy] = {}
         """The proxy before each frontend."""
+        self.watchers: dict[str, Client] = {}
+        """A client for each frontend, past the proxies, to see how things stand."""
         self._flags_of: dict[str, list[str]] = {}
         self.mesh = LocalMesh(
             directory,
@@ -161,8 +160,9 @@ class Arena:
         for number, address in enumerate(self.mesh.frontend_addresses, 1):
             door = Proxy(address, seed=self._seed)
             self.doors[f"f{number}"] = await self._stack.enter_async_context(door)
-        self.watcher = await self._stack.enter_async_context(Client(*self.mesh.frontend_addresses))
-        """A client of our own, past the proxies, to see how things stand."""
+        for number, address in enumerate(self.mesh.frontend_addresses, 1):
+            client = await self._stack.enter_async_context(Client(address))
+            self.watchers[f"f{number}"] = client
         self.client = Recorder([door.address for door in self.doors.values()])
         await self.client.start()
         self._stack.push_async_callback(self._close_client)
@@ -207,6 +207,8 @@ class Arena:
             self.client.history = history
             await self.client.start()
         elif component is not Component.ENGINE:
+            (proxy,), _ = self._proxies(component, victim)
+            await proxy.start()
             await self.mesh.restart(victim)
 
     def pids(self, component: Component, victim: str) -> tuple[int, ...]:
@@ -226,7 +228,11 @@ class Arena:
         pids = self.pids(component, victim)
         match harm:
             case Harm.KILL:
-                return await processes.kill(pids), _nothing
+                proof = await processes.kill(pids)
+                if component in _LISTENERS:  # Nobody listens there any more, so nobody accepts.
+                    for proxy in self._proxies(component, victim)[0]:
+                        proxy.refuse()
+                return proof, _nothing
             case Harm.STOP:
 
                 async def resume() -> None:
@@ -296,50 +302,60 @@ class Arena:
 
     # How things stand.
 
-    async def workers(self) -> Mapping[str, admin_pb.WorkerInfo]:
+    async def workers(self, frontend_id: str = "f1") -> Mapping[str, admin_pb.WorkerInfo]:
         """As a frontend sees them."""
-        infos = await self.watcher.list_workers()
+        infos = await self.watchers[frontend_id].list_workers()
         return {info.record.identity.worker_id: info for info in infos}
 
     async def streams(self) -> Mapping[str, pb.StreamInfo]:
-        """The requests of the frontend that the watcher reaches."""
-        return {info.request_id: info async for info in self.watcher.list_streams()}
+        """The requests of all frontends."""
+        return {
+            info.request_id: info
+            for watcher in self.watchers.values()
+            async for info in watcher.list_streams()
+        }
 
     async def until_serving(self, limit_s: float = 60.0) -> None:
-        """Wait until all workers take work again. Raises TimeoutError."""
+        """Wait until all frontends send work to all workers again. Raises TimeoutError."""
         async with asyncio.timeout(limit_s):
-            while True:
-                with suppress(UnbrokenError):
-                    infos = await self.workers()
-                    if set(infos) == set(self.worker_ids) and all(map(_takes_work, infos.values())):
-                        records = self.mesh.workers
-                        if all(
-                            name in records
-                            and processes.is_alive(records[name].engine_pgid)
-                            and records[name].engine_pgid == infos[name].record.engine_pgid
-                            for name in self.worker_ids
-                        ):
-                            return
-                await asyncio.sleep(4 * _POLL_S)
+            for frontend_id in self.watchers:
+                while not await self._is_serving(frontend_id):  # noqa: ASYNC110 - Unannounced.
+                    await asyncio.sleep(_POLL_S)
+
+    async def _is_serving(self, frontend_id: str) -> bool:
+        try:
+            infos = await self.workers(frontend_id)
+        except UnbrokenError:
+            return False
+        records = self.mesh.workers
+        return set(infos) == set(self.worker_ids) and all(
+            _takes_work(info)
+            and name in records
+            and processes.is_alive(records[name].engine_pgid)
+            and records[name].engine_pgid == info.record.engine_pgid
+            for name, info in infos.items()
+        )
 
     async def until_idle(self, limit_s: float = _IDLE_TIMEOUT_S) -> str:
-        """Wait until no engine holds anything for anybody; else, what is still held."""
+        """Wait until nobody holds anything for anybody; else, what is still held."""
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + limit_s
-        while True:
-            held: list[str] = []
-            for name, info in (await self.workers()).items():
-                blocks = sum(rank.kv_blocks_used for rank in info.load.ranks)
-                streams = sum(r.requests_running + r.requests_waiting for r in info.load.ranks)
-                if blocks or streams:
-                    held.append(f"{name}: {blocks} KV blocks, {streams} streams")
-                if info.num_attempts:
-                    held.append(f"{name}: {info.num_attempts} attempts of the frontend")
-            if not held:
-                return ""
+        while held := [words for name in self.watchers for words in await self._held(name)]:
             if loop.time() > give_up_at:
                 return "; ".join(held)
-            await asyncio.sleep(4 * _POLL_S)
+            await asyncio.sleep(_POLL_S)
+        return ""
+
+    async def _held(self, frontend_id: str) -> list[str]:
+        held: list[str] = []
+        for name, info in (await self.workers(frontend_id)).items():
+            blocks = sum(rank.kv_blocks_used for rank in info.load.ranks)
+            streams = sum(rank.requests_running + rank.requests_waiting for rank in info.load.ranks)
+            if blocks or streams:
+                held.append(f"{name}: {blocks} KV blocks, {streams} streams")
+            if info.num_attempts:
+                held.append(f"{name}: {info.num_attempts} attempts of {frontend_id}")
+        return held
 
     # What has to come.
 

@@ -16,6 +16,7 @@ that contradict each other or the truth: most often one or two lines of many tho
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import TypeAlias, assert_never
 
 
@@ -364,15 +365,18 @@ def truth_of(history: Sequence[Event]) -> Truth:
     return Truth(tuple(choices), end.billing)
 
 
-def gap_s(history: Sequence[Event], stream: str, fault_at: float) -> float | None:
-    """From the stream's last token before a moment to its first one after; None if it has not both.
+def longest_wait_s(times: Sequence[float], since: float) -> float | None:
+    """How long a reader waited at most for its next token, from a moment on; None if none came.
 
-    Over all its choices, by the client's clock.
+    `times` are those at which its tokens came, in order. The wait that `since` falls into counts
+    from the token before it, if there was one. Longest, not first: what was under way when a fault
+    began still comes, and only then it is quiet.
     """
-    times = [e.at for e in history if isinstance(e, Came) and e.stream == stream and e.token_ids]
-    before = [at for at in times if at <= fault_at]
-    after = [at for at in times if at > fault_at]
-    return min(after) - max(before) if before and after else None
+    after = [at for at in times if at > since]
+    if not after:
+        return None
+    before = max((at for at in times if at <= since), default=since)
+    return max(b - a for a, b in pairwise([before, *after]))
 
 
 def _with(pieces: Sequence[Came], offset: int) -> Came:

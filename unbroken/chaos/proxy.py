@@ -155,17 +155,22 @@ class Proxy:
         await self.close()
 
     async def start(self) -> None:
-        """Listen."""
-        host, port = split_address(self._listen)
-        self._server = await asyncio.start_server(self._accept, host, port, limit=_CHUNK)
-        port = self._server.sockets[0].getsockname()[1]
-        self._address = f"{host}:{port}"
+        """Listen; after `refuse` at the same address again. Idempotent."""
+        if self._server is None:
+            host, port = split_address(self._address or self._listen)
+            self._server = await asyncio.start_server(self._accept, host, port, limit=_CHUNK)
+            port = self._server.sockets[0].getsockname()[1]
+            self._address = f"{host}:{port}"
 
-    async def close(self) -> None:
-        """End all connections and stop listening. Idempotent."""
+    def refuse(self) -> None:
+        """Let new connections be refused, as those to a dead process are, until `start`."""
         server, self._server = self._server, None
         if server is not None:
             server.close()
+
+    async def close(self) -> None:
+        """End all connections and stop listening. Idempotent."""
+        self.refuse()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
