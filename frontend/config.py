@@ -47,6 +47,10 @@ class FrontendConfig(ProcessConfig):
     """If more of a model's workers are lost at once, new requests are refused until all resumed."""
     requests_running_max: int = Field(10_000, ge=1)
     """More requests at once are refused."""
+    client_ping_interval_s: float = Field(1.0, ge=0.1, le=3600)
+    """A client that was silent for so long is asked for a sign of life."""
+    client_ping_timeout_s: float = Field(1.5, ge=0.1, le=3600)
+    """A client that gives no sign of life for so long after it was asked is gone."""
     heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)
     """Between two heartbeats to a sidecar."""
     link_silence_max_s: float = Field(2.0, ge=0.1, le=60)

@@ -28,7 +28,7 @@ from unbroken.discovery import FRONTENDS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import add_health
 from unbroken.outcome import ContinuationPolicy
-from unbroken.transport import listen, make_server
+from unbroken.transport import Keepalive, listen, make_server
 from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc, worker_pb2
 
 INFERENCE_SERVICE = "unbroken.v1.InferenceService"
@@ -151,7 +151,9 @@ class Frontend:
             outliers=outliers,
             workers_by_liveness=self._links.num_workers_by_liveness,
         )
-        self._server = make_server()
+        self._server = make_server(
+            keepalive=Keepalive(config.client_ping_interval_s, config.client_ping_timeout_s)
+        )
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
             self._gateway, self._server
         )
