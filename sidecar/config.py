@@ -34,6 +34,12 @@ class SidecarConfig(ProcessConfig):
     """How long the engine may take to load its model."""
     engine_stop_grace_s: float = Field(5.0, ge=0, le=600)
     """How long the engine may take to end after SIGTERM."""
+    engine_stall_min_s: float = Field(0.65, ge=0.1, le=60)
+    """No engine is called hung for less silence; for a step it gets half as much again."""
+    engine_prefill_unmeasured_s: float = Field(60.0, ge=1, le=3600)
+    """How long a step may take while prompts are computed, before the rate of that was measured."""
+    engine_stall_restart_s: float = Field(5.0, ge=0.1, le=3600)
+    """An engine that makes no progress for so long, after it was called stalled, is restarted."""
     heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)
     """Between two heartbeats to a frontend."""
     link_silence_max_s: float = Field(5.0, ge=0.1, le=600)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
-from sidecar import frames
+from sidecar import frames, watchdog
 from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
 from sidecar.kv_account import num_blocks
 from sidecar.ledger import Fenced, Ledger, Retention
 from sidecar.link import Attempt, Link
+from sidecar.watchdog import Watchdog, WatchdogPolicy
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
@@ -32,6 +33,8 @@ ID_CHARS_MAX: Final = 128
 FRONTENDS_KNOWN_MAX: Final = 1_000
 """Of so many the latest call is remembered, so that older ones stay refused."""
 
+_LOAD_FRESH_S: Final = 0.5
+"""So long an engine's own word about its load counts; then what the ledger knows does."""
 _KV_HASHES_MAX: Final = 100_000
 """In one message of a snapshot."""
 
@@ -47,18 +50,21 @@ class Hub(EngineListener):
         *,
         orphan_grace_s: float = 5.0,
         retention: Retention | None = None,
+        watchdog_policy: WatchdogPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`orphan_grace_s` is for attempts that do not say."""
         self.ledger = Ledger[Link](retention)
         self.up: EngineUp | None = None
-        """The engine's present life, while it takes work."""
+        """The engine's present life."""
         self.load: worker_pb2.LoadReport | None = None
         """Of that life, the latest."""
         self.is_draining = False
         self.num_tokens = 0
         """Tokens relayed since the start."""
         self.num_engine_failures = 0
+        self.num_engine_restarts = 0
+        self.watchdog = Watchdog(watchdog_policy)
         self.on_change: list[Callable[[], None]] = []
         """Called when the engine comes or goes."""
         self._engine = engine
@@ -67,9 +73,17 @@ class Hub(EngineListener):
         self._links: dict[Link, None] = {}  # In the order of their opening.
         self._lives: OrderedDict[str, tuple[int, int]] = OrderedDict()  # Highest, by frontend.
         self._replaying: dict[int, Attempt] = {}  # By engine slot; also such as have ended.
+        self._prefilling: dict[int, tuple[int, float]] = {}  # By slot: tokens, and since when.
+        self._prefill_tokens = 0  # Of all of them.
+        self._load_at = 0.0
         self._verdict = pb.EngineVerdict(state=worker_pb2.ENGINE_STATE_STARTING)
         self._cached_blocks: dict[int, set[int]] = {}  # By rank.
         self._ticked_at = clock()
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether attempts are begun here now."""
+        return self.up is not None and not self.is_draining and not self.watchdog.is_stalled
 
     # Links.
 
@@ -127,7 +141,9 @@ class Hub(EngineListener):
         if message.HasField("orphan_grace"):
             grace_s = message.orphan_grace.ToNanoseconds() / 1e9
         try:
-            attempt, revoked = self.ledger.begin(message, link, orphan_grace_s=grace_s)
+            attempt, revoked = self.ledger.begin(
+                message, link, owner=link.owner, orphan_grace_s=grace_s
+            )
         except Fenced as fenced:
             _refuse(link, message.slot, FailureKind.FENCED, f"{fenced}", fenced.epoch_known)
             return
@@ -135,6 +151,11 @@ class Hub(EngineListener):
             self._give_up(revoked, FailureKind.FENCED, "a newer epoch took the stream")
         link.by_slot[message.slot] = attempt
         message.slot = attempt.slot
+        now = self._clock()
+        if len(self.ledger.running) == 1:
+            self.watchdog.work_began(now)
+        self._prefilling[attempt.slot] = (attempt.num_tokens, now)
+        self._prefill_tokens += attempt.num_tokens
         self._engine.start(message)
 
     def abort(self, link: Link, slot: int) -> None:
@@ -189,7 +210,7 @@ class Hub(EngineListener):
         reader = before.link if before is not None else None
         link_slot, sent = (before.link_slot, before.sent) if before is not None else (0, 0)
         try:
-            attempt = self.ledger.adopt(message, link)
+            attempt = self.ledger.adopt(message, link, owner=link.owner)
         except KeyError:
             detail = "the stream is not known here"
             _refuse(link, message.slot, FailureKind.UNSPECIFIED, detail)
@@ -214,22 +235,37 @@ class Hub(EngineListener):
             self._engine.ack([attempt.slot], [message.offset])
         self._replay(attempt)
 
+    def release(self, link: Link) -> None:
+        """End what this frontend left behind on its earlier calls and has not taken up again.
+
+        What an earlier life of it left behind is for whoever resumes those streams, and keeps its
+        grace time.
+        """
+        if link not in self._links:
+            return
+        for attempt in list(self.ledger):
+            if attempt.owner == link.owner and attempt.link is None and attempt.given_up is None:
+                self._give_up(attempt, FailureKind.PARTITION, "its frontend let go of it")
+
     # The engine.
 
     @override
     def on_up(self, up: EngineUp) -> None:
+        self.num_engine_restarts += up.incarnation > 1
         self.up = up
-        self._say(
-            pb.EngineVerdict(
-                state=worker_pb2.ENGINE_STATE_SERVING,
-                engine_incarnation=up.incarnation,
-                description=up.description,
-            )
+        self.watchdog.up(
+            self._clock(),
+            frame_interval_s=up.frame_interval_s,
+            prefill_tokens_max=up.description.prefill_tokens_max,
         )
+        self._say_serving()
 
     @override
     def on_down(self, down: EngineDown) -> None:
         self.up = self.load = None
+        self.watchdog.down()
+        self._prefilling.clear()
+        self._prefill_tokens = 0
         self._cached_blocks.clear()
         self.num_engine_failures += down.failure not in (
             FailureKind.UNSPECIFIED,
@@ -262,6 +298,7 @@ class Hub(EngineListener):
         except frames.BrokenContract as error:
             self._engine.fail(f"{error}")
             return
+        recovered = self._watch_frame(frame)
         if attempts:
             self._tokens(frame, attempts)
         if frame.ended or frame.refused:
@@ -274,6 +311,9 @@ class Hub(EngineListener):
                 link.load(frame.load)
         for events in frame.kv_events:
             self._kv_events(events)
+        if recovered is not None:
+            _log.warning("engine goes on", stalled_s=round(recovered.stalled_s, 3))
+            self._say_serving()
 
     def _tokens(self, frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) -> None:
         """The hot path: every token passes here once. `attempts` has one for each row."""
@@ -346,6 +386,48 @@ class Hub(EngineListener):
             else:
                 link.heartbeat()
 
+    def watch(self) -> None:
+        """See whether the engine makes progress; every `watchdog.LOOK_INTERVAL_S`."""
+        now = self._clock()
+        if not self.watchdog.look(now):
+            return
+        match self.watchdog.judge(now, self.work(now)):
+            case watchdog.Stalled(failure=failure, detail=detail):
+                assert self.up is not None, "it is watched while it is up"
+                _log.warning("engine stalled", failure=failure.name, detail=detail)
+                self._say(
+                    pb.EngineVerdict(
+                        state=worker_pb2.ENGINE_STATE_STALLED,
+                        engine_incarnation=self.up.incarnation,
+                        failure=_to_proto(failure),
+                        detail=detail,
+                    )
+                )
+            case watchdog.Restart(failure=failure, detail=detail, stalled_s=stalled_s):
+                self._engine.fail(detail, failure, after_s=stalled_s)
+            case _:
+                pass
+
+    def work(self, now: float) -> watchdog.Work:
+        """What the engine has to do: by its own word if that is fresh, else by the ledger."""
+        queued = self.queued_tokens
+        load = self.load
+        if load is not None and now - self._load_at <= _LOAD_FRESH_S:
+            return watchdog.Work(_is_busy(load), queued)
+        has_steps = any(attempt.has_room for attempt in self.ledger)
+        return watchdog.Work(has_steps, queued)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that may have to be prefilled; those found in a cache count too."""
+        load = self.load
+        reported = sum(rank.prefill_tokens_queued for rank in load.ranks) if load is not None else 0
+        return max(self._prefill_tokens, reported)
+
+    def now(self) -> float:
+        """On the hub's clock."""
+        return self._clock()
+
     def drain(self) -> None:
         """Take nothing new and hand every stream over, at exact offsets."""
         self.is_draining = True
@@ -385,6 +467,8 @@ class Hub(EngineListener):
         if self.up is None:
             state = worker_pb2.EngineState.Name(self._verdict.state)
             return FailureKind.CRASH, f"expected an engine, its state is {state}"
+        if self.watchdog.is_stalled:
+            return FailureKind(self._verdict.failure), self._verdict.detail
         if message.engine_incarnation not in (0, self.up.incarnation):
             return (
                 FailureKind.FENCED,
@@ -398,6 +482,49 @@ class Hub(EngineListener):
                 f"at most {ID_CHARS_MAX}, got {len(key.request_id)} and {len(key.tenant)}",
             )
         return None
+
+    def _watch_frame(self, frame: attempt_pb2.StepFrame) -> watchdog.Recovered | None:
+        """Tell the watchdog of a frame, before anything else is made of it."""
+        now = self._clock()
+        num_queued = self.queued_tokens
+        is_step = bool(frame.slots)
+        if self._prefilling:
+            for slot in (*frame.slots, *(refused.slot for refused in frame.refused)):
+                self._not_prefilling(slot, now)
+            for ended in frame.ended:
+                self._not_prefilling(ended.slot, now)
+        if frame.ended:
+            for ended in frame.ended:
+                attempt = self.ledger.running[ended.slot]
+                if attempt.prefilled_in_s is not None:
+                    self.watchdog.prefilled(ended.prefill_tokens, attempt.prefilled_in_s)
+        if frame.HasField("load"):
+            load, before = frame.load, self.load
+            self._load_at = now
+            num_steps = before.engine_steps_total if before is not None else 0
+            is_step = is_step or load.engine_steps_total > num_steps
+            has_work = _is_busy(load)
+        else:
+            has_work = True
+        return self.watchdog.heard(
+            now, is_step=is_step, has_work=has_work, prefill_tokens=num_queued
+        )
+
+    def _not_prefilling(self, slot: int, now: float) -> None:
+        num_tokens, since = self._prefilling.pop(slot, (0, now))
+        if num_tokens:
+            self._prefill_tokens -= num_tokens
+            self.ledger.running[slot].prefilled_in_s = now - since
+
+    def _say_serving(self) -> None:
+        assert self.up is not None, "only who is up serves"
+        self._say(
+            pb.EngineVerdict(
+                state=worker_pb2.ENGINE_STATE_SERVING,
+                engine_incarnation=self.up.incarnation,
+                description=self.up.description,
+            )
+        )
 
     def _give_up(self, attempt: Attempt, failure: FailureKind, detail: str) -> None:
         """End an attempt by ourselves; what it still produces goes nowhere."""
@@ -481,6 +608,11 @@ def _enter_long_rows(frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) 
         attempt.token_ids.extend(token_ids)
         if attempt.live_link is not None:
             attempt.live_link.row(attempt.link_slot, offset, token_ids)
+
+
+def _is_busy(load: worker_pb2.LoadReport) -> bool:
+    """Whether steps are to be expected; who only waits may wait for another's window."""
+    return load.is_computing or any(rank.requests_running for rank in load.ranks)
 
 
 def _refuse(link: Link, slot: int, kind: FailureKind, detail: str, epoch_known: int = 0) -> None:

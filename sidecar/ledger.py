@@ -29,6 +29,9 @@ LinkT = TypeVar("LinkT")
 StreamId: TypeAlias = tuple[str, str, int]
 """Tenant, request id and choice index."""
 
+Owner: TypeAlias = tuple[str, int]
+"""One life of a frontend: its id and incarnation."""
+
 
 class Fenced(Exception):  # noqa: N818 - It names what happened, as the contract does.
     """The epoch is not above those known for its stream."""
@@ -66,6 +69,8 @@ class Attempt(Generic[LinkT]):
     checkpoint: pb.Checkpoint
     first_offset: int
     orphan_grace_s: float
+    owner: Owner
+    """Who asked for it last."""
     link: LinkT | None
     """Who reads it; None: nobody."""
     live_link: LinkT | None
@@ -81,8 +86,15 @@ class Attempt(Generic[LinkT]):
     orphaned_until: float | None = None
     given_up: tuple[FailureKind, str] | None = None
     """Why the sidecar itself had it aborted."""
+    prefilled_in_s: float | None = None
+    """From its start to its first token; None: there was none yet."""
     ended: pb.AttemptEnded | None = None
     ended_at: float = 0.0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether its window lets the engine produce."""
+        return not self.window_tokens or self.end_offset < self.acknowledged + self.window_tokens
 
     @property
     def end_offset(self) -> int:
@@ -155,7 +167,7 @@ class Ledger(Generic[LinkT]):
         self._next_slot = 1
 
     def begin(
-        self, start: pb.StartAttempt, link: LinkT, *, orphan_grace_s: float
+        self, start: pb.StartAttempt, link: LinkT, *, owner: Owner, orphan_grace_s: float
     ) -> tuple[Attempt[LinkT], Attempt[LinkT] | None]:
         """Enter a new attempt; also returns the one it revokes, if that still runs.
 
@@ -171,6 +183,7 @@ class Ledger(Generic[LinkT]):
             checkpoint=start.checkpoint,
             first_offset=start.checkpoint.first_offset,
             orphan_grace_s=orphan_grace_s,
+            owner=owner,
             link=link,
             live_link=link,
             link_slot=start.slot,
@@ -181,7 +194,7 @@ class Ledger(Generic[LinkT]):
         self.running[attempt.slot] = self._by_stream[stream] = attempt
         return attempt, before if before is not None and before.ended is None else None
 
-    def adopt(self, message: relay.AdoptAttempt, link: LinkT) -> Attempt[LinkT]:
+    def adopt(self, message: relay.AdoptAttempt, link: LinkT, *, owner: Owner) -> Attempt[LinkT]:
         """Give an attempt that runs, or ended not long ago, to another reader.
 
         The caller tells the old one first. Raises KeyError if the stream is unknown, ValueError if
@@ -198,6 +211,7 @@ class Ledger(Generic[LinkT]):
             )
         self._claim(stream, message.epoch)
         attempt.epoch = message.epoch
+        attempt.owner = owner
         attempt.link, attempt.live_link, attempt.link_slot = link, None, message.slot
         attempt.replay = Replay(offset, offset, message.window_tokens)
         attempt.orphaned_until = None

@@ -35,6 +35,8 @@ class Link:
     def __init__(self, hello: pb.RelayHello, now: float) -> None:
         self.frontend_id = hello.frontend_id
         self.life = (hello.incarnation, hello.call_number)
+        self.owner = (hello.frontend_id, hello.incarnation)
+        """Whose attempts they are, from call to call."""
         self.by_slot: dict[int, Attempt] = {}
         """Attempts that it reads, by its own handles."""
         self.slot_used = 0

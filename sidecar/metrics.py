@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from sidecar.hub import Hub
+from sidecar.watchdog import Work
 from unbroken.v1 import worker_pb2
 
 _PREFIX = "unbroken_sidecar"
@@ -25,7 +26,7 @@ class HubCollector(Collector):
         hub = self._hub
         yield _gauge("links", "Open Relay calls of frontends.", lambda: len(hub.links))
         yield _gauge("attempts_running", "Attempts on the engine.", lambda: len(hub.ledger.running))
-        yield _gauge("engine_up", "1 while the engine takes work.", lambda: hub.up is not None)
+        yield _gauge("engine_up", "1 while the engine takes work.", lambda: hub.takes_work)
         yield _gauge(
             "kv_blocks_accounted",
             "KV blocks of running attempts by the sidecar's own account, prefixes not shared.",
@@ -39,9 +40,38 @@ class HubCollector(Collector):
             "Times the engine was lost.",
             value=hub.num_engine_failures,
         )
+        yield CounterMetricFamily(
+            f"{_PREFIX}_engine_restarts",
+            "Times the engine was started again.",
+            value=hub.num_engine_restarts,
+        )
+        yield CounterMetricFamily(
+            f"{_PREFIX}_stalls",
+            "Times the engine was called stalled.",
+            value=hub.watchdog.num_stalls,
+        )
+        yield from self._watchdog()
         load = hub.load  # Scrapes have a thread of their own; meanwhile the hub goes on.
         if load is not None:
             yield from self._ranks(load)
+
+    def _watchdog(self) -> Iterator[Metric]:
+        now, watchdog = self._hub.now(), self._hub.watchdog
+        yield _gauge(
+            "engine_silence_seconds",
+            "How long nothing has come from it.",
+            lambda: watchdog.silent_s,
+        )
+        yield _gauge(
+            "engine_silence_bound_seconds",
+            "Silence after which it is called hung; 0: it promised no signs of life.",
+            lambda: watchdog.silence_bound_s(now) or 0.0,
+        )
+        yield _gauge(
+            "engine_step_bound_seconds",
+            "How long its next step may take, with what it has to do now.",
+            lambda: watchdog.bound_s(now, Work(True, self._hub.queued_tokens)),
+        )
 
     def _ranks(self, load: worker_pb2.LoadReport) -> Iterator[Metric]:
         for name, help_text in _RANK_GAUGES.items():

@@ -122,6 +122,10 @@ class Relay(RelayServiceServicer):
                             hub.abort(link, abort.slot)
                         for start in request.commands.starts:
                             hub.start(link, start)
+                        for adopt in request.commands.adopts:
+                            hub.adopt(link, adopt)
+                    case "release":
+                        hub.release(link)
                     case "hello":
                         link.close(Reason.PROTOCOL_VIOLATION, "expected one hello, got a second")
                     case None:

@@ -17,6 +17,7 @@ from sidecar.hub import Hub
 from sidecar.ledger import Retention
 from sidecar.metrics import HubCollector
 from sidecar.relay import Relay
+from sidecar.watchdog import LOOK_INTERVAL_S, WatchdogPolicy
 from unbroken import discovery, log, metrics
 from unbroken.config import split_address
 from unbroken.discovery import WORKERS, Discovery, Registration
@@ -52,6 +53,11 @@ class Sidecar:
             engine,
             orphan_grace_s=config.orphan_grace_s,
             retention=Retention(ended_s=config.retention_s),
+            watchdog_policy=WatchdogPolicy(
+                silence_min_s=config.engine_stall_min_s,
+                prefill_unmeasured_s=config.engine_prefill_unmeasured_s,
+                restart_after_s=config.engine_stall_restart_s,
+            ),
             clock=clock,
         )
         self.address = ""
@@ -95,6 +101,7 @@ class Sidecar:
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
         self._tasks = [
             asyncio.create_task(self._tick(), name="heartbeats"),
+            asyncio.create_task(self._watch(), name="watchdog"),
             asyncio.create_task(self._follow_engine(), name="follow engine"),
         ]
         _log.info("sidecar serves", address=self.address, incarnation=incarnation)
@@ -135,6 +142,14 @@ class Sidecar:
             due = max(due + interval_s, loop.time())
             await asyncio.sleep(due - loop.time())
 
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            self.hub.watch()
+            due = max(due + LOOK_INTERVAL_S, loop.time())
+            await asyncio.sleep(due - loop.time())
+
     async def _follow_engine(self) -> None:
         """Health and the record in discovery say what the engine is now."""
         while True:
@@ -159,7 +174,7 @@ class Sidecar:
         if self._model:
             services.append(f"model/{self._model}")
         for service in services:
-            self._health.set(service, is_serving=up is not None and not self.hub.is_draining)
+            self._health.set(service, is_serving=self.hub.takes_work)
 
     async def _flush(self) -> None:
         """Wait until the links have been handed all they are to be told."""

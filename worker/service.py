@@ -1,8 +1,8 @@
 """Serves an engine to its sidecar over a Unix socket, and turns the crank.
 
 One task reads what the sidecar wants, one runs step after step. Whatever a step produced leaves in
-one frame. Between steps, refusals and ends leave at once; when nothing runs, a frame with the load
-leaves every `IDLE_INTERVAL_S`, so that silence means something.
+one frame. Between steps, refusals and ends leave at once; when nothing runs, or a step takes long,
+a frame with the load leaves every `FRAME_INTERVAL_S`, so that silence means something.
 
 A new connection replaces the old one, with all of its attempts.
 """
@@ -25,8 +25,8 @@ from worker.fencing import EpochFence, StreamKey
 from worker.scheduler import Scheduler
 
 PROTOCOL_VERSION = 1
-IDLE_INTERVAL_S = 0.2
-"""Time between two frames when nothing runs."""
+FRAME_INTERVAL_S = 0.2
+"""Time between two frames when nothing runs, or while a step is computed."""
 LOAD_INTERVAL_S = 0.1
 """Time between two load reports when something runs."""
 RETRY_AFTER_S = 1.0
@@ -59,6 +59,7 @@ class EngineService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._crash: asyncio.Future[None] | None = None
         self._has_work = asyncio.Event()
+        self._is_computing = False
 
     async def serve(self, path: Path, *, on_listening: Callable[[], None] | None = None) -> None:
         """Listen at `path`, whatever socket stood there, and run until cancelled.
@@ -70,6 +71,7 @@ class EngineService:
         server = await framing.serve_unix(str(path), engine_pb2.EngineRequest, self._connected)
         self._crash = asyncio.get_running_loop().create_future()
         self._spawn(self._step_forever())
+        self._spawn(self._show_life())
         try:
             if on_listening is not None:
                 on_listening()
@@ -156,15 +158,13 @@ class EngineService:
             self._end_session()
         session.has_greeted = True
         self._session = session
-        session.connection.send(
-            engine_pb2.EngineResponse(
-                ready=engine_pb2.EngineReady(
-                    protocol_version=min(hello.protocol_version, PROTOCOL_VERSION),
-                    description=describe(self._runner.spec),
-                    tokenizer=asset_to_proto(self._runner.spec.tokenizer),
-                )
-            )
+        ready = engine_pb2.EngineReady(
+            protocol_version=min(hello.protocol_version, PROTOCOL_VERSION),
+            description=describe(self._runner.spec),
+            tokenizer=asset_to_proto(self._runner.spec.tokenizer),
         )
+        ready.frame_interval.FromMilliseconds(round(FRAME_INTERVAL_S * 1000))
+        session.connection.send(engine_pb2.EngineResponse(ready=ready))
 
     def _end_session(self) -> None:
         self._session = None
@@ -234,7 +234,9 @@ class EngineService:
             self._has_work.clear()
             plan = self._scheduler.plan(loop.time())
             if plan is not None:
+                self._is_computing = True
                 result = await self._runner.execute(plan)
+                self._is_computing = False
                 self._scheduler.commit(plan, result)
             session = self._session
             if session is not None:
@@ -247,9 +249,24 @@ class EngineService:
                     # A sidecar that does not read stops the engine, not its memory.
                     await session.connection.drain()
             if plan is None:
-                wake_at = loop.time() + IDLE_INTERVAL_S
+                wake_at = loop.time() + FRAME_INTERVAL_S
                 deadline = self._scheduler.deadline()
                 await self._wait_for_work(wake_at if deadline is None else min(wake_at, deadline))
+
+    async def _show_life(self) -> None:
+        """Frames beside the steps that take long, with what became of attempts meanwhile."""
+        loop = asyncio.get_running_loop()
+        while True:
+            session = self._session
+            framed_at = session.framed_at if session is not None else loop.time()
+            if session is not None and loop.time() - framed_at >= FRAME_INTERVAL_S:
+                if self._is_computing:
+                    frame = self._frame(session, with_load=True)
+                    assert frame is not None, "it has the load"
+                    session.connection.send(engine_pb2.EngineResponse(frame=frame))
+                    await session.connection.drain()
+                framed_at = loop.time()  # Without a step, the next frame is on its way.
+            await asyncio.sleep(framed_at + FRAME_INTERVAL_S - loop.time())
 
     async def _wait_for_work(self, wake_at: float) -> None:
         try:
@@ -268,6 +285,7 @@ class EngineService:
         if not (has_news or with_load):
             return None
         session.num_frames += 1
+        session.framed_at = asyncio.get_running_loop().time()
         frame = attempt_pb2.StepFrame(
             sequence=session.num_frames,
             slots=outcome.slots,
@@ -284,6 +302,7 @@ class EngineService:
             frame.logprobs.add(slot=slot, tokens=[logprobs_to_proto(logprobs)])
         if with_load or is_first:
             frame.load.CopyFrom(scheduler.load())
+            frame.load.is_computing = self._is_computing
         return frame
 
 
@@ -295,6 +314,7 @@ class _Session:
         self.has_greeted = False
         self.slot_highest = -1
         self.num_frames = 0
+        self.framed_at = asyncio.get_running_loop().time()
         self.refused: deque[attempt_pb2.AttemptRefused] = deque()
         self.slot_of: dict[StreamKey, int] = {}  # Of attempts that run.
         self.key_of: dict[int, StreamKey] = {}

@@ -23,6 +23,8 @@ class EngineUp:
     tokenizer: worker_pb2.Tokenizer
     process_group: int = 0
     """0 if it is not a child of this sidecar."""
+    frame_interval_s: float | None = None
+    """It sends a frame at least so often, whatever it computes; None: only when nothing runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,14 @@ class Engine(Protocol):
         """Move windows."""
         ...
 
-    def fail(self, detail: str) -> None:
-        """The engine broke the contract: end this life, with PROTOCOL as the cause."""
+    def fail(
+        self,
+        detail: str,
+        failure: FailureKind = FailureKind.PROTOCOL,
+        *,
+        after_s: float = 0.0,
+    ) -> None:
+        """End this life with this cause; `after_s` ago it was last of use."""
         ...
 
     async def stop(self) -> None:

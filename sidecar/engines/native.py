@@ -95,10 +95,16 @@ class NativeEngine(Engine):
             engine_pb2.EngineRequest(ack=attempt_pb2.AckAttempts(slots=slots, offsets=offsets))
         )
 
-    def fail(self, detail: str) -> None:
-        """End this life with PROTOCOL as the cause; no more frames, `on_down` follows soon."""
+    def fail(
+        self,
+        detail: str,
+        failure: FailureKind = FailureKind.PROTOCOL,
+        *,
+        after_s: float = 0.0,
+    ) -> None:
+        """End this life; no more frames, `on_down` follows soon. `after_s` were no service."""
         if self._life is not None and self._life.is_serving:
-            self._life.fail(detail)
+            self._life.fail(detail, failure, after_s=after_s)
 
     async def stop(self) -> None:
         """End the engine and everything it started. Idempotent."""
@@ -147,8 +153,13 @@ class NativeEngine(Engine):
         if self._stop_wanted.is_set():
             failure, detail, restart_in_s = FailureKind.DRAIN, "stopped", None
         else:
+            # A life counts by how long it was of use, else one that always stalls is no crash loop.
+            now = asyncio.get_running_loop().time()
+            served_s = None
+            if life.served_since is not None:
+                served_s = now - life.served_since - life.wasted_s
             restart_in_s = self._restarts.life_ended(
-                served_since=life.served_since, now=asyncio.get_running_loop().time()
+                served_since=None if served_s is None else now - served_s, now=now
             )
         down = EngineDown(life.incarnation, failure, detail, is_final=restart_in_s is None)
         try:
@@ -190,7 +201,9 @@ class _Life:
         self._began = self._loop.time()
         self._connection: Connection[engine_pb2.EngineResponse] | None = None
         self._interrupted: asyncio.Future[None] = self._loop.create_future()
-        self._broken: str | None = None  # How it broke the contract.
+        self.wasted_s = 0.0
+        """Of its time, at its end, in which it made no progress."""
+        self._broken: _LifeOver | None = None  # Why we end it.
         self._outbox: list[engine_pb2.EngineRequest] = []
         self._connect_error: OSError | None = None
 
@@ -261,10 +274,17 @@ class _Life:
             self._loop.call_soon(self._flush)
         self._outbox.append(request)
 
-    def fail(self, detail: str) -> None:
-        """It broke the contract: hear no more of it. The first detail counts."""
+    def fail(
+        self,
+        detail: str,
+        failure: FailureKind = FailureKind.PROTOCOL,
+        *,
+        after_s: float = 0.0,
+    ) -> None:
+        """It broke the contract, or hangs: hear no more of it. The first detail counts."""
         if self._broken is None:
-            self._broken = detail
+            self._broken = _LifeOver(failure, detail)
+            self.wasted_s = after_s
         self.end_socket()
 
     def interrupt(self) -> None:
@@ -328,6 +348,11 @@ class _Life:
             description=ready.description,
             tokenizer=ready.tokenizer,
             process_group=self.process.pid if self.process is not None else 0,
+            frame_interval_s=(
+                ready.frame_interval.ToNanoseconds() / 1e9
+                if ready.HasField("frame_interval")
+                else None
+            ),
         )
         self.served_since = self._loop.time()
         self.is_serving = True
@@ -360,7 +385,7 @@ class _Life:
 
     def _raise_if_broken(self) -> None:
         if self._broken is not None:
-            raise _LifeOver(FailureKind.PROTOCOL, self._broken)
+            raise self._broken
 
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, []

@@ -9,6 +9,7 @@ from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
 from sidecar.hub import Hub
 from sidecar.ledger import Retention
 from sidecar.link import Link
+from sidecar.watchdog import LOOK_INTERVAL_S
 from unbroken.outcome import FailureKind
 from unbroken.v1 import attempt_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
@@ -20,8 +21,10 @@ DESCRIPTION = worker_pb2.EngineDescription(
 TOKENIZER = worker_pb2.Tokenizer(vocab_size=VOCAB_SIZE)
 
 
-def engine_up(incarnation: int = 1) -> EngineUp:
-    return EngineUp(incarnation, DESCRIPTION, TOKENIZER, process_group=77)
+def engine_up(incarnation: int = 1, frame_interval_s: float | None = None) -> EngineUp:
+    return EngineUp(
+        incarnation, DESCRIPTION, TOKENIZER, process_group=77, frame_interval_s=frame_interval_s
+    )
 
 
 def start_of(
@@ -57,6 +60,8 @@ class ScriptedEngine(Engine):
         self.aborted: list[int] = []
         self.acked: list[tuple[int, int]] = []
         self.failures: list[str] = []
+        self.causes: list[tuple[FailureKind, float]] = []
+        """Of those failures, and for how long the engine had been of no use."""
         self.listener: EngineListener | None = None
         self._stopped = asyncio.Event()
 
@@ -80,8 +85,15 @@ class ScriptedEngine(Engine):
         self.acked += zip(slots, offsets, strict=True)
 
     @override
-    def fail(self, detail: str) -> None:
+    def fail(
+        self,
+        detail: str,
+        failure: FailureKind = FailureKind.PROTOCOL,
+        *,
+        after_s: float = 0.0,
+    ) -> None:
         self.failures.append(detail)
+        self.causes.append((failure, after_s))
 
     @override
     async def stop(self) -> None:
@@ -223,6 +235,18 @@ class Desk:
             if is_long:
                 frame.token_counts.append(len(ids))
         self.hub.on_frame(frame)
+
+    def say(self, *, running: int = 0, queued: int = 0, num_steps: int = 0) -> None:
+        """A sign of life of the engine."""
+        rank = worker_pb2.RankLoad(requests_running=running, prefill_tokens_queued=queued)
+        load = worker_pb2.LoadReport(engine_steps_total=num_steps, ranks=[rank])
+        self.hub.on_frame(attempt_pb2.StepFrame(load=load))
+
+    def watch(self, duration_s: float) -> None:
+        """Time passes in which nothing comes from the engine."""
+        for _ in range(round(duration_s / LOOK_INTERVAL_S)):
+            self.now += LOOK_INTERVAL_S
+            self.hub.watch()
 
     def end(self, *ended: attempt_pb2.AttemptEnded) -> None:
         self.hub.on_frame(attempt_pb2.StepFrame(ended=ended))

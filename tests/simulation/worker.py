@@ -138,9 +138,15 @@ class Engine:
         """Not in virtual time."""
         raise NotImplementedError
 
-    def fail(self, detail: str) -> None:
+    def fail(
+        self,
+        detail: str,
+        failure: FailureKind = FailureKind.PROTOCOL,
+        *,
+        after_s: float = 0.0,
+    ) -> None:
         """It never breaks the contract."""
-        raise AssertionError(detail)
+        raise AssertionError(detail, failure, after_s)
 
     # Steps.
 

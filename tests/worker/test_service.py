@@ -13,7 +13,7 @@ from tests.worker.engines import CANCELLED, LENGTH, STOP, starting
 from unbroken import framing
 from unbroken.v1 import attempt_pb2, engine_pb2, worker_pb2
 from worker.engine import StepPlan, StepResult
-from worker.service import EngineService
+from worker.service import FRAME_INTERVAL_S, EngineService
 from worker.simulated import CostModel, SimulatedModel, SimulatedRunner, simulated_runner
 
 TIMEOUT_S = 30
@@ -179,6 +179,41 @@ def test_an_idle_engine_gives_signs_of_life(tmp_path: Path) -> None:
         assert all(frame.HasField("load") for frame in sidecar.frames)
 
     on_stage(scenario, tmp_path)
+
+
+def test_a_long_step_gives_signs_of_life_and_says_what_it_computes(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        sidecar = await stage.greeted()
+        assert sidecar.ready is not None
+        assert sidecar.ready.frame_interval.ToNanoseconds() == FRAME_INTERVAL_S * 1e9
+        sidecar.start(1, prompt=range(100), max_tokens=1)
+        await sidecar.until_ended(1)
+        busy = [frame.load for frame in sidecar.frames if frame.load.is_computing]
+        assert len(busy) >= 3
+        assert {load.engine_steps_total for load in busy} == {0}
+        assert {load.ranks[0].prefill_tokens_queued for load in busy} == {100}
+        assert {load.ranks[0].requests_running for load in busy} == {1}
+
+    slow = CostModel(step_base_s=0.01, prefill_tokens_per_s=100)
+    on_stage(scenario, tmp_path, simulated_runner(cost=slow))
+
+
+def test_what_is_aborted_during_a_long_step_ends_before_it(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        sidecar = await stage.greeted()
+        sidecar.start(1, prompt=range(100), max_tokens=1)
+        await sidecar.until(lambda: any(frame.load.is_computing for frame in sidecar.frames))
+        sidecar.send(abort=attempt_pb2.AbortAttempt(slot=1))
+        await sidecar.until_ended(1)
+        assert sidecar.ended[1].finish_reason == CANCELLED
+        last = sidecar.frames[-1].load
+        assert (last.engine_steps_total, last.is_computing) == (0, True)
+        sidecar.start(2, prompt=[7], max_tokens=3)
+        await sidecar.until_ended(2)
+        assert len(sidecar.token_ids[2]) == 3
+
+    slow = CostModel(step_base_s=0.01, prefill_tokens_per_s=100)
+    on_stage(scenario, tmp_path, simulated_runner(cost=slow))
 
 
 def test_steps_take_the_time_that_the_cost_model_says_and_lateness_does_not_add_up(
