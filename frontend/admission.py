@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, get_args
 
+from google.protobuf.duration_pb2 import Duration
+
 from frontend.continuation import Abilities
 from frontend.stream import announced_way
 from unbroken.checkpoint import Checkpoint
@@ -34,7 +36,7 @@ CHAT_MESSAGES_MAX: Final = 4096
 CHOICES_MAX: Final = 16
 PRIORITY_MAX: Final = 100
 MIGRATIONS_MAX: Final = 1000
-ORPHAN_GRACE_S_MAX: Final = 600.0
+GRACE_S_MAX: Final = 600.0
 ORPHAN_GRACE_S_DEFAULT: Final = 5.0
 ROLES: Final = ("system", "user", "assistant", "tool")
 
@@ -73,6 +75,7 @@ class Envelope:
     tenant: str
     parent_request_id: str
     orphan_grace_s: float
+    reader_grace_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,25 @@ class Admitted:
         sampling = self.checkpoints[0].params.sampling
         return None if sampling.is_greedy else sampling.seed
 
+    @property
+    def max_tokens(self) -> int:
+        """The budget of each choice."""
+        max_tokens = self.checkpoints[0].params.stopping.max_tokens
+        assert max_tokens is not None, "admission resolves max_tokens"
+        return max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What the frontend that admitted a request first decided about it."""
+
+    prompt_is_same: Callable[[Sequence[int]], bool]
+    """Whether these are the prompt's ids."""
+    tokenizer_fingerprint: str
+    seed: int | None
+    """Of choice 0; None when greedy."""
+    max_tokens: int
+
 
 def open_envelope(
     request: pb.GenerateRequest,
@@ -107,12 +129,8 @@ def open_envelope(
 ) -> Envelope:
     """Check all that needs no model; `migrations_max` and `policy` are the frontend's defaults.
 
-    Raises `InvalidField`, and NOT_IMPLEMENTED for what this version does not serve.
+    Raises `InvalidField`.
     """
-    if request.HasField("reader_grace"):
-        raise UnbrokenError(
-            Reason.NOT_IMPLEMENTED, "reader_grace: streams that nobody reads are not kept yet"
-        )
     if request.continuation not in pb.ContinuationPolicy.values():
         raise InvalidField("continuation", "a known ContinuationPolicy", request.continuation)
     if request.continuation != pb.CONTINUATION_POLICY_UNSPECIFIED:
@@ -134,7 +152,12 @@ def open_envelope(
         priority=_within("priority", request.priority, -PRIORITY_MAX, PRIORITY_MAX),
         tenant=_identifier("tenant", request.tenant),
         parent_request_id=parent_request_id,
-        orphan_grace_s=_orphan_grace_s(request),
+        orphan_grace_s=(
+            _grace_s("orphan_grace", request.orphan_grace)
+            if request.HasField("orphan_grace")
+            else ORPHAN_GRACE_S_DEFAULT
+        ),
+        reader_grace_s=_grace_s("reader_grace", request.reader_grace),
     )
 
 
@@ -178,6 +201,40 @@ def admit(
         )
     params = _with_budget(params, room)
     params = _with_seed(params, model, envelope.num_choices, random)
+    return _admitted(prompt, params, envelope, model)
+
+
+def admit_again(
+    request: pb.GenerateRequest, envelope: Envelope, model: Model, decided: Decided
+) -> Admitted:
+    """Resolve a request as another frontend did. As `admit` otherwise.
+
+    Raises NOT_CONTINUABLE where the same request means something else by now.
+    """
+    if model.tokenizer_fingerprint != decided.tokenizer_fingerprint:
+        raise _changed(model, "its tokenizer is another one")
+    params = params_from_proto(request.params, vocab_size=model.tokenizer.asset.vocab_size)
+    _, prompt = _prompt(request, model.tokenizer)
+    if not decided.prompt_is_same(prompt):
+        raise _changed(model, "the request gives other prompt tokens")
+    stopping = replace(params.stopping, max_tokens=decided.max_tokens)
+    sampling = params.sampling
+    if not sampling.is_greedy:
+        sampling = replace(sampling, seed=decided.seed)
+    return _admitted(prompt, replace(params, stopping=stopping, sampling=sampling), envelope, model)
+
+
+def _changed(model: Model, what: str) -> UnbrokenError:
+    return UnbrokenError(
+        Reason.NOT_CONTINUABLE,
+        f"{model.name} has changed since the request began: {what}",
+        metadata={"model": model.name},
+    )
+
+
+def _admitted(
+    prompt: tuple[int, ...], params: GenerationParams, envelope: Envelope, model: Model
+) -> Admitted:
     original = Checkpoint(prompt_token_ids=prompt, params=params)
     way, detail = _announced(original, envelope, model)
     return Admitted(
@@ -390,13 +447,10 @@ def _within(field: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def _orphan_grace_s(request: pb.GenerateRequest) -> float:
-    if not request.HasField("orphan_grace"):
-        return ORPHAN_GRACE_S_DEFAULT
-    grace = request.orphan_grace
+def _grace_s(field: str, grace: Duration) -> float:
     seconds = grace.seconds + grace.nanos / 1e9
-    if not 0 <= seconds <= ORPHAN_GRACE_S_MAX or abs(grace.nanos) >= 10**9:
-        raise InvalidField("orphan_grace", f"0 to {ORPHAN_GRACE_S_MAX:g} s", seconds)
+    if not 0 <= seconds <= GRACE_S_MAX or abs(grace.nanos) >= 10**9:
+        raise InvalidField(field, f"0 to {GRACE_S_MAX:g} s", seconds)
     return seconds
 
 

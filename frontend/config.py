@@ -45,6 +45,13 @@ class FrontendConfig(ProcessConfig):
     """Prefill rate of a worker that has not been measured yet."""
     fleet_loss_share: float = Field(0.5, gt=0, le=1)
     """If more of a model's workers are lost at once, new requests are refused until all resumed."""
+    relink_s: float = Field(0.25, ge=0, le=60)
+    """How long a stream whose link broke waits for it, before it goes on at another worker."""
+    resume_keys: Path | None = None
+    """File with the keys that sign resume tokens, shared by all frontends; unless given, one is
+    made in the discovery directory."""
+    resume_token_lifetime_s: float = Field(3600.0, ge=1, le=604800)
+    """How long a resume token can be used; streams that run longer get newer ones."""
     requests_running_max: int = Field(10_000, ge=1)
     """More requests at once are refused."""
     client_ping_interval_s: float = Field(1.0, ge=0.1, le=3600)

@@ -2,6 +2,7 @@
 
     Place ──▶ resume queue ──its turn──▶ placement ──▶ a worker ──▶ Start on its link
                   └── nobody has room ──▶ wait until something changes, or the stream's deadline
+    Relink ──▶ the link's fate ──▶ up: Adopt; gone: lost; neither: wait for one, or the deadline
 
 Everything happens in the call that brought the news, so that a stream which lost its worker and has
 its turn is on its way to another before anything else runs.
@@ -17,7 +18,7 @@ from typing import Final, assert_never
 
 from frontend import stream as machine
 from frontend.admission import Envelope, Model
-from frontend.links import Links
+from frontend.links import Fate, Links
 from frontend.mesh_view import MeshView, Worker
 from frontend.metrics import FrontendMetrics
 from frontend.placement import Need, WorkerView, choose, num_cached_tokens
@@ -28,7 +29,7 @@ from unbroken import blocks, log
 from unbroken.checkpoint import checkpoint_to_proto
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import ContinuationClass, FailureKind
-from unbroken.v1 import relay_service_pb2
+from unbroken.v1 import attempt_pb2, relay_service_pb2
 
 TURNS_AT_ONCE: Final = 256
 """Placements tried before other work gets a turn; each takes about 50 µs."""
@@ -59,6 +60,9 @@ class Dispatcher:
         self._due: asyncio.TimerHandle | None = None
         self.on_attempt_ended: list[Callable[[Choice, machine.Life, machine.Attempt], None]] = []
         """Called with what became of an attempt; it may not start another."""
+        self._unlinked: dict[str, dict[Choice, None]] = {}
+        """Those that wait for a link, by worker."""
+        links.on_fate.append(self._fate_changed)
         mesh.on_change.append(self._mesh_changed)
         mesh.on_load.append(self._load_reported)
 
@@ -78,6 +82,22 @@ class Dispatcher:
         """The prompt of the choice is computed, or its attempt is over."""
         self.queue.computed(choice)
         self._give_turns_soon()
+
+    def wait_for_link(self, choice: "Choice", worker_id: str) -> None:
+        """Tell the choice when the fate of the link to the worker may have changed."""
+        self._unlinked.setdefault(worker_id, {})[choice] = None
+
+    def wait_for_link_no_more(self, choice: "Choice", worker_id: str) -> None:
+        """The opposite of `wait_for_link`. Idempotent."""
+        waiting = self._unlinked.get(worker_id)
+        if waiting is not None:
+            waiting.pop(choice, None)
+            if not waiting:
+                del self._unlinked[worker_id]
+
+    def _fate_changed(self, worker_id: str) -> None:
+        for choice in list(self._unlinked.get(worker_id, ())):
+            choice.link_changed()
 
     def _mesh_changed(self) -> None:
         self.queue.workers(self.mesh.views(), self.clock())
@@ -142,6 +162,7 @@ class Choice:
         "_model",
         "_seat",
         "_timer",
+        "_unlinked_from",
         "_wake",
         "index",
         "stream",
@@ -171,6 +192,16 @@ class Choice:
         self._is_computing = False  # The resume queue has it on a worker's account.
         self._seat: _Seat | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._unlinked_from: machine.Relink | None = None
+
+    @property
+    def deadline_at(self) -> float | None:
+        """The client's, monotonic seconds; attempts that begin from now on are told."""
+        return self._deadline_at
+
+    @deadline_at.setter
+    def deadline_at(self, deadline_at: float | None) -> None:
+        self._deadline_at = deadline_at
 
     @property
     def waiting_detail(self) -> str:
@@ -194,6 +225,7 @@ class Choice:
         error = UnbrokenError(Reason.INTERNAL, "an internal error; the frontend's log has it")
         self._leave()
         self._stop_waiting()
+        self._relink_no_more()
         self.stream.cancelled(error)  # The commands it gives have just been obeyed.
         self.wake()
 
@@ -215,6 +247,10 @@ class Choice:
                     queue.extend(self._place(pause_s))
                 case machine.Start() as order:
                     queue.extend(self._start(order))
+                case machine.Relink() as order:
+                    queue.extend(self._relink(order))
+                case machine.Adopt() as order:
+                    queue.extend(self._adopt(order))
                 case machine.Abort(epoch=epoch):
                     if self._seat is not None and self._seat.epoch == epoch:
                         self._leave()
@@ -226,6 +262,7 @@ class Choice:
                     # is told.
                     self._leave()
                     self._stop_waiting()
+                    self._relink_no_more()
                 case _:
                     assert_never(command)
 
@@ -247,6 +284,19 @@ class Choice:
             self.crashed()
         self.wake()
 
+    def link_changed(self) -> None:
+        """The link that the stream waits for may have come up, or be gone. Raises nothing."""
+        order = self._unlinked_from
+        if order is not None:
+            self._relink_no_more()
+            self.obey([order])
+
+    def time_is_up(self) -> None:
+        """The stream has waited long enough for a link, or for an adoption. Raises nothing."""
+        self._timer = None
+        self._relink_no_more()
+        self.obey(self.stream.handle_timeout(self._dispatcher.clock()))
+
     def place_again(self) -> None:
         """The pause after a refusal is over, or nobody had room for too long. Raises nothing."""
         self._stop_waiting()
@@ -261,6 +311,8 @@ class Choice:
 
     def _place(self, pause_s: float) -> Sequence[machine.Command]:
         stream, dispatcher = self.stream, self._dispatcher
+        self._relink_no_more()
+        self._stop_waiting()
         self._leave()  # A refused attempt has left its slot, but not its worker's books.
         epoch, deadline = stream.epoch, stream.deadline()
         assert deadline is not None, "a stream that is placed has a deadline"
@@ -276,7 +328,7 @@ class Choice:
     def _ticket(self, deadline: float) -> Ticket:
         stream = self.stream
         give_up_at = deadline if self._deadline_at is None else min(deadline, self._deadline_at)
-        is_resume = bool(stream.attempts)
+        is_resume = stream.has_begun or bool(stream.attempts)
         return Ticket(
             model=self._model.name,
             work=Work.RESUME if is_resume else Work.NEW,
@@ -341,8 +393,7 @@ class Choice:
             dispatcher.metrics.migrated(stream.attempts[-2].failure, stream.attempts[-1].way)
         request = relay_service_pb2.RelayRequest()
         start = request.start
-        start.stream.request_id = envelope.request_id
-        start.stream.choice_index = self.index
+        self._name(start.stream)
         start.epoch = order.epoch
         start.engine_incarnation = order.life.engine_incarnation
         start.checkpoint.CopyFrom(checkpoint_to_proto(order.checkpoint))
@@ -351,7 +402,6 @@ class Choice:
             start.deadline.FromNanoseconds(max(0, int((self._deadline_at - now) * 1e9)))
         start.orphan_grace.FromNanoseconds(int(envelope.orphan_grace_s * 1e9))
         start.priority = envelope.priority
-        start.stream.tenant = envelope.tenant
         view = worker.view
         num_tokens = self._num_tokens
         hashes = self._block_hashes(view)
@@ -370,6 +420,71 @@ class Choice:
     def _computed(self) -> None:
         self._is_computing = False
         self._dispatcher.computed(self)
+
+    def _relink(self, order: machine.Relink) -> Sequence[machine.Command]:
+        dispatcher, life = self._dispatcher, order.life
+        self._leave()  # Its call is over, but not its worker's books.
+        match dispatcher.links.fate_of(life):
+            case Fate.UP:
+                return self.stream.relinked(order.epoch, dispatcher.clock())
+            case Fate.GONE:
+                detail = f"{life.worker_id} of incarnation {life.incarnation} is gone"
+                now = dispatcher.clock()
+                return self.stream.lost(order.epoch, FailureKind.CRASH, detail, now)
+            case Fate.PENDING:
+                self._unlinked_from = order
+                dispatcher.wait_for_link(self, life.worker_id)
+                self._at_deadline()
+                return ()
+
+    def _adopt(self, order: machine.Adopt) -> Sequence[machine.Command]:
+        dispatcher, envelope, stream = self._dispatcher, self._envelope, self.stream
+        now = dispatcher.clock()
+        self._leave()
+        worker = dispatcher.mesh.workers.get(order.life.worker_id)
+        call = dispatcher.links.call_to(order.life)
+        if worker is None or worker.view is None or call is None or not call.is_up:
+            detail = f"no link to {order.life.worker_id}"
+            return stream.lost(order.epoch, FailureKind.PARTITION, detail, now)
+        request = relay_service_pb2.RelayRequest()
+        adopt = request.adopt
+        self._name(adopt.stream)
+        adopt.epoch = order.epoch
+        adopt.offset = order.offset
+        adopt.window_tokens = order.window_tokens
+        if self._deadline_at is not None:
+            adopt.deadline.FromNanoseconds(max(0, int((self._deadline_at - now) * 1e9)))
+        adopt.orphan_grace.FromNanoseconds(int(envelope.orphan_grace_s * 1e9))
+        slot = call.adopt(
+            self,
+            request,
+            vocab_size=self._model.tokenizer.asset.vocab_size,
+            wants_logprobs=stream.original.params.num_top_logprobs is not None,
+        )
+        self._seat = _Seat(call, slot, order.epoch, worker.view)
+        worker.view.num_attempts += 1
+        self._at_deadline()
+        return ()
+
+    def _name(self, key: attempt_pb2.StreamKey) -> None:
+        key.request_id = self._envelope.request_id
+        key.tenant = self._envelope.tenant
+        key.choice_index = self.index
+
+    def _at_deadline(self) -> None:
+        """Come back at the stream's deadline."""
+        deadline = self.stream.deadline()
+        assert deadline is not None, "who waits has a deadline"
+        if self._timer is not None:
+            self._timer.cancel()
+        wait_s = max(0.0, deadline - self._dispatcher.clock())
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self.time_is_up)
+
+    def _relink_no_more(self) -> None:
+        order, self._unlinked_from = self._unlinked_from, None
+        if order is not None:
+            self._dispatcher.wait_for_link_no_more(self, order.life.worker_id)
+            self._stop_waiting()
 
     def _leave(self) -> None:
         if self._is_computing:

@@ -1,31 +1,38 @@
 """InferenceService: what clients call.
 
-A `Generate` call waits on one event, whatever number of choices it has. Each time it wakes it sends
-all that is new in one message per choice, so a client that reads slowly gets fewer and larger
-messages; what it has not been sent yet is bounded by the window of its worker.
+`Generate` and `Resume` lead to a request, a new one or one that is here, and then read it
+(`reading`). What `Resume` believes and what it checks is told in docs/decisions/resume.md.
 """
 
 import asyncio
-import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Final, NoReturn, cast
 
 import grpc.aio
 from typing_extensions import override
 
-from frontend import admission, summaries
-from frontend.admission import Admitted, Envelope, Model
+from frontend import admission
+from frontend.admission import Admitted, Decided, Envelope, Model
 from frontend.dispatch import Dispatcher
 from frontend.mesh_view import MeshView
+from frontend.reading import Readers
 from frontend.requests import Request, Requests
-from frontend.stream import Limits
-from unbroken import log
-from unbroken.errors import Reason, UnbrokenError
-from unbroken.outcome import ContinuationPolicy, FailureKind
+from frontend.resume_token import (
+    Keyring,
+    check_bound,
+    ids_digest,
+    past,
+    request_digest,
+    unseal,
+)
+from frontend.stream import Limits, Mismatch, Past, first_epoch
+from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.outcome import ContinuationPolicy
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import inference_service_pb2_grpc as pb_grpc
 
@@ -36,10 +43,7 @@ CLASS_KEY: Final = "unbroken-continuation-class"
 LONG_TEXT_BYTES: Final = 64 * 1024
 """Longer texts are tokenised in a thread: it takes about 1 ms per 10 KB."""
 
-_RESUME_TOKEN_BYTES: Final = 32
-
 _Context = grpc.aio.ServicerContext[Any, Any]
-_log = log.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class GatewayLimits:
     policy: ContinuationPolicy = ContinuationPolicy.PREFER_EXACT
     deadline_margin_s: float = 0.02
     """So long before the client's deadline a stream ends, so that the client still hears why."""
+    resume_token_lifetime_s: float = 3600.0
 
 
 class Gateway(pb_grpc.InferenceServiceServicer):
@@ -63,10 +68,12 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         requests: Requests,
         limits: GatewayLimits,
         *,
+        keys: Callable[[], Keyring],
         random: Random,
         clock: Callable[[], float] = time.monotonic,
+        time_of_day: Callable[[], float] = time.time,
     ) -> None:
-        self._frontend_id = frontend_id
+        """`keys` are those that resume tokens are signed with, whenever they are asked for."""
         self._mesh = mesh
         self._dispatcher = dispatcher
         self._metrics = dispatcher.metrics
@@ -74,10 +81,25 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         self._limits = limits
         self._random = random
         self._clock = clock
+        self._keys = keys
+        self._time_of_day = time_of_day
+        self._readers = Readers(
+            frontend_id,
+            requests,
+            dispatcher.metrics,
+            keys,
+            token_lifetime_s=limits.resume_token_lifetime_s,
+            clock=clock,
+            time_of_day=time_of_day,
+        )
         self._changed = asyncio.Event()
         """Set, and replaced, whenever what models there are may have changed."""
         self._is_draining = False
         mesh.on_change.append(self._mesh_changed)
+
+    async def close(self) -> None:
+        """Keep no request for readers that may come back."""
+        await self._readers.close()
 
     def drain(self) -> None:
         """Take no new requests, nor those that wait for a model to be served."""
@@ -88,70 +110,37 @@ class Gateway(pb_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: _Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        arrived_at = self._clock()
-        remaining_s = cast("float | None", context.time_remaining())  # The stubs forget None.
-        deadline_at = (
-            None
-            if remaining_s is None
-            else arrived_at + remaining_s - min(self._limits.deadline_margin_s, remaining_s / 2)
-        )
+        arrived_at, deadline_at = self._times(context)
         try:
-            admitted = await self._admit(request, arrived_at, deadline_at)
-            running = self._begin(admitted, deadline_at)
+            running = await self._admit(request, arrived_at, deadline_at)
         except UnbrokenError as error:
             self._metrics.requests_refused.labels(error.reason.value).inc()
             raise
-        is_first = True
-        try:
-            await context.send_initial_metadata(
-                (
-                    (REQUEST_ID_KEY, running.request_id),
-                    (CLASS_KEY, admitted.continuation_class.name),
-                )
-            )
-            yield self._started(admitted)
-            running.begin()
-            while True:
-                running.wake.clear()
-                running.fail_together()
-                is_done = running.is_done  # Whether what follows is all there is.
-                for choice in running.choices:
-                    if not choice.stream.has_output:
-                        continue
-                    if is_first:
-                        is_first = False
-                        self._metrics.ttft_s.observe(self._clock() - arrived_at)
-                    piece, commands = choice.stream.take()
-                    for message in summaries.messages(choice.index, piece):
-                        yield message
-                    self._metrics.tokens_delivered.inc(len(piece.token_ids))
-                    choice.obey(commands)  # Windows move when tokens have left.
-                    running.has_sent(choice)
-                if is_done:
-                    break
-                await running.wake.wait()
-            yield pb.GenerateResponse(finished=running.finished())
-        finally:
-            running.close()
-            self._requests.remove(running)
-            self._account(running)
-        if running.error is not None:
-            raise _raisable(running.error)
+        async with aclosing(self._read(running, context, arrived_at)) as messages:
+            async for message in messages:
+                yield message
 
     @override
     async def Resume(
         self, request: pb.ResumeRequest, context: _Context
     ) -> AsyncIterator[pb.ResumeResponse]:
-        raise UnbrokenError(
-            Reason.NOT_IMPLEMENTED, "this version does not resume streams on another frontend"
-        )
-        yield pb.ResumeResponse()  # Makes it a generator, as the contract has it.
+        arrived_at, deadline_at = self._times(context)
+        try:
+            running = await self._resume(request, arrived_at, deadline_at)
+        except UnbrokenError as error:
+            self._metrics.requests_refused.labels(error.reason.value).inc()
+            raise
+        async with aclosing(self._read(running, context, arrived_at)) as messages:
+            async for message in messages:
+                yield pb.ResumeResponse(response=message)
 
     @override
     async def Cancel(self, request: pb.CancelRequest, context: _Context) -> pb.CancelResponse:
         if not request.request_id:
             _refuse_empty_id(request.request_id)
-        was_running = self._requests.cancel(request.request_id, soft=request.soft)
+        was_running = self._requests.cancel(
+            request.request_id, tenant=request.tenant, soft=request.soft
+        )
         return pb.CancelResponse(was_running=was_running)
 
     @override
@@ -160,7 +149,8 @@ class Gateway(pb_grpc.InferenceServiceServicer):
     ) -> pb.GetStreamResponse:
         if not request.request_id:
             _refuse_empty_id(request.request_id)
-        return pb.GetStreamResponse(stream=self._requests.get(request.request_id))
+        stream = self._requests.get(request.request_id, tenant=request.tenant)
+        return pb.GetStreamResponse(stream=stream)
 
     @override
     async def ListStreams(
@@ -181,7 +171,8 @@ class Gateway(pb_grpc.InferenceServiceServicer):
 
     async def _admit(
         self, request: pb.GenerateRequest, arrived_at: float, deadline_at: float | None
-    ) -> Admitted:
+    ) -> Request:
+        """A new request, or the equal one that is here already."""
         self._check_open()
         envelope = admission.open_envelope(
             request,
@@ -189,23 +180,110 @@ class Gateway(pb_grpc.InferenceServiceServicer):
             migrations_max=self._limits.stream.migrations_max,
             policy=self._limits.policy,
         )
-        self._requests.check_room(envelope)
+        digest = request_digest(request, envelope.request_id)
+        positions = [pb.ResumePosition()] * envelope.num_choices
+        if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
+            return joined
+        self._requests.check_room()
         model = await self._wait_for_model(envelope, arrived_at, deadline_at)
         if admission.num_text_bytes(request) > LONG_TEXT_BYTES:
-            return await asyncio.to_thread(admission.admit, request, envelope, model, self._random)
-        return admission.admit(request, envelope, model, self._random)
+            admitted = await asyncio.to_thread(
+                admission.admit, request, envelope, model, self._random
+            )
+        else:
+            admitted = admission.admit(request, envelope, model, self._random)
+        # It may have waited for a model, or for a thread to tokenise.
+        if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
+            return joined
+        epoch = first_epoch(int(self._time_of_day() * 1000))
+        return self._begin(admitted, deadline_at, digest=digest, epoch=epoch)
+
+    async def _resume(
+        self, message: pb.ResumeRequest, arrived_at: float, deadline_at: float | None
+    ) -> Request:
+        """A request that another frontend had, or one that is here and lost its reader."""
+        self._check_open()
+        request = message.request
+        now = self._time_of_day()
+        claims = unseal(message.resume_token, self._keys(), now=now)
+        check_bound(claims, request)
+        resolved = claims.resolved
+        positions = _positions(message.positions, len(claims.choices))
+        envelope = admission.open_envelope(
+            request,
+            new_request_id=lambda: resolved.request_id,
+            migrations_max=resolved.migrations_max,
+            policy=resolved.policy,
+        )
+        envelope = replace(envelope, model=resolved.model)
+        decided = Decided(
+            prompt_is_same=lambda ids: ids_digest(ids) == resolved.prompt_digest,
+            tokenizer_fingerprint=resolved.tokenizer_fingerprint,
+            seed=resolved.seed,
+            max_tokens=resolved.max_tokens,
+        )
+        digest = resolved.request_digest
+        if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
+            return joined
+        self._requests.check_room()
+        model = await self._wait_for_model(envelope, arrived_at, deadline_at, is_known=True)
+        _check_ids(positions, model.tokenizer.asset.vocab_size)
+        if admission.num_text_bytes(request) > LONG_TEXT_BYTES:
+            admitted = await asyncio.to_thread(
+                admission.admit_again, request, envelope, model, decided
+            )
+        else:
+            admitted = admission.admit_again(request, envelope, model, decided)
+        if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
+            return joined
+        pasts = [past(claim, at) for claim, at in zip(claims.choices, positions, strict=True)]
+        epoch = first_epoch(int(now * 1000), above=claims.epoch)
+        running = self._begin(admitted, deadline_at, digest=digest, epoch=epoch, pasts=pasts)
+        self._metrics.requests_resumed.labels("taken").inc()
+        return running
+
+    def _join(
+        self,
+        envelope: Envelope,
+        digest: bytes,
+        positions: Sequence[pb.ResumePosition],
+        deadline_at: float | None,
+    ) -> Request | None:
+        """The equal request that is here, about to tell what lies after these positions."""
+        found = self._requests.find(envelope, digest)
+        if found is None:
+            return None
+        if not found.can_rewind(positions):
+            self._readers.drop(found)
+            return None
+        try:
+            found.rewind(positions, deadline_at=deadline_at)
+        except Mismatch as mismatch:
+            raise _resume_mismatch(mismatch) from mismatch
+        self._metrics.requests_resumed.labels("joined").inc()
+        return found
 
     async def _wait_for_model(
-        self, envelope: Envelope, arrived_at: float, deadline_at: float | None
+        self,
+        envelope: Envelope,
+        arrived_at: float,
+        deadline_at: float | None,
+        *,
+        is_known: bool = False,
     ) -> Model:
-        """The model asked for; waits for the first worker of one that is only announced."""
+        """The model asked for; waits for the first worker of one that is only announced.
+
+        `is_known`: there is such a model, although nobody may have announced it here yet.
+        """
         give_up_at = arrived_at + self._limits.stream.placement_timeout_s
         if deadline_at is not None:
             give_up_at = min(give_up_at, deadline_at)
         while True:
             self._check_open()
             changed = self._changed
-            name = admission.choose_model(envelope.model, self._mesh.model_names())
+            name: str | None = envelope.model
+            if not is_known:
+                name = admission.choose_model(envelope.model, self._mesh.model_names())
             if name is not None and (model := self._mesh.model(name)) is not None:
                 return model
             try:
@@ -227,64 +305,57 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _begin(self, admitted: Admitted, deadline_at: float | None) -> Request:
-        stream_limits = self._limits.stream
-        limits = Limits(
-            migrations_max=admitted.envelope.migrations_max,
-            window_tokens=stream_limits.window_tokens,
-            placement_timeout_s=stream_limits.placement_timeout_s,
-            regenerate_tokens_max=stream_limits.regenerate_tokens_max,
-        )
-        self._check_open()  # It may have waited for a model, or for a thread to tokenise.
-        self._requests.check_room(admitted.envelope)
-        running = Request(admitted, self._dispatcher, limits, deadline_at=deadline_at)
+    def _begin(
+        self,
+        admitted: Admitted,
+        deadline_at: float | None,
+        *,
+        digest: bytes,
+        epoch: int,
+        pasts: Sequence[Past] | None = None,
+    ) -> Request:
+        self._check_open()
+        self._requests.check_room()
+        limits = replace(self._limits.stream, migrations_max=admitted.envelope.migrations_max)
+        try:
+            running = Request(
+                admitted,
+                self._dispatcher,
+                limits,
+                digest=digest,
+                epoch=epoch,
+                deadline_at=deadline_at,
+                pasts=pasts,
+            )
+        except Mismatch as mismatch:
+            raise _resume_mismatch(mismatch) from mismatch
         self._requests.add(running)
         self._metrics.requests_started.inc()
         return running
 
+    def _times(self, context: _Context) -> tuple[float, float | None]:
+        """When a call came, and when its output has to end."""
+        arrived_at = self._clock()
+        remaining_s = cast("float | None", context.time_remaining())  # The stubs forget None.
+        if remaining_s is None:
+            return arrived_at, None
+        margin_s = min(self._limits.deadline_margin_s, remaining_s / 2)
+        return arrived_at, arrived_at + remaining_s - margin_s
+
     # Output.
 
-    def _started(self, admitted: Admitted) -> pb.GenerateResponse:
-        return pb.GenerateResponse(
-            started=pb.StreamStarted(
-                request_id=admitted.envelope.request_id,
-                model=admitted.model.name,
-                continuation_class=summaries.way(admitted.continuation_class),
-                continuation_detail=admitted.continuation_detail,
-                # Opaque and unguessable, as `Resume` will want it; until that is served, nothing
-                # is kept of it. Never logged.
-                resume_token=secrets.token_bytes(_RESUME_TOKEN_BYTES),
-                num_prompt_tokens=admitted.num_prompt_tokens,
-                seed=admitted.seed,
-                migrations_max=admitted.envelope.migrations_max,
-                frontend_id=self._frontend_id,
+    def _read(
+        self, running: Request, context: _Context, arrived_at: float
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        async def open_call() -> None:
+            await context.send_initial_metadata(
+                (
+                    (REQUEST_ID_KEY, running.request_id),
+                    (CLASS_KEY, running.admitted.continuation_class.name),
+                )
             )
-        )
 
-    def _account(self, running: Request) -> None:
-        error = running.error
-        reason = "OK" if error is None else error.reason.value
-        self._metrics.requests_finished.labels(reason).inc()
-        for choice in running.choices:
-            stream = choice.stream
-            self._metrics.recomputed("prefill", stream.accounts.recomputed_prefill_tokens)
-            self._metrics.recomputed("decode", stream.accounts.recomputed_decode_tokens)
-            for attempt in stream.attempts:
-                if attempt.gap_s is not None:
-                    self._metrics.gap_s.observe(attempt.gap_s)
-        losses = [
-            attempt.failure
-            for choice in running.choices
-            for attempt in choice.stream.attempts
-            if attempt.failure is not FailureKind.UNSPECIFIED
-        ]
-        if losses or error is not None:
-            _log.info(
-                "request ended after failures",
-                request_id=running.request_id,
-                reason=reason,
-                failures=[failure.name for failure in losses],
-            )
+        return self._readers.read(running, arrived_at=arrived_at, open_call=open_call)
 
     # Models.
 
@@ -302,11 +373,28 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         return info
 
 
-def _raisable(error: UnbrokenError) -> UnbrokenError:
-    """A copy: one error can end several choices and requests, and each call raises its own."""
-    return UnbrokenError(
-        error.reason, error.detail, metadata=error.metadata, retry_after_s=error.retry_after_s
-    )
+def _positions(given: Sequence[pb.ResumePosition], num_choices: int) -> Sequence[pb.ResumePosition]:
+    """One per choice."""
+    by_choice = {one.choice_index: one for one in given}
+    if len(by_choice) < len(given) or any(index >= num_choices for index in by_choice):
+        raise InvalidField(
+            "positions",
+            f"at most one per choice, of {num_choices}",
+            [one.choice_index for one in given],
+        )
+    return [by_choice.get(index, pb.ResumePosition()) for index in range(num_choices)]
+
+
+def _check_ids(positions: Sequence[pb.ResumePosition], vocab_size: int) -> None:
+    for position in positions:
+        if position.token_ids and max(position.token_ids) >= vocab_size:
+            raise InvalidField(
+                "positions.token_ids", f"ids below {vocab_size}", max(position.token_ids)
+            )
+
+
+def _resume_mismatch(mismatch: Mismatch) -> UnbrokenError:
+    return UnbrokenError(Reason.RESUME_MISMATCH, f"{mismatch}")
 
 
 def _refuse_empty_id(request_id: str) -> NoReturn:

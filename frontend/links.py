@@ -11,12 +11,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
 from typing import Final
 
 from frontend.failure_detector import Liveness, Rhythm
 from frontend.mesh_view import LinkState, MeshView, Worker
 from frontend.outliers import Outliers
 from frontend.relay_call import (
+    End,
     FrontendIdentity,
     LinkLimits,
     LinkObserver,
@@ -32,10 +35,22 @@ from unbroken.v1 import worker_pb2
 
 PAUSE_S_MIN: Final = 0.02
 PAUSE_S_MAX: Final = 1.0
+STEADY_S: Final = 1.0
+"""A link that was up for so long is opened again without a pause when it breaks."""
 KNOWN_MAX: Final = 10_000
 """Workers whose latest life is remembered after they have gone."""
 
 _log = log.get_logger(__name__)
+
+
+class Fate(Enum):
+    """What may be hoped of the link to one life of a worker."""
+
+    UP = auto()
+    PENDING = auto()
+    """A call is being opened, or the worker may yet be announced."""
+    GONE = auto()
+    """That life is over, or cannot be reached."""
 
 
 @dataclass(slots=True)
@@ -57,6 +72,8 @@ class _Link:
     """Of its heartbeats."""
     task: asyncio.Task[None] | None = None
     call: RelayCall | None = None
+    end: End | None = None
+    """How the last call ended."""
     is_forgotten: bool = False
     """Discovery does not know it any more."""
 
@@ -84,6 +101,8 @@ class Links:
         self._links: dict[str, _Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._known: OrderedDict[str, _Known] = OrderedDict()
+        self.on_fate: list[Callable[[str], None]] = []
+        """Called with a worker's id when the fate of the link to it may have changed."""
 
     def call_to(self, life: Life) -> RelayCall | None:
         """The call to this life of a worker, if it is up."""
@@ -91,6 +110,20 @@ class Links:
         if link is None or link.worker.record.identity.incarnation != life.incarnation:
             return None
         return None if link.call is None or link.call.is_over else link.call
+
+    def fate_of(self, life: Life) -> Fate:
+        """Whether the link to this life of a worker is up or may come up soon."""
+        link = self._links.get(life.worker_id)
+        known = self._known.get(life.worker_id) if link is None else link.known
+        if known is None or known.incarnation < life.incarnation:
+            return Fate.PENDING
+        if link is None or known.incarnation > life.incarnation:
+            return Fate.GONE
+        if link.call is not None and not link.call.is_over:
+            return Fate.UP if link.call.is_up else Fate.PENDING
+        # The first call after one that broke tells whether the worker lives.
+        end = link.end if link.call is None else link.call.outcome
+        return Fate.PENDING if end is None or end.is_break else Fate.GONE
 
     def num_attempts(self, worker_id: str) -> int:
         """Attempts of this frontend that run on the worker."""
@@ -161,6 +194,11 @@ class Links:
         link.task = asyncio.create_task(self._keep(link), name=f"link to {worker_id}")
         self._tasks.add(link.task)
         link.task.add_done_callback(self._done)
+        self._tell_fate(worker_id)  # An earlier life is over.
+
+    def _tell_fate(self, worker_id: str) -> None:
+        for callback in self.on_fate:
+            callback(worker_id)
 
     def _replace(self, link: _Link, detail: str) -> None:
         if link.call is not None:
@@ -179,6 +217,7 @@ class Links:
         pause_s = PAUSE_S_MIN
         lost_at = self._clock()
         while True:
+            began_at = self._clock()
             channel = open_channel(worker.record.address)
             link.known.num_calls += 1
             try:
@@ -193,13 +232,15 @@ class Links:
                     rhythm=link.rhythm,
                     observer=self._observer,
                     outliers=self._outliers,
+                    on_welcome=partial(self._tell_fate, worker.worker_id),
                     clock=self._clock,
                 )
                 worker.link_state = LinkState.LINK_STATE_CONNECTING
-                end = await link.call.run()
+                end = link.end = await link.call.run()
             finally:
                 link.call = None
                 await channel.close()
+            self._tell_fate(worker.worker_id)
             now = self._clock()
             if end.was_welcomed:
                 lost_at = now
@@ -215,6 +256,8 @@ class Links:
             if link.is_forgotten and now - lost_at >= self._limits.forgotten_grace_s:
                 self._forget(link)
                 return
+            if end.is_break and now - began_at >= STEADY_S:
+                continue  # Streams wait to be told whether the worker lives.
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S_MAX)
 

@@ -68,6 +68,18 @@ class FrontendMetrics:
             ["failure", "way"],
             registry=registry,
         )
+        self.requests_resumed = Counter(
+            f"{_PREFIX}_requests_resumed_total",
+            "Calls that went on with a request: joined here, or taken from elsewhere.",
+            ["how"],
+            registry=registry,
+        )
+        self.adoptions = Counter(
+            f"{_PREFIX}_adoptions_total",
+            "Attempts taken over where they ran, by outcome: adopted or refused.",
+            ["outcome"],
+            registry=registry,
+        )
         self.ttft_s = Histogram(
             f"{_PREFIX}_ttft_seconds",
             "From the arrival of a request to its first output.",
@@ -203,6 +215,10 @@ class FrontendMetrics:
     def migrated(self, failure: FailureKind, way: ContinuationClass) -> None:
         """A stream goes on elsewhere."""
         self.migrations.labels(failure.name, way.name).inc()
+
+    def adopted(self, *, is_refused: bool) -> None:
+        """An attempt was, or was not, to be had where it ran."""
+        self.adoptions.labels("refused" if is_refused else "adopted").inc()
 
     def recomputed(self, phase: str, num_tokens: int) -> None:
         """Tokens were computed again."""

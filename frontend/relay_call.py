@@ -27,7 +27,7 @@ from frontend.failure_detector import (
 from frontend.mesh_view import EngineState, LinkState, MeshView, Worker, report_blocks
 from frontend.outliers import Outliers
 from frontend.reach import reach
-from frontend.stream import Command, Stream
+from frontend.stream import Command, Origin, Stream
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
@@ -118,6 +118,8 @@ class End:
     failure: FailureKind
     detail: str
     was_welcomed: bool
+    is_break: bool
+    """Only the connection may be gone."""
 
 
 @dataclass(slots=True)
@@ -131,6 +133,8 @@ class _Seat:
     wants_logprobs: bool
     started_at: float
     num_prefill_tokens: int
+    is_adopting: bool = False
+    """It waits to be told that it has the attempt."""
 
 
 class _BrokenContract(Exception):  # noqa: N818 - it names what happened.
@@ -190,6 +194,7 @@ class RelayCall:
         rhythm: Rhythm,
         observer: LinkObserver,
         outliers: Outliers,
+        on_welcome: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stub = RelayServiceStub(channel)
@@ -205,6 +210,7 @@ class RelayCall:
         self._sampled: tuple[int, int, float] | None = None
         """A slot, an offset, and when it came: where the next sample of latency begins."""
         self._samples_at = clock()
+        self._on_welcome = on_welcome
         self._clock = clock
         self._seats: dict[int, _Seat] = {}
         self._next_slot = 1
@@ -230,6 +236,16 @@ class RelayCall:
         return self._ended.done()
 
     @property
+    def outcome(self) -> End | None:
+        """How it ended, if it has."""
+        return self._ended.result() if self._ended.done() else None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the sidecar has answered, and the call goes on."""
+        return self._is_welcomed and not self._ended.done()
+
+    @property
     def num_attempts(self) -> int:
         """Attempts that this call carries."""
         return len(self._seats)
@@ -249,11 +265,8 @@ class RelayCall:
 
         About `num_prefill_tokens` have to be computed before its first token.
         """
-        slot = self._next_slot
-        self._next_slot += 1
-        self._vocab_size = vocab_size
-        request.start.slot = slot
-        self._seats[slot] = _Seat(
+        slot = request.start.slot = self._next_slot
+        seat = _Seat(
             owner,
             request.start.epoch,
             partial(self._first_token, slot),
@@ -261,10 +274,24 @@ class RelayCall:
             self._clock(),
             num_prefill_tokens,
         )
-        self._num_with_logprobs += wants_logprobs
+        self._sit(seat, vocab_size)
         self._enqueue(request)
-        if slot == SLOT_MAX:
-            self.end(FailureKind.PARTITION, "all slots of the call have been used")
+        return slot
+
+    def adopt(
+        self,
+        owner: Owner,
+        request: relay_service_pb2.RelayRequest,
+        *,
+        vocab_size: int,
+        wants_logprobs: bool,
+    ) -> int:
+        """Take over the attempt `request.adopt`, whose slot is filled in and returned."""
+        slot = request.adopt.slot = self._next_slot
+        token = owner.stream.token  # How fast it begins says nothing about the worker.
+        epoch, now = request.adopt.epoch, self._clock()
+        self._sit(_Seat(owner, epoch, token, wants_logprobs, now, 0, is_adopting=True), vocab_size)
+        self._enqueue(request)
         return slot
 
     def abort(self, slot: int) -> None:
@@ -278,17 +305,21 @@ class RelayCall:
             self._acks[slot] = offset
             self._has_work.set()
 
-    def end(self, failure: FailureKind, detail: str) -> None:
-        """End the call and with it all its attempts. Idempotent."""
+    def end(self, failure: FailureKind, detail: str, *, is_break: bool = False) -> None:
+        """End the call and with it all its attempts. Idempotent.
+
+        `is_break`: perhaps it is only the connection that is gone, and the next call tells.
+        """
         if self._ended.done():
             return
-        self._ended.set_result(End(failure, detail, self._is_welcomed))
+        is_break = is_break and self._is_welcomed
+        self._ended.set_result(End(failure, detail, self._is_welcomed, is_break))
         worker = self._worker
         worker.link_state = LinkState.LINK_STATE_DOWN
         worker.liveness = Liveness.DEAD
         worker.detail = f"link lost: {failure.name}: {detail}"
         self._mesh.refresh(worker)  # Before streams look for another worker.
-        self._lose_all(failure, detail)
+        self._lose_all(failure, detail, is_break=is_break)
         if self._is_welcomed:
             self._observer.link_lost(failure, self.detector.silence_s(self._clock()))
 
@@ -322,7 +353,8 @@ class RelayCall:
                 self._receive(cast("relay_service_pb2.RelayResponse | None", response))
             self.end(FailureKind.CRASH, "the sidecar ended the call")
         except grpc.aio.AioRpcError as error:
-            self.end(*_diagnosis(error))
+            failure, detail, is_break = _diagnosis(error)
+            self.end(failure, detail, is_break=is_break)
         except _BrokenContract as error:
             _log.warning("sidecar broke the contract", detail=str(error), **self._names())
             self.end(FailureKind.PROTOCOL, str(error))
@@ -403,20 +435,24 @@ class RelayCall:
     def _next_commands(self) -> relay_service_pb2.RelayRequest:
         """All commands that wait, as far as they fit into one message and keep their order."""
         first = self._commands.popleft()
-        if not self._commands:
+        if not self._commands or first.HasField("release"):
             return first
         batch = relay_service_pb2.AttemptCommands()
         request, size = first, 0
         while True:
             size += request.ByteSize()
-            if request.HasField("start"):
-                batch.starts.append(request.start)
-            else:
-                batch.aborts.append(request.abort)
+            match request.WhichOneof("request"):
+                case "abort":
+                    batch.aborts.append(request.abort)
+                case "start":
+                    batch.starts.append(request.start)
+                case _:
+                    batch.adopts.append(request.adopt)
             if size > COMMANDS_BYTES_MAX or not self._commands:
                 break
-            if batch.starts and self._commands[0].HasField("abort"):
-                break
+            rank = _BATCH_ORDER.get(self._commands[0].WhichOneof("request") or "")
+            if rank is None or rank < _BATCH_ORDER[request.WhichOneof("request") or ""]:
+                break  # They take effect in this order, so a batch must have it.
             request = self._commands.popleft()
         return relay_service_pb2.RelayRequest(commands=batch)
 
@@ -461,7 +497,7 @@ class RelayCall:
             case "welcome":
                 self._receive_welcome(response.welcome)
             case "adopted":
-                raise _BrokenContract("expected no adoption, as none was asked for")
+                self._receive_adopted(response.adopted, now)
             case None:
                 pass  # Of a newer contract: MAY be ignored, as its sender knows our version.
 
@@ -482,6 +518,32 @@ class RelayCall:
         self._worker.link_state = LinkState.LINK_STATE_UP
         _log.info("link up", **self._names())
         self._receive_verdict(welcome.verdict)
+        self._on_welcome()  # Streams whose link broke adopt their attempts,
+        if self._call_number > 1:  # and what is left then is nobody's.
+            release = relay_service_pb2.ReleaseAttempts()
+            self._enqueue(relay_service_pb2.RelayRequest(release=release))
+
+    def _receive_adopted(self, adopted: relay_service_pb2.AttemptAdopted, now: float) -> None:
+        seat = self._seats.get(adopted.slot)
+        if not 0 < adopted.slot < self._next_slot or not (seat is None or seat.is_adopting):
+            raise _BrokenContract(f"expected no adoption for slot {adopted.slot}, got one")
+        if seat is None:
+            return  # Late news of an attempt that is over.
+        seat.is_adopting = False
+        checkpoint = adopted.checkpoint
+        sampling = checkpoint.params.sampling
+        origin = Origin(
+            checkpoint.prompt_token_ids,
+            checkpoint.output_token_ids,
+            checkpoint.first_offset,
+            sampling.seed if sampling.HasField("seed") else None,
+        )
+        try:
+            commands = seat.owner.stream.adopted(seat.epoch, adopted.end_offset, origin, now)
+        except Exception:
+            seat.owner.crashed()
+            return
+        seat.owner.obey(commands)
 
     def _receive_heartbeat(self, heartbeat: relay_service_pb2.Heartbeat, now: float) -> None:
         self._heartbeat_seen = heartbeat.sequence
@@ -542,7 +604,7 @@ class RelayCall:
             if (seat := self._leave(ended.slot)) is not None
         ]
         orders += [
-            (seat.owner, _refused(seat, refused))
+            (seat.owner, _refused(seat, refused, now))
             for refused in frame.refused
             if (seat := self._leave(refused.slot)) is not None
         ]
@@ -656,6 +718,16 @@ class RelayCall:
 
     # Bookkeeping.
 
+    def _sit(self, seat: _Seat, vocab_size: int) -> None:
+        """Give the seat the next slot."""
+        slot = self._next_slot
+        self._next_slot += 1
+        self._vocab_size = vocab_size
+        self._seats[slot] = seat
+        self._num_with_logprobs += seat.wants_logprobs
+        if slot == SLOT_MAX:
+            self.end(FailureKind.PARTITION, "all slots of the call have been used", is_break=True)
+
     def _leave(self, slot: int) -> _Seat | None:
         seat = self._seats.pop(slot, None)
         if seat is not None:
@@ -663,14 +735,20 @@ class RelayCall:
             self._num_with_logprobs -= seat.wants_logprobs
         return seat
 
-    def _lose_all(self, failure: FailureKind, detail: str) -> None:
+    def _lose_all(self, failure: FailureKind, detail: str, *, is_break: bool = False) -> None:
+        """`is_break`: nothing is known of the worker behind the link."""
         now = self._clock()
         for slot in list(self._seats):
             seat = self._seats.get(slot)
             if seat is None:
                 continue
+            stream = seat.owner.stream
             try:
-                seat.owner.obey(seat.owner.stream.lost(seat.epoch, failure, detail, now))
+                if is_break:
+                    commands = stream.unlinked(seat.epoch, detail, now)
+                else:
+                    commands = stream.lost(seat.epoch, failure, detail, now)
+                seat.owner.obey(commands)
             except Exception:
                 seat.owner.crashed()
             self._leave(slot)
@@ -713,14 +791,18 @@ def _ended(seat: _Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence
     )
 
 
-def _refused(seat: _Seat, refused: attempt_pb2.AttemptRefused) -> Sequence[Command]:
+def _refused(seat: _Seat, refused: attempt_pb2.AttemptRefused, now: float) -> Sequence[Command]:
     return seat.owner.stream.refused(
         seat.epoch,
         _failure_kind(refused.kind) or FailureKind.ENGINE_ERROR,
         refused.detail,
+        now=now,
         epoch_known=refused.epoch_known,
     )
 
+
+_BATCH_ORDER: Final = {"abort": 0, "start": 1, "adopt": 2}
+"""In which the commands of a batch take effect."""
 
 _STATES_WITHOUT_PROGRESS: Final = {
     EngineState.ENGINE_STATE_STARTING: FailureKind.CRASH,
@@ -736,17 +818,21 @@ _FAILURES_OF_REASONS: Final = {
     Reason.FENCED: FailureKind.FENCED,
     Reason.DRAINING: FailureKind.DRAIN,
     Reason.UNREACHABLE: FailureKind.CRASH,
-    Reason.CANCELLED: FailureKind.CRASH,  # How a server that stops ends its calls.
 }
 
 
-def _diagnosis(error: grpc.aio.AioRpcError) -> tuple[FailureKind, str]:
-    """What the status of a Relay call says about the sidecar."""
+def _diagnosis(error: grpc.aio.AioRpcError) -> tuple[FailureKind, str, bool]:
+    """What the status of a Relay call says about the sidecar, and whether that may be wrong.
+
+    A dead peer and a broken connection look the same; the next call tells them apart.
+    """
     meaning = from_rpc_error(error)
+    if meaning.reason is Reason.CANCELLED:  # How a server that stops ends its calls.
+        return FailureKind.CRASH, f"{meaning.reason.name}: {meaning.detail}", False
     kind = _FAILURES_OF_REASONS.get(meaning.reason, FailureKind.PROTOCOL)
     if error.code() is grpc.StatusCode.INTERNAL and "grpc_code" in meaning.metadata:
         kind = FailureKind.CRASH  # gRPC's own, when a write is the first to meet a dead peer.
-    return kind, f"{meaning.reason.name}: {meaning.detail}"
+    return kind, f"{meaning.reason.name}: {meaning.detail}", kind is FailureKind.CRASH
 
 
 def _failure_kind(value: int) -> FailureKind:

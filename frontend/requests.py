@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from frontend import resume_token, summaries
 from frontend import stream as machine
-from frontend import summaries
 from frontend.admission import Admitted, Envelope
 from frontend.dispatch import Choice, Dispatcher
 from unbroken.errors import InvalidField, Reason, UnbrokenError
@@ -26,10 +26,19 @@ PAGE_SIZE_DEFAULT: Final = 100
 PAGE_SIZE_MAX: Final = 1000
 SOFT_CANCEL_S_MAX: Final = 1.0
 """How long a soft cancel waits for the engine's step."""
+TOLD_AGAIN_MAX: Final = 256
+"""Complete requests that can be told again,"""
+TOLD_AGAIN_TOKENS_MAX: Final = 500_000
+"""with at most so many tokens of prompts and outputs together,"""
+TOLD_AGAIN_S_MAX: Final = 30.0
+"""for so long."""
 
 
 class Request:
-    """One request that runs: its choices, and what ends them together."""
+    """One request that runs: its choices, and what ends them together.
+
+    It has one reader at a time: the call that came last.
+    """
 
     def __init__(
         self,
@@ -37,11 +46,36 @@ class Request:
         dispatcher: Dispatcher,
         limits: machine.Limits,
         *,
+        digest: bytes,
+        epoch: int,
         deadline_at: float | None,
+        pasts: Sequence[machine.Past] | None = None,
     ) -> None:
-        """`deadline_at` is the client's, monotonic seconds."""
+        """`deadline_at` is the client's, monotonic seconds; `digest` is what makes it equal to
+        another request; `pasts`, one per choice, are of a request that another frontend had.
+
+        Raises `machine.Mismatch`.
+        """
         envelope = admitted.envelope
         self.admitted = admitted
+        self.digest = digest
+        self.reader = 0
+        """Number of the call that reads it; each that comes has a higher one."""
+        self.is_settled = False
+        """It has ended, and is counted."""
+        self.resolved = resume_token.Resolved(
+            tenant=envelope.tenant,
+            request_id=envelope.request_id,
+            request_digest=digest,
+            model=admitted.model.name,
+            tokenizer_fingerprint=admitted.model.tokenizer_fingerprint,
+            prompt_digest=resume_token.ids_digest(admitted.checkpoints[0].prompt_token_ids),
+            seed=admitted.seed,
+            max_tokens=admitted.max_tokens,
+            policy=envelope.policy,
+            migrations_max=envelope.migrations_max,
+        )
+        self._has_begun = False
         self.wake = asyncio.Event()
         """Set when a choice has output or is done."""
         self.sequence = 0
@@ -49,10 +83,16 @@ class Request:
         self._admitted_at_ns = time.time_ns()
         self._is_cancelled_softly = False
         self._timers: list[asyncio.TimerHandle] = []
+        self._dispatcher = dispatcher
         self.choices = tuple(
             Choice(
                 machine.Stream(
-                    checkpoint, admitted.model.tokenizer, policy=envelope.policy, limits=limits
+                    checkpoint,
+                    admitted.model.tokenizer,
+                    policy=envelope.policy,
+                    limits=limits,
+                    epoch=epoch,
+                    past=None if pasts is None else pasts[index],
                 ),
                 index,
                 dispatcher=dispatcher,
@@ -63,9 +103,7 @@ class Request:
             )
             for index, checkpoint in enumerate(admitted.checkpoints)
         )
-        if deadline_at is not None:
-            error = UnbrokenError(Reason.DEADLINE_EXCEEDED, "the client's time is up")
-            self._end_at(deadline_at - dispatcher.clock(), error)
+        self._set_deadline(deadline_at)
 
     @property
     def request_id(self) -> str:
@@ -97,10 +135,55 @@ class Request:
         own = [error for error in errors if not isinstance(error, _OtherChoiceFailed)]
         return next(iter(own), None)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and of all outputs so far."""
+        return self.admitted.num_prompt_tokens + sum(len(c.stream.ledger) for c in self.choices)
+
+    @property
+    def num_moves(self) -> int:
+        """Grows when a choice is placed: resume tokens from before are out of date."""
+        return sum(choice.stream.num_moves for choice in self.choices)
+
     def begin(self) -> None:
-        """Let the choices look for workers."""
-        for choice in self.choices:
-            choice.begin()
+        """Let the choices look for workers. Idempotent."""
+        if not self._has_begun:
+            self._has_begun = True
+            for choice in self.choices:
+                choice.begin()
+
+    def take_over(self) -> int:
+        """Another call reads it from now on; returns the number of that reader."""
+        self.reader += 1
+        self.wake.set()  # The reader before finds out.
+        return self.reader
+
+    def can_rewind(self, positions: Sequence[pb.ResumePosition]) -> bool:
+        """Whether everything after these positions, one per choice, can be told again."""
+        return all(
+            choice.stream.can_rewind(len(position.token_ids))
+            for choice, position in zip(self.choices, positions, strict=True)
+        )
+
+    def rewind(self, positions: Sequence[pb.ResumePosition], *, deadline_at: float | None) -> None:
+        """The next reader holds this much of each choice. Raises `machine.Mismatch`."""
+        for choice, position in zip(self.choices, positions, strict=True):
+            choice.stream.rewind(position.token_ids, position.num_text_bytes)
+        if not self.is_settled:
+            self._set_deadline(deadline_at)
+
+    def resume_token(
+        self, keyring: resume_token.Keyring, *, now: float, lifetime_s: float
+    ) -> bytes:
+        """What lets another frontend go on from here. `now` is the time of day."""
+        streams = [choice.stream for choice in self.choices]
+        claims = [
+            resume_token.ChoiceClaim(
+                standing := stream.standing, resume_token.ids_digest(stream.ledger[: standing.base])
+            )
+            for stream in streams
+        ]
+        return resume_token.seal(self.resolved, claims, keyring, now=now, lifetime_s=lifetime_s)
 
     def cancel(self, error: UnbrokenError) -> None:
         """End all choices now. What is in the ledgers is still delivered."""
@@ -173,6 +256,16 @@ class Request:
             for attempt in choice.stream.attempts
         ]
 
+    def _set_deadline(self, deadline_at: float | None) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        for choice in self.choices:
+            choice.deadline_at = deadline_at
+        if deadline_at is not None:
+            error = UnbrokenError(Reason.DEADLINE_EXCEEDED, "the client's time is up")
+            self._end_at(deadline_at - self._dispatcher.clock(), error)
+
     def _end_at(self, delay_s: float, error: UnbrokenError) -> None:
         loop = asyncio.get_running_loop()
         self._timers.append(loop.call_later(max(0.0, delay_s), self.cancel, error))
@@ -190,8 +283,11 @@ class Requests:
         self._clock = clock
         self._running: dict[tuple[str, str], Request] = {}
         """By tenant and request id."""
-        self._ended: OrderedDict[int, tuple[float, pb.StreamInfo]] = OrderedDict()
-        """By place in the order of admission, in the order of their ends."""
+        self._ended: OrderedDict[int, tuple[float, str, pb.StreamInfo]] = OrderedDict()
+        """When, whose and what, by place in the order of admission, in the order of their ends."""
+        self._complete: OrderedDict[tuple[str, str], tuple[float, Request]] = OrderedDict()
+        """When and what can be told again, by tenant and request id, in the order of their ends."""
+        self._complete_tokens = 0
         self._sequences = itertools.count(1)
         self._empty = asyncio.Event()
         """Set while nothing runs."""
@@ -201,14 +297,27 @@ class Requests:
     def num_running(self) -> int:
         return len(self._running)
 
-    def check_room(self, envelope: Envelope) -> None:
-        """Raises REQUEST_EXISTS or OVERLOADED if such a request cannot be added now."""
-        if (envelope.tenant, envelope.request_id) in self._running:
-            raise UnbrokenError(
-                Reason.REQUEST_EXISTS,
-                f"request {envelope.request_id} is running",
-                metadata={"request_id": envelope.request_id},
-            )
+    def find(self, envelope: Envelope, digest: bytes) -> Request | None:
+        """The equal request, if it runs or is complete since not long ago.
+
+        Raises REQUEST_EXISTS if another one runs under its id.
+        """
+        self._prune()
+        key = envelope.tenant, envelope.request_id
+        running = self._running.get(key)
+        if running is not None:
+            if running.digest != digest:
+                raise UnbrokenError(
+                    Reason.REQUEST_EXISTS,
+                    f"another request runs under the id {envelope.request_id}",
+                    metadata={"request_id": envelope.request_id},
+                )
+            return running
+        _, complete = self._complete.get(key, (0.0, None))
+        return complete if complete is not None and complete.digest == digest else None
+
+    def check_room(self) -> None:
+        """Raises OVERLOADED if no request can be added now."""
         if len(self._running) >= self._running_max:
             raise UnbrokenError(
                 Reason.OVERLOADED,
@@ -217,8 +326,10 @@ class Requests:
             )
 
     def add(self, request: Request) -> None:
-        """A request was admitted; raises as `check_room`."""
-        self.check_room(request.admitted.envelope)
+        """A request was admitted, which `find` did not know; raises as `check_room`."""
+        assert request.key not in self._running, "who is found is joined"
+        self.check_room()
+        self._forget_complete(request.key)
         request.sequence = next(self._sequences)
         self._running[request.key] = request
         self._empty.clear()
@@ -226,7 +337,12 @@ class Requests:
     def remove(self, request: Request) -> None:
         """A request ended; it stays known for a while."""
         del self._running[request.key]
-        self._ended[request.sequence] = (self._clock(), request.info())
+        now = self._clock()
+        self._ended[request.sequence] = (now, request.key[0], request.info())
+        outcomes = [choice.stream.outcome for choice in request.choices]
+        if all(outcome is not None and outcome.error is None for outcome in outcomes):
+            self._complete[request.key] = (now, request)
+            self._complete_tokens += request.num_tokens
         self._prune()
         if not self._running:
             self._empty.set()
@@ -240,12 +356,16 @@ class Requests:
             return False
         return True
 
-    def cancel(self, request_id: str, *, soft: bool) -> bool:
-        """Cancel the requests of that name and those below them; whether any was running."""
+    def cancel(self, request_id: str, *, tenant: str, soft: bool) -> bool:
+        """Cancel the requests of that name and those below them; whether any was running.
+
+        Those of every tenant, unless one is named.
+        """
         doomed = [
             one
             for one in self._running.values()
             if request_id in (one.request_id, one.admitted.envelope.parent_request_id)
+            and tenant in ("", one.key[0])
         ]
         parents = {one.key for one in doomed}
         while parents:
@@ -269,14 +389,17 @@ class Requests:
         for request in list(self._running.values()):
             request.cancel(error)
 
-    def get(self, request_id: str) -> pb.StreamInfo:
-        """The newest request of that name; raises STREAM_NOT_FOUND."""
+    def get(self, request_id: str, *, tenant: str) -> pb.StreamInfo:
+        """The newest request of that name, of any tenant unless one is named.
+
+        Raises STREAM_NOT_FOUND.
+        """
         self._prune()
         for running in reversed(self._running.values()):
-            if running.request_id == request_id:
+            if running.request_id == request_id and tenant in ("", running.key[0]):
                 return running.info()
-        for _, info in reversed(self._ended.values()):
-            if info.request_id == request_id:
+        for _, owner, info in reversed(self._ended.values()):
+            if info.request_id == request_id and tenant in ("", owner):
                 return info
         raise UnbrokenError(
             Reason.STREAM_NOT_FOUND,
@@ -292,7 +415,7 @@ class Requests:
         after = _read_token(page_token) if page_token else 0
         self._prune()
         entries: Iterator[tuple[int, Request | pb.StreamInfo]] = itertools.chain(
-            ((sequence, info) for sequence, (_, info) in self._ended.items()),
+            ((sequence, info) for sequence, (_, _, info) in self._ended.items()),
             ((request.sequence, request) for request in self._running.values()),
         )
         rest = (entry for entry in entries if entry[0] > after)
@@ -302,12 +425,26 @@ class Requests:
         return streams, _write_token(page[-1][0]) if len(found) > page_size else ""
 
     def _prune(self) -> None:
-        horizon = self._clock() - ENDED_S_MAX
+        now = self._clock()
+        while self._complete:
+            key, (ended_at, _) = next(iter(self._complete.items()))
+            if (
+                now - ended_at <= TOLD_AGAIN_S_MAX
+                and len(self._complete) <= TOLD_AGAIN_MAX
+                and self._complete_tokens <= TOLD_AGAIN_TOKENS_MAX
+            ):
+                break
+            self._forget_complete(key)
         while self._ended:
-            sequence, (ended_at, _) = next(iter(self._ended.items()))
-            if ended_at >= horizon and len(self._ended) <= ENDED_MAX:
+            sequence, (ended_at, _, _) = next(iter(self._ended.items()))
+            if now - ended_at <= ENDED_S_MAX and len(self._ended) <= ENDED_MAX:
                 return
             del self._ended[sequence]
+
+    def _forget_complete(self, key: tuple[str, str]) -> None:
+        _, request = self._complete.pop(key, (0.0, None))
+        if request is not None:
+            self._complete_tokens -= request.num_tokens
 
 
 def _write_token(sequence: int) -> str:

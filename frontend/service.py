@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from random import SystemRandom
 
+from frontend import resume_keys
 from frontend.admin import Admin
 from frontend.config import FrontendConfig
 from frontend.dispatch import Dispatcher
@@ -20,6 +21,7 @@ from frontend.outlier_watch import OutlierWatch
 from frontend.outliers import OutlierLimits, Outliers
 from frontend.relay_call import FrontendIdentity, LinkLimits
 from frontend.requests import Requests
+from frontend.resume_keys import ResumeKeys
 from frontend.resume_queue import ResumeLimits
 from frontend.stream import Limits
 from unbroken import discovery, log, metrics
@@ -69,6 +71,9 @@ class Frontend:
         config = self._config
         incarnation = await self._discovery.new_incarnation(FRONTENDS, config.frontend_id)
         identity = FrontendIdentity(config.frontend_id, incarnation)
+        keys = ResumeKeys(
+            config.resume_keys or resume_keys.make_once(config.discovery), clock=self._clock
+        )
         counted = FrontendMetrics(self._registry)
         random = SystemRandom()
         outliers = Outliers(
@@ -136,10 +141,13 @@ class Frontend:
                     window_tokens=config.window_tokens,
                     placement_timeout_s=config.placement_timeout_s,
                     regenerate_tokens_max=config.regenerate_tokens_max,
+                    relink_s=config.relink_s,
                 ),
                 policy=ContinuationPolicy[config.continuation.upper()],
                 deadline_margin_s=config.deadline_margin_s,
+                resume_token_lifetime_s=config.resume_token_lifetime_s,
             ),
+            keys=lambda: keys.keyring,
             random=random,
             clock=self._clock,
         )
@@ -195,6 +203,7 @@ class Frontend:
         if not await self.requests.until_none(grace_s):
             self.cut_short()
             await self.requests.until_none(CANCELLED_GRACE_S)
+        await self._gateway.close()
         await self._server.stop(None)
         for task in (self._following, self._watching):
             if task is not None:

@@ -1,13 +1,23 @@
 """How one output stream survives its workers: its ledger and its migration, no I/O.
 
     PLACING ──placed──▶ RUNNING ──complete──▶ DONE
-       ▲                   │                    ▲
+       ▲                │  │ ▲                  ▲
+       │       unlinked │  │ │ relinked         │
+       │                ▼  │ │                  │
+       │             UNLINKED ── (resumed) ◀──  │
+       │                │  │                    │
        └── lost, refused ──┴── limit, no way ───┘
 
 Each worker serves under an epoch of its own. Giving up on a worker ends its epoch at once, and
 whatever it still sends is dropped, so two workers never speak for the same stream. The ledger is
 the truth: a token is in it once, at its offset, whoever produced it; what a worker says again is
 compared and not delivered.
+
+A link that broke says nothing about the worker behind it. So the stream is UNLINKED for a short,
+bounded time, and adopts its attempt, whose KV is warm, if the link comes back to the same life of
+the worker. A stream that begins with a `Past`, because its client brought it here from another
+frontend, is UNLINKED from the start: it adopts what runs, or goes on from what its client holds.
+What the client claims is compared with what the worker knows (docs/decisions/resume.md).
 
 The output completes here, not at the worker: the budget, a stop token and a stop string are seen in
 the ledger, so a worker that dies after its last token but before its goodbye costs nothing.
@@ -35,7 +45,7 @@ from unbroken.outcome import (
     FailureKind,
     FinishReason,
 )
-from unbroken.tokenizer import Tokenizer
+from unbroken.tokenizer import Detokenizer, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -70,6 +80,24 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Relink:
+    """Wait until the link to this life is up and say `relinked`, or say `lost` if it is gone."""
+
+    epoch: int
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take over the attempt that runs at this life or ended there; be told again from `offset`."""
+
+    life: Life
+    epoch: int
+    offset: int
+    window_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """End the attempt of an epoch that is over, wherever it still runs."""
 
@@ -89,13 +117,15 @@ class Finish:
     """The stream is done; `Stream.outcome` says how."""
 
 
-Command: TypeAlias = Place | Start | Abort | Ack | Finish
+Command: TypeAlias = Place | Start | Relink | Adopt | Abort | Ack | Finish
 
 
 class State(Enum):
     """Where a stream stands."""
 
     PLACING = auto()
+    UNLINKED = auto()
+    """Its attempt may live, but there is no link to it."""
     RUNNING = auto()
     DONE = auto()
 
@@ -126,6 +156,8 @@ class Attempt:
     detail: str = ""
     is_refused: bool = False
     """It did not begin."""
+    is_adopted: bool = False
+    """It is the attempt before, or that of another frontend, taken over where it ran."""
     gap_s: float | None = None
     """From the last token delivered before it to the first it delivered."""
 
@@ -150,6 +182,81 @@ class Limits:
     placement_timeout_s: float = 30.0
     """How long to look for a worker before the stream fails."""
     regenerate_tokens_max: int = 4096
+    relink_s: float = 0.25
+    """How long to wait for a link that broke, before the stream goes elsewhere. 0: not at all."""
+
+
+GENERATION_BITS = 22
+"""Epochs count attempts in so many low bits; above them is the time at which a frontend took the
+stream, in milliseconds, so that epochs of a later owner are above all of an earlier one."""
+ADOPTION_S_MAX = 1.0
+"""How long a sidecar, whose link is up, may take to answer an adoption."""
+_OUTBIDS_MAX = 3
+"""How often a resumed stream asks again with a higher epoch. Bounded: two owners could race."""
+
+
+def first_epoch(now_ms: int, *, above: int = 0) -> int:
+    """Where a new owner's epochs begin: later owners later, and above a known epoch anyway."""
+    return max(now_ms, (above >> GENERATION_BITS) + 1) << GENERATION_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What was before this frontend had the stream: its client and its resume token tell."""
+
+    token_ids: Sequence[int] = ()
+    """What the client holds, from offset 0."""
+    num_text_bytes: int = 0
+    num_trusted: int = 0
+    """So many of the tokens are surely the stream's; for the others there is the client's word."""
+    life: Life | None = None
+    """Where its attempt was; None if it had none."""
+    way: ContinuationClass = ContinuationClass.UNSPECIFIED
+    """How that attempt had gone on from the one before."""
+    first_offset: int = 0
+    """Where that attempt's tokens began, those generated again included."""
+    base: int = 0
+    """Tokens that the ledger had when that attempt began."""
+    serving: Abilities | None = None
+    """Of the engine of that attempt."""
+    began_with: Abilities | None = None
+    """Of the engine that delivered the first token."""
+    num_begun: int = 0
+    num_losses: int = 0
+    is_inexact: bool = False
+    """Whether something before `base` was continued inexactly."""
+    logprob_sum: float | None = None
+    """Of the tokens; None if the client does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an adopted attempt was started from, as its sidecar says."""
+
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    first_offset: int
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """All that a resume token says about a stream: the later `Past` of somebody else."""
+
+    epoch: int
+    life: Life | None
+    way: ContinuationClass
+    first_offset: int
+    base: int
+    serving: Abilities | None
+    began_with: Abilities | None
+    num_begun: int
+    num_losses: int
+    is_inexact: bool
+
+
+class Mismatch(Exception):  # noqa: N818 - it names what happened.
+    """What a client claims to hold is not what it was sent; the text says where."""
 
 
 @dataclass(slots=True)
@@ -163,6 +270,8 @@ class Accounts:
 
 _NONE = -1
 """No epoch."""
+_ATTEMPTING = frozenset({State.RUNNING, State.UNLINKED})
+"""When there is an attempt that can be lost."""
 _NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN})
 """A worker that had no room, or that leaves in good order, has not failed the stream."""
 
@@ -173,7 +282,6 @@ class _Output:
 
     sent: int = 0
     texts: list[str] = field(default_factory=list[str])
-    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
 
 
 class Stream:
@@ -186,18 +294,27 @@ class Stream:
     __slots__ = (
         "_acked",
         "_avoid",
+        "_base",
         "_began_with",
         "_bytes",
+        "_claimed",
         "_detokenizer",
+        "_first_offset",
         "_flowing",
+        "_is_adopting",
+        "_is_resuming",
+        "_is_stop_hidden",
         "_last_token_at",
+        "_life",
         "_limits",
         "_logprob_sum",
+        "_logprobs",
         "_max_tokens",
         "_min_tokens",
         "_num_begun",
         "_num_decoded",
         "_num_losses",
+        "_num_outbids",
         "_num_refusals",
         "_output",
         "_placing_since",
@@ -207,10 +324,16 @@ class Stream:
         "_said_from",
         "_serving",
         "_stop_token_ids",
+        "_tokenizer",
+        "_told_again",
+        "_unlinked_since",
+        "_was_inexact",
+        "_way",
         "accounts",
         "attempts",
         "epoch",
         "ledger",
+        "num_moves",
         "original",
         "outcome",
         "state",
@@ -223,8 +346,13 @@ class Stream:
         *,
         policy: ContinuationPolicy = ContinuationPolicy.PREFER_EXACT,
         limits: Limits | None = None,
+        epoch: int = 1,
+        past: Past | None = None,
     ) -> None:
-        """Begin with a resolved request: seed and max_tokens are set."""
+        """Begin with a resolved request: seed and max_tokens are set.
+
+        `epoch` is that of the first attempt. Raises `Mismatch` if `past` claims what cannot be.
+        """
         stopping = original.params.stopping
         assert stopping.max_tokens is not None, "admission resolves max_tokens"
         assert original.params.sampling.is_greedy or original.params.sampling.seed is not None, (
@@ -232,8 +360,10 @@ class Stream:
         )
         self.original = original
         self.state = State.PLACING
-        self.epoch = 0
+        self.epoch = epoch - 1
         """Number of the current attempt, or of the one being placed."""
+        self.num_moves = 0
+        """How often an attempt was placed: a resume token from before is out of date."""
         self.ledger = array("I")
         self.attempts: list[Attempt] = []
         self.accounts = Accounts()
@@ -244,7 +374,8 @@ class Stream:
         self._min_tokens = stopping.min_tokens
         eos = frozenset[int]() if stopping.ignore_eos else tokenizer.asset.eos_token_ids
         self._stop_token_ids = stopping.stop_token_ids | eos
-        self._detokenizer = tokenizer.detokenizer(stopping.stop, include_stop=stopping.include_stop)
+        self._tokenizer = tokenizer
+        self._detokenizer = self._new_detokenizer()
         self._bytes = tokenizer.pieces
         self._output = _Output()
         self._num_decoded = 0  # Tokens of the ledger that the detokenizer has seen.
@@ -259,9 +390,24 @@ class Stream:
         self._prefill_tokens = 0  # What the current attempt added to the accounts.
         self._said = 0  # Offset after the last token that the current attempt said,
         self._said_from = 0  # and that of its first.
-        self._logprob_sum = 0.0
+        self._logprob_sum: float | None = 0.0
+        self._logprobs: list[TokenLogprobs] = []  # Of the last tokens in the ledger; all of ours.
         self._placing_since = 0.0
+        self._unlinked_since = 0.0
         self._last_token_at: float | None = None
+        self._is_stop_hidden = False  # The last token is a stop token: no part of the text.
+        self._life: Life | None = None  # Of the current or latest attempt.
+        self._way = ContinuationClass.UNSPECIFIED  # In which that attempt went on.
+        self._first_offset = 0  # Of what that attempt produces, counting what comes again.
+        self._base = 0  # Size of the ledger when that attempt began.
+        self._is_adopting = False  # The sidecar has not answered yet.
+        self._told_again = 0  # Before this offset an adopted attempt repeats; nothing is computed.
+        self._is_resuming = past is not None  # Until an attempt is ours.
+        self._claimed = range(0)  # Offsets for which there is only the client's word.
+        self._num_outbids = 0
+        self._was_inexact = False
+        if past is not None:
+            self._recall(past)
 
     # Questions.
 
@@ -274,6 +420,11 @@ class Stream:
     def num_sent(self) -> int:
         """Tokens that the client was sent."""
         return self._output.sent
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an attempt has begun, here or at another frontend."""
+        return self._num_begun > 0
 
     @property
     def is_prefilled(self) -> bool:
@@ -291,6 +442,22 @@ class Stream:
     def cumulative_logprob(self) -> float | None:
         """Sum over the output, if log probabilities were asked for."""
         return None if self.original.params.num_top_logprobs is None else self._logprob_sum
+
+    @property
+    def standing(self) -> Standing:
+        """What a resume token has to say about it now."""
+        return Standing(
+            epoch=self.epoch,
+            life=self._life,
+            way=self._way,
+            first_offset=self._first_offset,
+            base=self._base,
+            serving=self._serving,
+            began_with=self._began_with,
+            num_begun=self._num_begun,
+            num_losses=self._num_losses,
+            is_inexact=self._is_inexact,
+        )
 
     def way_at(self, abilities: Abilities) -> ContinuationClass:
         """How the stream would go on now at an engine with these abilities; NONE if not at all."""
@@ -311,6 +478,10 @@ class Stream:
         """When `handle_timeout` is due if nothing happens before."""
         if self.state is State.PLACING:
             return self._placing_since + self._limits.placement_timeout_s
+        if self.state is State.UNLINKED:
+            return self._unlinked_since + self._limits.relink_s
+        if self.state is State.RUNNING and self._is_adopting:
+            return self._unlinked_since + ADOPTION_S_MAX
         return None
 
     # Events.
@@ -318,8 +489,12 @@ class Stream:
     def start(self, now: float) -> list[Command]:
         """The request was admitted."""
         if self.state is State.DONE:
-            return []  # Cancelled before it began.
-        self._placing_since = now
+            return []  # Cancelled before it began, or complete in what its client holds.
+        self._placing_since = self._unlinked_since = now
+        if self._is_resuming and self._life is not None:
+            self.state = State.UNLINKED
+            self.epoch += 1
+            return [Relink(self.epoch, self._life)]
         return [self._place()]
 
     def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
@@ -340,10 +515,14 @@ class Stream:
             self._prefill_tokens += len(checkpoint.output_token_ids)
             self.accounts.recomputed_prefill_tokens += self._prefill_tokens
         self.state = State.RUNNING
+        self.num_moves += 1
         self._num_begun += 1
+        self._is_resuming = False
         self._serving = abilities
-        self._said = self._said_from = checkpoint.first_offset
+        self._life, self._way, self._base = life, way, resumed
+        self._said = self._said_from = self._first_offset = checkpoint.first_offset
         self._acked = checkpoint.first_offset
+        self._told_again = 0
         self.attempts.append(Attempt(epoch, life, way, resumed, resumed))
         window = self._limits.window_tokens
         return [Start(life, epoch, checkpoint, window), *self._ack()]
@@ -377,6 +556,8 @@ class Stream:
         """The attempt produced tokens, the first of which stands at `offset`."""
         if epoch != self.epoch or self.state is not State.RUNNING:
             return ()  # Late news of an epoch that is over.
+        if self._is_adopting:
+            return self.lost(epoch, FailureKind.PROTOCOL, "tokens before the adoption", now)
         if offset != self._said:
             return self.lost(
                 epoch,
@@ -387,7 +568,10 @@ class Stream:
         known = len(self.ledger)
         if offset != known:
             num_again = min(known - offset, len(token_ids))
-            if array("I", token_ids[:num_again]) != self.ledger[offset : offset + num_again]:
+            wrong = _first_difference(token_ids[:num_again], self.ledger[offset:])
+            if wrong is not None and offset + wrong in self._claimed:
+                return [Abort(epoch), *self._fail(_mismatch(offset + wrong))]
+            if wrong is not None:
                 return self.lost(
                     epoch,
                     FailureKind.DIVERGED,
@@ -395,7 +579,8 @@ class Stream:
                     now,
                 )
             self._said += num_again
-            self.accounts.recomputed_decode_tokens += num_again
+            num_told = min(max(0, self._told_again - offset), num_again)
+            self.accounts.recomputed_decode_tokens += num_again - num_told
             token_ids = token_ids[num_again:]
             logprobs = logprobs[num_again:]
             if not token_ids:
@@ -449,25 +634,77 @@ class Stream:
             self.attempts[-1].failure, self.attempts[-1].detail = failure, detail
             return self._fail(UnbrokenError(Reason.FENCED, detail or "the stream has a new owner"))
         kind = failure or FailureKind.ENGINE_ERROR
-        return self.lost(epoch, kind, detail or f"ended with {finish_reason.name}", now)
+        detail = detail or f"ended with {finish_reason.name}"
+        # What nobody read any more was ended by its sidecar, or by who left it: no worker failed.
+        is_counted = not self.attempts[-1].is_adopted or not (
+            finish_reason is FinishReason.CANCELLED or failure is FailureKind.PARTITION
+        )
+        return self._lost(kind, detail, now, is_counted=is_counted)
 
-    def lost(self, epoch: int, failure: FailureKind, detail: str, now: float) -> list[Command]:
-        """The attempt is over before the output: migrate, or give up."""
+    def unlinked(self, epoch: int, detail: str, now: float) -> list[Command]:
+        """The link broke, and nothing is known of the worker behind it."""
+        if self._is_adopting or self._limits.relink_s == 0:
+            return self.lost(epoch, FailureKind.PARTITION, detail, now)
         if epoch != self.epoch or self.state is not State.RUNNING:
             return []
         attempt = self.attempts[-1]
-        attempt.failure, attempt.detail = failure, detail
-        self._avoid |= {attempt.life}
-        aborted = Abort(epoch)
+        attempt.failure, attempt.detail = FailureKind.PARTITION, detail
+        self.state = State.UNLINKED
+        self._flowing = _NONE
+        self._unlinked_since = now
+        return [Relink(epoch, attempt.life)]
+
+    def relinked(self, epoch: int, now: float) -> list[Command]:
+        """The link to the life of the last attempt is up."""
+        if epoch != self.epoch or self.state is not State.UNLINKED:
+            return []
+        self.epoch += 1
+        self._unlinked_since = now
+        return self._adopt()
+
+    def adopted(self, epoch: int, end_offset: int, origin: Origin, now: float) -> Sequence[Command]:
+        """The sidecar gave us the attempt, which has got to `end_offset`; its tokens follow."""
+        if epoch != self.epoch or self.state is not State.RUNNING or not self._is_adopting:
+            return []
+        self._is_adopting = False
+        self._told_again = end_offset
+        if self._is_resuming:
+            return self._verify(epoch, end_offset, origin, now)
+        if end_offset < self._said:
+            detail = f"it had got to offset {self._said}, says to be at {end_offset}"
+            return self.lost(epoch, FailureKind.PROTOCOL, detail, now)
+        return []
+
+    def lost(self, epoch: int, failure: FailureKind, detail: str, now: float) -> list[Command]:
+        """The attempt is over before the output: migrate, or give up."""
+        if epoch != self.epoch or self.state not in _ATTEMPTING:
+            return []
+        return self._lost(failure, detail, now)
+
+    def _lost(
+        self, failure: FailureKind, detail: str, now: float, *, is_counted: bool = True
+    ) -> list[Command]:
+        attempt = self.attempts[-1] if self.attempts else None  # None: of another frontend.
+        if attempt is not None:
+            attempt.failure, attempt.detail = failure, detail
+        assert self._life is not None, "what is lost was somewhere"
+        if is_counted:
+            self._avoid |= {self._life}
+        aborted = Abort(self.epoch)
+        self._is_adopting = self._is_resuming = False
         if failure is FailureKind.REJECTED:
             error = UnbrokenError(Reason.REJECTED_BY_ENGINE, detail)
             return [aborted, *self._fail(error)]
         if self._policy is ContinuationPolicy.NEVER:
             return [aborted, *self._fail(self._worker_lost(failure, detail))]
-        if failure is FailureKind.OVERLOAD and attempt.end_offset == attempt.first_offset:
+        if (
+            failure is FailureKind.OVERLOAD
+            and attempt is not None
+            and attempt.end_offset == attempt.first_offset
+        ):
             # As good as refused: else a stream could be handed round for ever.
             return [aborted, self._place_after_refusal()]
-        if failure not in _NOT_COUNTED:
+        if is_counted and failure not in _NOT_COUNTED:
             self._num_losses += 1
         if self._num_losses > self._limits.migrations_max:
             error = UnbrokenError(
@@ -480,14 +717,16 @@ class Stream:
         return [aborted, self._place()]
 
     def refused(
-        self, epoch: int, kind: FailureKind, detail: str, *, epoch_known: int = 0
+        self, epoch: int, kind: FailureKind, detail: str, *, now: float, epoch_known: int = 0
     ) -> list[Command]:
-        """The worker did not begin the attempt."""
+        """The worker did not begin the attempt, or did not let it be adopted."""
         if epoch != self.epoch or self.state is not State.RUNNING:
             return []
         attempt = self.attempts[-1]
         attempt.failure, attempt.detail = kind, detail
         attempt.is_refused = True
+        if self._is_adopting:
+            return self._not_adopted(kind, detail, epoch_known, now)
         self._num_begun -= 1
         self.accounts.recomputed_prefill_tokens -= self._prefill_tokens
         if kind is FailureKind.FENCED and epoch_known >= epoch:
@@ -519,6 +758,12 @@ class Stream:
         due = self.deadline()
         if due is None or now < due:
             return []
+        if self.state is State.UNLINKED:
+            detail = f"no link for {self._limits.relink_s:g} s"
+            return self._lost(FailureKind.PARTITION, detail, now)
+        if self.state is State.RUNNING:
+            detail = f"no answer to an adoption for {ADOPTION_S_MAX:g} s"
+            return self._lost(FailureKind.HANG, detail, now)
         waited = self._limits.placement_timeout_s
         last = self.attempts[-1] if self.attempts else None
         if last is None or not self._num_begun:
@@ -538,10 +783,35 @@ class Stream:
             offset=output.sent,
             token_ids=self.ledger[output.sent :],
             text="".join(output.texts),
-            logprobs=output.logprobs,
+            logprobs=self._logprobs[self._logprobs_from(output.sent) :],
         )
         self._output = _Output(sent=len(self.ledger))
         return piece, self._ack()
+
+    def can_rewind(self, offset: int) -> bool:
+        """Whether all from this offset on can be told again: some log probabilities cannot."""
+        return self._logprob_base <= offset or self.original.params.num_top_logprobs is None
+
+    def rewind(self, token_ids: Sequence[int], num_text_bytes: int) -> None:
+        """Somebody reads on who holds these tokens and so much text: the rest is told again.
+
+        Raises `Mismatch` if that is not what was sent, and then changes nothing.
+        """
+        num_held = len(token_ids)
+        if num_held > len(self.ledger):
+            raise Mismatch(f"expected at most {len(self.ledger)} tokens, got {num_held}")
+        if (wrong := _first_difference(token_ids, self.ledger)) is not None:
+            raise Mismatch(f"the token at offset {wrong} is another one")
+        self._decode()  # What has been decoded then is all there is, and is replaced here.
+        detokenizer = self._new_detokenizer()
+        is_complete = self.outcome is not None and self.outcome.error is None
+        certain = detokenizer.push(self._shown(0, num_held))
+        rest = detokenizer.push(self._shown(num_held, len(self.ledger)))
+        rest += detokenizer.flush() if is_complete else ""
+        if is_complete and num_held == len(self.ledger):
+            certain, rest = certain + rest, ""
+        unsent = _after_bytes(certain, num_text_bytes) + rest
+        self._output = _Output(sent=num_held, texts=[unsent] if unsent else [])
 
     def check(self) -> None:
         """Assert what is always true."""
@@ -558,7 +828,7 @@ class Stream:
     @property
     def _is_inexact(self) -> bool:
         """Whether some of the output is not that of an undisturbed run."""
-        return any(
+        return self._was_inexact or any(
             attempt.way is ContinuationClass.INEXACT and attempt.end_offset > attempt.first_offset
             for attempt in self.attempts
         )
@@ -567,6 +837,102 @@ class Stream:
         """Nothing was lost, so it is no migration; the wait for a worker goes on where it was."""
         self._num_refusals += 1
         return self._place(_pause_s(self._num_refusals))
+
+    def _recall(self, past: Past) -> None:
+        """Bring the ledger, the text and the counts to where the client is."""
+        num_held = len(past.token_ids)
+        if num_held > self._max_tokens:
+            raise Mismatch(f"expected at most {self._max_tokens} tokens, got {num_held}")
+        if num_held and past.num_begun == 0:
+            raise Mismatch(f"expected no tokens of a stream that had not begun, got {num_held}")
+        outcome = self._enter(past.token_ids, ()) if num_held else None
+        if len(self.ledger) < num_held:
+            raise Mismatch(f"expected no token after the end at {len(self.ledger)}")
+        if outcome is not None:
+            self._done(outcome)
+        certain = "".join(self._output.texts)
+        unsent = _after_bytes(certain, past.num_text_bytes)
+        self._output = _Output(sent=num_held, texts=[unsent] if unsent else [])
+        self._life, self._way, self._base = past.life, past.way, past.base
+        self._first_offset = self._said = past.first_offset
+        self._serving = past.serving
+        self._began_with = past.began_with if num_held else None
+        self._num_begun, self._num_losses = past.num_begun, past.num_losses
+        self._claimed = range(min(past.num_trusted, num_held), num_held)
+        self._logprob_sum = past.logprob_sum if num_held else 0.0
+        is_of_attempt = num_held > past.base
+        self._was_inexact = past.is_inexact or (
+            is_of_attempt and past.way is ContinuationClass.INEXACT
+        )
+
+    def _adopt(self) -> list[Command]:
+        life, size = self._life, len(self.ledger)
+        assert life is not None, "what is adopted is somewhere"
+        self.state = State.RUNNING
+        self._is_adopting = True
+        self._acked = self._said
+        self.attempts.append(Attempt(self.epoch, life, self._way, size, size, is_adopted=True))
+        adopt = Adopt(life, self.epoch, self._said, self._limits.window_tokens)
+        return [adopt, *self._ack()]
+
+    def _not_adopted(
+        self, kind: FailureKind, detail: str, epoch_known: int, now: float
+    ) -> list[Command]:
+        """The worker lives, but the attempt is not to be had there."""
+        is_outbid = kind is FailureKind.FENCED and epoch_known >= self.epoch
+        if is_outbid and not self._is_resuming:
+            return self._fail(UnbrokenError(Reason.FENCED, detail))
+        if is_outbid and self._num_outbids < _OUTBIDS_MAX:
+            # Another reader was here before; the latest that its client sent counts.
+            self._num_outbids += 1
+            self.epoch = first_epoch(0, above=epoch_known)
+            return self._adopt()
+        return self._lost(kind, detail, now, is_counted=False)
+
+    def _verify(self, epoch: int, end_offset: int, origin: Origin, now: float) -> list[Command]:
+        """Compare what the client claims with what the worker was given and has produced.
+
+        What the worker produced is told again from its first token on, and compared as it comes.
+        """
+        prompt, sampling = self.original.prompt_token_ids, self.original.params.sampling
+        given = [*origin.prompt_token_ids[len(prompt) :], *origin.output_token_ids]
+        seed = None if sampling.is_greedy else sampling.seed
+        if (
+            tuple(origin.prompt_token_ids[: len(prompt)]) != prompt
+            or (seed is not None and origin.seed != seed)
+            or origin.first_offset != self._said
+            or len(given) != origin.first_offset
+        ):
+            detail = "the worker has another attempt at the stream than the token names"
+            return self._lost(FailureKind.PARTITION, detail, now, is_counted=False)
+        num_held = len(self.ledger)
+        if num_held > max(self._base, end_offset):
+            return [Abort(epoch), *self._fail(_mismatch(max(self._base, end_offset)))]
+        if (wrong := _first_difference(given, self.ledger)) is not None:
+            return [Abort(epoch), *self._fail(_mismatch(wrong))]
+        self._is_resuming = False
+        if num_held < len(given):
+            said = self._said
+            commands = self._append(self.attempts[-1], given[num_held:], ())
+            self._said = said
+            return [*commands]
+        return []
+
+    def _new_detokenizer(self) -> Detokenizer:
+        stopping = self.original.params.stopping
+        return self._tokenizer.detokenizer(stopping.stop, include_stop=stopping.include_stop)
+
+    def _shown(self, begin: int, end: int) -> Sequence[int]:
+        """The tokens in this range of the ledger that have text."""
+        return self.ledger[begin : min(end, len(self.ledger) - self._is_stop_hidden)]
+
+    @property
+    def _logprob_base(self) -> int:
+        """Offset of the first token whose log probabilities are here."""
+        return len(self.ledger) - len(self._logprobs)
+
+    def _logprobs_from(self, offset: int) -> int:
+        return max(0, offset - self._logprob_base)
 
     def _place(self, pause_s: float = 0.0) -> Place:
         self.state = State.PLACING
@@ -577,6 +943,21 @@ class Stream:
     def _append(
         self, attempt: Attempt, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
     ) -> Sequence[Command]:
+        outcome = self._enter(token_ids, logprobs)
+        self._said = attempt.end_offset = len(self.ledger)
+        self._num_refusals = 0
+        if self._began_with is None:
+            self._began_with = self._serving
+        if outcome is not None and outcome.stop is not None:  # Which only we can see.
+            return [Abort(self.epoch), *self._done(outcome)]
+        if outcome is not None:
+            return self._done(outcome)
+        if not self.original.params.stopping.stop:
+            self._flowing = self.epoch
+        return ()
+
+    def _enter(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Outcome | None:
+        """Put tokens into the ledger, as far as the output goes; returns its end, if that came."""
         ledger = self.ledger
         self._decode()
         if len(token_ids) > 1:
@@ -597,26 +978,19 @@ class Stream:
         self._num_decoded = len(ledger)
         if logprobs:
             logprobs = logprobs[: len(token_ids)]
-            self._logprob_sum += sum(entry.logprob for entry in logprobs)
-            self._output.logprobs.extend(logprobs)
+            if self._logprob_sum is not None:
+                self._logprob_sum += sum(entry.logprob for entry in logprobs)
+            self._logprobs.extend(logprobs)
         if text:
             self._output.texts.append(text)
-        self._said = attempt.end_offset = len(ledger)
-        self._num_refusals = 0
-        if self._began_with is None:
-            self._began_with = self._serving
         if stopped is not None:
-            return [
-                Abort(self.epoch),
-                *self._done(Outcome(FinishReason.STOP, stop=stopped.stop)),
-            ]
+            return Outcome(FinishReason.STOP, stop=stopped.stop)
         if is_stop_token:
-            return self._done(Outcome(FinishReason.STOP, stop_token_id=last))
+            self._is_stop_hidden = True
+            return Outcome(FinishReason.STOP, stop_token_id=last)
         if len(ledger) == self._max_tokens:
-            return self._done(Outcome(FinishReason.LENGTH))
-        if not self.original.params.stopping.stop:
-            self._flowing = self.epoch
-        return ()
+            return Outcome(FinishReason.LENGTH)
+        return None
 
     def _decode(self) -> None:
         """Make text of the tokens that came by the short way. None of them can end the output."""
@@ -666,6 +1040,7 @@ class Stream:
                 # Perhaps only now: what is left of a character can complete a stop string.
                 outcome = Outcome(FinishReason.STOP, stop=stopped.stop)
         self.state = State.DONE
+        self._is_adopting = False
         self._flowing = _NONE
         self.outcome = outcome
         return [Finish()]
@@ -679,6 +1054,33 @@ class Stream:
             f"{failure.name}: {detail}",
             metadata={"failure": failure.name, "offset": str(len(self.ledger))},
         )
+
+
+def _first_difference(some: Sequence[int], others: Sequence[int]) -> int | None:
+    """Where two sequences first differ, as far as both go."""
+    size = min(len(some), len(others))
+    if array("I", some[:size]) == array("I", others[:size]):
+        return None
+    return next(i for i, (one, other) in enumerate(zip(some, others, strict=False)) if one != other)
+
+
+def _after_bytes(text: str, num_bytes: int) -> str:
+    """What follows after so many bytes of UTF-8; raises `Mismatch` if that is no place in it."""
+    data = text.encode()
+    if num_bytes > len(data):
+        raise Mismatch(f"expected at most {len(data)} bytes of text, got {num_bytes}")
+    try:
+        return data[num_bytes:].decode()
+    except UnicodeDecodeError:
+        raise Mismatch(f"{num_bytes} bytes end within a character") from None
+
+
+def _mismatch(offset: int) -> UnbrokenError:
+    return UnbrokenError(
+        Reason.RESUME_MISMATCH,
+        f"the token at offset {offset} is not one that this stream delivered",
+        metadata={"offset": str(offset)},
+    )
 
 
 def _pause_s(num_refusals: int) -> float:

@@ -13,6 +13,7 @@ TEXT_CHARS_PER_MESSAGE_MAX = 64 * 1024
 
 _STATES = {
     State.PLACING: pb.STREAM_STATE_PLACING,
+    State.UNLINKED: pb.STREAM_STATE_PLACING,
     State.RUNNING: pb.STREAM_STATE_RUNNING,
     State.DONE: pb.STREAM_STATE_DONE,
 }
@@ -96,6 +97,7 @@ def attempt(choice_index: int, attempt: Attempt) -> pb.AttemptSummary:
         end_offset=attempt.end_offset,
         failure=_failure(attempt.failure),
         detail=attempt.detail[:1000],
+        adopted=attempt.is_adopted,
     )
     if attempt.gap_s is not None:
         summary.gap.FromNanoseconds(round(attempt.gap_s * 1e9))

@@ -159,6 +159,8 @@ class FakeSidecar(RelayServiceServicer):
         self.address = ""
         self.hellos: list[relay_service_pb2.RelayHello] = []
         self.starts: list[attempt_pb2.StartAttempt] = []
+        self.adopts: list[relay_service_pb2.AdoptAttempt] = []
+        self.num_releases = 0
         self.aborts: list[int] = []
         self.acks: list[tuple[int, int]] = []
         self.heartbeats: list[relay_service_pb2.Heartbeat] = []
@@ -376,6 +378,12 @@ class FakeSidecar(RelayServiceServicer):
                         self._abort(abort.slot)
                     for start in request.commands.starts:
                         self._start(start)
+                    for adopt in request.commands.adopts:
+                        self._adopt(adopt)
+                case "adopt":
+                    self._adopt(request.adopt)
+                case "release":
+                    self.num_releases += 1
                 case "ack":
                     pairs = zip(request.ack.slots, request.ack.offsets, strict=True)
                     for slot, offset in pairs:
@@ -392,6 +400,12 @@ class FakeSidecar(RelayServiceServicer):
     def _abort(self, slot: int) -> None:
         self.aborts.append(slot)
         self.running.pop(slot, None)
+
+    def _adopt(self, adopt: relay_service_pb2.AdoptAttempt) -> None:
+        """It is a sidecar that knows of nothing before the call."""
+        self.adopts.append(adopt)
+        refused = attempt_pb2.AttemptRefused(slot=adopt.slot, detail="unknown")
+        self.say_frame(attempt_pb2.StepFrame(refused=[refused]))
 
     def _start(self, start: attempt_pb2.StartAttempt) -> None:
         self.starts.append(start)

@@ -187,12 +187,6 @@ def test_a_prompt_beyond_the_context_is_told_both_numbers() -> None:
         resolve(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 70)))
 
 
-def test_what_this_version_does_not_serve_is_said_so() -> None:
-    with pytest.raises(UnbrokenError, match="reader_grace") as refusal:
-        resolve(asking(reader_grace=Duration(seconds=1)))
-    assert CODES[refusal.value.reason] is grpc.StatusCode.UNIMPLEMENTED
-
-
 def test_an_unknown_model_is_not_found() -> None:
     with pytest.raises(UnbrokenError, match=r"got numbers; known: letters") as refusal:
         resolve(asking(model="numbers"))

@@ -97,7 +97,7 @@ def test_a_loss_that_is_reported_twice_counts_once() -> None:
 def test_a_late_refusal_end_and_placement_are_dropped() -> None:
     stream = streaming([A])
     lose(stream)
-    assert stream.refused(1, FailureKind.OVERLOAD, "full") == []
+    assert stream.refused(1, FailureKind.OVERLOAD, "full", now=2.0) == []
     assert stream.ended(1, 1, FinishReason.STOP, now=2.0) == []
     assert stream.placed(1, W3, NATIVE) == []
     assert stream.unplaceable(1, CANCELLED) == []
@@ -299,7 +299,7 @@ def test_a_settled_stream_stays_settled() -> None:
     assert not stream.token(1, 2, C, 2.0)
     assert stream.ended(1, 2, FinishReason.STOP, now=2.0) == []
     assert stream.lost(1, CRASH, "", 2.0) == []
-    assert stream.refused(1, FailureKind.OVERLOAD, "") == []
+    assert stream.refused(1, FailureKind.OVERLOAD, "", now=2.0) == []
     assert stream.cancelled(CANCELLED) == []
     assert stream.handle_timeout(1e9) == []
     assert stream.outcome is settled
@@ -352,7 +352,7 @@ def test_workers_without_room_are_tried_at_longer_and_longer_intervals() -> None
     pauses: list[float] = []
     for epoch in range(1, 12):
         stream.placed(epoch, W1, NATIVE)
-        (command,) = stream.refused(epoch, FailureKind.OVERLOAD, "full")
+        (command,) = stream.refused(epoch, FailureKind.OVERLOAD, "full", now=2.0)
         assert isinstance(command, Place)
         pauses.append(command.pause_s)
     assert pauses[:4] == [0.0, 0.01, 0.02, 0.04]
@@ -374,17 +374,19 @@ def test_a_worker_that_hands_a_stream_back_at_once_counts_as_one_without_room() 
 
 def test_progress_makes_refusals_forgotten() -> None:
     stream = streaming()
-    stream.refused(1, FailureKind.OVERLOAD, "full")
+    stream.refused(1, FailureKind.OVERLOAD, "full", now=2.0)
     place(stream, W2)
     stream.tokens(2, 0, [A], 1.0)
     lose(stream)
     place(stream, W3)
-    assert stream.refused(3, FailureKind.OVERLOAD, "full") == [Place(4, frozenset({W1, W2, W3}))]
+    assert stream.refused(3, FailureKind.OVERLOAD, "full", now=2.0) == [
+        Place(4, frozenset({W1, W2, W3}))
+    ]
 
 
 def test_a_refusal_is_no_interruption() -> None:
     stream = streaming()
-    stream.refused(1, FailureKind.OVERLOAD, "full")
+    stream.refused(1, FailureKind.OVERLOAD, "full", now=2.0)
     place(stream, W2)
     stream.tokens(2, 0, [A], 1.0)
     stream.ended(2, 1, FinishReason.LENGTH, now=1.0, cached_tokens=2)
@@ -398,7 +400,7 @@ def test_a_refused_continuation_is_not_charged() -> None:
     stream = streaming([A])
     lose(stream)
     place(stream, W2)
-    stream.refused(2, FailureKind.OVERLOAD, "full")
+    stream.refused(2, FailureKind.OVERLOAD, "full", now=2.0)
     assert stream.accounts.recomputed_prefill_tokens == 0
 
 
@@ -406,19 +408,19 @@ def test_an_engine_of_another_life_is_only_a_refusal() -> None:
     stream = streaming([A])
     lose(stream)
     place(stream, W2)
-    assert stream.refused(2, FailureKind.FENCED, "expected engine 2") == [
+    assert stream.refused(2, FailureKind.FENCED, "expected engine 2", now=2.0) == [
         Place(3, frozenset({W1, W2}))
     ]
 
 
 def test_a_stream_with_a_newer_epoch_elsewhere_is_given_up() -> None:
     fresh = streaming()
-    fresh.refused(1, FailureKind.FENCED, "old", epoch_known=1)
+    fresh.refused(1, FailureKind.FENCED, "old", epoch_known=1, now=2.0)
     assert reason_of(fresh) is Reason.REQUEST_EXISTS
     moved = streaming([A])
     lose(moved)
     place(moved, W2)
-    moved.refused(2, FailureKind.FENCED, "old", epoch_known=9)
+    moved.refused(2, FailureKind.FENCED, "old", epoch_known=9, now=2.0)
     assert reason_of(moved) is Reason.FENCED
     revoked = streaming([A])
     revoked.ended(1, 1, FinishReason.UNSPECIFIED, now=2.0, failure=FailureKind.FENCED)
@@ -429,7 +431,7 @@ def test_a_stream_with_a_newer_epoch_elsewhere_is_given_up() -> None:
 def test_a_rejected_request_fails_and_goes_nowhere_else(is_refused: bool) -> None:
     stream = streaming()
     if is_refused:
-        stream.refused(1, FailureKind.REJECTED, "no such adapter")
+        stream.refused(1, FailureKind.REJECTED, "no such adapter", now=2.0)
     else:
         lose(stream, FailureKind.REJECTED)
     assert reason_of(stream) is Reason.REJECTED_BY_ENGINE
@@ -450,7 +452,7 @@ def test_never_means_never() -> None:
 
 def test_never_does_not_mind_a_refusal() -> None:
     stream = streaming(policy=ContinuationPolicy.NEVER)
-    assert stream.refused(1, FailureKind.OVERLOAD, "full") == [Place(2, frozenset({W1}))]
+    assert stream.refused(1, FailureKind.OVERLOAD, "full", now=2.0) == [Place(2, frozenset({W1}))]
 
 
 def test_a_stream_without_a_worker_fails_in_time() -> None:
@@ -463,7 +465,7 @@ def test_a_stream_without_a_worker_fails_in_time() -> None:
 def test_a_stream_that_every_worker_refuses_says_why() -> None:
     stream = admitted(limits=Limits(placement_timeout_s=5.0))
     stream.placed(1, W1, NATIVE)
-    stream.refused(1, FailureKind.OVERLOAD, "full")
+    stream.refused(1, FailureKind.OVERLOAD, "full", now=2.0)
     stream.handle_timeout(5.0)
     assert reason_of(stream) is Reason.NO_WORKER
     assert stream.outcome is not None

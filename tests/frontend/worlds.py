@@ -1,6 +1,7 @@
 """A frontend in this process, fake sidecars, and a client that checks the contract."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -82,7 +83,8 @@ class World:
 async def world(*sidecars: FakeSidecar, **settings: Any) -> AsyncGenerator[World]:
     """A frontend with these sidecars, all ready."""
     discovery = FakeDiscovery()
-    config = FrontendConfig(frontend_id="f0", discovery=Path("unused"), **settings)
+    directory = tempfile.TemporaryDirectory()  # Only for the resume keys.
+    config = FrontendConfig(frontend_id="f0", discovery=Path(directory.name), **settings)
     frontend = Frontend(config, where=discovery)
     it: World | None = None
     try:
@@ -102,6 +104,7 @@ async def world(*sidecars: FakeSidecar, **settings: Any) -> AsyncGenerator[World
         await frontend.stop()
         for sidecar in it.sidecars if it else sidecars:
             await sidecar.die()
+        directory.cleanup()
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:

@@ -129,6 +129,7 @@ async def _duplicate(edge: Edge) -> Answer:
     request.params.stopping.max_tokens = CONTEXT_LENGTH // 2
     first = edge.stub.Generate(request, timeout=20)
     await first.read()
+    request.params.stopping.max_tokens = 1
     try:
         return await _answer(_read(edge.stub.Generate(request, timeout=10)))
     finally:
@@ -379,16 +380,14 @@ CASES: tuple[BadInput[Edge], ...] = (
         _generate(orphan_grace=Duration(seconds=-1)),
     ),
     BadInput(
-        "a reader_grace",
-        Answer("UNIMPLEMENTED", "NOT_IMPLEMENTED"),
-        _generate(reader_grace=Duration(seconds=1)),
+        "a reader_grace of a day",
+        _invalid("reader_grace"),
+        _generate(reader_grace=Duration(seconds=86_400)),
     ),
     BadInput(
         "an unknown model", Answer("NOT_FOUND", "MODEL_NOT_FOUND"), _generate(model="whale-70b")
     ),
-    BadInput(
-        "a request_id that is running", Answer("ALREADY_EXISTS", "REQUEST_EXISTS"), _duplicate
-    ),
+    BadInput("the request_id of another", Answer("ALREADY_EXISTS", "REQUEST_EXISTS"), _duplicate),
     BadInput("a deadline that is over", Answer("DEADLINE_EXCEEDED"), _late),
     BadInput("a deadline in mid-stream", Answer("DEADLINE_EXCEEDED"), _out_of_time),
     BadInput("Cancel without an id", _invalid("request_id"), _call("Cancel", pb.CancelRequest())),
@@ -410,7 +409,9 @@ CASES: tuple[BadInput[Edge], ...] = (
         _invalid("page_token"),
         _call("ListStreams", pb.ListStreamsRequest(page_token="bm9uc2Vuc2U=")),
     ),
-    BadInput("Resume", Answer("UNIMPLEMENTED", "NOT_IMPLEMENTED"), _resume),
+    BadInput(
+        "Resume without a token", Answer("PERMISSION_DENIED", "RESUME_TOKEN_INVALID"), _resume
+    ),
     BadInput("an unknown method", Answer("UNIMPLEMENTED"), _call("Whistle", pb.CancelRequest())),
     BadInput(
         "an unknown service",

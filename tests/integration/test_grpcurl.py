@@ -29,7 +29,7 @@ _BLOCK = re.compile(r"(?<=```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 # What differs from run to run, and what stands for it. Numbers as strings are 64 bits wide.
 _VOLATILE = (
     (re.compile(r'("resume_token": )"[^"]+"'), r'\1"…"'),
-    (re.compile(r'("incarnation": )"\d+"'), r'\1"…"'),
+    (re.compile(r'("(?:incarnation|epoch)": )"\d+"'), r'\1"…"'),
     (re.compile(r'("(?:load_age|admitted_at)": )"[^"]+"'), r'\1"…"'),
     (re.compile(r'("(?:sidecar_pid|engine_pgid)": )\d+'), r"\1…"),
     (re.compile(r"127\.0\.0\.1:\d+"), "127.0.0.1:…"),

@@ -566,7 +566,9 @@ class Choice:
             self._trouble.took_effect(Fault.FENCED)
         self._hear(
             epoch,
-            lambda: stream.refused(epoch, kind, "refused", epoch_known=epoch_known),
+            lambda: stream.refused(
+                epoch, kind, "refused", now=self._world.now, epoch_known=epoch_known
+            ),
             is_refusal=True,
         )
 
@@ -616,6 +618,8 @@ class Choice:
                     self._leave()
                     self._stop_waiting()
                     self._after_the_end()
+                case machine.Relink() | machine.Adopt():
+                    raise AssertionError("links do not come back here")
                 case _:
                     assert_never(command)
         self._wake()
