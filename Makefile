@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check format lint types protos landed-protos simulate matrix chaos detection recovery bench lock clean
+.PHONY: help demo test check format lint types protos landed-protos simulate matrix chaos detection soak zombie recovery bench lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -51,6 +51,12 @@ chaos: .venv/.dev ## Everything hurt in every way, in every phase of a stream; w
 
 detection: .venv/.dev ## How long streams stand still when something fails, for every kind of failure
 	$(BIN)/python -m benchmarks.detection
+
+soak: .venv/.dev ## Half an hour of hard conditions: no healthy worker is taken for a sick one
+	$(BIN)/python -m benchmarks.soak
+
+zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothing held, soon in service
+	$(BIN)/python -m benchmarks.zombie
 
 recovery: .venv/.dev ## How long a stream stands still when its worker is killed
 	$(BIN)/python -m benchmarks.recovery

@@ -22,9 +22,10 @@ from typing import Final
 
 import uvloop
 
-from unbroken.chaos.arena import Arena, Component, Harm
+from unbroken.chaos.arena import Arena
 from unbroken.chaos.checker import Came, Verdict, check, longest_wait_s
 from unbroken.chaos.processes import NoEffect
+from unbroken.chaos.vocabulary import Component, Harm
 from unbroken.client import request_to_proto
 from unbroken.v1 import inference_service_pb2 as pb
 

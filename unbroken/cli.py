@@ -8,6 +8,7 @@ one. Results go to stdout, everything else to stderr. Exit status: 0 done, 1 fai
 import asyncio
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -20,6 +21,9 @@ import typer
 import uvloop
 
 from unbroken import discovery, terminal
+from unbroken.chaos.arena import Arena
+from unbroken.chaos.play import play as play_faults
+from unbroken.chaos.schedule import ScheduleError, from_lines, plan, to_lines
 from unbroken.client import Client, GenerateOptions
 from unbroken.demo import play
 from unbroken.errors import Reason, UnbrokenError
@@ -307,6 +311,81 @@ def demo(
             )
         figures = result.to_json()
         terminal.write(f"\n{json.dumps(figures)}\n")
+        if not figures["ok"]:
+            raise typer.Exit(1)
+
+    _run(scenario(), Output.TEXT)
+
+
+@app.command()
+def chaos(
+    seconds: Annotated[float, typer.Option(min=1, max=86_400, help="How long.")] = 30.0,
+    seed: Annotated[int | None, typer.Option(help="Of the faults; printed if not given.")] = None,
+    schedule: Annotated[
+        Path | None, typer.Option(help="File of faults to play, instead of a seed.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="File to keep the faults in.")] = None,
+    workers: Annotated[int, typer.Option(min=2, max=16, help="Number of workers.")] = 3,
+    frontends: Annotated[int, typer.Option(min=2, max=8, help="Number of frontends.")] = 2,
+    streams: Annotated[int, typer.Option(min=1, max=1000, help="Streams at once.")] = 8,
+) -> None:
+    """Hurt a mesh of simulated engines under load, and hold what clients read against the truth.
+
+    Ends with the verdict and the figures as one line of JSON.
+    """
+    worker_ids = [f"w{number}" for number in range(1, workers + 1)]
+    frontend_ids = [f"f{number}" for number in range(1, frontends + 1)]
+    seed = secrets.randbelow(2**32) if seed is None and schedule is None else seed
+    if schedule is not None:
+        try:
+            faults = from_lines(schedule.read_text(), [*worker_ids, *frontend_ids])
+        except (OSError, UnicodeDecodeError, ScheduleError) as error:
+            raise typer.BadParameter(f"{schedule}: {error}") from None
+    else:
+        assert seed is not None, "it was drawn"
+        faults = plan(seed, seconds, worker_ids, frontend_ids)
+    if save is not None:
+        save.write_text(to_lines(faults))
+
+    async def scenario() -> None:
+        source = f"seed {seed}" if schedule is None else str(schedule)
+        terminal.write(f"{source}: {len(faults)} faults in {seconds:g} s\n")
+        with tempfile.TemporaryDirectory(prefix="unbroken-chaos-") as directory:
+            async with Arena(
+                Path(directory),
+                num_workers=workers,
+                num_frontends=frontends,
+                engine_options="--step-base-ms 20",
+                seed=seed or 0,
+            ) as arena:
+                result = await play_faults(
+                    arena,
+                    faults,
+                    seconds,
+                    num_streams=streams,
+                    tell=lambda line: terminal.write(f"{line}\n"),
+                )
+        verdict = result.verdict
+        if (example := verdict.counter_example) is not None:
+            terminal.write(f"the shortest counter-example:\n{example}\n")
+        for trouble in result.trouble:
+            terminal.write(f"{trouble}\n")
+        figures = {
+            "ok": result.is_ok,
+            "seed": seed,
+            "faults": result.injected,
+            "without_effect": result.without_effect,
+            "streams": verdict.streams,
+            "complete": verdict.complete,
+            "refused": verdict.refused,
+            "migrated": verdict.migrated,
+            "lost": verdict.lost,
+            "duplicated": verdict.duplicated,
+            "changed": verdict.changed,
+            "violations": len(verdict.violations),
+            "held": result.held,
+        }
+        terminal.write(f"{json.dumps(figures)}\n")
         if not figures["ok"]:
             raise typer.Exit(1)
 

@@ -28,9 +28,10 @@ from typing import Any, Final
 
 import uvloop
 
-from unbroken.chaos.arena import Arena, Component, Fault, Harm
+from unbroken.chaos.arena import Arena, Fault
 from unbroken.chaos.checker import Came, Event, Verdict, check, longest_wait_s
 from unbroken.chaos.processes import NoEffect
+from unbroken.chaos.vocabulary import NO_SENSE, Component, Harm
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import inference_service_pb2 as pb
 
@@ -68,25 +69,6 @@ class Phase(Enum):
     AFTER = "after the end"
 
 
-NO_SENSE: Final[Mapping[tuple[Component, Harm], str]] = {
-    **{
-        (Component.ENGINE, harm): "between engine and sidecar is a Unix socket, which loses, delays"
-        " and resets nothing: an engine that says nothing is a stopped one, an end of the socket a"
-        " killed one"
-        for harm in (Harm.BLACKHOLE, Harm.RESET)
-    },
-    **{
-        (component, harm): "what a process has of the network is its links, which are rows of"
-        " their own; tests/faults/test_partition.py loses all packets of a host"
-        for component in (Component.SIDECAR, Component.HOST)
-        for harm in (Harm.BLACKHOLE, Harm.RESET)
-    },
-    **{
-        (component, harm): "a link is no process"
-        for component in (Component.LINK_UP, Component.LINK_DOWN, Component.LINK_BOTH)
-        for harm in (Harm.KILL, Harm.STOP)
-    },
-}
 CELLS: Final = tuple(
     (component, harm)
     for component in Component

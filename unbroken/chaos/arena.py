@@ -18,8 +18,8 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Self
 
 from unbroken.chaos import processes
@@ -27,6 +27,7 @@ from unbroken.chaos.checker import Event, Truth, truth_of
 from unbroken.chaos.processes import EFFECT_TIMEOUT_S, NoEffect, Slowdown
 from unbroken.chaos.proxy import BOTH, Bandwidth, Direction, Latency, Proxy, Timeout
 from unbroken.chaos.recorder import Recorder
+from unbroken.chaos.vocabulary import Component, Harm
 from unbroken.client import Client
 from unbroken.errors import UnbrokenError
 from unbroken.mesh import LocalMesh
@@ -44,34 +45,6 @@ SLOW_BANDWIDTH: Final = Bandwidth(64_000)
 
 _POLL_S: Final = 0.005
 _IDLE_TIMEOUT_S: Final = 10.0
-
-
-class Component(Enum):
-    """What is hurt."""
-
-    ENGINE = "engine"
-    SIDECAR = "sidecar"
-    HOST = "host"
-    """Engine and sidecar of a worker, at one moment."""
-    LINK_UP = "link up"
-    """From frontends to a sidecar."""
-    LINK_DOWN = "link down"
-    """From a sidecar to frontends."""
-    LINK_BOTH = "link both"
-    FRONTEND = "frontend"
-    """The process; or, with a harm of links, what clients have to it."""
-    CLIENT = "client"
-    """The process; or, with a harm of links, all that it has to frontends."""
-
-
-class Harm(Enum):
-    """What is done to it."""
-
-    KILL = "kill"
-    STOP = "stop"
-    BLACKHOLE = "blackhole"
-    RESET = "reset"
-    SLOW = "slow"
 
 
 _LINK_DIRECTIONS: Final[Mapping[Component, tuple[Direction, ...]]] = {
@@ -111,8 +84,10 @@ class Arena:
         engine_options: str = "",
         sidecar_flags: Sequence[str] = (),
         frontend_flags: Sequence[str] = (),
+        flags_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
         seed: int = 0,
     ) -> None:
+        """The flags are those of `LocalMesh`."""
         self.worker_ids = [f"w{number}" for number in range(1, num_workers + 1)]
         self.links = {
             worker_id: Proxy(f"127.0.0.1:{_free_port()}", seed=seed)
@@ -123,7 +98,7 @@ class Arena:
         """The proxy before each frontend."""
         self.watchers: dict[str, Client] = {}
         """A client for each frontend, past the proxies, to see how things stand."""
-        self._flags_of: dict[str, list[str]] = {}
+        self._flags_of = {name: list(flags) for name, flags in flags_of.items()}
         self.mesh = LocalMesh(
             directory,
             num_workers=num_workers,
@@ -152,10 +127,9 @@ class Arena:
     async def _start(self) -> None:
         for worker_id, proxy in self.links.items():
             await self._stack.enter_async_context(proxy)
-            self._flags_of[worker_id] = [
-                *("--listen", proxy.upstream),
-                *("--advertise", proxy.address),
-            ]
+            self._flags_of.setdefault(worker_id, []).extend(
+                ["--listen", proxy.upstream, "--advertise", proxy.address]
+            )
         await self._stack.enter_async_context(self.mesh)
         for number, address in enumerate(self.mesh.frontend_addresses, 1):
             door = Proxy(address, seed=self._seed)
@@ -336,6 +310,19 @@ class Arena:
             for name, info in infos.items()
         )
 
+    async def is_ready(self, worker_id: str, frontend_id: str = "f1") -> bool:
+        """Whether a frontend sends work to the worker, and nothing runs there."""
+        info = (await self.workers(frontend_id)).get(worker_id)
+        return (
+            info is not None
+            and _takes_work(info)
+            and not info.num_attempts
+            and not any(
+                rank.kv_blocks_used or rank.requests_running or rank.requests_waiting
+                for rank in info.load.ranks
+            )
+        )
+
     async def until_idle(self, limit_s: float = _IDLE_TIMEOUT_S) -> str:
         """Wait until nobody holds anything for anybody; else, what is still held."""
         loop = asyncio.get_running_loop()
@@ -363,7 +350,9 @@ class Arena:
         """What an undisturbed run of a request delivers; run at most once."""
         return (await self.truths({"one": request}))["one"]
 
-    async def truths(self, requests: Mapping[str, pb.GenerateRequest]) -> Mapping[str, Truth]:
+    async def truths(
+        self, requests: Mapping[str, pb.GenerateRequest], *, limit_s: float = 60.0
+    ) -> Mapping[str, Truth]:
         """As `truth`, of many, all at once."""
         keys: dict[str, str] = {}
         missing: dict[str, pb.GenerateRequest] = {}
@@ -379,8 +368,8 @@ class Arena:
         for key, request in missing.items():
             self._num_truths += 1
             streams[key] = f"truth-{self._num_truths}"
-            self.client.ask(streams[key], request)
-        async with asyncio.timeout(60):
+            self.client.ask(streams[key], request, timeout_s=limit_s)
+        async with asyncio.timeout(limit_s):
             await self.client.until(lambda: not self.client.open_streams & set(streams.values()))
         for key, stream in streams.items():
             own = [event for event in self.client.history if event.stream == stream]

@@ -74,6 +74,8 @@ async def stop(pids: Collection[int]) -> str:
 async def resume(pids: Collection[int]) -> str:
     """SIGCONT: the stopped go on, as zombies of whatever happened meanwhile."""
     pids = [pid for pid in pids if is_alive(pid)]
+    if not pids:
+        return "none is left"
     _send(pids, signal.SIGCONT)
     await _until(lambda: not any(map(is_stopped, pids)), f"{pids} to go on")
     return f"{len(pids)} processes go on"
