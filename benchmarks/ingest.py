@@ -25,6 +25,8 @@ from frontend.links import Links
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
 from frontend.outliers import OutlierLimits, Outliers
+from frontend.quarantine import Quarantine
+from frontend.query_of_death import Queries, QueryLimits
 from frontend.relay_call import FrontendIdentity, LinkLimits
 from frontend.stream import Stream
 from unbroken import discovery, metrics
@@ -45,7 +47,8 @@ async def ingest(
     counted = FrontendMetrics(metrics.new_registry())
     identity = FrontendIdentity("ingest", discovery.incarnation_now())
     links = Links(mesh, identity, LinkLimits(), observer=counted, outliers=outliers)
-    dispatcher = Dispatcher(mesh, links, counted)
+    quarantine = Quarantine(Queries(QueryLimits()), counted, key=b"ingest")
+    dispatcher = Dispatcher(mesh, links, counted, quarantine)
     following = asyncio.create_task(links.follow(discovery.connect(directory)))
     while not any(mesh.num_ready(name) for name in mesh.model_names()):  # noqa: ASYNC110
         await asyncio.sleep(0.02)

@@ -80,6 +80,10 @@ class FrontendConfig(ProcessConfig):
     """How long a worker is ejected at most."""
     ejected_share_max: float = Field(0.5, ge=0, le=1)
     """No more than this share of a model's ready workers is ejected, and never the last one."""
+    query_deaths_max: int = Field(3, ge=2, le=1000)
+    """A request is stopped when so many engines died under it and it never got any further."""
+    query_of_death_memory_s: float = Field(600.0, ge=0, le=86400)
+    """For how long a request that was stopped so is refused when it is asked again."""
     deadline_margin_s: float = Field(0.02, ge=0, le=1)
     """So long before its client's deadline a stream ends, so that the client still hears why."""
     shutdown_grace_s: float = Field(30.0, ge=0, le=3600)

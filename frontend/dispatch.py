@@ -22,6 +22,8 @@ from frontend.links import Fate, Links
 from frontend.mesh_view import MeshView, Worker
 from frontend.metrics import FrontendMetrics
 from frontend.placement import Need, WorkerView, choose, num_cached_tokens
+from frontend.quarantine import Quarantine
+from frontend.query_of_death import Fingerprint
 from frontend.relay_call import RelayCall
 from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
 from frontend.stream import Life
@@ -45,6 +47,7 @@ class Dispatcher:
         mesh: MeshView,
         links: Links,
         metrics: FrontendMetrics,
+        quarantine: Quarantine,
         *,
         limits: ResumeLimits | None = None,
         random: Random | None = None,
@@ -53,6 +56,7 @@ class Dispatcher:
         self.mesh = mesh
         self.links = links
         self.metrics = metrics
+        self.quarantine = quarantine
         self.queue = ResumeQueue[Choice](limits or ResumeLimits(), random or Random())
         self.clock = clock
         self._is_giving_turns = False
@@ -64,6 +68,8 @@ class Dispatcher:
         """Those that wait for a link, by worker."""
         links.on_fate.append(self._fate_changed)
         mesh.on_change.append(self._mesh_changed)
+        quarantine.on_room.append(self._mesh_changed)
+        self.on_attempt_ended.append(quarantine.attempt_ended)
         mesh.on_load.append(self._load_reported)
 
     @property
@@ -157,8 +163,10 @@ class Choice:
         "_deadline_at",
         "_dispatcher",
         "_envelope",
+        "_fingerprint",
         "_hashes",
         "_is_computing",
+        "_life",
         "_model",
         "_seat",
         "_timer",
@@ -189,7 +197,9 @@ class Choice:
         self._deadline_at = deadline_at
         self._avoid: frozenset[machine.Life] = frozenset()
         self._hashes: dict[tuple[str, int], list[int]] = {}
+        self._fingerprint: Fingerprint | None = None
         self._is_computing = False  # The resume queue has it on a worker's account.
+        self._life: Life | None = None  # Where the last attempt was begun, until it is over.
         self._seat: _Seat | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._unlinked_from: machine.Relink | None = None
@@ -202,6 +212,18 @@ class Choice:
     @deadline_at.setter
     def deadline_at(self, deadline_at: float | None) -> None:
         self._deadline_at = deadline_at
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What tells the request from others; the same for all its choices."""
+        if self._fingerprint is None:
+            quarantine, tenant = self._dispatcher.quarantine, self._envelope.tenant
+            self._fingerprint = quarantine.identify(tenant, self.stream.original)
+        return self._fingerprint
+
+    def names(self) -> dict[str, object]:
+        """What to call it in the log."""
+        return {"request_id": self._envelope.request_id, "index": self.index}
 
     @property
     def waiting_detail(self) -> str:
@@ -221,12 +243,13 @@ class Choice:
 
     def crashed(self) -> None:
         """The stream's machine raised what is being handled: a bug. The stream ends with it."""
-        _log.exception("bug in a stream", request_id=self._envelope.request_id, index=self.index)
+        _log.exception("bug in a stream", **self.names())
         error = UnbrokenError(Reason.INTERNAL, "an internal error; the frontend's log has it")
         self._leave()
         self._stop_waiting()
         self._relink_no_more()
         self.stream.cancelled(error)  # The commands it gives have just been obeyed.
+        self._ended()
         self.wake()
 
     def obey(self, commands: Sequence[machine.Command]) -> None:
@@ -261,6 +284,7 @@ class Choice:
                     # An engine that saw the end itself has left its slot already; one that goes on
                     # is told.
                     self._leave()
+                    self._ended()
                     self._stop_waiting()
                     self._relink_no_more()
                 case _:
@@ -270,6 +294,11 @@ class Choice:
         """One of these workers may be taken. Raises nothing: others have their turn after it."""
         stream, dispatcher = self.stream, self._dispatcher
         try:
+            refusal = dispatcher.quarantine.verdict(self)
+            if refusal is not None:
+                self._stop_waiting()
+                self._obey(stream.unplaceable(stream.epoch, refusal))
+                return
             view = self._choose(lives)
             if view is None:
                 dispatcher.queue.passed_over(self, lives)
@@ -314,7 +343,11 @@ class Choice:
         self._relink_no_more()
         self._stop_waiting()
         self._leave()  # A refused attempt has left its slot, but not its worker's books.
+        self._ended()
         epoch, deadline = stream.epoch, stream.deadline()
+        refusal = dispatcher.quarantine.verdict(self)
+        if refusal is not None:
+            return stream.unplaceable(epoch, refusal)
         assert deadline is not None, "a stream that is placed has a deadline"
         wait_s = max(0.0, deadline - dispatcher.clock())
         if pause_s > 0:
@@ -357,11 +390,13 @@ class Choice:
 
     def _choose(self, lives: Set[Life]) -> WorkerView | None:
         stream, mesh, model = self.stream, self._dispatcher.mesh, self._model
-        original = stream.original
+        original, quarantine = stream.original, self._dispatcher.quarantine
         ways: dict[object, ContinuationClass] = {}
 
         def is_able(view: WorkerView) -> bool:
             if view.life not in lives or not mesh.can_serve(view, model, original):
+                return False
+            if not quarantine.may_start(self, view.life):
                 return False
             if view.abilities not in ways:  # Most workers are alike, and asking costs something.
                 ways[view.abilities] = stream.way_at(view.abilities)
@@ -414,7 +449,9 @@ class Choice:
             num_prefill_tokens=num_tokens - num_cached,
         )
         self._seat = _Seat(call, slot, order.epoch, view)
+        self._life = order.life
         view.placed(num_tokens, num_cached)
+        dispatcher.quarantine.started(self, order.life)
         return ()
 
     def _computed(self) -> None:
@@ -462,6 +499,7 @@ class Choice:
             wants_logprobs=stream.original.params.num_top_logprobs is not None,
         )
         self._seat = _Seat(call, slot, order.epoch, worker.view)
+        self._life = order.life
         worker.view.num_attempts += 1
         self._at_deadline()
         return ()
@@ -493,10 +531,13 @@ class Choice:
         if seat is not None:
             seat.call.abort(seat.slot)
             seat.view.num_attempts -= 1
-            attempt = self.stream.attempts[-1]
-            if attempt.epoch == seat.epoch:
-                for callback in self._dispatcher.on_attempt_ended:
-                    callback(self, seat.view.life, attempt)
+
+    def _ended(self) -> None:
+        """The last attempt is over: not merely unlinked, or about to be adopted."""
+        life, self._life = self._life, None
+        if life is not None and self.stream.attempts:
+            for callback in self._dispatcher.on_attempt_ended:
+                callback(self, life, self.stream.attempts[-1])
 
     def _stop_waiting(self) -> None:
         self._dispatcher.queue.cancel(self)

@@ -316,6 +316,7 @@ class Gateway(pb_grpc.InferenceServiceServicer):
     ) -> Request:
         self._check_open()
         self._requests.check_room()
+        self._dispatcher.quarantine.refuse(admitted.envelope.tenant, admitted.checkpoints[0])
         limits = replace(self._limits.stream, migrations_max=admitted.envelope.migrations_max)
         try:
             running = Request(

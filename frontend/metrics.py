@@ -145,6 +145,12 @@ class FrontendMetrics:
             ["result"],
             registry=registry,
         )
+        self.queries_of_death = Counter(
+            f"{_PREFIX}_queries_of_death_total",
+            "Requests that kill their workers: stopped, or refused when they came again.",
+            ["action"],
+            registry=registry,
+        )
         self._ejected = Gauge(
             f"{_PREFIX}_workers_ejected", "Workers kept out of placement.", registry=registry
         )

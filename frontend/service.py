@@ -11,7 +11,7 @@ from random import SystemRandom
 from frontend import resume_keys
 from frontend.admin import Admin
 from frontend.config import FrontendConfig
-from frontend.dispatch import Dispatcher
+from frontend.dispatch import Choice, Dispatcher
 from frontend.failure_detector import DetectorLimits
 from frontend.gateway import Gateway, GatewayLimits
 from frontend.links import Links
@@ -19,17 +19,19 @@ from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
 from frontend.outlier_watch import OutlierWatch
 from frontend.outliers import OutlierLimits, Outliers
+from frontend.quarantine import Quarantine
+from frontend.query_of_death import Queries, QueryLimits
 from frontend.relay_call import FrontendIdentity, LinkLimits
 from frontend.requests import Requests
 from frontend.resume_keys import ResumeKeys
 from frontend.resume_queue import ResumeLimits
-from frontend.stream import Limits
+from frontend.stream import Attempt, Life, Limits
 from unbroken import discovery, log, metrics
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import add_health
-from unbroken.outcome import ContinuationPolicy
+from unbroken.outcome import ContinuationPolicy, FailureKind
 from unbroken.transport import Keepalive, listen, make_server
 from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc, worker_pb2
 
@@ -103,11 +105,22 @@ class Frontend:
             outliers=outliers,
             clock=self._clock,
         )
-        random = SystemRandom()
+        self._quarantine = Quarantine(
+            Queries(
+                QueryLimits(
+                    deaths_max=config.query_deaths_max,
+                    memory_s=config.query_of_death_memory_s,
+                )
+            ),
+            counted,
+            key=random.randbytes(32),
+            clock=self._clock,
+        )
         dispatcher = Dispatcher(
             self.mesh,
             self._links,
             counted,
+            self._quarantine,
             limits=ResumeLimits(
                 is_on=config.resume_queue,
                 share=config.resume_share,
@@ -127,8 +140,7 @@ class Frontend:
             name=f"probe-{config.frontend_id[:64]}-{incarnation}",
             clock=self._clock,
         )
-        watch = self._watch
-        dispatcher.on_attempt_ended.append(lambda _, life, ended: watch.attempt_ended(life, ended))
+        dispatcher.on_attempt_ended.insert(0, self._attempt_ended)
         self.requests = Requests(running_max=config.requests_running_max, clock=self._clock)
         self._gateway = Gateway(
             config.frontend_id,
@@ -210,6 +222,7 @@ class Frontend:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         self._watch.close()
+        self._quarantine.close()
         await self._links.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
@@ -219,6 +232,12 @@ class Frontend:
     def cut_short(self) -> None:
         """End all running streams; their clients are told why."""
         self.requests.cancel_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
+
+    def _attempt_ended(self, choice: Choice, life: Life, attempt: Attempt) -> None:
+        # An engine that fails at what others failed at has not shown that it is bad.
+        is_own_fault = attempt.failure is not FailureKind.ENGINE_ERROR
+        if is_own_fault or not self._quarantine.is_on_file(choice):
+            self._watch.attempt_ended(life, attempt)
 
     def _record(self, identity: FrontendIdentity) -> worker_pb2.FrontendRecord:
         return worker_pb2.FrontendRecord(

@@ -35,6 +35,8 @@ class Reason(Enum):
     """No connection to the peer, or it broke during the call."""
     MIGRATIONS_EXHAUSTED = "MIGRATIONS_EXHAUSTED"
     """The stream lost more workers than it may."""
+    QUERY_OF_DEATH = "QUERY_OF_DEATH"
+    """The request kills its workers; metadata `workers_lost` says how many it has."""
     OVERLOADED = "OVERLOADED"
     """No room; come back after the given delay."""
     DRAINING = "DRAINING"

@@ -40,6 +40,7 @@ FINAL: Final = frozenset(
         Reason.NOT_CONTINUABLE,
         Reason.WORKER_LOST,
         Reason.MIGRATIONS_EXHAUSTED,
+        Reason.QUERY_OF_DEATH,
         Reason.CANCELLED,
         Reason.DEADLINE_EXCEEDED,
         Reason.REJECTED_BY_ENGINE,

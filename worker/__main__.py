@@ -11,7 +11,7 @@ from unbroken.config import load
 from worker.config import WorkerConfig
 from worker.engine import ModelRunner
 from worker.service import EngineService
-from worker.simulated import CostModel, simulated_runner
+from worker.simulated import CostModel, Faults, simulated_runner
 
 _log = log.get_logger(__name__)
 
@@ -83,6 +83,9 @@ def _runner(config: WorkerConfig) -> ModelRunner:
                     step_base_s=config.step_base_ms / 1e3,
                     step_per_sequence_s=config.step_per_sequence_us / 1e6,
                     prefill_tokens_per_s=config.prefill_tokens_per_s,
+                ),
+                faults=Faults(
+                    crash_on_token=config.crash_on_token, stall_on_token=config.stall_on_token
                 ),
                 native_resume=config.native_resume,
                 random_source=config.random_source,

@@ -43,6 +43,10 @@ class WorkerConfig(ProcessConfig):
     """simulated: data-parallel ranks."""
     eos_probability: float = Field(0.0, ge=0, lt=1)
     """simulated: how likely each token ends the generation."""
+    crash_on_token: int | None = Field(None, ge=0)
+    """simulated: a token that kills the engine which has to compute it; for tests of failures."""
+    stall_on_token: int | None = Field(None, ge=0)
+    """simulated: a token at which the engine stands still for ever."""
     native_resume: bool = True
     """simulated: whether it goes on after past output; without, it knows only prompts."""
     random_source: Literal["positional", "sequential"] = "positional"

@@ -10,9 +10,14 @@ that decodes, plus its prompt tokens over `prefill_tokens_per_s`.
 
 Its *personality* can be that of a lesser engine: one that can't go on after past output, whose
 random numbers depend on history, or whose repetition penalty ignores the prompt.
+
+Its *faults* are those of engines that cannot bear some input: a token that kills the process, or
+lets it stand still for ever, as soon as a step has to compute it.
 """
 
 import asyncio
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -57,6 +62,29 @@ class CostModel:
             + self.step_per_sequence_s * num_decodes
             + num_prefill_tokens / self.prefill_tokens_per_s
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """Tokens that the engine cannot compute; none by default."""
+
+    crash_on_token: int | None = None
+    """The process kills itself."""
+    stall_on_token: int | None = None
+    """The engine makes no further step, and the process lives on."""
+
+    @property
+    def is_none(self) -> bool:
+        return self.crash_on_token is None and self.stall_on_token is None
+
+    async def strike(self, plan: StepPlan) -> None:
+        """Do not return if the plan has such a token."""
+        computed = {token_id for chunk in plan.prefills for token_id in chunk.token_ids}
+        computed.update(stream.output[-1] for stream in plan.decodes)
+        if self.crash_on_token in computed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.stall_on_token in computed:
+            await asyncio.Event().wait()
 
 
 class SimulatedModel:
@@ -133,8 +161,15 @@ class SimulatedModel:
 class SimulatedRunner:
     """Executes plans in the time that the cost model says."""
 
-    def __init__(self, spec: EngineSpec, model: SimulatedModel, cost: CostModel) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        model: SimulatedModel,
+        cost: CostModel,
+        faults: Faults | None = None,
+    ) -> None:
         self._spec = spec
+        self._faults = faults or Faults()
         self._model = model
         self._cost = cost
         self._step_end = 0.0  # When the last step was due to end, on the loop's clock.
@@ -144,6 +179,8 @@ class SimulatedRunner:
         return self._spec
 
     async def execute(self, plan: StepPlan) -> StepResult:
+        if not self._faults.is_none:
+            await self._faults.strike(plan)
         loop = asyncio.get_running_loop()
         num_prefill = sum(len(chunk.token_ids) for chunk in plan.prefills)
         step_s = self._cost.step_s(len(plan.decodes), num_prefill)
@@ -196,6 +233,7 @@ def simulated_runner(
     num_ranks: int = 1,
     eos_probability: float = 0.0,
     cost: CostModel | None = None,
+    faults: Faults | None = None,
     native_resume: bool = True,
     random_source: Literal["positional", "sequential"] = "positional",
     repetition_penalty_counts_prompt: bool = True,
@@ -229,7 +267,7 @@ def simulated_runner(
         repetition_penalty_counts_prompt=repetition_penalty_counts_prompt,
     )
     model_ = SimulatedModel(model, eos_probability=eos_probability)
-    return SimulatedRunner(spec, model_, cost or CostModel())
+    return SimulatedRunner(spec, model_, cost or CostModel(), faults)
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -142,6 +142,7 @@ class FakeSidecar(RelayServiceServicer):
     numerics_id: str = "letters-1"
     is_invariant: bool = True
     is_draining: bool = False
+    engine_incarnation: int = 1
     context_length: int = CONTEXT_LENGTH
     state: worker_pb2.EngineState.ValueType = worker_pb2.ENGINE_STATE_SERVING
     welcome_identity: worker_pb2.WorkerIdentity | None = None
@@ -446,7 +447,7 @@ class FakeSidecar(RelayServiceServicer):
         is_known = self.state == worker_pb2.ENGINE_STATE_SERVING
         return relay_service_pb2.EngineVerdict(
             state=self.state,
-            engine_incarnation=1,
+            engine_incarnation=self.engine_incarnation,
             failure=failure,
             description=self.description if is_known else None,
             is_draining=self.is_draining,

@@ -945,7 +945,7 @@ def test_streams_that_ended_leave_nothing_behind_not_even_for_the_garbage_collec
             await read_some(left, 2)
             await left.cancel()
             moved = it.client.generate(
-                token_ids=PROMPT, max_tokens=3000, request_id=f"r{n}", timeout_s=5
+                token_ids=[*PROMPT, n], max_tokens=3000, request_id=f"r{n}", timeout_s=5
             )
             await read_some(moved, 2)
             sidecar = it.sidecar_of(f"r{n}")

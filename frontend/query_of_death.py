@@ -1,0 +1,233 @@
+"""Finds the request that kills its workers, and stops it before it walks through the fleet: pure.
+
+When an engine dies, whoever ran there may have done it, and nearly all of them have not. So each is
+entered in a file of its own: how many engines died under it, and how far it had come. A request
+that gets further than where an engine died under it has shown that it was not to blame, and its
+file is closed. One that is under every death and never gets any further is a suspect.
+
+    death ──▶ on file ──▶ one short of the limit: suspect ──▶ on trial ──▶ death: stopped
+                                                                 │
+                   file closed ◀── got further, or ended well ───┘
+
+A suspect is tried, not stopped: under a second death it is still one of many. But suspects are kept
+apart. Each runs on a worker where no other suspect is on trial, so that one more death names the
+request, and the others have lost nothing but a little time. So a query of death kills as many
+engines as the limit says, and nobody else is stopped for it.
+
+An engine error, where the engine lives on and says which attempt it failed at, is a death that
+needs no trial: there is no doubt about whose it was.
+
+Requests are told apart by a fingerprint of tenant, prompt and parameters, without the seed: the
+same query under another request_id goes on where it was, and is refused once it was stopped.
+"""
+
+from array import array
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Final, NewType
+
+from frontend.stream import Life
+from unbroken.checkpoint import Checkpoint
+from unbroken.outcome import FailureKind
+
+Fingerprint = NewType("Fingerprint", bytes)
+
+DEADLY: Final = frozenset({FailureKind.CRASH, FailureKind.STALL, FailureKind.ENGINE_ERROR})
+"""What a request can do to an engine. What happens to links is not its doing."""
+_CERTAIN: Final = frozenset({FailureKind.ENGINE_ERROR})
+"""Failures of this attempt and no other."""
+_FINGERPRINT_BYTES: Final = 16
+SETTLE_S: Final = 1.0
+"""The attempts of an engine that died are reported one by one; so long after the last report, what
+dies there dies anew."""
+_DEAD_MAX: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class QueryLimits:
+    """When a request is stopped, and for how long that is remembered."""
+
+    deaths_max: int = 3
+    """Engines that may die under a request which never gets any further; with the last it is
+    stopped."""
+    progress_tokens: int = 2
+    """So much beyond where an engine died is no further: a death loses what had just come."""
+    memory_s: float = 600.0
+    files_max: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A request that kills its workers."""
+
+    num_deaths: int
+    digest: str
+    """Of the request: for people, to tell requests apart; it says nothing of the prompt."""
+
+
+@dataclass(slots=True)
+class _File:
+    """What is held against a request."""
+
+    num_deaths: int = 0
+    furthest: int = 0
+    """The largest offset it had reached when an engine died under it."""
+    lives: deque[Life] = field(default_factory=lambda: deque[Life](maxlen=8))
+    """The engines that died."""
+    touched_at: float = 0.0
+    is_stopped: bool = False
+
+
+def fingerprint(key: bytes, tenant: str, original: Checkpoint) -> Fingerprint:
+    """What tells requests apart. `key` is secret, so that nobody can look for a prompt by it."""
+    digest = blake2b(tenant.encode(), digest_size=_FINGERPRINT_BYTES, key=key)
+    params = original.params
+    digest.update(b"\0" + array("I", original.prompt_token_ids).tobytes())
+    digest.update(repr(replace(params, sampling=replace(params.sampling, seed=None))).encode())
+    return Fingerprint(digest.digest())
+
+
+class Queries:
+    """What is known of the requests of one frontend. Times are monotonic seconds."""
+
+    def __init__(self, limits: QueryLimits) -> None:
+        self._limits = limits
+        self._files: OrderedDict[Fingerprint, _File] = OrderedDict()
+        """The one that was touched last is the last."""
+        self._trials: dict[str, tuple[Life, Fingerprint]] = {}
+        """Who is on trial, by worker."""
+        self._dead: OrderedDict[Life, float] = OrderedDict()
+        """Engines that died, and when that was last reported."""
+
+    # Questions.
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nobody is on file: there is nothing to ask."""
+        return not self._files
+
+    @property
+    def trials(self) -> list[Fingerprint]:
+        """Who is on trial now."""
+        return [one for _, one in self._trials.values()]
+
+    def stopped(self, query: Fingerprint, now: float) -> Stopped | None:
+        """Whether it is refused, and why."""
+        self._forget(now)
+        file = self._files.get(query)
+        if file is None or not file.is_stopped:
+            return None
+        return Stopped(file.num_deaths, query.hex()[:16])
+
+    def is_on_file(self, query: Fingerprint) -> bool:
+        """Whether an engine died under it, and it has not got any further since."""
+        return query in self._files
+
+    def is_suspect(self, query: Fingerprint) -> bool:
+        """Whether it must be tried apart from other suspects."""
+        file = self._files.get(query)
+        return file is not None and file.num_deaths >= self._limits.deaths_max - 1
+
+    def may_start(self, query: Fingerprint, life: Life, now: float) -> bool:
+        """Whether it may run there now: anybody who is no suspect, and one suspect at a time; that
+        one nowhere else.
+
+        No suspect may run where an engine has just died: its death would be taken for another.
+        """
+        if not self.is_suspect(query):
+            return True
+        if now - self._dead.get(life, -SETTLE_S) < SETTLE_S:
+            return False
+        return all(
+            (worker_id == life.worker_id) == (one == query)
+            for worker_id, (_, one) in self._trials.items()
+            if worker_id == life.worker_id or one == query
+        )
+
+    # Events.
+
+    def started(self, query: Fingerprint, life: Life) -> None:
+        """An attempt began; `may_start` was asked."""
+        if self.is_suspect(query):
+            self._trials[life.worker_id] = (life, query)
+
+    def got_to(self, query: Fingerprint, offset: int) -> bool:
+        """How far it is now; whether that closed its file, and with it its trial."""
+        file = self._files.get(query)
+        if file is None or file.is_stopped or not self._is_further(file, offset):
+            return False
+        self._close(query)
+        return True
+
+    def went_well(self, query: Fingerprint) -> bool:
+        """Its output is complete. Whether that closed a file."""
+        file = self._files.get(query)
+        if file is None or file.is_stopped:
+            return False
+        self._close(query)
+        return True
+
+    def left(self, query: Fingerprint, life: Life) -> bool:
+        """Its attempt ended there without harm. Whether that ended a trial."""
+        if self._trials.get(life.worker_id) != (life, query):
+            return False
+        del self._trials[life.worker_id]
+        return True
+
+    def died(
+        self, query: Fingerprint, life: Life, failure: FailureKind, offset: int, now: float
+    ) -> Stopped | None:
+        """An engine died under it, or failed at it, when its output had come to `offset`."""
+        if failure not in DEADLY:
+            return None
+        self._forget(now)
+        was_on_trial = self.left(query, life)
+        file = self._files.setdefault(query, _File())
+        self._files.move_to_end(query)
+        file.touched_at = now
+        is_certain = failure in _CERTAIN
+        if not is_certain:
+            self._dead[life] = now
+            self._dead.move_to_end(life)
+            if len(self._dead) > _DEAD_MAX:
+                self._dead.popitem(last=False)
+        if not file.is_stopped and (is_certain or life not in file.lives):
+            if self._is_further(file, offset):
+                file.num_deaths = 0
+                self._end_trials(query)
+            file.num_deaths += 1
+            file.furthest = max(file.furthest, offset)
+            file.lives.append(life)
+            is_enough = file.num_deaths >= self._limits.deaths_max
+            file.is_stopped = is_enough and (was_on_trial or is_certain)
+        while len(self._files) > self._limits.files_max:
+            self._files.popitem(last=False)
+        return self.stopped(query, now)
+
+    def check(self) -> None:
+        """Assert what is always true."""
+        assert len(self._files) <= self._limits.files_max, "what is remembered is bounded"
+        for _, query in self._trials.values():
+            assert self.is_suspect(query) or query not in self._files, "only suspects are tried"
+
+    # What happens inside.
+
+    def _is_further(self, file: _File, offset: int) -> bool:
+        return offset > file.furthest + self._limits.progress_tokens
+
+    def _close(self, query: Fingerprint) -> None:
+        del self._files[query]
+        self._end_trials(query)
+
+    def _end_trials(self, query: Fingerprint) -> None:
+        for worker_id, (_, one) in list(self._trials.items()):
+            if one == query:
+                del self._trials[worker_id]
+
+    def _forget(self, now: float) -> None:
+        while self._files:
+            file = next(iter(self._files.values()))
+            if now - file.touched_at < self._limits.memory_s:
+                return
+            self._files.popitem(last=False)
