@@ -35,6 +35,8 @@ FRONTENDS_KNOWN_MAX: Final = 1_000
 
 _LOAD_FRESH_S: Final = 0.5
 """So long an engine's own word about its load counts; then what the ledger knows does."""
+_LOGPROBS_PIECE: Final = 512
+"""So many tokens with log probabilities are told again at once: a frame has to hold them."""
 _KV_HASHES_MAX: Final = 100_000
 """In one message of a snapshot."""
 
@@ -76,6 +78,8 @@ class Hub(EngineListener):
         self._prefilling: dict[int, tuple[int, float]] = {}  # By slot: tokens, and since when.
         self._prefill_tokens = 0  # Of all of them.
         self._load_at = 0.0
+        self._prefilled = 0  # By the engine's own account,
+        self._prefilled_at = 0.0  # and since when that grows: no step began before.
         self._verdict = pb.EngineVerdict(state=worker_pb2.ENGINE_STATE_STARTING)
         self._cached_blocks: dict[int, set[int]] = {}  # By rank.
         self._ticked_at = clock()
@@ -137,12 +141,18 @@ class Hub(EngineListener):
         if (reason := self._reason_to_refuse(message)) is not None:
             _refuse(link, message.slot, *reason)
             return
+        now = self._clock()
         grace_s = self._orphan_grace_s
         if message.HasField("orphan_grace"):
             grace_s = message.orphan_grace.ToNanoseconds() / 1e9
         try:
             attempt, revoked = self.ledger.begin(
-                message, link, owner=link.owner, orphan_grace_s=grace_s
+                message,
+                link,
+                owner=link.owner,
+                orphan_grace_s=grace_s,
+                engine_incarnation=self.up.incarnation if self.up is not None else 0,
+                now=now,
             )
         except Fenced as fenced:
             _refuse(link, message.slot, FailureKind.FENCED, f"{fenced}", fenced.epoch_known)
@@ -151,7 +161,6 @@ class Hub(EngineListener):
             self._give_up(revoked, FailureKind.FENCED, "a newer epoch took the stream")
         link.by_slot[message.slot] = attempt
         message.slot = attempt.slot
-        now = self._clock()
         if len(self.ledger.running) == 1:
             self.watchdog.work_began(now)
         self._prefilling[attempt.slot] = (attempt.num_tokens, now)
@@ -166,10 +175,7 @@ class Hub(EngineListener):
         if attempt.ended is None:
             self._engine.abort(attempt.slot)
         else:  # Its reader lacks tokens, and wants them no more.
-            cancelled = attempt_pb2.AttemptEnded(
-                finish_reason=generation_pb2.FINISH_REASON_CANCELLED
-            )
-            self._tell_end(attempt, cancelled)
+            self._tell_end(attempt, _cancelled())
 
     def ack(self, link: Link, message: attempt_pb2.AckAttempts) -> None:
         """Move windows."""
@@ -186,8 +192,9 @@ class Hub(EngineListener):
             attempt = link.by_slot.get(slot)
             if attempt is None:
                 continue  # It ended meanwhile.
+            before = attempt.acknowledged
             attempt.acknowledge(offset)
-            if attempt.ended is None:
+            if attempt.ended is None and offset > before:  # Else it says nothing new.
                 slots.append(attempt.slot)
                 offsets.append(offset)
             if attempt.replay is not None:
@@ -203,16 +210,17 @@ class Hub(EngineListener):
             _refuse(link, message.slot, FailureKind.DRAIN, "the worker drains")
             return
         before = self.ledger.peek(message.stream)
-        if before is not None and before.checkpoint.params.HasField("logprobs"):
-            detail = "log probabilities are not kept, so the stream cannot be told again"
-            _refuse(link, message.slot, FailureKind.UNSPECIFIED, detail)
-            return
         reader = before.link if before is not None else None
         link_slot, sent = (before.link_slot, before.sent) if before is not None else (0, 0)
         try:
-            attempt = self.ledger.adopt(message, link, owner=link.owner)
+            attempt = self.ledger.adopt(message, link, owner=link.owner, now=self._clock())
         except KeyError:
             detail = "the stream is not known here"
+            if before is not None:
+                detail = (
+                    f"expected an attempt of engine incarnation {message.engine_incarnation}, "
+                    f"got one of {before.engine_incarnation}"
+                )
             _refuse(link, message.slot, FailureKind.UNSPECIFIED, detail)
             return
         except ValueError as error:
@@ -264,6 +272,7 @@ class Hub(EngineListener):
     def on_down(self, down: EngineDown) -> None:
         self.up = self.load = None
         self.watchdog.down()
+        self._prefilled = 0
         self._prefilling.clear()
         self._prefill_tokens = 0
         self._cached_blocks.clear()
@@ -315,6 +324,11 @@ class Hub(EngineListener):
             _log.warning("engine goes on", stalled_s=round(recovered.stalled_s, 3))
             self._say_serving()
 
+    @override
+    def on_refused(self, refused: attempt_pb2.AttemptRefused) -> None:
+        self._not_prefilling(refused.slot, self._clock())
+        self._ends(attempt_pb2.StepFrame(refused=[refused]))
+
     def _tokens(self, frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) -> None:
         """The hot path: every token passes here once. `attempts` has one for each row."""
         self.num_tokens += len(frame.token_ids)
@@ -332,6 +346,10 @@ class Hub(EngineListener):
                 link.rows(slots, frame.offsets, frame.token_ids)
         for logprobs in frame.logprobs:
             attempt = self.ledger.running[logprobs.slot]
+            if attempt.logprobs is not None:
+                kept = [token.SerializeToString() for token in logprobs.tokens]
+                attempt.logprobs += kept
+                attempt.logprobs_bytes += sum(map(len, kept))
             if attempt.live_link is not None:
                 attempt.live_link.logprobs(attempt.link_slot, logprobs)
         for link in links:  # Only now: a frame that is full is closed by it.
@@ -378,6 +396,11 @@ class Hub(EngineListener):
         for attempt in self.ledger.expired(now):
             detail = f"nobody read it for {attempt.orphan_grace_s:g} s"
             self._give_up(attempt, FailureKind.PARTITION, detail)
+        for attempt in self.ledger.overdue(now):
+            # Whoever adopts it next may have more time.
+            attempt.given_up = (FailureKind.DRAIN, "the deadline of its reader has passed")
+            self._tell_end(attempt, _cancelled("the deadline has passed"))
+            self._engine.abort(attempt.slot)
         for link in list(self._links):
             if now - link.heard_at > silence_max_s and not stood_still:
                 link.close(Reason.UNREACHABLE, f"nothing heard for {silence_max_s:g} s")
@@ -493,7 +516,7 @@ class Hub(EngineListener):
                 self._not_prefilling(slot, now)
             for ended in frame.ended:
                 self._not_prefilling(ended.slot, now)
-        if frame.ended:
+        if frame.ended and not self._prefilled:
             for ended in frame.ended:
                 attempt = self.ledger.running[ended.slot]
                 if attempt.prefilled_in_s is not None:
@@ -502,8 +525,12 @@ class Hub(EngineListener):
             load, before = frame.load, self.load
             self._load_at = now
             num_steps = before.engine_steps_total if before is not None else 0
-            is_step = is_step or load.engine_steps_total > num_steps
             has_work = _is_busy(load)
+            if load.engine_steps_total > num_steps or not has_work:
+                is_step = is_step or load.engine_steps_total > num_steps
+                num_tokens = load.prefill_tokens_total - self._prefilled
+                self.watchdog.prefilled(num_tokens, now - self._prefilled_at)
+                self._prefilled, self._prefilled_at = load.prefill_tokens_total, now
         else:
             has_work = True
         return self.watchdog.heard(
@@ -539,6 +566,9 @@ class Hub(EngineListener):
         if attempt.given_up is not None and is_cancelled:
             # Not its frontend's wish: who adopts it now has to go on elsewhere.
             ended = _failed(attempt.slot, attempt.end_offset, *attempt.given_up)
+        elif is_cancelled and attempt.is_ended_for_another(now):
+            detail = "the engine keeps to the deadline of an earlier reader"
+            ended = _failed(attempt.slot, attempt.end_offset, FailureKind.DRAIN, detail)
         self.ledger.end(attempt, ended, now)
         if attempt.replay is None or is_cancelled or ended.failure:
             self._tell_end(attempt, ended)
@@ -556,12 +586,17 @@ class Hub(EngineListener):
         assert replay is not None, "only such are replayed"
         assert link is not None, "a replay has a reader"
         due = replay.due(attempt.end_offset)
-        if due > replay.sent:
-            first = attempt.first_offset
-            token_ids = attempt.token_ids[replay.sent - first : due - first]
-            link.row(attempt.link_slot, replay.sent, token_ids)
+        logprobs = attempt.logprobs
+        piece = _LOGPROBS_PIECE if logprobs is not None else due
+        while due > replay.sent:
+            begin = replay.sent - attempt.first_offset
+            end = min(begin + piece, due - attempt.first_offset)
+            link.row(attempt.link_slot, replay.sent, attempt.token_ids[begin:end])
+            if logprobs is not None:
+                tokens = map(generation_pb2.TokenLogprobs.FromString, logprobs[begin:end])
+                link.logprobs(attempt.link_slot, attempt_pb2.SlotLogprobs(tokens=tokens))
             link.flush()
-            replay.sent = due
+            replay.sent += end - begin
         if due < attempt.end_offset:
             return
         if attempt.ended is not None:
@@ -629,6 +664,11 @@ def _failed(
     return attempt_pb2.AttemptEnded(
         slot=slot, end_offset=end_offset, failure=_to_proto(failure), detail=detail
     )
+
+
+def _cancelled(detail: str = "") -> attempt_pb2.AttemptEnded:
+    cancelled = generation_pb2.FINISH_REASON_CANCELLED
+    return attempt_pb2.AttemptEnded(finish_reason=cancelled, detail=detail)
 
 
 def _to_proto(kind: FailureKind) -> "FailureKindProto.ValueType":

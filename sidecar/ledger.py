@@ -41,6 +41,10 @@ class Fenced(Exception):  # noqa: N818 - It names what happened, as the contract
         self.epoch_known = epoch_known
 
 
+_CLOCK_SLACK_S = 0.01
+"""An engine's deadline may seem a little earlier there than here."""
+
+
 @dataclass(slots=True)
 class Replay:
     """How far a reader is that took over an attempt."""
@@ -81,6 +85,15 @@ class Attempt(Generic[LinkT]):
     """What the engine keeps to; 0: no window."""
     acknowledged: int
     """Where the engine's window begins."""
+    engine_incarnation: int
+    """In which life of the engine it runs."""
+    engine_deadline_at: float | None
+    """When the engine ends it by itself; it cannot be told another time."""
+    deadline_at: float | None
+    """When it has to end for whoever reads it."""
+    logprobs: list[bytes] | None
+    """Encoded log probabilities, one for each token, if they were asked for."""
+    logprobs_bytes: int = 0
     replay: Replay | None = None
     token_ids: "array[int]" = field(default_factory=lambda: array("I"))
     orphaned_until: float | None = None
@@ -96,6 +109,13 @@ class Attempt(Generic[LinkT]):
         """Whether its window lets the engine produce."""
         return not self.window_tokens or self.end_offset < self.acknowledged + self.window_tokens
 
+    def is_ended_for_another(self, now: float) -> bool:
+        """Whether an engine that ends it now does so by a deadline that is not its reader's."""
+        engine_at, reader_at = self.engine_deadline_at, self.deadline_at
+        if engine_at is None or now < engine_at - _CLOCK_SLACK_S:
+            return False
+        return self.link is None or reader_at is None or reader_at > engine_at
+
     @property
     def end_offset(self) -> int:
         """Offset after the last token produced."""
@@ -107,6 +127,11 @@ class Attempt(Generic[LinkT]):
         checkpoint = self.checkpoint
         given = len(checkpoint.prompt_token_ids) + len(checkpoint.output_token_ids)
         return given + len(self.token_ids)
+
+    @property
+    def weight(self) -> int:
+        """Memory that it takes, in tokens of 4 bytes."""
+        return self.num_tokens + (self.logprobs_bytes + 3) // 4
 
     @property
     def sent(self) -> int:
@@ -148,7 +173,7 @@ class Retention:
     ended_s: float = 300.0
     attempts_max: int = 10_000
     tokens_max: int = 20_000_000
-    """Of prompts and outputs, 4 bytes each."""
+    """Of prompts and outputs, 4 bytes each; log probabilities count by their bytes."""
     epochs_max: int = 100_000
     """At least 1."""
 
@@ -167,7 +192,14 @@ class Ledger(Generic[LinkT]):
         self._next_slot = 1
 
     def begin(
-        self, start: pb.StartAttempt, link: LinkT, *, owner: Owner, orphan_grace_s: float
+        self,
+        start: pb.StartAttempt,
+        link: LinkT,
+        *,
+        owner: Owner,
+        orphan_grace_s: float,
+        engine_incarnation: int,
+        now: float,
     ) -> tuple[Attempt[LinkT], Attempt[LinkT] | None]:
         """Enter a new attempt; also returns the one it revokes, if that still runs.
 
@@ -176,6 +208,7 @@ class Ledger(Generic[LinkT]):
         stream = stream_id(start.stream)
         self._claim(stream, start.epoch)
         before = self._by_stream.get(stream)
+        deadline_at = _deadline_at(start, now)
         attempt = Attempt[LinkT](
             stream=stream,
             epoch=start.epoch,
@@ -189,19 +222,28 @@ class Ledger(Generic[LinkT]):
             link_slot=start.slot,
             window_tokens=start.window_tokens,
             acknowledged=start.checkpoint.first_offset,
+            engine_incarnation=engine_incarnation,
+            engine_deadline_at=deadline_at,
+            deadline_at=deadline_at,
+            logprobs=[] if start.checkpoint.params.HasField("logprobs") else None,
         )
         self._next_slot += 1
         self.running[attempt.slot] = self._by_stream[stream] = attempt
         return attempt, before if before is not None and before.ended is None else None
 
-    def adopt(self, message: relay.AdoptAttempt, link: LinkT, *, owner: Owner) -> Attempt[LinkT]:
+    def adopt(
+        self, message: relay.AdoptAttempt, link: LinkT, *, owner: Owner, now: float
+    ) -> Attempt[LinkT]:
         """Give an attempt that runs, or ended not long ago, to another reader.
 
-        The caller tells the old one first. Raises KeyError if the stream is unknown, ValueError if
-        the offset is not one the attempt can send from, `Fenced`.
+        The caller tells the old one first. Raises KeyError if the stream is unknown, or known from
+        another life of the engine only, ValueError if the offset is not one the attempt can send
+        from, `Fenced`.
         """
         stream, offset = stream_id(message.stream), message.offset
         attempt = self._by_stream[stream]
+        if message.engine_incarnation not in (0, attempt.engine_incarnation):
+            raise KeyError(stream)
         if message.epoch > self._epochs.get(stream, 0) and not (
             attempt.first_offset <= offset <= attempt.end_offset
         ):
@@ -212,6 +254,9 @@ class Ledger(Generic[LinkT]):
         self._claim(stream, message.epoch)
         attempt.epoch = message.epoch
         attempt.owner = owner
+        if message.HasField("orphan_grace"):
+            attempt.orphan_grace_s = message.orphan_grace.ToNanoseconds() / 1e9
+        attempt.deadline_at = _deadline_at(message, now)
         attempt.link, attempt.live_link, attempt.link_slot = link, None, message.slot
         attempt.replay = Replay(offset, offset, message.window_tokens)
         attempt.orphaned_until = None
@@ -227,7 +272,7 @@ class Ledger(Generic[LinkT]):
         attempt.ended, attempt.ended_at = ended, now
         attempt.orphaned_until = None
         self._ended[attempt.slot] = attempt
-        self._ended_tokens += attempt.num_tokens
+        self._ended_tokens += attempt.weight
         self._forget(now)
         self._forget_epochs()
 
@@ -250,6 +295,17 @@ class Ledger(Generic[LinkT]):
             attempt.orphaned_until = None
         return due
 
+    def overdue(self, now: float) -> Sequence[Attempt[LinkT]]:
+        """Attempts whose reader's time is up, and which the engine would let run on."""
+        return [
+            attempt
+            for attempt in self.running.values()
+            if attempt.deadline_at is not None
+            and attempt.deadline_at <= now
+            and attempt.deadline_at != attempt.engine_deadline_at
+            and attempt.given_up is None
+        ]
+
     def __iter__(self) -> Iterator[Attempt[LinkT]]:
         """Running attempts."""
         return iter(self.running.values())
@@ -265,7 +321,9 @@ class Ledger(Generic[LinkT]):
             live_link = None if attempt.replay is not None else attempt.link
             assert attempt.live_link is live_link, "who reads is sent tokens, or replayed to"
         assert all(attempt.ended is not None for attempt in self._ended.values())
-        assert self._ended_tokens == sum(a.num_tokens for a in self._ended.values())
+        assert self._ended_tokens == sum(a.weight for a in self._ended.values())
+        for attempt in (*self.running.values(), *self._ended.values()):
+            assert attempt.logprobs_bytes == sum(map(len, attempt.logprobs or ()))
         assert len(self._epochs) <= self._retention.epochs_max + len(self.running)
 
     def _claim(self, stream: StreamId, epoch: int) -> None:
@@ -297,9 +355,15 @@ class Ledger(Generic[LinkT]):
             ):
                 return
             del self._ended[oldest.slot]
-            self._ended_tokens -= oldest.num_tokens
+            self._ended_tokens -= oldest.weight
             if self._by_stream.get(oldest.stream) is oldest:
                 del self._by_stream[oldest.stream]
+
+
+def _deadline_at(message: pb.StartAttempt | relay.AdoptAttempt, now: float) -> float | None:
+    if not message.HasField("deadline"):
+        return None
+    return now + message.deadline.ToNanoseconds() / 1e9
 
 
 def stream_id(key: pb.StreamKey) -> StreamId:

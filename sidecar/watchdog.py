@@ -236,7 +236,7 @@ class Watchdog:
         self._still_s = 0.0
 
     def prefilled(self, num_tokens: int, took_s: float) -> None:
-        """So many tokens were computed, from the order to the first token, waiting included."""
+        """So many tokens were computed within a time that may have waiting in it."""
         self._prefill_pace.add(num_tokens, took_s)
 
     # What to make of it.

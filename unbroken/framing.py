@@ -136,6 +136,11 @@ class Connection(asyncio.Protocol, Generic[InboundT]):
         await drained
 
     @property
+    def bytes_unsent(self) -> int:
+        """Written here and not taken by the kernel yet."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    @property
     def is_closed(self) -> bool:
         """The connection has ended, on both ways."""
         return self._closed.done()

@@ -50,6 +50,10 @@ class EngineListener(Protocol):
         """One step, with the slots that `start` was given."""
         ...
 
+    def on_refused(self, refused: attempt_pb2.AttemptRefused) -> None:
+        """An attempt did not get to the engine; that is no sign of its life."""
+        ...
+
     def on_down(self, down: EngineDown) -> None:
         """The engine is gone; all it had produced was heard before."""
         ...

@@ -30,6 +30,12 @@ from unbroken.v1 import attempt_pb2, engine_pb2, worker_pb2
 
 PROTOCOL_VERSION: Final = 1
 
+UNSENT_BYTES_SOFT: Final = 8 * 1024 * 1024
+"""An engine that has left so much unread is begun no more attempts: they are refused."""
+UNSENT_BYTES_HARD: Final = 32 * 1024 * 1024
+"""An engine that has left so much unread hangs, and its life is over: nothing is dropped."""
+_RETRY_AFTER_S: Final = 1
+
 _CONNECT_POLL_S: Final = 0.02
 _DRAIN_TIMEOUT_S: Final = 1.0
 """How long what a dead process had written may take to be read."""
@@ -82,7 +88,7 @@ class NativeEngine(Engine):
             self._finished.set()
 
     def start(self, message: attempt_pb2.StartAttempt) -> None:
-        """Begin an attempt; one too large for the socket is refused in a frame of ours."""
+        """Begin an attempt; one for which there is no room is refused here."""
         self._send(engine_pb2.EngineRequest(start=message))
 
     def abort(self, slot: int) -> None:
@@ -391,6 +397,12 @@ class _Life:
         outbox, self._outbox = self._outbox, []
         if not self.is_serving or self._connection is None:
             return
+        unsent = self._connection.bytes_unsent
+        if unsent > UNSENT_BYTES_SOFT:
+            refused = [request for request in outbox if request.HasField("start")]
+            outbox = [request for request in outbox if not request.HasField("start")]
+            for request in refused:
+                self._refuse_for_now(request, unsent)
         try:
             self._connection.send_all(outbox)
         except MessageTooLarge:  # Nothing was sent.
@@ -398,16 +410,33 @@ class _Life:
                 try:
                     self._connection.send(request)
                 except MessageTooLarge as error:
-                    self._refuse(request, error)
+                    self._refuse(request, worker_pb2.FAILURE_KIND_REJECTED, error.detail)
+        if self._connection.bytes_unsent > UNSENT_BYTES_HARD:
+            detail = f"the engine leaves more than {UNSENT_BYTES_HARD} bytes unread"
+            self.fail(detail, FailureKind.HANG)
 
-    def _refuse(self, request: engine_pb2.EngineRequest, error: MessageTooLarge) -> None:
-        assert request.HasField("start"), "only a checkpoint has no bound"
-        refused = attempt_pb2.AttemptRefused(
-            slot=request.start.slot,
-            kind=worker_pb2.FAILURE_KIND_REJECTED,
-            detail=error.detail,
+    def _refuse_for_now(self, request: engine_pb2.EngineRequest, unsent: int) -> None:
+        detail = f"the engine is behind: it has left {unsent} bytes unread"
+        self._refuse(
+            request, worker_pb2.FAILURE_KIND_OVERLOAD, detail, retry_after_s=_RETRY_AFTER_S
         )
-        self._hear(attempt_pb2.StepFrame(refused=[refused]))
+
+    def _refuse(
+        self,
+        request: engine_pb2.EngineRequest,
+        kind: "worker_pb2.FailureKind.ValueType",
+        detail: str,
+        *,
+        retry_after_s: int = 0,
+    ) -> None:
+        assert request.HasField("start"), "only a checkpoint has no bound"
+        refused = attempt_pb2.AttemptRefused(slot=request.start.slot, kind=kind, detail=detail)
+        if retry_after_s:
+            refused.retry_after.FromSeconds(retry_after_s)
+        try:
+            self._listener.on_refused(refused)
+        except Exception as bug:
+            self._our_bug("on_refused", bug)
 
     # Its end.
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
+from google.protobuf.duration_pb2 import Duration
 from typing_extensions import override
 
 from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
@@ -36,6 +37,7 @@ def start_of(
     first_offset: int = 0,
     prompt: Iterable[int] = (),
     window_tokens: int = 0,
+    deadline: Duration | None = None,
 ) -> attempt_pb2.StartAttempt:
     return attempt_pb2.StartAttempt(
         slot=slot,
@@ -43,6 +45,7 @@ def start_of(
         epoch=epoch,
         checkpoint=attempt_pb2.Checkpoint(prompt_token_ids=prompt, first_offset=first_offset),
         window_tokens=window_tokens,
+        deadline=deadline,
     )
 
 
@@ -183,16 +186,28 @@ class Frontend(Reader):
         return slot
 
     def adopt(
-        self, request_id: str = "r", epoch: int = 2, offset: int = 0, window_tokens: int = 0
+        self,
+        request_id: str = "r",
+        epoch: int = 2,
+        offset: int = 0,
+        window_tokens: int = 0,
+        **more: object,
     ) -> int:
         slot = self._take_slot()
         self.offsets[slot] = offset
-        key = attempt_pb2.StreamKey(request_id=request_id)
         message = pb.AdoptAttempt(
-            slot=slot, stream=key, epoch=epoch, offset=offset, window_tokens=window_tokens
+            slot=slot,
+            stream=attempt_pb2.StreamKey(request_id=request_id),
+            epoch=epoch,
+            offset=offset,
+            window_tokens=window_tokens,
+            **more,  # pyright: ignore[reportArgumentType]
         )
         self.hub.adopt(self.link, message)
         return slot
+
+    def release(self) -> None:
+        self.hub.release(self.link)
 
     def ack(self, slot: int, offset: int) -> None:
         self.hub.ack(self.link, attempt_pb2.AckAttempts(slots=[slot], offsets=[offset]))
@@ -236,10 +251,14 @@ class Desk:
                 frame.token_counts.append(len(ids))
         self.hub.on_frame(frame)
 
-    def say(self, *, running: int = 0, queued: int = 0, num_steps: int = 0) -> None:
+    def say(
+        self, *, running: int = 0, queued: int = 0, num_steps: int = 0, prefilled: int = 0
+    ) -> None:
         """A sign of life of the engine."""
         rank = worker_pb2.RankLoad(requests_running=running, prefill_tokens_queued=queued)
-        load = worker_pb2.LoadReport(engine_steps_total=num_steps, ranks=[rank])
+        load = worker_pb2.LoadReport(
+            engine_steps_total=num_steps, ranks=[rank], prefill_tokens_total=prefilled
+        )
         self.hub.on_frame(attempt_pb2.StepFrame(load=load))
 
     def watch(self, duration_s: float) -> None:

@@ -550,16 +550,66 @@ def test_an_adoption_that_cannot_be_is_refused_and_changes_nothing(
     desk.check()
 
 
-def test_a_stream_with_log_probabilities_is_not_adopted() -> None:
+def test_log_probabilities_are_told_again_with_their_tokens() -> None:
     desk = Desk()
     frontend = desk.frontend()
     start = start_of(1)
     start.checkpoint.params.logprobs.num_top = 2
     desk.hub.start(frontend.link, start)
-    slot = (new := desk.frontend("new")).adopt()
+    for offset in range(3):
+        step_with_logprobs(desk, offset)
+    slot = (new := desk.frontend("new")).adopt(offset=1, window_tokens=2)
+    step_with_logprobs(desk, 3)
     new.read()
-    assert new.refused[slot].kind == worker_pb2.FAILURE_KIND_UNSPECIFIED
-    assert "log probabilities" in new.refused[slot].detail
+    assert (new.tokens, new.logprobs) == ({slot: [7, 7]}, {slot: [-1.0, -2.0]})
+    new.ack(slot, 3)
+    step_with_logprobs(desk, 4)
+    new.read()
+    assert new.logprobs == {slot: [-1.0, -2.0, -3.0, -4.0]}
+    desk.end(finished(1, 5))
+    desk.check()
+    again = (newest := desk.frontend("newest")).adopt(epoch=3)
+    newest.read()
+    assert newest.logprobs == {again: [0.0, -1.0, -2.0, -3.0, -4.0]}
+    assert newest.ended[again].finish_reason == LENGTH
+
+
+def test_a_long_output_with_log_probabilities_is_told_again_in_frames_that_can_be_read() -> None:
+    desk = Desk()
+    frontend = desk.frontend()
+    start = start_of(1)
+    start.checkpoint.params.logprobs.num_top = 20
+    desk.hub.start(frontend.link, start)
+    token = generation_pb2.TokenLogprobs(
+        logprob=-1.5, top_token_ids=range(300, 320), top_logprobs=[-1.5] * 20
+    )
+    num_tokens = 70_000
+    desk.hub.on_frame(
+        attempt_pb2.StepFrame(
+            slots=[1],
+            offsets=[0],
+            token_counts=[num_tokens],
+            token_ids=[7] * num_tokens,
+            logprobs=[attempt_pb2.SlotLogprobs(slot=1, tokens=[token] * num_tokens)],
+        )
+    )
+    slot = (new := desk.frontend("new")).adopt()
+    responses = new.read()
+    assert len(new.logprobs[slot]) == len(new.tokens[slot]) == num_tokens
+    assert max(response.ByteSize() for response in responses) < 8 * 1024 * 1024
+    assert sum(response.ByteSize() for response in responses) > 8 * 1024 * 1024
+
+
+def step_with_logprobs(desk: Desk, offset: int) -> None:
+    token = generation_pb2.TokenLogprobs(logprob=-offset)
+    desk.hub.on_frame(
+        attempt_pb2.StepFrame(
+            slots=[1],
+            offsets=[offset],
+            token_ids=[7],
+            logprobs=[attempt_pb2.SlotLogprobs(slot=1, tokens=[token])],
+        )
+    )
 
 
 def test_an_adopter_is_sent_no_more_than_its_window() -> None:

@@ -13,11 +13,24 @@ from unbroken.v1 import attempt_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 
 
+def enter(
+    ledger: Ledger[str], start: attempt_pb2.StartAttempt, *, orphan_grace_s: float
+) -> tuple[Attempt[str], Attempt[str] | None]:
+    return ledger.begin(
+        start,
+        "f",
+        owner=("f", 1),
+        orphan_grace_s=orphan_grace_s,
+        engine_incarnation=1,
+        now=0.0,
+    )
+
+
 def begin(
     ledger: Ledger[str], request_id: str = "r", epoch: int = 1, **more: object
 ) -> Attempt[str]:
     start = start_of(1, request_id, epoch, **more)  # pyright: ignore[reportArgumentType]
-    return ledger.begin(start, "f", owner=("f", 1), orphan_grace_s=5.0)[0]
+    return enter(ledger, start, orphan_grace_s=5.0)[0]
 
 
 def end(ledger: Ledger[str], attempt: Attempt[str], now: float = 0.0) -> None:
@@ -46,7 +59,7 @@ def test_streams_of_other_tenants_requests_and_choices_have_epochs_of_their_own(
     for tenant, request_id, choice_index in keys:
         start = start_of(1, request_id, 1, tenant=tenant)
         start.stream.choice_index = choice_index
-        attempt, revoked = ledger.begin(start, "f", owner=("f", 1), orphan_grace_s=0)
+        attempt, revoked = enter(ledger, start, orphan_grace_s=0)
         assert attempt.stream == (tenant, request_id, choice_index)
         assert revoked is None
     assert [attempt.slot for attempt in ledger] == [1, 2, 3, 4]
@@ -56,14 +69,14 @@ def test_a_newer_epoch_revokes_the_attempt_that_runs_and_no_other() -> None:
     ledger = Ledger[str]()
     first = begin(ledger, epoch=1)
     begin(ledger, "other")
-    _, revoked = ledger.begin(start_of(1, epoch=2), "f", owner=("f", 1), orphan_grace_s=0)
+    _, revoked = enter(ledger, start_of(1, epoch=2), orphan_grace_s=0)
     assert revoked is first
     end(ledger, first)
     second = ledger.peek(attempt_pb2.StreamKey(request_id="r"))
     assert second is not None
     assert second.epoch == 2
     end(ledger, second)
-    _, revoked = ledger.begin(start_of(1, epoch=3), "f", owner=("f", 1), orphan_grace_s=0)
+    _, revoked = enter(ledger, start_of(1, epoch=3), orphan_grace_s=0)
     assert revoked is None
     ledger.check()
 
@@ -79,7 +92,7 @@ def test_an_ended_attempt_is_remembered_for_its_time() -> None:
     with pytest.raises(Fenced):
         begin(ledger, epoch=1)
     with pytest.raises(KeyError):
-        ledger.adopt(adoption(), "g", owner=("g", 1))
+        ledger.adopt(adoption(), "g", owner=("g", 1), now=0.0)
 
 
 def test_no_more_attempts_and_tokens_are_remembered_than_the_retention_says() -> None:
@@ -95,6 +108,33 @@ def test_no_more_attempts_and_tokens_are_remembered_than_the_retention_says() ->
     end(ledger, begin(ledger, "d", prompt=range(11)))  # Prompts take memory, too.
     assert remembered() == []
     ledger.check()
+
+
+def test_log_probabilities_count_as_the_memory_that_they_take() -> None:
+    ledger = Ledger[str](Retention(tokens_max=100))
+    attempt = begin(ledger)
+    attempt.logprobs = [b"x" * 300]
+    attempt.logprobs_bytes = 300
+    end(ledger, attempt)
+    end(ledger, begin(ledger, "small", prompt=range(25)))
+    ledger.check()
+    assert ledger.peek(attempt_pb2.StreamKey(request_id="r")) is attempt
+    end(ledger, begin(ledger, "one more", prompt=[1]))
+    ledger.check()
+    assert ledger.peek(attempt_pb2.StreamKey(request_id="r")) is None
+
+
+def test_epochs_of_any_generation_are_ordered() -> None:
+    ledger = Ledger[str]()
+    begin(ledger, epoch=1)
+    begin(ledger, epoch=(1 << 32) + 1)
+    with pytest.raises(Fenced):
+        begin(ledger, epoch=2)
+    begin(ledger, epoch=(7 << 32) + 3)
+    begin(ledger, epoch=2**64 - 1)
+    with pytest.raises(Fenced) as fenced:
+        begin(ledger, epoch=2**64 - 1)
+    assert fenced.value.epoch_known == 2**64 - 1
 
 
 def test_epochs_are_bounded_while_those_of_running_attempts_stay() -> None:
@@ -126,7 +166,7 @@ def test_an_adopted_orphan_does_not_expire() -> None:
     ledger = Ledger[str]()
     attempt = begin(ledger)
     ledger.orphan([attempt], now=100)
-    assert ledger.adopt(adoption(), "g", owner=("g", 1)) is attempt
+    assert ledger.adopt(adoption(), "g", owner=("g", 1), now=0.0) is attempt
     assert (attempt.link, attempt.link_slot, attempt.epoch) == ("g", 9, 2)
     assert ledger.expired(1000) == []
     ledger.check()
@@ -147,10 +187,10 @@ def test_an_offset_that_is_not_in_the_ledger_changes_nothing(offset: int) -> Non
     attempt = begin(ledger, first_offset=3)
     attempt.token_ids.extend([7, 8])
     with pytest.raises(ValueError, match=f"expected an offset from 3 to 5, got {offset}"):
-        ledger.adopt(adoption(epoch=2, offset=offset), "g", owner=("g", 1))
+        ledger.adopt(adoption(epoch=2, offset=offset), "g", owner=("g", 1), now=0.0)
     assert (attempt.link, attempt.epoch) == ("f", 1)
     with pytest.raises(Fenced):  # It has no say, so its offset does not matter.
-        ledger.adopt(adoption(epoch=1, offset=offset), "g", owner=("g", 1))
+        ledger.adopt(adoption(epoch=1, offset=offset), "g", owner=("g", 1), now=0.0)
     begin(ledger, epoch=2)  # The refused epoch was not used up.
 
 
@@ -172,7 +212,7 @@ def test_an_engine_paces_a_reader_if_its_window_is_as_tight(
     ledger = Ledger[str]()
     attempt = begin(ledger, window_tokens=own)
     attempt.acknowledge(acknowledged)
-    ledger.adopt(adoption(), "g", owner=("g", 1))
+    ledger.adopt(adoption(), "g", owner=("g", 1), now=0.0)
     assert attempt.replay is not None
     attempt.replay.window_tokens = wanted
     assert attempt.is_paced_by_engine is is_paced
@@ -207,7 +247,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def start(self, request: str, epoch: int, prompt: int) -> None:
         start = start_of(1, request, epoch, prompt=range(prompt))
         try:
-            attempt, revoked = self.ledger.begin(start, "f", owner=("f", 1), orphan_grace_s=2)
+            attempt, revoked = enter(self.ledger, start, orphan_grace_s=2)
         except Fenced as fenced:
             known = fenced.epoch_known
         else:
@@ -224,7 +264,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(request=REQUESTS, epoch=EPOCHS, offset=st.integers(0, 3))
     def adopt(self, request: str, epoch: int, offset: int) -> None:
         try:
-            attempt = self.ledger.adopt(adoption(request, epoch, offset), "g", owner=("g", 1))
+            attempt = self.ledger.adopt(
+                adoption(request, epoch, offset), "g", owner=("g", 1), now=0.0
+            )
         except (KeyError, ValueError, Fenced):
             return
         assert epoch > self.running.get(request, 0)

@@ -26,7 +26,7 @@ TIMEOUT_S = 30
 FAST = RestartPolicy(backoff_initial_s=0.01, backoff_max_s=0.01, crash_loop_limit=100)
 ONCE = RestartPolicy(crash_loop_limit=1)
 
-Event = EngineUp | EngineDown | attempt_pb2.StepFrame
+Event = EngineUp | EngineDown | attempt_pb2.StepFrame | attempt_pb2.AttemptRefused
 
 
 class Heard:
@@ -47,6 +47,9 @@ class Heard:
     def on_down(self, down: EngineDown) -> None:
         self._add(down)
 
+    def on_refused(self, refused: attempt_pb2.AttemptRefused) -> None:
+        self._add(refused)
+
     def _add(self, event: Event) -> None:
         self.events.append(event)
         self._changed.set()
@@ -62,6 +65,10 @@ class Heard:
     @property
     def frames(self) -> list[attempt_pb2.StepFrame]:
         return [event for event in self.events if isinstance(event, attempt_pb2.StepFrame)]
+
+    @property
+    def refused(self) -> list[attempt_pb2.AttemptRefused]:
+        return [event for event in self.events if isinstance(event, attempt_pb2.AttemptRefused)]
 
     @property
     def tokens(self) -> list[tuple[int, int]]:
@@ -213,8 +220,8 @@ def test_an_attempt_too_large_for_the_socket_is_refused_and_others_are_not(play:
             huge.checkpoint.prompt_token_ids.extend([2**32 - 1] * 3_500_000)
             engine.start(huge)
             engine.start(order("emit 1", slot=2))
-            await heard.until(lambda: len(heard.frames) == 2)
-            (refused,) = heard.frames[0].refused
+            await heard.until(lambda: bool(heard.frames))
+            (refused,) = heard.refused
             assert (refused.slot, refused.kind) == (1, worker_pb2.FAILURE_KIND_REJECTED)
             assert heard.tokens == [(2, 0)]
 
@@ -562,6 +569,64 @@ def test_an_attached_engine_that_is_not_there_is_told(play: Play) -> None:
         async with attached as (_, heard):
             down = await heard.down()
             assert (down.failure, down.is_final) == (FailureKind.CRASH, True)
+
+    play(scenario)
+
+
+# An engine that does not read.
+
+
+def large(slot: int) -> attempt_pb2.StartAttempt:
+    start = order("emit 1", slot)
+    start.checkpoint.prompt_token_ids.extend([2**32 - 1] * 200_000)  # 5 bytes each.
+    return start
+
+
+def stop(up: EngineUp) -> None:
+    os.kill(up.process_group, signal.SIGSTOP)
+    while ") T " not in Path(f"/proc/{up.process_group}/stat").read_text():
+        time.sleep(0.001)
+
+
+def test_an_engine_that_does_not_read_is_begun_no_more_than_it_may_leave_unread(play: Play) -> None:
+    async def scenario(world: World) -> None:
+        async with world.engine() as (engine, heard):
+            up = await heard.up()
+            stop(up)
+            for slot in range(1, 31):
+                engine.start(large(slot))
+                await asyncio.sleep(0)  # Each in a turn of its own.
+            refused = {message.slot for message in heard.refused}
+            assert refused == set(range(min(refused), 31))
+            assert native.UNSENT_BYTES_SOFT / 1e6 < len(refused) < 25
+            (first, *_) = heard.refused
+            assert first.kind == worker_pb2.FAILURE_KIND_OVERLOAD
+            assert first.retry_after.seconds > 0
+            assert "bytes unread" in first.detail
+            engine.abort(31)
+            os.kill(up.process_group, signal.SIGCONT)
+            await heard.until(lambda: bool(heard.tokens) and heard.tokens[-1][0] == 31)
+            assert [slot for slot, _ in heard.tokens] == [*range(1, min(refused)), 31]
+            engine.start(large(32))
+            await heard.until(lambda: heard.tokens[-1][0] == 32)
+            assert not heard.downs
+
+    play(scenario)
+
+
+def test_an_engine_that_leaves_too_much_unread_hangs(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "UNSENT_BYTES_HARD", 1_000_000)
+
+    async def scenario(world: World) -> None:
+        async with world.engine() as (engine, heard):
+            stop(await heard.up())
+            for slot in range(1, 4):
+                engine.start(large(slot))
+            assert (await heard.down()).failure is FailureKind.HANG
+            assert "unread" in heard.downs[0].detail
+            assert (await heard.up(2)).incarnation == 2
 
     play(scenario)
 

@@ -356,6 +356,35 @@ def test_commands_reach_the_engine() -> None:
     run(scenario)
 
 
+def test_a_new_call_takes_up_what_it_wants_in_bulk_and_releases_the_rest() -> None:
+    async def scenario() -> None:
+        async with relaying() as world:
+            old = await world.connect()
+            slots = [await world.start(old, slot, f"r{slot}") for slot in (1, 2, 3)]
+            for slot in slots:
+                world.step(slot, 5, 6)
+            client = await world.connect(call_number=2)
+            adopts = [
+                pb.AdoptAttempt(
+                    slot=slot,
+                    stream=attempt_pb2.StreamKey(request_id=f"r{slot}"),
+                    epoch=(1 << 32) + 1,
+                    offset=1,
+                )
+                for slot in (1, 2)
+            ]
+            client.offsets = {1: 1, 2: 1}
+            await client.say(commands=pb.AttemptCommands(adopts=adopts))
+            await client.say(release=pb.ReleaseAttempts())
+            await client.read_until(lambda: len(client.tokens) == 2)
+            assert client.tokens == {1: [6], 2: [6]}
+            await until(lambda: bool(world.engine.aborted))
+            assert world.engine.aborted == [slots[2]]
+            client.call.cancel()
+
+    run(scenario)
+
+
 def test_a_frontend_that_does_not_read_is_lost_and_nobody_else() -> None:
     async def scenario() -> None:
         async with relaying(write_max_s=0.5) as world, open_channel(world.address) as channel:

@@ -7,6 +7,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from tests.sidecar.fakes import Desk, engine_up
 from tests.sidecar.processes import until
 from tests.sidecar.worlds import Client, World, connected, run, running
@@ -165,6 +167,21 @@ def test_the_rate_of_prefill_is_measured_from_what_was_computed() -> None:
     frontend.start("r", prompt=range(200))
     bound_s = desk.hub.watchdog.bound_s(desk.now, desk.hub.work(desk.now))
     assert 3 + 4 * 200 * 0.01 * 0.9 <= bound_s <= 3 + 4 * 200 * 0.01 * 1.1
+
+
+def test_an_engine_that_counts_what_it_prefills_is_measured_while_it_does() -> None:
+    desk = desk_that_promises_frames()
+    frontend = desk.frontend()
+    frontend.start(prompt=range(900))
+    desk.say()
+    for num_steps in range(1, 6):
+        for _ in range(4):  # A second for each step of 100 tokens.
+            desk.watch(0.2)
+            desk.say(running=1, num_steps=num_steps - 1, prefilled=100 * (num_steps - 1))
+        desk.watch(0.2)
+        desk.say(running=1, num_steps=num_steps, prefilled=100 * num_steps)
+    bound_s = desk.hub.watchdog.bound_s(desk.now, desk.hub.work(desk.now))
+    assert bound_s == pytest.approx(3 + 4 * 900 * 0.01)
 
 
 # A real engine, really stopped.
