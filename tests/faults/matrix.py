@@ -36,14 +36,15 @@ from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import inference_service_pb2 as pb
 
 STEP_S: Final = 0.020
-PREFILL_STEPS: Final = 40
+PREFILL_STEPS: Final = 20
+PREFILL_TOKENS_MAX: Final = 64
 BATCH_SIZE: Final = 10
 EDGE_TOKENS: Final = 4
 """A stream with at most so many tokens is at its first; with so few to come, at its last."""
 
 ENGINE_OPTIONS: Final = (
-    f"--step-base-ms {STEP_S * 1e3:g} --prefill-tokens-max 16 --prefill-tokens-per-s 1000000"
-    f" --batch-size-max {BATCH_SIZE}"
+    f"--step-base-ms {STEP_S * 1e3:g} --batch-size-max {BATCH_SIZE}"
+    f" --prefill-tokens-max {PREFILL_TOKENS_MAX} --prefill-tokens-per-s 1000000"
 )
 RECOVER_WITHIN_S: Final = 8.0
 """Streams that are not over by then, with the fault still there, are hung."""
@@ -130,7 +131,7 @@ class _Cast:
         self.middle = [self._wanted(8, 90) for _ in range(4)]
         self.last = [self._wanted(8, 44 + number) for number in range(8)]
         self.first = [self._wanted(8, 30) for _ in range(4)]
-        self.prefill = [self._wanted(16 * PREFILL_STEPS, 10) for _ in range(4)]
+        self.prefill = [self._wanted(PREFILL_STEPS * PREFILL_TOKENS_MAX, 10) for _ in range(4)]
         self.queued = [self._wanted(8, 10) for _ in range(6)]
 
     def _wanted(self, num_prompt: int, num_tokens: int) -> Wanted:
@@ -260,7 +261,7 @@ async def _bring_to_the_moment(arena: Arena, cast: _Cast) -> None:
         await client.until(lambda: not client.open_streams & {o.name for o in cast.after})
         ask(cast.middle)
         ask(cast.last)
-        await client.until(lambda: is_near_its_end(EDGE_TOKENS + 4))
+        await client.until(lambda: is_near_its_end(EDGE_TOKENS + 1))
         ask(cast.first)
         await client.until(lambda: sum(client.num_tokens(o.name) > 0 for o in cast.first) >= 3)
         ask(cast.prefill)

@@ -14,12 +14,14 @@ nobody acknowledges them, as with a cut cable, and it needs iproute2 and the rig
 namespaces, but no packet filter.
 """
 
+import ctypes
 import json
 import os
 import secrets
 import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -28,6 +30,7 @@ from unbroken.chaos.proxy import BOTH, Direction
 HUB: Final = "hub"
 
 _NOBODY: Final = "02:00:00:00:00:01"
+_CLONE_NEWNET: Final = 0x40000000
 
 
 def reason_not_permitted() -> str:
@@ -90,6 +93,13 @@ class Namespaces:
     def enter(self, name: str) -> list[str]:
         """Words before a command that is to run in the namespace of a worker, or in the hub."""
         return [shutil.which("ip") or "ip", "netns", "exec", self._name(name)]
+
+    def become(self, name: str) -> None:
+        """Move the calling thread there, and what it starts: a process of its own must do this."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with Path("/run/netns", self._name(name)).open() as file:
+            if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
 
     def address(self, worker_id: str) -> str:
         """Where the worker is, seen from the hub."""

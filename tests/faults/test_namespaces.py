@@ -1,5 +1,6 @@
 """Packets are lost in the directions that are named, and that is counted."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Generator
@@ -89,3 +90,16 @@ def test_other_workers_are_not_hit(net: Namespaces, server: subprocess.Popen[str
     net.drop("w2")
     assert answer(net, "hello") == "hello"
     assert heard(server) == "hello"
+
+
+@pytest.mark.xdist_group("integration")
+def test_streams_survive_a_host_that_loses_every_packet() -> None:
+    command = [sys.executable, "-m", "tests.faults.partition"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    if reason := figures.get("skipped"):
+        pytest.skip(reason)
+    assert figures["ok"], figures
+    assert figures["complete"] == figures["streams"] > 0
+    assert figures["migrated"] > 0
+    assert all(figures["packets_lost"].values())

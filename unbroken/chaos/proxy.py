@@ -281,12 +281,13 @@ class _Connection:
     async def _until_over(self, deliveries: Sequence[asyncio.Task[None]]) -> None:
         """Wait until all is delivered, or somebody ended it."""
         over = asyncio.create_task(self._over.wait())
-        delivered = asyncio.gather(*deliveries, return_exceptions=True)
+        delivered = asyncio.create_task(asyncio.wait(deliveries))
         try:
             await asyncio.wait([over, delivered], return_when=asyncio.FIRST_COMPLETED)
         finally:
             over.cancel()
-            await asyncio.gather(over, return_exceptions=True)
+            delivered.cancel()
+            await asyncio.gather(over, delivered, return_exceptions=True)
 
     @property
     def is_over(self) -> bool:
