@@ -13,6 +13,8 @@ class ReceivedChoice:
 
     token_ids: "array[int]" = field(default_factory=lambda: array("I"))
     num_text_bytes: int = 0
+    logprob_sum: float | None = 0.0
+    """Of the tokens, if they were asked for; None if it is not known."""
 
 
 class Received:
@@ -41,6 +43,8 @@ class Received:
             choice = received._choice(position.choice_index)
             choice.token_ids.extend(position.token_ids)
             choice.num_text_bytes = position.num_text_bytes
+            has_sum = position.HasField("cumulative_logprob")
+            choice.logprob_sum = position.cumulative_logprob if has_sum else None
         return received
 
     def resume_request(self) -> pb.ResumeRequest:
@@ -52,6 +56,7 @@ class Received:
                     choice_index=index,
                     token_ids=choice.token_ids,
                     num_text_bytes=choice.num_text_bytes,
+                    cumulative_logprob=choice.logprob_sum if self._wants_logprobs else None,
                 )
         return resume
 
@@ -83,6 +88,9 @@ class Received:
                     f"{len(response.logprobs)}",
                 )
             choice.token_ids.extend(response.token_ids)
+            if choice.logprob_sum is not None:
+                for entry in response.logprobs:
+                    choice.logprob_sum += entry.logprob
         if response.text:
             choice.num_text_bytes += len(response.text.encode())
         if response.resume_token:

@@ -142,6 +142,22 @@ def test_every_choice_goes_on_where_it_was() -> None:
     assert outcome.stream.resumes[0].offsets == (0, 1, 2)
 
 
+def test_the_sum_of_the_log_probabilities_is_told() -> None:
+    def piece(offset: int, *logprobs: float) -> pb.GenerateResponse:
+        message = tokens(offset, *range(len(logprobs)))
+        for logprob in logprobs:
+            message.logprobs.add(logprob=logprob)
+        return message
+
+    first = FakeFrontend(
+        [started(resume_token=b"t1"), piece(0, -0.5, -1.0), piece(2, -0.25), BROKEN]
+    )
+    second = FakeFrontend((), [piece(3, -2.0), finished(4)])
+    assert outcome_of(first, second, num_top_logprobs=0).error is None
+    (position,) = second.resumes[0].positions
+    assert position.cumulative_logprob == -1.75
+
+
 def test_the_newest_token_counts() -> None:
     newer = pb.GenerateResponse(resume_token=b"t2")
     newest = tokens(2, 3)

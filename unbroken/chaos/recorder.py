@@ -196,7 +196,7 @@ def billing_of(finished: pb.StreamFinished) -> object:
                     choice.stop,
                     choice.stop_token_id if choice.HasField("stop_token_id") else None,
                     choice.num_tokens,
-                    choice.cumulative_logprob,
+                    round(choice.cumulative_logprob, 6),  # Sums depend on their order.
                 ]
                 for choice in finished.choices
             ],
