@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check format lint types protos landed-protos simulate matrix chaos detection soak zombie recovery bench lock clean
+.PHONY: help demo test check format lint types protos landed-protos simulate matrix chaos detection soak zombie recovery frontend-loss bench lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -60,6 +60,9 @@ zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothin
 
 recovery: .venv/.dev ## How long a stream stands still when its worker is killed
 	$(BIN)/python -m benchmarks.recovery
+
+frontend-loss: .venv/.dev ## The same when its frontend is killed, with 40 and with 500 streams
+	$(BIN)/python -m benchmarks.frontend_loss
 
 bench: .venv/.bench ## Cost and latency of each hop, beside the direct path and Envoy
 	$(BIN)/python -m benchmarks.hops

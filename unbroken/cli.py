@@ -142,7 +142,7 @@ def generate(
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Stream the answer to a prompt. With JSON, one event a line."""
+    """Stream the answer to a prompt, whatever dies meanwhile. With JSON, one event a line."""
     if chat + raw + token_ids > 1:
         raise typer.BadParameter("expected at most one of --chat, --raw, --token-ids")
     if system is not None and (raw or token_ids):
@@ -215,7 +215,7 @@ def streams(
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """List the requests of the frontend, oldest first."""
+    """List the requests of all frontends, oldest first at each."""
 
     async def scenario() -> None:
         async with await _connect(frontend, directory) as client:

@@ -11,7 +11,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from unbroken.client import GenerationStream, Piece
+from unbroken.client import GenerationStream, Piece, Resume
 from unbroken.errors import UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError
 from unbroken.v1 import admin_service_pb2 as admin_pb
@@ -31,6 +31,8 @@ class Printer(Protocol):
 
     def started(self, started: pb.StreamStarted) -> None: ...
     def piece(self, piece: Piece) -> None: ...
+    def resumed(self, resume: Resume) -> None: ...
+    def ended(self) -> None: ...
     def finished(self, finished: pb.StreamFinished) -> None: ...
 
 
@@ -38,17 +40,24 @@ async def show_stream(stream: GenerationStream, output: Output, num_choices: int
     """Show a stream of so many choices to its end, or to its error."""
     printer: Printer = EventPrinter() if output is Output.JSON else TextPrinter(num_choices)
     is_opened = False
+    num_resumes = 0
     try:
         async for piece in stream:
             if stream.started is not None and not is_opened:
                 is_opened = True
                 printer.started(stream.started)
+            for resume in stream.resumes[num_resumes:]:
+                num_resumes += 1
+                printer.resumed(resume)
             printer.piece(piece)
     finally:
         if stream.started is not None and not is_opened:
             printer.started(stream.started)
+        for resume in stream.resumes[num_resumes:]:
+            printer.resumed(resume)
         if stream.finished is not None:
             printer.finished(stream.finished)
+        printer.ended()
 
 
 class TextPrinter:
@@ -56,6 +65,7 @@ class TextPrinter:
 
     def __init__(self, num_choices: int) -> None:
         self._texts = [""] * num_choices
+        self._resumes: list[Resume] = []
         self._escape = "␛" if sys.stdout.isatty() else "\x1b"  # A model must not steer a terminal.
 
     def started(self, started: pb.StreamStarted) -> None:
@@ -67,6 +77,13 @@ class TextPrinter:
         if len(self._texts) == 1:
             sys.stdout.write(text)
             sys.stdout.flush()
+
+    def resumed(self, resume: Resume) -> None:
+        self._resumes.append(resume)  # A note in the middle would tear the text.
+
+    def ended(self) -> None:
+        for resume in self._resumes:
+            note(resume_note(resume))
 
     def finished(self, finished: pb.StreamFinished) -> None:
         if len(self._texts) > 1:
@@ -105,11 +122,32 @@ class EventPrinter:
             ]
         self._print(event)
 
+    def resumed(self, resume: Resume) -> None:
+        facts = {
+            "from": resume.from_address,
+            "to": resume.to_address,
+            "reason": resume.reason.value,
+            "offsets": resume.offsets,
+            "gap_s": round(resume.gap_s, 6),
+        }
+        self._print({"event": "resumed", **facts})
+
+    def ended(self) -> None:
+        """All was said."""
+
     def finished(self, finished: pb.StreamFinished) -> None:
         self._print({"event": "finished", **_to_dict(finished)})
 
     def _print(self, event: dict[str, Any]) -> None:
         print(json.dumps(event), flush=True)  # noqa: T201
+
+
+def resume_note(resume: Resume) -> str:
+    """How a stream went on at another frontend, or at the same."""
+    lost = f"lost frontend {resume.from_address} ({resume.reason.value.lower()})"
+    where = "there again" if resume.to_address == resume.from_address else f"at {resume.to_address}"
+    tokens = ", ".join(map(str, resume.offsets))
+    return f"{lost} at token {tokens}, went on {where}, gap {resume.gap_s * 1000:.1f} ms"
 
 
 def migration_notes(finished: pb.StreamFinished) -> list[str]:

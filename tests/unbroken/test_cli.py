@@ -115,6 +115,45 @@ def test_json_is_one_event_a_line_without_the_secret() -> None:
     assert run.events[3]["choices"][0]["num_tokens"] == 3
 
 
+BROKEN = UnbrokenError(Reason.UNREACHABLE, "the connection broke")
+
+
+def run_over_a_seam(*arguments: str) -> tuple[Run, str, str]:
+    """Run a command of whose two frontends the first breaks off; what it did, and the addresses."""
+
+    async def scenario() -> tuple[Run, str, str]:
+        first = FakeFrontend([started(resume_token=b"t"), *SCRIPT[1:2], BROKEN])
+        second = FakeFrontend((), SCRIPT[2:])
+        async with serving_frontend(first) as one, serving_frontend(second) as two:
+            run = await unbroken(*arguments, "--frontend", one, "--frontend", two)
+        return run, one, two
+
+    return uvloop.run(scenario())
+
+
+def test_the_loss_of_a_frontend_is_a_note_beside_the_text() -> None:
+    run, one, two = run_over_a_seam("generate", "hello")
+    assert (run.status, run.out) == (0, "unbroken\n")
+    lost = f"lost frontend {one} (unreachable) at token 2, went on at {two}, gap "
+    assert run.err.startswith(lost)
+
+
+def test_the_loss_of_a_frontend_is_an_event() -> None:
+    run, one, two = run_over_a_seam("generate", "hello", "-o", "json")
+    assert run.status == 0
+    names = [event["event"] for event in run.events]
+    assert names == ["started", "piece", "resumed", "piece", "finished"]
+    resumed = run.events[2]
+    assert 0 < resumed.pop("gap_s") < 5
+    assert resumed == {
+        "event": "resumed",
+        "from": one,
+        "to": two,
+        "reason": "UNREACHABLE",
+        "offsets": [2],
+    }
+
+
 def test_an_error_keeps_what_was_said_before_and_the_status_is_one() -> None:
     error = UnbrokenError(Reason.OVERLOADED, "full", retry_after_s=1.5, metadata={"a": "b"})
     run, _ = run_against([*SCRIPT[:-1], error], "generate", "hello")

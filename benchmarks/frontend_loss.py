@@ -1,0 +1,197 @@
+"""How long streams stand still when their frontend is killed, and whether they stay exact.
+
+Two frontends, two simulated workers at 10 ms a token, streams of the client library at the first
+frontend, SIGKILL of it in the middle, many trials. The gap is the time from the last message before
+the kill to the first output after it, at the other frontend. No token may be computed twice, since
+the sidecars live and keep the attempts that lost their frontend.
+
+    python -m benchmarks.frontend_loss [--trials 5] [--streams 40 500]
+
+A line of JSON for each number of streams, and one for all at the end.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from unbroken.chaos import processes
+from unbroken.client import Client, GenerationStream, Resume
+from unbroken.errors import UnbrokenError
+from unbroken.history import History, record
+from unbroken.mesh import LocalMesh
+
+STEP_S: Final = 0.010
+MAX_TOKENS: Final = 300
+NUM_PROMPTS: Final = 40
+"""So many different requests there are; more streams repeat them."""
+KILL_AFTER: Final = 0.3
+"""Share of all tokens that have come when the frontend is killed."""
+GAP_P99_MAX_S: Final = 0.150
+
+
+@dataclass(slots=True)
+class Totals:
+    """Figures over all trials with one number of streams."""
+
+    trials: int = 0
+    streams: int = 0
+    resumed: int = 0
+    failed: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    different: int = 0
+    recomputed: int = 0
+    resumes: list[Resume] = field(default_factory=list[Resume])
+    usual_gaps_s: list[float] = field(default_factory=list[float])
+    """Largest gap of each stream without a kill: the noise of the machine."""
+
+    def to_json(self, num_streams: int) -> Mapping[str, object]:
+        """Times in milliseconds."""
+        gaps_ms = sorted(resume.gap_s * 1e3 for resume in self.resumes) or [float("inf")]
+        p99_ms = _percentile(gaps_ms, 0.99)
+        is_ok = (
+            self.failed == self.lost == self.duplicated == self.different == self.recomputed == 0
+            and self.resumed == self.streams > 0
+            and p99_ms <= GAP_P99_MAX_S * 1e3
+        )
+        return {
+            "ok": is_ok,
+            "concurrent": num_streams,
+            "trials": self.trials,
+            "streams": self.streams,
+            "resumed": self.resumed,
+            "failed": self.failed,
+            "lost": self.lost,
+            "duplicated": self.duplicated,
+            "different": self.different,
+            "recomputed_tokens": self.recomputed,
+            "gap_ms_p50": round(statistics.median(gaps_ms), 1),
+            "gap_ms_p90": round(_percentile(gaps_ms, 0.9), 1),
+            "gap_ms_p99": round(p99_ms, 1),
+            "gap_ms_max": round(gaps_ms[-1], 1),
+            "gap_ms_p99_max": GAP_P99_MAX_S * 1e3,
+            "undisturbed_gap_ms_p50": round(statistics.median(self.usual_gaps_s) * 1e3, 1),
+            "undisturbed_gap_ms_p99": round(_percentile(sorted(self.usual_gaps_s), 0.99) * 1e3, 1),
+        }
+
+
+async def measure(
+    directory: Path, nums_streams: Sequence[int], num_trials: int
+) -> Mapping[int, Totals]:
+    """All trials, each number of streams in turn."""
+    options = (
+        f"--step-base-ms {STEP_S * 1e3:g} --prefill-tokens-per-s 1000000 --prefill-tokens-max 8192"
+    )
+    totals = {num_streams: Totals() for num_streams in nums_streams}
+    async with LocalMesh(
+        directory, num_workers=2, num_frontends=2, engine="simulated", engine_options=options
+    ) as mesh:
+        async with Client(mesh.frontend_address) as client:
+            expected = await asyncio.gather(
+                *(record(_generate(client, number)) for number in range(NUM_PROMPTS))
+            )
+            for num_streams, into in totals.items():
+                for history in await asyncio.gather(
+                    *(record(_generate(client, number)) for number in range(num_streams))
+                ):
+                    into.usual_gaps_s.append(_largest_gap_s(history))
+        for _ in range(num_trials):
+            for num_streams, into in totals.items():
+                await _trial(mesh, num_streams, expected, into)
+                await mesh.restart("f1")
+    return totals
+
+
+async def _trial(
+    mesh: LocalMesh, num_streams: int, expected: Sequence[History], totals: Totals
+) -> None:
+    async with Client(*mesh.frontend_addresses) as client:
+        streams = [_generate(client, number) for number in range(num_streams)]
+        histories = [History() for _ in streams]
+        reading = [
+            asyncio.create_task(record(stream, history))
+            for stream, history in zip(streams, histories, strict=True)
+        ]
+        tokens_before = KILL_AFTER * MAX_TOKENS * num_streams
+        while sum(history.num_tokens for history in histories) < tokens_before:  # noqa: ASYNC110
+            await asyncio.sleep(STEP_S / 3)
+        assert all(stream.frontend_address == mesh.frontend_address for stream in streams)
+        await processes.kill([mesh.frontend_pid])
+        results = await asyncio.gather(*reading, return_exceptions=True)
+    totals.trials += 1
+    for number, (stream, history, result) in enumerate(
+        zip(streams, histories, results, strict=True)
+    ):
+        totals.streams += 1
+        totals.resumed += bool(stream.resumes)
+        totals.resumes += stream.resumes
+        if isinstance(result, UnbrokenError):
+            totals.failed += 1
+            print(f"stream {number}: {result.reason.value}: {result}", file=sys.stderr)  # noqa: T201
+            continue
+        if isinstance(result, BaseException):
+            raise result
+        difference = history.difference(expected[number % NUM_PROMPTS])
+        totals.lost += difference.lost
+        totals.duplicated += difference.duplicated
+        totals.different += not difference.is_none
+        assert history.finished is not None, "it was read to its end"
+        usage = history.finished.usage
+        totals.recomputed += usage.recomputed_prefill_tokens + usage.recomputed_decode_tokens
+
+
+def _generate(client: Client, number: int) -> GenerationStream:
+    return client.generate(
+        prompt=f"stream {number % NUM_PROMPTS}",
+        max_tokens=MAX_TOKENS,
+        ignore_eos=True,
+        temperature=0.0,
+        timeout_s=120,
+    )
+
+
+def _largest_gap_s(history: History) -> float:
+    (choice,) = history.choices.values()
+    return max(choice.gap_s(offset) or 0.0 for offset in range(1, len(choice.token_ids)))
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return values[min(len(values) - 1, int(len(values) * share))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--streams", type=int, nargs="+", default=[40, 500])
+    arguments = parser.parse_args()
+    began_at = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        totals = uvloop.run(measure(Path(directory), arguments.streams, arguments.trials))
+    lines = [into.to_json(num_streams) for num_streams, into in totals.items()]
+    for line in lines:
+        print(json.dumps(line))  # noqa: T201 - Figures.
+    is_ok = all(line["ok"] for line in lines)
+    summary = {
+        "ok": is_ok,
+        "streams": sum(into.streams for into in totals.values()),
+        "gap_ms_p99": {str(line["concurrent"]): line["gap_ms_p99"] for line in lines},
+        "seconds": round(time.monotonic() - began_at, 1),
+    }
+    print(json.dumps(summary))  # noqa: T201 - The line that ends every measurement.
+    sys.exit(not is_ok)
+
+
+if __name__ == "__main__":
+    main()
