@@ -83,6 +83,16 @@ class Resume:
     """From the last message before to the first output after."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """The near side of a seam."""
+
+    address: str
+    reason: Reason
+    offsets: tuple[int, ...]
+    heard_at: float
+
+
 class GenerationStream:
     """The output of one request: an async iterator of pieces.
 
@@ -114,8 +124,8 @@ class GenerationStream:
         self._interrupted = asyncio.Event()
         """Set when the stream is over or its client closed: a pause ends at once."""
         self._resumes: list[Resume] = []
-        self._left: tuple[int, Reason, tuple[int, ...]] | None = None
-        """Frontend, reason and offsets of a seam after which nothing has come yet."""
+        self._left: _Left | None = None
+        """A seam after which nothing has come yet."""
         self._heard_at = 0.0
         self._error: UnbrokenError | None = None
 
@@ -254,11 +264,10 @@ class GenerationStream:
         if not way.has_started or response.token_ids or response.text or is_end:
             way.output_came()
             if self._left is not None:
-                index, reason, offsets = self._left
-                self._left = None
-                address = self._frontends.addresses[index]
+                left, self._left = self._left, None
+                gap_s = now - left.heard_at
                 self._resumes.append(
-                    Resume(address, self.frontend_address, reason, offsets, now - self._heard_at)
+                    Resume(left.address, self.frontend_address, left.reason, left.offsets, gap_s)
                 )
         self._heard_at = now
         way.has_started = True
@@ -303,7 +312,8 @@ class GenerationStream:
                 if self._resumption.has_started and self._left is None:
                     num_choices = max(1, self._request.num_choices)
                     offsets = tuple(map(self._received.num_tokens, range(num_choices)))
-                    self._left = (self._frontend, end.reason or error.reason, offsets)
+                    reason = end.reason or error.reason
+                    self._left = _Left(self.frontend_address, reason, offsets, self._heard_at)
                 self._pause_s = pause_s
 
     async def _pause(self) -> None:
