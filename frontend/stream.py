@@ -684,6 +684,10 @@ class Stream:
     def _lost(
         self, failure: FailureKind, detail: str, now: float, *, is_counted: bool = True
     ) -> list[Command]:
+        if not is_counted and failure is FailureKind.ENGINE_ERROR:
+            failure = (
+                FailureKind.PARTITION
+            )  # Whoever had it before has let it go: no engine failed.
         attempt = self.attempts[-1] if self.attempts else None  # None: of another frontend.
         if attempt is not None:
             attempt.failure, attempt.detail = failure, detail

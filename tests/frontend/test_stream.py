@@ -57,6 +57,21 @@ def text_of(stream: Stream) -> str:
 # Epochs.
 
 
+def test_an_attempt_that_its_former_reader_let_go_is_no_failure_of_an_engine() -> None:
+    for is_known in (True, False):
+        stream = streaming([A])
+        stream.unlinked(1, "reset", 2.0)
+        stream.relinked(1, 2.1)
+        if is_known:
+            stream.ended(stream.epoch, 1, FinishReason.CANCELLED, now=2.2)
+        else:
+            detail = "the stream is not known here"
+            stream.refused(stream.epoch, FailureKind.ENGINE_ERROR, detail, now=2.2)
+        assert [a.failure for a in stream.attempts] == [FailureKind.PARTITION] * 2
+        assert stream.state is State.PLACING
+        stream.check()
+
+
 def test_a_late_token_of_a_lost_worker_is_dropped() -> None:
     stream = streaming([A])
     assert lose(stream) == [Abort(1), Place(2, frozenset({W1}))]
