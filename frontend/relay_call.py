@@ -537,6 +537,7 @@ class RelayCall:
             checkpoint.output_token_ids,
             checkpoint.first_offset,
             sampling.seed if sampling.HasField("seed") else None,
+            adopted.started_epoch,
         )
         try:
             commands = seat.owner.stream.adopted(seat.epoch, adopted.end_offset, origin, now)

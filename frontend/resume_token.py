@@ -187,6 +187,7 @@ def past(claim: ChoiceClaim, position: pb.ResumePosition | None) -> Past:
         num_text_bytes=position.num_text_bytes if position is not None else 0,
         num_trusted=base if is_checked else 0,
         life=standing.life,
+        started_epoch=standing.started_epoch,
         way=standing.way,
         first_offset=standing.first_offset,
         base=base,
@@ -253,6 +254,7 @@ def _claims(
             num_attempts=standing.num_begun,
             num_losses=standing.num_losses,
             is_inexact=standing.is_inexact,
+            started_epoch=standing.started_epoch,
         )
         if standing.life is not None:
             entry.worker.worker_id = standing.life.worker_id
@@ -282,6 +284,7 @@ def _read(message: resume_token_pb2.ResumeClaims, expires_at: float) -> Claims:
         standing = Standing(
             epoch=entry.epoch,
             life=life,
+            started_epoch=entry.started_epoch,
             way=ContinuationClass(entry.continuation_class),
             first_offset=entry.first_offset,
             base=entry.base,

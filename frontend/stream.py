@@ -211,6 +211,8 @@ class Past:
     """So many of the tokens are surely the stream's; for the others there is the client's word."""
     life: Life | None = None
     """Where its attempt was; None if it had none."""
+    started_epoch: int = 0
+    """Under which that attempt was started."""
     way: ContinuationClass = ContinuationClass.UNSPECIFIED
     """How that attempt had gone on from the one before."""
     first_offset: int = 0
@@ -237,6 +239,8 @@ class Origin:
     output_token_ids: Sequence[int]
     first_offset: int
     seed: int | None
+    epoch: int
+    """Under which it was started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +249,7 @@ class Standing:
 
     epoch: int
     life: Life | None
+    started_epoch: int
     way: ContinuationClass
     first_offset: int
     base: int
@@ -269,7 +274,7 @@ class Accounts:
 
 
 _NONE = -1
-"""No epoch."""
+"""No epoch, no offset."""
 _ATTEMPTING = frozenset({State.RUNNING, State.UNLINKED})
 """When there is an attempt that can be lost."""
 _NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN})
@@ -298,6 +303,7 @@ class Stream:
         "_began_with",
         "_bytes",
         "_claimed",
+        "_contradicted_at",
         "_detokenizer",
         "_first_offset",
         "_flowing",
@@ -323,6 +329,7 @@ class Stream:
         "_said",
         "_said_from",
         "_serving",
+        "_started_epoch",
         "_stop_token_ids",
         "_tokenizer",
         "_told_again",
@@ -398,12 +405,14 @@ class Stream:
         self._is_stop_hidden = False  # The last token is a stop token: no part of the text.
         self._life: Life | None = None  # Of the current or latest attempt.
         self._way = ContinuationClass.UNSPECIFIED  # In which that attempt went on.
+        self._started_epoch = 0  # Under which it began; an adoption does not change it.
         self._first_offset = 0  # Of what that attempt produces, counting what comes again.
         self._base = 0  # Size of the ledger when that attempt began.
         self._is_adopting = False  # The sidecar has not answered yet.
         self._told_again = 0  # Before this offset an adopted attempt repeats; nothing is computed.
         self._is_resuming = past is not None  # Until an attempt is ours.
         self._claimed = range(0)  # Offsets for which there is only the client's word.
+        self._contradicted_at = _NONE
         self._num_outbids = 0
         self._was_inexact = False
         if past is not None:
@@ -449,6 +458,7 @@ class Stream:
         return Standing(
             epoch=self.epoch,
             life=self._life,
+            started_epoch=self._started_epoch,
             way=self._way,
             first_offset=self._first_offset,
             base=self._base,
@@ -520,6 +530,7 @@ class Stream:
         self._is_resuming = False
         self._serving = abilities
         self._life, self._way, self._base = life, way, resumed
+        self._started_epoch = epoch
         self._said = self._said_from = self._first_offset = checkpoint.first_offset
         self._acked = checkpoint.first_offset
         self._told_again = 0
@@ -569,17 +580,14 @@ class Stream:
         if offset != known:
             num_again = min(known - offset, len(token_ids))
             wrong = _first_difference(token_ids[:num_again], self.ledger[offset:])
-            if wrong is not None and offset + wrong in self._claimed:
-                return [Abort(epoch), *self._fail(_mismatch(offset + wrong))]
             if wrong is not None:
-                return self.lost(
-                    epoch,
-                    FailureKind.DIVERGED,
-                    f"tokens generated again from offset {offset} are not those delivered",
-                    now,
-                )
+                return self._contradicted(offset + wrong, now)
             self._said += num_again
             num_told = min(max(0, self._told_again - offset), num_again)
+            if num_told and offset <= self._claimed.start:
+                # It is no mere claim any more.
+                confirmed = max(self._claimed.start, offset + num_told)
+                self._claimed = range(confirmed, max(confirmed, self._claimed.stop))
             self.accounts.recomputed_decode_tokens += num_again - num_told
             token_ids = token_ids[num_again:]
             logprobs = logprobs[num_again:]
@@ -659,7 +667,7 @@ class Stream:
         if epoch != self.epoch or self.state is not State.UNLINKED:
             return []
         self.epoch += 1
-        self._unlinked_since = now
+        self._unlinked_since = self._placing_since = now
         return self._adopt()
 
     def adopted(self, epoch: int, end_offset: int, origin: Origin, now: float) -> Sequence[Command]:
@@ -685,9 +693,7 @@ class Stream:
         self, failure: FailureKind, detail: str, now: float, *, is_counted: bool = True
     ) -> list[Command]:
         if not is_counted and failure is FailureKind.ENGINE_ERROR:
-            failure = (
-                FailureKind.PARTITION
-            )  # Whoever had it before has let it go: no engine failed.
+            failure = FailureKind.PARTITION  # Whoever had it has let it go: no engine failed.
         attempt = self.attempts[-1] if self.attempts else None  # None: of another frontend.
         if attempt is not None:
             attempt.failure, attempt.detail = failure, detail
@@ -858,9 +864,11 @@ class Stream:
         unsent = _after_bytes(certain, past.num_text_bytes)
         self._output = _Output(sent=num_held, texts=[unsent] if unsent else [])
         self._life, self._way, self._base = past.life, past.way, past.base
+        self._started_epoch = past.started_epoch
         self._first_offset = self._said = past.first_offset
         self._serving = past.serving
-        self._began_with = past.began_with if num_held else None
+        # If none had delivered when the token was made, whoever served then did it since.
+        self._began_with = (past.began_with or past.serving) if num_held else None
         self._num_begun, self._num_losses = past.num_begun, past.num_losses
         self._claimed = range(min(past.num_trusted, num_held), num_held)
         self._logprob_sum = past.logprob_sum if num_held else 0.0
@@ -902,7 +910,8 @@ class Stream:
         given = [*origin.prompt_token_ids[len(prompt) :], *origin.output_token_ids]
         seed = None if sampling.is_greedy else sampling.seed
         if (
-            tuple(origin.prompt_token_ids[: len(prompt)]) != prompt
+            origin.epoch != self._started_epoch
+            or tuple(origin.prompt_token_ids[: len(prompt)]) != prompt
             or (seed is not None and origin.seed != seed)
             or origin.first_offset != self._said
             or len(given) != origin.first_offset
@@ -914,6 +923,9 @@ class Stream:
             return [Abort(epoch), *self._fail(_mismatch(max(self._base, end_offset)))]
         if (wrong := _first_difference(given, self.ledger)) is not None:
             return [Abort(epoch), *self._fail(_mismatch(wrong))]
+        if num_held < len(given) and self.original.params.num_top_logprobs is not None:
+            detail = "it was given tokens whose log probabilities nobody has any more"
+            return self._lost(FailureKind.PARTITION, detail, now, is_counted=False)
         self._is_resuming = False
         if num_held < len(given):
             said = self._said
@@ -921,6 +933,20 @@ class Stream:
             self._said = said
             return [*commands]
         return []
+
+    def _contradicted(self, offset: int, now: float) -> list[Command]:
+        """The attempt says another token than the ledger has.
+
+        If the ledger has it from the attempt itself, by way of the client, the client is wrong. If
+        a worker computed it anew, the worker may be: then another one that says so too decides.
+        """
+        epoch = self.epoch
+        is_again = self._contradicted_at == offset
+        self._contradicted_at = offset
+        if offset in self._claimed and (offset < self._told_again or is_again):
+            return [Abort(epoch), *self._fail(_mismatch(offset))]
+        detail = f"the token at offset {offset}, generated again, is not the one delivered"
+        return self.lost(epoch, FailureKind.DIVERGED, detail, now)
 
     def _new_detokenizer(self) -> Detokenizer:
         stopping = self.original.params.stopping

@@ -233,7 +233,10 @@ class Hub(EngineListener):
             ended = _failed(attempt.slot, sent, FailureKind.FENCED, "the stream was adopted")
             reader.end(link_slot, ended, sent)
         adopted = pb.AttemptAdopted(
-            slot=message.slot, end_offset=attempt.end_offset, checkpoint=attempt.checkpoint
+            slot=message.slot,
+            end_offset=attempt.end_offset,
+            checkpoint=attempt.checkpoint,
+            started_epoch=attempt.started_epoch,
         )
         link.tell(pb.RelayResponse(adopted=adopted))
         link.by_slot[message.slot] = attempt

@@ -68,6 +68,8 @@ class Attempt(Generic[LinkT]):
 
     stream: StreamId
     epoch: int
+    started_epoch: int
+    """Under which it began; `epoch` grows when it is adopted."""
     slot: int
     """Its handle between sidecar and engine; never used twice."""
     checkpoint: pb.Checkpoint
@@ -212,6 +214,7 @@ class Ledger(Generic[LinkT]):
         attempt = Attempt[LinkT](
             stream=stream,
             epoch=start.epoch,
+            started_epoch=start.epoch,
             slot=self._next_slot,
             checkpoint=start.checkpoint,
             first_offset=start.checkpoint.first_offset,

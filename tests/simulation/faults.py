@@ -28,6 +28,10 @@ class Fault(StrEnum):
     """The worker handed its streams over."""
     THEFT = auto()
     """Another frontend took a stream over; this one must let go."""
+    FRONTEND_DEATH = auto()
+    """A frontend died, and its clients resumed at another one."""
+    CLIENT_MOVES = auto()
+    """Clients resumed at another frontend, while theirs still ran their streams."""
     CANCEL = auto()
     DEADLINE = auto()
 
@@ -77,6 +81,20 @@ class Fault(StrEnum):
     """An attempt ended in the middle of a character."""
     AFTER_THE_END = auto()
     """News came for a stream that was settled."""
+    RELINK = auto()
+    """A link came back, and its stream adopted its attempt."""
+    ADOPTION = auto()
+    """A stream that was resumed adopted an attempt of the frontend before."""
+    RESUME_BY_REPLAY = auto()
+    """A stream that was resumed could not."""
+    NOT_ADOPTED = auto()
+    """A worker did not give an attempt away."""
+    LOST_MESSAGES = auto()
+    """A client resumed that had not received all that it was sent."""
+    FORGERY = auto()
+    """A client claimed tokens that it never received."""
+    FORGERY_FOUND = auto()
+    """That was noticed."""
 
     # How streams went on.
     APPEND = auto()
@@ -97,6 +115,9 @@ STRIKES = (
     Fault.DRAIN,
     Fault.THEFT,
     Fault.CANCEL,
+    Fault.FRONTEND_DEATH,
+    Fault.FRONTEND_DEATH,
+    Fault.CLIENT_MOVES,
 )
 """Faults that strike at a time."""
 
@@ -114,6 +135,8 @@ MISHAPS = {
     Fault.JUMP: 0.9,
     Fault.SHORT: 0.6,
     Fault.AFTER_THE_END: 0.9,
+    Fault.LOST_MESSAGES: 0.9,
+    Fault.FORGERY: 0.5,
 }
 """Faults that happen to something else that happens, and how likely at most."""
 

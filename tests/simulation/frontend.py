@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
+from frontend import resume_token
 from frontend import stream as machine
 from frontend.placement import Need, WorkerView, choose
 from frontend.stream import Life, Limits, Stream
 from sidecar.link import Link
 from tests.simulation.faults import Fault, Trouble
-from tests.simulation.witness import Witness
+from tests.simulation.witness import Held, Witness
 from tests.simulation.worker import BLOCK_SIZE, CONTEXT_LENGTH, FOREVER, Process
 from tests.support.vocabulary import VOCAB_SIZE, tokenizer
 from tests.support.world import World
@@ -22,7 +23,13 @@ from unbroken.checkpoint import Checkpoint, checkpoint_to_proto
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
 from unbroken.outcome import ContinuationClass, ContinuationPolicy, FailureKind, FinishReason
-from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2, worker_pb2
+from unbroken.v1 import (
+    attempt_pb2,
+    generation_pb2,
+    inference_service_pb2,
+    relay_service_pb2,
+    worker_pb2,
+)
 
 ORPHAN_GRACE_S = 2.0
 
@@ -40,6 +47,8 @@ class Seat:
     """and where."""
     num_known: int = 0
     """Tokens delivered when it began."""
+    told_until: int = 0
+    """An adopted attempt repeats what comes before this offset."""
 
 
 class Channel:
@@ -94,6 +103,9 @@ class Call:
         """The sidecar's end, while it has one."""
         self.is_over = False
         """At the frontend's end."""
+        self.is_welcomed = False
+        self.is_break = False
+        """Perhaps only the connection is gone: the next call tells."""
         self.seats: dict[int, Seat] = {}
         self._frontend = frontend
         self._world = world
@@ -112,6 +124,19 @@ class Call:
         self.up.send(self._sidecar_starts, request)
         return slot
 
+    def adopt(self, seat: Seat, request: relay_service_pb2.AdoptAttempt) -> int:
+        """Take over an attempt."""
+        slot = self._next_slot
+        self._next_slot += 1
+        request.slot = slot
+        self.seats[slot] = seat
+        self.up.send(self._sidecar_adopts, request)
+        return slot
+
+    def release(self) -> None:
+        """Let go of what earlier calls left behind."""
+        self.up.send(self._sidecar_releases)
+
     def abort(self, slot: int) -> None:
         """End an attempt."""
         if not self.seats[slot].has_left:
@@ -126,22 +151,26 @@ class Call:
                 self._sidecar_acks, attempt_pb2.AckAttempts(slots=[slot], offsets=[offset])
             )
 
-    def end(self, failure: FailureKind) -> None:
+    def end(self, failure: FailureKind, is_break: bool = False) -> None:
         """The frontend gives the call up."""
         if self.is_over:
             return
         self.is_over = True
+        self.is_break = is_break and self.is_welcomed
         self._world.tell("call to %s over: %s", self.process.worker_id, failure.name)
         self._frontend.lose_view(self.process)
-        self.lose_all(failure)
+        self.lose_all(failure, is_break=self.is_break)
         self._frontend.reconnect_soon(self.process.worker_id)
 
-    def lose_all(self, failure: FailureKind) -> None:
-        """Every attempt of the call is lost."""
+    def lose_all(self, failure: FailureKind, *, is_break: bool = False) -> None:
+        """Every attempt of the call is lost, or cut off."""
         for seat in list(self.seats.values()):
             if seat.has_left:
                 continue
-            seat.choice.lost(seat.epoch, failure)
+            if is_break:
+                seat.choice.unlinked(seat.epoch)
+            else:
+                seat.choice.lost(seat.epoch, failure)
             seat.has_left = True
             if self._trouble.happens(Fault.DUPLICATE_LOSS):
                 self._trouble.took_effect(Fault.DUPLICATE_LOSS)
@@ -159,9 +188,28 @@ class Call:
         elif self.is_over:
             return
         elif kind == "welcome":
+            self.is_welcomed = True
             self._receive_verdict(response.welcome.verdict)
+            self._frontend.tell_fate(self.process.worker_id)
+            if self._number > 1:
+                self.release()
+        elif kind == "adopted":
+            self._receive_adopted(response.adopted)
         elif kind == "verdict":
             self._receive_verdict(response.verdict)
+
+    def _receive_adopted(self, adopted: relay_service_pb2.AttemptAdopted) -> None:
+        seat = self.seats[adopted.slot]
+        seat.told_until = adopted.end_offset
+        sampling, checkpoint = adopted.checkpoint.params.sampling, adopted.checkpoint
+        origin = machine.Origin(
+            checkpoint.prompt_token_ids,
+            checkpoint.output_token_ids,
+            checkpoint.first_offset,
+            sampling.seed if sampling.HasField("seed") else None,
+            adopted.started_epoch,
+        )
+        seat.choice.adopted(seat.epoch, adopted.end_offset, origin)
 
     def _receive_verdict(self, verdict: relay_service_pb2.EngineVerdict) -> None:
         is_serving = verdict.state == worker_pb2.ENGINE_STATE_SERVING
@@ -213,11 +261,12 @@ class Call:
         if trouble.happens(Fault.GAP) and seat.choice.listens_to(seat.epoch):
             trouble.took_effect(Fault.GAP)
             offset += 1
-        seat.choice.tokens(seat.epoch, offset, token_ids, logprobs)
+        told_until = seat.told_until
+        seat.choice.tokens(seat.epoch, offset, token_ids, logprobs, told_until)
         if trouble.happens(Fault.DUPLICATE_TOKENS):
             trouble.took_effect(Fault.DUPLICATE_TOKENS)
             delay_s = self._world.random.choice((0.0, 0.02))
-            again = (seat.epoch, offset, token_ids, logprobs)
+            again = (seat.epoch, offset, token_ids, logprobs, told_until)
             if delay_s == 0.0:
                 seat.choice.tokens(*again)
             else:
@@ -300,7 +349,7 @@ class Call:
         if not process.is_alive:
             return
         hello = relay_service_pb2.RelayHello(
-            frontend_id="f", incarnation=1, call_number=self._number
+            frontend_id=self._frontend.name, incarnation=1, call_number=self._number
         )
         link = Link(hello, self._world.now)
         try:
@@ -319,6 +368,16 @@ class Call:
             self.process.hub.start(self.link, request)
             self._frontend.pump(self.process)
 
+    def _sidecar_adopts(self, request: relay_service_pb2.AdoptAttempt) -> None:
+        if self.link is not None and self.process.is_alive:
+            self.process.hub.adopt(self.link, request)
+            self._frontend.pump(self.process)
+
+    def _sidecar_releases(self) -> None:
+        if self.link is not None and self.process.is_alive:
+            self.process.hub.release(self.link)
+            self._frontend.pump(self.process)
+
     def _sidecar_aborts(self, slot: int) -> None:
         if self.link is not None and self.process.is_alive:
             self.process.hub.abort(self.link, slot)
@@ -327,6 +386,7 @@ class Call:
     def _sidecar_acks(self, message: attempt_pb2.AckAttempts) -> None:
         if self.link is not None and self.process.is_alive:
             self.process.hub.ack(self.link, message)
+            self._frontend.pump(self.process)
 
     def _sidecar_tells(self, verdict: relay_service_pb2.EngineVerdict) -> None:
         engine = self.process.engine
@@ -340,34 +400,61 @@ class Call:
 class Frontend:
     """Calls to workers, views of them, and the choices that wait for one."""
 
-    def __init__(self, world: World, trouble: Trouble) -> None:
+    def __init__(
+        self, world: World, trouble: Trouble, name: str, pump: Callable[[Process], None]
+    ) -> None:
+        """`pump` has a sidecar write what it has to say, to all frontends."""
         self.world = world
         self.trouble = trouble
+        self.name = name
+        self.is_dead = False
+        self.pump = pump
         self.processes: dict[str, Process] = {}
         """The latest life of each worker, as discovery tells."""
         self.calls: dict[str, list[Call]] = {}
         """By worker; the latest is the last."""
         self._views: dict[str, tuple[WorkerView, Call]] = {}
         self.waiting: dict[Choice, None] = {}
+        self.unlinked: dict[str, dict[Choice, None]] = {}
+        """Those that wait for a link, by worker."""
         self._num_calls = 0
+
+    def die(self) -> None:
+        """The process is gone: whatever it would have heard or said is not."""
+        self.is_dead = True
+        random = self.world.random
+        for calls in self.calls.values():
+            for call in calls:
+                call.is_over = True
+                call.up.cut(drops_in_flight=self.world.chance(0.5))
+                call.down.cut(drops_in_flight=True)
+                self.world.after(0.001 + random.choice((0.0, 0.01, 0.3)), call.sidecar_loses)
 
     # The mesh.
 
     def discover(self, process: Process) -> None:
         """A worker is there, perhaps again."""
         before = self.processes.get(process.worker_id)
+        if self.is_dead:
+            return
         if before is not None and before.incarnation >= process.incarnation:
             return
         self.processes[process.worker_id] = process
         for call in self.calls.get(process.worker_id, ()):
             call.end(FailureKind.CRASH)
+        self.tell_fate(process.worker_id)
         self.connect(process.worker_id)
 
     def connect(self, worker_id: str) -> None:
         """Open a call to a worker, unless there is one."""
         process = self.processes[worker_id]
         calls = self.calls.setdefault(worker_id, [])
-        if not process.is_alive or (calls and not calls[-1].is_over):
+        if self.is_dead or (calls and not calls[-1].is_over):
+            return
+        if not process.is_alive:
+            if calls:
+                calls[-1].is_break = False  # Refused: nobody is there.
+            self.tell_fate(worker_id)
             return
         self._num_calls += 1
         call = Call(self, process, self._num_calls)
@@ -378,13 +465,18 @@ class Frontend:
         """After a pause."""
         self.world.after(self.world.random.uniform(0.005, 0.1), self.connect, worker_id)
 
-    def pump(self, process: Process) -> None:
-        """Write what a sidecar has to say."""
-        if not process.is_alive:
-            return
-        for call in self.calls.get(process.worker_id, ()):
-            if call.process is process:
-                call.pump()
+    def tell_fate(self, worker_id: str) -> None:
+        """The link to a worker came up, or will not."""
+        for choice in list(self.unlinked.pop(worker_id, ())):
+            choice.link_changed()
+
+    def call_to(self, life: Life) -> Call | None:
+        """The call to this life of a worker; None if that life is over or cannot be reached."""
+        process = self.processes.get(life.worker_id)
+        calls = self.calls.get(life.worker_id)
+        if process is None or process.incarnation != life.incarnation or not calls:
+            return None
+        return None if calls[-1].is_over and not calls[-1].is_break else calls[-1]
 
     def tick(self, process: Process) -> None:
         """Time passes at a sidecar."""
@@ -438,13 +530,36 @@ class Choice:
         limits: Limits,
         deadline_s: float | None,
         client_pause_s: float,
+        epoch: int = 1,
+        past: machine.Past | None = None,
+        before: "Choice | None" = None,
     ) -> None:
-        self.stream = stream_type(original, tokenizer(), policy=policy, limits=limits)
-        self.name = f"{request_id}/{index}"
-        self.witness = Witness(
-            self.name, self.stream, frontend.trouble, policy=policy, limits=limits
+        """`before` is the choice of another frontend which this one goes on with.
+
+        Raises `Mismatch`.
+        """
+        self.stream = stream_type(
+            original, tokenizer(), policy=policy, limits=limits, epoch=epoch, past=past
         )
-        self._frontend = frontend
+        self.name = f"{request_id}/{index}" if before is None else f"{before.name}'"
+        self.witness = Witness(
+            self.name,
+            self.stream,
+            frontend.trouble,
+            policy=policy,
+            limits=limits,
+            past=past,
+            before=None if before is None else before.witness,
+        )
+        self.frontend = frontend
+        self.original = original
+        self.policy = policy
+        self.limits = limits
+        self.is_abandoned = False
+        """Its frontend is dead, or its client has gone to another one."""
+        self.held: list[Held] = [] if before is None else list(before.held)
+        """What the client has after each message."""
+        self._num_moves = -1
         self._world = frontend.world
         self._trouble = frontend.trouble
         self._request_id = request_id
@@ -457,18 +572,65 @@ class Choice:
         self._view: WorkerView | None = None
         self._num_timers = 0
         self._is_take_planned = False
+        self._unlinked: machine.Relink | None = None
 
     def begin(self) -> None:
         """The request was admitted."""
         now = self._world.now
-        if self._deadline_s is not None:
+        if self.is_abandoned:
+            return
+        if self._deadline_s is not None and self._deadline_at is None:
             self._deadline_at = now + self._deadline_s
+        if self._deadline_at is not None:
             self._world.at(self._deadline_at, self.end, Reason.DEADLINE_EXCEEDED)
         self.witness.began_looking(now)
         self.obey(self.stream.start(now))
+        self._hold()
+
+    def resumed(self, frontend: Frontend, held: "Held") -> "Choice":
+        """The same choice at another frontend, which its client comes to with what it holds."""
+        position = inference_service_pb2.ResumePosition(
+            token_ids=held.token_ids,
+            num_text_bytes=len(held.text.encode()),
+            cumulative_logprob=sum(held.logprobs) if held.logprobs else None,
+        )
+        past = resume_token.past(held.claim, position)
+        standing = held.claim.standing
+        epoch = machine.first_epoch(int(self._world.now * 1000), above=standing.epoch)
+        successor = Choice(
+            frontend,
+            self._request_id,
+            self._index,
+            self.original,
+            stream_type=type(self.stream),
+            policy=self.policy,
+            limits=self.limits,
+            deadline_s=None,
+            client_pause_s=self._client_pause_s,
+            epoch=epoch,
+            past=past,
+            before=self,
+        )
+        successor._deadline_at = self._deadline_at
+        successor.witness.begin_from(held)
+        successor.held = [held]
+        return successor
+
+    def _hold(self) -> None:
+        """What the client holds now, if it is told where the stream is."""
+        stream = self.stream
+        claim = self.held[-1].claim if self.held else None
+        if claim is None or stream.num_moves != self._num_moves:
+            self._num_moves = stream.num_moves
+            standing = stream.standing
+            base = stream.ledger[: standing.base]
+            claim = resume_token.ChoiceClaim(standing, resume_token.ids_digest(base))
+        self.held.append(self.witness.held(claim))
 
     def end(self, reason: Reason) -> None:
         """The client left, or its time is up."""
+        if self.is_abandoned and self.frontend.is_dead:
+            return
         if self.stream.outcome is None:
             fault = Fault.CANCEL if reason is Reason.CANCELLED else Fault.DEADLINE
             self._trouble.took_effect(fault)
@@ -494,8 +656,8 @@ class Choice:
         start.slot = 1
         process.hub.start(thief, start)
         process.hub.leave(thief)
-        self._frontend.pump(process)
-        self._world.after(ORPHAN_GRACE_S + 0.01, self._frontend.tick, process)
+        self.frontend.pump(process)
+        self._world.after(ORPHAN_GRACE_S + 0.01, self.frontend.tick, process)
 
     def runs_on(self, process: Process) -> bool:
         """Whether this life of a worker works on it."""
@@ -508,18 +670,23 @@ class Choice:
         stream = self.stream
         return stream.state is machine.State.RUNNING and stream.epoch == epoch
 
+    def _can_lose(self, epoch: int) -> bool:
+        stream = self.stream
+        return stream.state is machine.State.UNLINKED and stream.epoch == epoch
+
     def tokens(
         self,
         epoch: int,
         offset: int,
         token_ids: Sequence[int],
         logprobs: Sequence[TokenLogprobs],
+        told_until: int = 0,
     ) -> None:
-        """Tokens came."""
+        """Tokens came; those before `told_until` were not computed for us."""
         stream, now = self.stream, self._world.now
         self._world.tell("%s.%d tokens %d %s", self.name, epoch, offset, token_ids)
         again = stream.accounts.recomputed_decode_tokens
-        num_again = min(len(stream.ledger) - offset, len(token_ids))
+        num_again = min(len(stream.ledger), offset + len(token_ids)) - max(offset, told_until)
         if len(token_ids) == 1 and not logprobs:
             self._hear(epoch, lambda: stream.token(epoch, offset, token_ids[0], now))
         else:
@@ -530,6 +697,7 @@ class Choice:
     def ended(self, epoch: int, ended: attempt_pb2.AttemptEnded) -> None:
         """A goodbye came."""
         stream, now = self.stream, self._world.now
+        is_adopted = bool(stream.attempts) and stream.attempts[-1].is_adopted
         self._world.tell(
             "%s.%d ended at %d: %d %d",
             self.name,
@@ -550,13 +718,35 @@ class Choice:
                 detail=ended.detail,
                 cached_tokens=ended.cached_tokens,
             ),
+            # What nobody read was ended by its sidecar, or by who left it.
+            is_counted=not is_adopted
+            or not (
+                ended.finish_reason == generation_pb2.FINISH_REASON_CANCELLED
+                or ended.failure == worker_pb2.FAILURE_KIND_PARTITION
+            ),
         )
+
+    def unlinked(self, epoch: int) -> None:
+        """The link is gone."""
+        stream, now = self.stream, self._world.now
+        self._world.tell("%s.%d unlinked", self.name, epoch)
+        self._hear(epoch, lambda: stream.unlinked(epoch, "reset", now))
+
+    def adopted(self, epoch: int, end_offset: int, origin: machine.Origin) -> None:
+        """The sidecar gave us the attempt."""
+        stream, now = self.stream, self._world.now
+        self._world.tell("%s.%d adopted, at %d", self.name, epoch, end_offset)
+        if self.listens_to(epoch):
+            self.witness.adopted(epoch)
+            fault = Fault.RELINK if stream.num_moves else Fault.ADOPTION
+            self._trouble.took_effect(fault)
+        self._hear(epoch, lambda: stream.adopted(epoch, end_offset, origin, now), is_counted=False)
 
     def lost(self, epoch: int, failure: FailureKind) -> None:
         """The attempt is lost, says somebody."""
         stream, now = self.stream, self._world.now
         self._world.tell("%s.%d lost: %s", self.name, epoch, failure.name)
-        self._hear(epoch, lambda: stream.lost(epoch, failure, "lost", now))
+        self._hear(epoch, lambda: stream.lost(epoch, failure, "lost", now), is_loss=True)
 
     def refused(self, epoch: int, kind: FailureKind, epoch_known: int) -> None:
         """The attempt did not begin."""
@@ -578,9 +768,13 @@ class Choice:
         handle: Callable[[], Sequence[machine.Command]],
         *,
         is_refusal: bool = False,
+        is_loss: bool = False,
+        is_counted: bool = True,
     ) -> None:
+        if self.frontend.is_dead:
+            return
         stream = self.stream
-        was_current = self.listens_to(epoch)
+        was_current = self.listens_to(epoch) or (is_loss and self._can_lose(epoch))
         size_before, outcome_before = len(stream.ledger), stream.outcome
         commands = handle()
         self.witness.heard(
@@ -591,6 +785,7 @@ class Choice:
             commands=commands,
             now=self._world.now,
             is_refusal=is_refusal,
+            is_counted=is_counted,
         )
         self.obey(commands)
 
@@ -602,6 +797,10 @@ class Choice:
         while queue:
             command = queue.popleft()
             match command:
+                case machine.Relink():
+                    queue.extend(self._relink(command))
+                case machine.Adopt():
+                    self._adopt(command)
                 case machine.Place(avoid=avoid, pause_s=pause_s):
                     self._avoid = avoid
                     queue.extend(self._place(pause_s))
@@ -617,15 +816,75 @@ class Choice:
                 case machine.Finish():
                     self._leave()
                     self._stop_waiting()
+                    self._relink_no_more()
                     self._after_the_end()
-                case machine.Relink() | machine.Adopt():
-                    raise AssertionError("links do not come back here")
                 case _:
                     assert_never(command)
         self._wake()
 
+    def link_changed(self) -> None:
+        """The link that the stream waits for came up, or is gone."""
+        order, self._unlinked = self._unlinked, None
+        if order is not None and not self.frontend.is_dead:
+            self.obey([order])
+
+    def _relink(self, order: machine.Relink) -> Sequence[machine.Command]:
+        stream, now, frontend = self.stream, self._world.now, self.frontend
+        self._leave()
+        process = frontend.processes.get(order.life.worker_id)
+        call = frontend.call_to(order.life)
+        if call is not None and call.is_welcomed and not call.is_over:
+            return stream.relinked(order.epoch, now)
+        if call is None and process is not None and order.life.incarnation <= process.incarnation:
+            self.lost(order.epoch, FailureKind.CRASH)
+            return ()
+        self._unlinked = order
+        frontend.unlinked.setdefault(order.life.worker_id, {})[self] = None
+        self._time_is_up_at(stream.deadline())
+        return ()
+
+    def _adopt(self, order: machine.Adopt) -> None:
+        self._leave()
+        call = self.frontend.call_to(order.life)
+        assert call is not None, "its link is up"
+        self.witness.adopts(order.epoch, call.process.engine.personality)
+        self._world.tell("%s.%d adopts at %d", self.name, order.epoch, order.offset)
+        request = relay_service_pb2.AdoptAttempt(
+            stream=attempt_pb2.StreamKey(request_id=self._request_id, choice_index=self._index),
+            epoch=order.epoch,
+            offset=order.offset,
+            window_tokens=order.window_tokens,
+        )
+        request.orphan_grace.FromMilliseconds(int(ORPHAN_GRACE_S * 1000))
+        if self._deadline_at is not None:
+            left_s = max(0.0, self._deadline_at - self._world.now)
+            request.deadline.FromNanoseconds(int(left_s * 1e9))
+        seat = Seat(self, order.epoch, num_known=len(self.stream.ledger))
+        self._view = None
+        self._seat = (call, call.adopt(seat, request), order.epoch)
+        self._time_is_up_at(self.stream.deadline())
+
+    def _time_is_up_at(self, when: float | None) -> None:
+        assert when is not None
+        self._num_timers += 1
+        self._world.at(when, self._time_is_up, self._num_timers)
+
+    def _time_is_up(self, number: int) -> None:
+        if number != self._num_timers or self.frontend.is_dead:
+            return
+        self._relink_no_more()
+        stream, now = self.stream, self._world.now
+        self._hear(stream.epoch, lambda: stream.handle_timeout(now), is_loss=True)
+
+    def _relink_no_more(self) -> None:
+        order, self._unlinked = self._unlinked, None
+        if order is not None:
+            self.frontend.unlinked.get(order.life.worker_id, {}).pop(self, None)
+
     def place_again(self) -> None:
         """Time passed, or a worker became ready."""
+        if self.frontend.is_dead:
+            return
         self._stop_waiting()
         stream = self.stream
         commands = stream.handle_timeout(self._world.now)
@@ -636,6 +895,8 @@ class Choice:
 
     def _place(self, pause_s: float) -> Sequence[machine.Command]:
         stream, world = self.stream, self._world
+        self._relink_no_more()
+        self._stop_waiting()
         self._leave()
         view = None if pause_s > 0 else self._choose()
         if view is not None:
@@ -647,7 +908,7 @@ class Choice:
             wait_s = min(wait_s, pause_s)
         else:
             self._trouble.took_effect(Fault.NO_WORKER)
-            self._frontend.waiting[self] = None
+            self.frontend.waiting[self] = None
         world.after(wait_s, self._timer, self._num_timers)
         return ()
 
@@ -663,7 +924,7 @@ class Choice:
 
         num_tokens = len(stream.original.prompt_token_ids) + len(stream.ledger)
         need = Need(model="m", num_tokens=num_tokens, avoid=self._avoid)
-        views = self._frontend.views()
+        views = self.frontend.views()
         view = choose(views, need, is_able=is_able, block_hashes=lambda _: ())
         if view is not None:
             able = [other.life for other in views if is_able(other)]
@@ -671,7 +932,7 @@ class Choice:
         return view
 
     def _start(self, order: machine.Start) -> Sequence[machine.Command]:
-        found = self._frontend.seat_at(order.life)
+        found = self.frontend.seat_at(order.life)
         assert found is not None, "nothing has happened since it was chosen"
         view, call = found
         personality = call.process.engine.personality
@@ -711,12 +972,12 @@ class Choice:
         seat, self._seat = self._seat, None
         if seat is not None:
             seat[0].abort(seat[1])
-            assert self._view is not None
-            self._view.num_attempts -= 1
+            if self._view is not None:
+                self._view.num_attempts -= 1
 
     def _stop_waiting(self) -> None:
         self._num_timers += 1
-        self._frontend.waiting.pop(self, None)
+        self.frontend.waiting.pop(self, None)
 
     def _after_the_end(self) -> None:
         """A settled stream is told more; it must not mind."""
@@ -731,12 +992,20 @@ class Choice:
     # The client.
 
     def _wake(self) -> None:
-        if not self._is_take_planned and self.stream.has_output:
+        if self.is_abandoned or self._is_take_planned:
+            return
+        if self.stream.has_output or self.stream.num_moves != self._num_moves:
             self._is_take_planned = True
             self._world.after(self._client_pause_s, self._take)
 
     def _take(self) -> None:
         self._is_take_planned = False
-        piece, commands = self.stream.take()
-        self.witness.received(piece)
-        self.obey(commands)
+        if self.is_abandoned:
+            return
+        if self.stream.has_output:
+            piece, commands = self.stream.take()
+            self.witness.received(piece)
+            self._hold()
+            self.obey(commands)
+        elif self.stream.num_moves != self._num_moves:
+            self._hold()

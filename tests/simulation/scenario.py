@@ -9,16 +9,16 @@ from functools import partial
 from random import Random
 from types import MappingProxyType
 
-from frontend.stream import Limits, Stream
+from frontend.stream import Limits, Mismatch, Stream
 from tests.simulation.faults import Fault, Trouble
-from tests.simulation.frontend import Choice, Frontend
+from tests.simulation.frontend import Call, Choice, Frontend
 from tests.simulation.model import Personality
-from tests.simulation.witness import Violation
+from tests.simulation.witness import Held, Violation
 from tests.simulation.worker import Process
-from tests.support.vocabulary import PIECES
+from tests.support.vocabulary import EOS, PIECES
 from tests.support.world import World
 from unbroken.checkpoint import Checkpoint
-from unbroken.errors import Reason
+from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import Constraint, GenerationParams, SamplingParams, StopConditions
 from unbroken.outcome import ContinuationPolicy, FailureKind
 
@@ -92,7 +92,8 @@ class Worker:
         process = self.process
         world.tell("%s boots as %d", self._worker_id, process.incarnation)
         world.after(world.random.uniform(0.0, 0.05), self._start_engine, process)
-        world.after(world.random.uniform(0.0, 0.05), self._mesh.frontend.discover, process)
+        for frontend in self._mesh.frontends:
+            world.after(world.random.uniform(0.0, 0.05), frontend.discover, process)
 
     def die(self, *, silently: bool) -> None:
         """The whole process group is killed."""
@@ -102,13 +103,13 @@ class Worker:
         world.tell("%s dies%s", self._worker_id, " silently" if silently else "")
         process.kill()
         keeps_in_flight = world.chance(0.5)
-        for call in self._mesh.frontend.calls.get(self._worker_id, ()):
-            if call.process is process and not call.is_over:
-                call.up.cut(drops_in_flight=True)
-                call.down.cut(drops_in_flight=not keeps_in_flight)
-                noticed = world.random.uniform(0.3, 1.0) if silently else 0.001
-                failure = FailureKind.HANG if silently else FailureKind.CRASH
-                world.at(call.down.flushed_at() + noticed, call.end, failure)
+        for call in self._mesh.calls_to(process):
+            call.up.cut(drops_in_flight=True)
+            call.down.cut(drops_in_flight=not keeps_in_flight)
+            noticed = world.random.uniform(0.3, 1.0) if silently else 0.001
+            failure = FailureKind.HANG if silently else FailureKind.CRASH
+            # A reset connection and a dead peer look the same.
+            world.at(call.down.flushed_at() + noticed, call.end, failure, not silently)
         world.after(self._downtime_s(), self.boot)
 
     def crash_engine(self) -> None:
@@ -118,16 +119,16 @@ class Worker:
             world.tell("%s: the engine dies", self._worker_id)
             if world.chance(0.5):
                 # News of it is late, so that attempts are still meant for the life that is over.
-                for call in self._mesh.frontend.calls.get(self._worker_id, ()):
+                for call in self._mesh.calls_to(process):
                     call.down.hold(world.now + world.random.uniform(0.05, 0.4))
             process.engine.die(FailureKind.CRASH)
-            self._mesh.frontend.pump(process)
+            self._mesh.pump(process)
             world.after(world.random.choice((0.0, 0.02, 0.3)), self._start_engine, process)
 
     def _start_engine(self, process: Process) -> None:
         if process.is_alive and not process.engine.is_up:
             process.engine.start_life()
-            self._mesh.frontend.pump(process)
+            self._mesh.pump(process)
 
     def _downtime_s(self) -> float:
         random = self._mesh.world.random
@@ -139,7 +140,7 @@ class Worker:
         process = Process(
             mesh.world, mesh.trouble, self._personality, self._worker_id, self._num_lives
         )
-        process.engine.after_step = partial(mesh.frontend.pump, process)
+        process.engine.after_step = partial(mesh.pump, process)
         process.engine.before_goodbye = partial(self._lose_goodbye)
         return process
 
@@ -158,7 +159,9 @@ class Mesh:
     ) -> None:
         self.world = world = World(seed, trace=trace)
         self.trouble = Trouble(world)
-        self.frontend = Frontend(world, self.trouble)
+        self.frontends = [Frontend(world, self.trouble, "f0", self.pump)]
+        if _NEEDS_STANDBY.intersection(self.trouble.strikes):
+            self.frontends.append(Frontend(world, self.trouble, "f1", self.pump))
         random = world.random
         num_workers = random.choice((1, 2, 2, 3, 3, 4))
         personalities = _personalities(random, num_workers)
@@ -181,10 +184,28 @@ class Mesh:
             if world.num_events > EVENTS_MAX:
                 raise Violation(f"not over after {EVENTS_MAX} events, {world.now:.1f} s")
         for choice in self.choices:
-            choice.witness.finish()
+            if not choice.is_abandoned:
+                choice.witness.finish()
         for worker in self.workers:
             worker.process.check_idle()
             worker.process.hub.ledger.check()
+
+    def pump(self, process: Process) -> None:
+        """A sidecar writes what it has to say."""
+        if process.is_alive:
+            for frontend in self.frontends:
+                for call in frontend.calls.get(process.worker_id, ()):
+                    if call.process is process:
+                        call.pump()
+
+    def calls_to(self, process: Process) -> list[Call]:
+        """All calls that are open to this life of a worker."""
+        return [
+            call
+            for frontend in self.frontends
+            for call in frontend.calls.get(process.worker_id, ())
+            if call.process is process and not call.is_over
+        ]
 
     def _request(self, request_id: str, stream_type: type[Stream]) -> None:
         world = self.world
@@ -204,12 +225,13 @@ class Mesh:
             window_tokens=random.choice((1, 2, 3, 5, 16, 1024, 1024, 1024)),
             placement_timeout_s=random.choice((0.5, 3.0, 30.0)),
             regenerate_tokens_max=random.choice((0, 8, 4096, 4096, 4096)),
+            relink_s=random.choice((0.0, 0.02, 0.25, 0.25)),
         )
         deadline_s = random.uniform(0.05, 0.6) if random.random() < 0.06 else None
         client_pause_s = random.choice((0.0, 0.0, 0.001, 0.02, 0.3))
         for index in range(random.choice((1, 1, 1, 2))):
             choice = Choice(
-                self.frontend,
+                self.frontends[0],
                 request_id,
                 index,
                 _with_seed(original, index),
@@ -237,6 +259,9 @@ class Mesh:
         busy = [w for w in self.workers if any(c.runs_on(w.process) for c in self.choices)]
         if fault is Fault.CANCEL:
             random.choice(self.choices).end(Reason.CANCELLED)
+            return
+        if fault in _NEEDS_STANDBY:
+            self._lose_frontend(is_dead=fault is Fault.FRONTEND_DEATH)
             return
         # Trouble where nobody is does little.
         worker = random.choice(busy if busy and random.random() < 0.9 else self.workers)
@@ -268,19 +293,78 @@ class Mesh:
                 if not process.is_draining:
                     process.is_draining = True
                     process.hub.drain()
-                    self.frontend.pump(process)
+                    self.pump(process)
                     world.after(0.5, partial(worker.die, silently=False))
             case _:
                 raise AssertionError(fault)
         if is_busy:
             trouble.took_effect(fault)
 
+    def _lose_frontend(self, *, is_dead: bool) -> None:
+        """All clients of a frontend go to another one; or some, although it lives."""
+        world, trouble = self.world, self.trouble
+        random = world.random
+        frontend = self.frontends[-2]
+        running = [
+            choice
+            for choice in self.choices
+            if choice.frontend is frontend
+            and not choice.is_abandoned
+            and choice.held
+            and choice.stream.outcome is None
+        ]
+        if is_dead:
+            world.tell("%s dies", frontend.name)
+            frontend.die()
+        # A client learns the end of a stream that is settled with the next message.
+        for choice in self.choices if is_dead else ():
+            if choice.frontend is frontend and not choice.is_abandoned and choice not in running:
+                choice.is_abandoned = True
+        for choice in running:
+            if is_dead or world.chance(0.7):
+                choice.is_abandoned = True
+                choice.witness.note_cut()
+                trouble.took_effect(Fault.FRONTEND_DEATH if is_dead else Fault.CLIENT_MOVES)
+                world.after(random.choice((0.0, 0.005, 0.1, 1.0)), self._resume, choice)
+                if not is_dead:
+                    choice.witness.orders |= {Reason.FENCED, Reason.REQUEST_EXISTS}
+                    world.after(random.uniform(0.0, 1.5), choice.end, Reason.CANCELLED)
+        if is_dead:
+            standby = Frontend(world, trouble, f"f{len(self.frontends)}", self.pump)
+            self.frontends.append(standby)
+            for worker in self.workers:
+                if worker.process.is_alive:
+                    world.after(random.uniform(0.0, 0.05), standby.discover, worker.process)
+
+    def _resume(self, choice: Choice) -> None:
+        world, trouble = self.world, self.trouble
+        held = choice.held[-1]
+        if len(choice.held) > 1 and trouble.happens(Fault.LOST_MESSAGES):
+            trouble.took_effect(Fault.LOST_MESSAGES)
+            held = world.random.choice(choice.held[-4:-1])
+        if held.token_ids and trouble.happens(Fault.FORGERY):
+            trouble.took_effect(Fault.FORGERY)
+            held = _forged(held, world.random)
+        frontend = self.frontends[-1]
+        world.tell(
+            "%s resumes at %s with %d tokens%s",
+            *(choice.name, frontend.name, len(held.token_ids)),
+            ", some forged" if held.is_forged else "",
+        )
+        try:
+            successor = choice.resumed(frontend, held)
+        except (Mismatch, UnbrokenError) as mismatch:
+            if not held.is_forged:
+                raise Violation(f"{choice.name}: an honest client is refused: {mismatch}") from None
+            trouble.took_effect(Fault.FORGERY_FOUND)
+            return
+        self.choices.append(successor)
+        successor.begin()
+
     def _break_link(self, worker: Worker, fault: Fault) -> None:
         world = self.world
         random = world.random
-        for call in self.frontend.calls.get(worker.process.worker_id, ()):
-            if call.is_over or call.process is not worker.process:
-                continue
+        for call in self.calls_to(worker.process):
             if fault is Fault.LINK_RESET:
                 call.up.cut(drops_in_flight=world.chance(0.5))
                 call.down.cut(drops_in_flight=world.chance(0.5))
@@ -288,6 +372,7 @@ class Mesh:
                     call.down.flushed_at() + random.uniform(0.0, 0.02),
                     call.end,
                     FailureKind.PARTITION,
+                    True,
                 )
                 world.at(
                     call.up.flushed_at() + random.uniform(0.0, 0.02),
@@ -308,9 +393,19 @@ class Mesh:
         world = self.world
         duration_s = world.random.uniform(0.05, 0.5)
         process.engine.stall(duration_s)
-        for call in self.frontend.calls.get(process.worker_id, ()):
-            if call.process is process and not call.is_over:
-                call.tell_stalled(duration_s)
+        for call in self.calls_to(process):
+            call.tell_stalled(duration_s)
+
+
+_NEEDS_STANDBY = frozenset({Fault.FRONTEND_DEATH, Fault.CLIENT_MOVES})
+
+
+def _forged(held: Held, random: Random) -> Held:
+    """Of the same length, or one longer, with a token that the client never received."""
+    token_ids = list(held.token_ids)
+    index = random.randrange(len(token_ids) + 1)
+    token_ids[index : index + 1] = [(held.token_ids[min(index, len(token_ids) - 1)] + 1) % EOS]
+    return replace(held, token_ids=tuple(token_ids), is_forged=True)
 
 
 def _where(error: AssertionError) -> str:
@@ -355,7 +450,7 @@ def _stop_strings(random: Random) -> tuple[str, ...]:
     """Strings that are likely to come, most of them in several tokens."""
     stops = {
         b"".join(random.choices(PIECES, k=random.choice((1, 2, 2, 2, 2, 3, 3))))
-        for _ in range(random.choice((1, 8, 16)))
+        for _ in range(random.choice((8, 16, 16)))
     }
     return tuple(sorted(stop.decode(errors="replace") for stop in stops if b"\xc3" not in stop))
 
@@ -391,7 +486,7 @@ def _original(random: Random) -> Checkpoint:
     stopping = StopConditions(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        stop=_stop_strings(random) if sometimes(0.35) else (),
+        stop=_stop_strings(random) if sometimes(0.45) else (),
         stop_token_ids=(
             frozenset(random.sample(range(len(PIECES)), 2)) if sometimes(0.15) else frozenset()
         ),

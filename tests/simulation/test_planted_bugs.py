@@ -11,7 +11,18 @@ from typing_extensions import override
 import frontend.continuation
 import frontend.stream
 from frontend.continuation import Abilities, next_checkpoint
-from frontend.stream import Ack, Command, Life, Outcome, Place, Start, State, Stream
+from frontend.stream import (
+    Ack,
+    Command,
+    Life,
+    Origin,
+    Outcome,
+    Past,
+    Place,
+    Start,
+    State,
+    Stream,
+)
 from tests.simulation.scenario import quiet, run_seed
 from tests.support.vocabulary import tokenizer
 from unbroken.checkpoint import Checkpoint
@@ -170,9 +181,67 @@ class NumbersFromOne(Stream):
                 return commands
 
 
+class AdoptsUnderTheOldEpoch(Stream):
+    """An attempt is taken over under the epoch that it had."""
+
+    @override
+    def _adopt(self) -> list[Command]:
+        self.epoch -= 1
+        return super()._adopt()
+
+
+class BelievesItsClient(Stream):
+    """What a client claims is not compared with what the worker was given and has produced."""
+
+    @override
+    def tokens(
+        self,
+        epoch: int,
+        offset: int,
+        token_ids: Sequence[int],
+        now: float,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> Sequence[Command]:
+        if self.attempts and self.attempts[-1].is_adopted:
+            known = self.ledger[offset : offset + len(token_ids)]
+            token_ids = [*known, *token_ids[len(known) :]]
+        return super().tokens(epoch, offset, token_ids, now, logprobs)
+
+
+class SendsTextTwice(Stream):
+    """The text that a client has already is sent again when it resumes."""
+
+    @override
+    def _recall(self, past: Past) -> None:
+        super()._recall(replace(past, num_text_bytes=0))
+
+
+class ForgetsWhatWasGiven(Stream):
+    """Tokens that the adopted attempt was started with are not told to a client without them."""
+
+    @override
+    def _verify(self, epoch: int, end_offset: int, origin: Origin, now: float) -> list[Command]:
+        self._base = self._said = max(self._said, len(self.ledger))
+        return []
+
+
+class AdoptsAnyAttempt(Stream):
+    """Another owner's attempt at the stream is taken for the one that the token names."""
+
+    @override
+    def _verify(self, epoch: int, end_offset: int, origin: Origin, now: float) -> list[Command]:
+        origin = replace(origin, epoch=self._started_epoch)
+        return super()._verify(epoch, end_offset, origin, now)
+
+
 @pytest.mark.parametrize(
     "stream_type",
     [
+        AdoptsUnderTheOldEpoch,
+        BelievesItsClient,
+        SendsTextTwice,
+        ForgetsWhatWasGiven,
+        AdoptsAnyAttempt,
         IgnoresEpochs,
         HurriesPastEpochs,
         FlowsOn,
@@ -220,7 +289,12 @@ def _always(*_: object) -> bool:
     return True
 
 
+def _below_the_old_epochs(_: int, *, above: int = 0) -> int:
+    return max(1, above - 1)
+
+
 _MUTANTS: list[tuple[ModuleType, str, object]] = [
+    (frontend.stream, "first_epoch", _below_the_old_epochs),
     (frontend.stream, "next_checkpoint", _one_token_short),
     (frontend.continuation, "_obstacle_to_appending", _no_obstacle),
     (frontend.continuation, "_appended_params", _parameters_as_they_were),

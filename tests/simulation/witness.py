@@ -7,8 +7,10 @@ P5  nothing of an attempt that is over reaches the ledger
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from frontend.stream import Command, Life, Limits, Outcome, Piece, State, Stream
+from frontend.resume_token import ChoiceClaim
+from frontend.stream import Command, Life, Limits, Outcome, Past, Piece, State, Stream
 from tests.simulation.faults import Fault, Trouble
 from tests.simulation.model import Personality, Truth, cut, undisturbed
 from tests.support.vocabulary import EOS, PIECES
@@ -37,6 +39,17 @@ class Violation(AssertionError):  # noqa: N818 - It names what happened.
     """A promise was broken."""
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a client holds after a message: it can resume from there."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...]
+    claim: ChoiceClaim
+    is_forged: bool = False
+
+
 class Witness:
     """What one client and its checker remember of one stream."""
 
@@ -48,7 +61,15 @@ class Witness:
         *,
         policy: ContinuationPolicy,
         limits: Limits,
+        past: Past | None = None,
+        before: "Witness | None" = None,
     ) -> None:
+        """`before` watched the stream at the frontend before."""
+        self._past = past
+        self._before = before
+        self._uncounted: set[int] = set()  # Losses that are no worker's failure.
+        self._adopted: set[int] = set()
+        self._is_forged = False
         self._name = name
         self._stream = stream
         self._trouble = trouble
@@ -75,6 +96,36 @@ class Witness:
         self._lives: dict[str, int] = {}
 
     # What the shell tells it.
+
+    def held(self, claim: ChoiceClaim) -> Held:
+        """What the client has now."""
+        return Held(
+            tuple(self.token_ids), self._text, tuple(self._logprobs), claim, self._is_forged
+        )
+
+    def begin_from(self, held: Held) -> None:
+        """The client brings this to another frontend."""
+        before = self._before
+        assert before is not None
+        self.token_ids = list(held.token_ids)
+        self._text = held.text
+        self._logprobs = list(held.logprobs)
+        self._num_checked = len(held.token_ids)
+        self._is_forged = held.is_forged
+        self.orders = before.orders - {Reason.FENCED, Reason.REQUEST_EXISTS}
+        if held.token_ids and not held.is_forged:
+            self._truth = before._truth
+            end = before._exact_end
+            self._exact_end = end if end is not None and end < len(held.token_ids) else None
+        self._note_outcome(0.0)
+
+    def adopts(self, epoch: int, personality: Personality) -> None:
+        """The stream asks for an attempt that ran before."""
+        self._personalities[epoch] = personality
+
+    def adopted(self, epoch: int) -> None:
+        """It has it."""
+        self._adopted.add(epoch)
 
     def began_looking(self, now: float) -> None:
         """The stream waits for a worker from now on."""
@@ -121,6 +172,7 @@ class Witness:
         commands: Sequence[Command],
         now: float,
         is_refusal: bool = False,
+        is_counted: bool = True,
     ) -> None:
         """The stream handled news of an attempt."""
         stream = self._stream
@@ -133,15 +185,31 @@ class Witness:
             )
             return
         self._check_ledger()
-        if stream.state is State.RUNNING:
+        if stream.state in (State.RUNNING, State.UNLINKED):
             return
         outcome = stream.outcome
-        if outcome is None or outcome.error is not None:
+        if not stream.attempts:  # The attempt of the frontend before could not be adopted.
+            past = self._past
+            assert past is not None
+            assert past.life is not None
+            self._failed.add(past.life)
+            self._losses[epoch] = FailureKind.CRASH
+            self._looking_since = now
+            self._trouble.took_effect(Fault.RESUME_BY_REPLAY)
+        elif outcome is None or outcome.error is not None:
             attempt = stream.attempts[-1]
             failure = attempt.failure
-            self._failed.add(attempt.life)
-            self._expect(
-                failure not in _BREACHES or any(self._trouble.seen[f] for f in _EXCUSES),
+            is_adoption = attempt.is_adopted and epoch not in self._adopted
+            if is_adoption and is_refusal:
+                self._trouble.took_effect(Fault.NOT_ADOPTED)
+                self._looking_since = now
+            elif is_counted:
+                self._failed.add(attempt.life)
+            self._expect(  # An attempt that began later cannot tell earlier tokens again.
+                failure not in _BREACHES
+                or is_adoption
+                or self._is_forged
+                or any(self._trouble.seen[f] for f in _EXCUSES),
                 f"{failure.name} of an honest worker: {attempt.detail}",
             )
             if is_refusal:
@@ -149,9 +217,11 @@ class Witness:
             else:
                 self._expect(epoch not in self._losses, f"epoch {epoch} was lost twice")
                 self._losses[epoch] = failure
+                if not is_counted:
+                    self._uncounted.add(epoch)
                 if failure not in _GRACEFUL or attempt.end_offset > attempt.first_offset:
                     self._looking_since = now
-                self._note_cut()
+                self.note_cut()
         self._note_outcome(now)
 
     def acknowledged(self, offset: int) -> None:
@@ -197,7 +267,12 @@ class Witness:
         self._expect(self.token_ids == stream.ledger.tolist(), "client and ledger differ")
         self._check_ledger()
         self._check_accounts()
-        is_interrupted = any(a.epoch not in self._refused for a in stream.attempts[:-1])
+        begun = [a for a in stream.attempts if a.epoch not in self._refused and not a.is_adopted]
+        num_begun = len(begun) + (self._past.num_begun if self._past is not None else 0)
+        is_interrupted = num_begun > 1
+        if self._is_forged:
+            self._check_forgery(outcome)
+            return
         if not is_interrupted:
             self._expect(stream.continued is Continued.NEVER, "it was never interrupted")
         elif outcome.error is None:
@@ -232,6 +307,21 @@ class Witness:
 
     # Inside.
 
+    def _check_forgery(self, outcome: Outcome) -> None:
+        """What a worker knows is compared with what a client claims."""
+        stream = self._stream
+        is_told = bool(stream.attempts) and all(
+            attempt.epoch in self._adopted for attempt in stream.attempts
+        )
+        if is_told:
+            personality = self._personalities[stream.attempts[-1].epoch]
+            if not personality.is_reproducible(stream.original):
+                return
+            truth = undisturbed(stream.original, personality)
+            if tuple(self.token_ids) == truth.token_ids:
+                return  # It was guessed right.
+        self._expect(outcome.error is not None or not is_told, "a forgery was not noticed")
+
     def _expect(self, is_so: bool, otherwise: str) -> None:
         if not is_so:
             raise Violation(f"{self._name}: {otherwise}")
@@ -245,12 +335,12 @@ class Witness:
         unsent = size - len(self.token_ids)
         window = self._limits.window_tokens
         self._expect(
-            not window or unsent <= window * (1 + len(self._losses)),
+            not window or unsent <= window * (1 + len(self._losses) + len(self._adopted)),
             f"{unsent} tokens wait for the client, with a window of {window}",
         )
         if size == self._num_checked:
             return
-        if self._num_checked == 0:
+        if self._num_checked == 0 and not self._is_forged:
             personality = self._personalities[stream.attempts[-1].epoch]
             if personality.is_reproducible(stream.original):
                 self._truth = undisturbed(stream.original, personality)
@@ -264,14 +354,16 @@ class Witness:
                     offset < len(truth.token_ids) and ledger[offset] == truth.token_ids[offset],
                     f"the token at offset {offset} is wrong",
                 )
-        elif self._num_checked > 0 and self._exact_end is None:
+        elif self._num_checked > 0 and self._exact_end is None and self._past is None:
             first = next(a for a in stream.attempts if a.end_offset > a.first_offset)
             self._expect(
-                stream.attempts[-1] is first, "what cannot be reproduced went on elsewhere"
+                all(a.is_adopted for a in stream.attempts if a.epoch > first.epoch),
+                "what cannot be reproduced went on elsewhere",
             )
         self._num_checked = size
 
-    def _note_cut(self) -> None:
+    def note_cut(self) -> None:
+        """The output is cut here."""
         stream = self._stream
         if not stream.ledger:
             return
@@ -292,7 +384,11 @@ class Witness:
         self._outcome = outcome
         if outcome.error is None:
             return
-        counted = sum(failure not in _GRACEFUL for failure in self._losses.values())
+        counted = 0 if self._past is None else self._past.num_losses
+        counted += sum(
+            failure not in _GRACEFUL and epoch not in self._uncounted
+            for epoch, failure in self._losses.items()
+        )
         has_timed_out = now >= self._looking_since + self._limits.placement_timeout_s - 1e-6
         match outcome.error.reason:
             case (
@@ -307,12 +403,16 @@ class Witness:
                 self._trouble.took_effect(Fault.EXHAUSTED)
             case Reason.WORKER_LOST:
                 is_never = self._policy is ContinuationPolicy.NEVER
-                is_right = bool(self._losses) and (is_never or has_timed_out)
+                is_right = bool(self._losses or self._refused) and (is_never or has_timed_out)
                 if not is_never:
                     self._trouble.took_effect(Fault.PLACEMENT_TIMEOUT)
             case Reason.NO_WORKER:
-                is_right = not self._losses and has_timed_out
+                is_right = (not self._losses or self._past is not None) and has_timed_out
                 self._trouble.took_effect(Fault.PLACEMENT_TIMEOUT)
+            case Reason.RESUME_MISMATCH:
+                num_lies = self._trouble.seen[Fault.DIVERGENCE] + self._trouble.seen[Fault.JUMP]
+                is_right = self._is_forged or num_lies > 1
+                self._trouble.took_effect(Fault.FORGERY_FOUND)
             case Reason.REJECTED_BY_ENGINE:
                 is_right = self._trouble.seen[Fault.REJECTION] > 0
             case _:
@@ -324,6 +424,8 @@ class Witness:
         """Work done again is metered, each attempt that began once."""
         stream = self._stream
         begun = [epoch for epoch in self._prefills if epoch not in self._refused]
+        if self._past is not None and self._past.num_begun:
+            begun.insert(0, 0)  # At the frontend before.
         cached = self._cached.get(begun[0], 0) if begun else 0
         self._expect(stream.accounts.cached_prompt_tokens == cached, "cached prompt tokens")
         expected = sum(self._prefills[e] - self._cached.get(e, 0) for e in begun[1:])
