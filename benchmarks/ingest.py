@@ -47,7 +47,7 @@ async def ingest(
     counted = FrontendMetrics(metrics.new_registry())
     identity = FrontendIdentity("ingest", discovery.incarnation_now())
     links = Links(mesh, identity, LinkLimits(), observer=counted, outliers=outliers)
-    quarantine = Quarantine(Queries(QueryLimits()), counted, key=b"ingest")
+    quarantine = Quarantine(Queries(QueryLimits()), outliers, counted, key=b"ingest")
     dispatcher = Dispatcher(mesh, links, counted, quarantine)
     following = asyncio.create_task(links.follow(discovery.connect(directory)))
     while not any(mesh.num_ready(name) for name in mesh.model_names()):  # noqa: ASYNC110

@@ -197,6 +197,11 @@ class Outliers:
         until = record.until if record.state is State.EJECTED else None
         return Ejection(record.detail, until, record.num_in_a_row)
 
+    def fails_others(self, worker_id: str) -> bool:
+        """Whether it failed more than one attempt in a row: then it is not the attempts."""
+        record = self._records.get(worker_id)
+        return record is not None and record.num_failures > 1
+
     @property
     def ejected(self) -> frozenset[str]:
         """Workers that get no work now."""

@@ -10,17 +10,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from frontend.metrics import FrontendMetrics
-from frontend.query_of_death import DEADLY, SETTLE_S, Fingerprint, Queries, fingerprint
+from frontend.outliers import Outliers
+from frontend.query_of_death import DEADLY, FRESH_S, Fingerprint, Queries, fingerprint
 from frontend.stream import Attempt, Life
 from unbroken import log
 from unbroken.checkpoint import Checkpoint
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.outcome import FailureKind
 
 if TYPE_CHECKING:
     from frontend.dispatch import Choice
 
 LOOK_INTERVAL_S: Final = 0.02
-"""Between two looks at whether those on trial have got further."""
+"""Between two looks at whether those on file have got further."""
 
 _log = log.get_logger(__name__)
 
@@ -31,6 +33,7 @@ class Quarantine:
     def __init__(
         self,
         queries: Queries,
+        outliers: Outliers,
         metrics: FrontendMetrics,
         *,
         key: bytes,
@@ -38,12 +41,13 @@ class Quarantine:
     ) -> None:
         """`key` is secret, and of this life of the frontend."""
         self._queries = queries
+        self._outliers = outliers
         self._metrics = metrics
         self._key = key
         self._clock = clock
-        self._on_trial: dict[Choice, Fingerprint] = {}
+        self._watched: dict[Choice, Fingerprint] = {}
         self._looking: asyncio.TimerHandle | None = None
-        self._settling: asyncio.TimerHandle | None = None
+        self._retrying: asyncio.TimerHandle | None = None
         self.on_room: list[Callable[[], None]] = []
         """Called when a suspect that had to wait may have a worker."""
 
@@ -67,7 +71,12 @@ class Quarantine:
     def may_start(self, choice: "Choice", life: Life) -> bool:
         """Whether it may run there now."""
         queries = self._queries
-        return queries.is_quiet or queries.may_start(choice.fingerprint, life, self._clock())
+        if queries.is_quiet or queries.may_start(choice.fingerprint, life, self._clock()):
+            return True
+        if self._retrying is None:
+            loop = asyncio.get_running_loop()
+            self._retrying = loop.call_later(FRESH_S, self._retry)
+        return False
 
     def is_on_file(self, choice: "Choice") -> bool:
         """Whether an engine died under it and it got no further: its failures prove little."""
@@ -75,20 +84,27 @@ class Quarantine:
 
     def started(self, choice: "Choice", life: Life) -> None:
         """An attempt began."""
-        if self._queries.is_quiet or not self._queries.is_suspect(choice.fingerprint):
+        queries = self._queries
+        if queries.is_quiet:
             return
-        self._queries.started(choice.fingerprint, life)
-        self._on_trial[choice] = choice.fingerprint
-        _log.warning(
-            "suspected query of death is tried", worker_id=life.worker_id, **choice.names()
-        )
-        self._look_soon()
+        query = choice.fingerprint
+        queries.started(query, life, self._clock())
+        if queries.is_on_file(query):
+            self._watched[choice] = query
+            self._look_soon()
+        if queries.is_suspect(query):
+            _log.warning(
+                "suspected query of death is tried", worker_id=life.worker_id, **choice.names()
+            )
 
     def attempt_ended(self, choice: "Choice", life: Life, attempt: Attempt) -> None:
         """An attempt is over, well or not."""
-        self._on_trial.pop(choice, None)
+        self._watched.pop(choice, None)
         failure = attempt.failure
-        if not attempt.is_refused and failure in DEADLY:
+        is_deadly = not attempt.is_refused and failure in DEADLY
+        if failure is FailureKind.ENGINE_ERROR and self._outliers.fails_others(life.worker_id):
+            is_deadly = False
+        if is_deadly:
             offset = len(choice.stream.ledger)
             query, now = choice.fingerprint, self._clock()
             was_stopped = self._queries.stopped(query, now) is not None
@@ -103,9 +119,6 @@ class Quarantine:
                     **choice.names(),
                 )
             self._tell_room()
-            if self._settling is None:
-                loop = asyncio.get_running_loop()
-                self._settling = loop.call_later(SETTLE_S, self._settled)
         elif not self._queries.is_quiet:
             outcome = choice.stream.outcome
             ended_trial = self._queries.left(choice.fingerprint, life)
@@ -117,7 +130,7 @@ class Quarantine:
 
     def close(self) -> None:
         """Look no more."""
-        for timer in (self._looking, self._settling):
+        for timer in (self._looking, self._retrying):
             if timer is not None:
                 timer.cancel()
 
@@ -132,7 +145,7 @@ class Quarantine:
         )
 
     def _look_soon(self) -> None:
-        if self._looking is None and self._on_trial:
+        if self._looking is None and self._watched:
             loop = asyncio.get_running_loop()
             self._looking = loop.call_later(LOOK_INTERVAL_S, self._look)
 
@@ -140,18 +153,18 @@ class Quarantine:
         """Let those go who have got further."""
         self._looking = None
         has_room = False
-        for choice, query in list(self._on_trial.items()):
+        for choice, query in list(self._watched.items()):
             if self._queries.got_to(query, len(choice.stream.ledger)):
                 has_room = True
             if not self._queries.is_on_file(query):
-                del self._on_trial[choice]
+                del self._watched[choice]
         if has_room:
             self._tell_room()
         self._look_soon()
 
-    def _settled(self) -> None:
-        """An engine that died some time ago and is still there can be used again."""
-        self._settling = None
+    def _retry(self) -> None:
+        """Who may not begin yet may now."""
+        self._retrying = None
         self._tell_room()
 
     def _tell_room(self) -> None:

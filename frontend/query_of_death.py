@@ -9,13 +9,15 @@ file is closed. One that is under every death and never gets any further is a su
                                                                  │
                    file closed ◀── got further, or ended well ───┘
 
-A suspect is tried, not stopped: under a second death it is still one of many. But suspects are kept
-apart. Each runs on a worker where no other suspect is on trial, so that one more death names the
-request, and the others have lost nothing but a little time. So a query of death kills as many
-engines as the limit says, and nobody else is stopped for it.
+A suspect is tried, not stopped: under a second death it is still one of many. But it is tried in
+quarantine: on a worker where nothing else has just begun, and nothing else may begin until it gets
+further. What runs there already has shown that it does no harm. So one more death names the
+request, and the others have lost nothing but a little time: a query of death kills as many engines
+as the limit says, and nobody else is stopped for it.
 
 An engine error, where the engine lives on and says which attempt it failed at, is a death that
-needs no trial: there is no doubt about whose it was.
+needs no trial: there is no doubt about whose it was. (Unless the engine fails others as well; such
+errors are not told here.)
 
 Requests are told apart by a fingerprint of tenant, prompt and parameters, without the seed: the
 same query under another request_id goes on where it was, and is refused once it was stopped.
@@ -42,6 +44,10 @@ SETTLE_S: Final = 1.0
 """The attempts of an engine that died are reported one by one; so long after the last report, what
 dies there dies anew."""
 _DEAD_MAX: Final = 1000
+FRESH_S: Final = 0.25
+"""What began so long ago, and no engine died under it, does no harm so soon."""
+_HOLD_S: Final = 4 * FRESH_S
+"""A suspect that waits for a worker to be quiet keeps others from beginning there, for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class _File:
     """The largest offset it had reached when an engine died under it."""
     lives: deque[Life] = field(default_factory=lambda: deque[Life](maxlen=8))
     """The engines that died."""
+    has_killed: bool = False
+    """Engines died, rather than failed; the two are not counted together."""
     touched_at: float = 0.0
     is_stopped: bool = False
 
@@ -97,6 +105,12 @@ class Queries:
         """The one that was touched last is the last."""
         self._trials: dict[str, tuple[Life, Fingerprint]] = {}
         """Who is on trial, by worker."""
+        self._begun: dict[str, tuple[Fingerprint, float]] = {}
+        """What began last on each worker, and when, while anybody is on file."""
+        self._present: dict[str, set[Fingerprint]] = {}
+        """Who is on file and runs there, by worker."""
+        self._held: dict[str, tuple[Fingerprint, float]] = {}
+        """Which suspect waits for a worker, and until when it may."""
         self._dead: OrderedDict[Life, float] = OrderedDict()
         """Engines that died, and when that was last reported."""
 
@@ -129,26 +143,42 @@ class Queries:
         file = self._files.get(query)
         return file is not None and file.num_deaths >= self._limits.deaths_max - 1
 
-    def may_start(self, query: Fingerprint, life: Life, now: float) -> bool:
-        """Whether it may run there now: anybody who is no suspect, and one suspect at a time; that
-        one nowhere else.
-
-        No suspect may run where an engine has just died: its death would be taken for another.
-        """
-        if not self.is_suspect(query):
-            return True
-        if now - self._dead.get(life, -SETTLE_S) < SETTLE_S:
-            return False
-        return all(
-            (worker_id == life.worker_id) == (one == query)
-            for worker_id, (_, one) in self._trials.items()
-            if worker_id == life.worker_id or one == query
-        )
-
     # Events.
 
-    def started(self, query: Fingerprint, life: Life) -> None:
+    def may_start(self, query: Fingerprint, life: Life, now: float) -> bool:
+        """It could be placed there; whether it may be, now.
+
+        Nobody begins where a suspect is on trial, or waits to be. A suspect has one trial at a
+        time, where nobody else is on file, where nothing has just begun, and where no engine has
+        just died: its other attempts are still being told of. To be asked again after `FRESH_S`.
+        """
+        worker_id = life.worker_id
+        if worker_id in self._trials and self._trials[worker_id][1] != query:
+            return False
+        holder, until = self._held.get(worker_id, (query, now))
+        if holder != query and now < until:
+            return False
+        if not self.is_suspect(query):
+            return True
+        if any(one == query and where != worker_id for where, (_, one) in self._trials.items()):
+            return False
+        if now - self._dead.get(life, -SETTLE_S) < SETTLE_S:
+            return False
+        begun, at = self._begun.get(worker_id, (query, 0.0))
+        is_quiet = begun == query or now - at >= FRESH_S
+        if is_quiet and not self._present.get(worker_id, set()) - {query}:
+            return True
+        if not any(one == query and now < due for one, due in self._held.values()):
+            self._held[worker_id] = (query, now + _HOLD_S)
+        return False
+
+    def started(self, query: Fingerprint, life: Life, now: float) -> None:
         """An attempt began; `may_start` was asked."""
+        self._begun[life.worker_id] = (query, now)
+        if self._held.get(life.worker_id, (None, 0.0))[0] == query:
+            del self._held[life.worker_id]
+        if query in self._files:
+            self._present.setdefault(life.worker_id, set()).add(query)
         if self.is_suspect(query):
             self._trials[life.worker_id] = (life, query)
 
@@ -170,6 +200,9 @@ class Queries:
 
     def left(self, query: Fingerprint, life: Life) -> bool:
         """Its attempt ended there without harm. Whether that ended a trial."""
+        self._present.get(life.worker_id, set()).discard(query)
+        if query in self._begun.get(life.worker_id, ()):
+            del self._begun[life.worker_id]
         if self._trials.get(life.worker_id) != (life, query):
             return False
         del self._trials[life.worker_id]
@@ -192,7 +225,14 @@ class Queries:
             self._dead.move_to_end(life)
             if len(self._dead) > _DEAD_MAX:
                 self._dead.popitem(last=False)
-        if not file.is_stopped and (is_certain or life not in file.lives):
+        if not is_certain and not file.has_killed:
+            file.has_killed = True
+            file.num_deaths = 0
+            file.lives.clear()
+        is_news = is_certain != file.has_killed
+        if life in file.lives:  # Another attempt that was there, and had perhaps come further.
+            file.furthest = max(file.furthest, offset)
+        elif is_news and not file.is_stopped:
             if self._is_further(file, offset):
                 file.num_deaths = 0
                 self._end_trials(query)
@@ -221,9 +261,12 @@ class Queries:
         self._end_trials(query)
 
     def _end_trials(self, query: Fingerprint) -> None:
-        for worker_id, (_, one) in list(self._trials.items()):
-            if one == query:
-                del self._trials[worker_id]
+        for present in self._present.values():
+            present.discard(query)
+        for kept in (self._trials, self._begun, self._held):
+            for worker_id, entry in list(kept.items()):
+                if query in entry:
+                    del kept[worker_id]
 
     def _forget(self, now: float) -> None:
         while self._files:

@@ -112,6 +112,7 @@ class Frontend:
                     memory_s=config.query_of_death_memory_s,
                 )
             ),
+            outliers,
             counted,
             key=random.randbytes(32),
             clock=self._clock,

@@ -30,10 +30,10 @@ def test_a_request_under_which_engines_keep_dying_is_stopped_at_the_third() -> N
     queries = Queries(LIMITS)
     for number in (1, 2):
         assert queries.may_start(BAD, life(number), 0.0)
-        queries.started(BAD, life(number))
+        queries.started(BAD, life(number), 5.0)
         assert die(queries, BAD, life(number)) is None
         assert queries.is_suspect(BAD) == (number == 2)
-    queries.started(BAD, life(3))
+    queries.started(BAD, life(3), 5.0)
     assert die(queries, BAD, life(3)) == Stopped(3, BAD.hex()[:16])
     assert queries.stopped(BAD, 1.0) is not None
     assert queries.stopped(GOOD, 1.0) is None
@@ -43,7 +43,7 @@ def test_a_request_under_which_engines_keep_dying_is_stopped_at_the_third() -> N
 def test_the_limit_is_the_number_of_engines_that_it_kills(deaths_max: int) -> None:
     queries = Queries(QueryLimits(deaths_max=deaths_max))
     for number in range(1, 100):
-        queries.started(BAD, life(number))
+        queries.started(BAD, life(number), 5.0)
         if die(queries, BAD, life(number)) is not None:
             assert number == deaths_max
             return
@@ -55,7 +55,7 @@ def test_it_is_stopped_wherever_in_its_output_it_kills() -> None:
     # It dies at offset 40 each time; the last tokens before are lost now and then.
     stopped: Stopped | None = None
     for number, offset in enumerate((40, 39, 41), start=1):
-        queries.started(BAD, life(number))
+        queries.started(BAD, life(number), 5.0)
         stopped = die(queries, BAD, life(number), offset)
     assert stopped is not None
 
@@ -63,7 +63,7 @@ def test_it_is_stopped_wherever_in_its_output_it_kills() -> None:
 def test_whoever_gets_further_between_two_deaths_is_not_to_blame() -> None:
     queries = Queries(LIMITS)
     for number in range(1, 20):
-        queries.started(GOOD, life(number))
+        queries.started(GOOD, life(number), 5.0)
         assert die(queries, GOOD, life(number), offset=10 * number) is None
         assert not queries.is_suspect(GOOD)
 
@@ -87,10 +87,32 @@ def test_what_happens_to_links_is_held_against_nobody(kind: FailureKind) -> None
 
 def test_engine_errors_need_no_trial() -> None:
     queries = Queries(LIMITS)
-    at = life(1)
-    assert queries.died(BAD, at, ENGINE_ERROR, 0, 0.0) is None
-    assert queries.died(BAD, at, ENGINE_ERROR, 0, 0.0) is None
-    assert queries.died(BAD, at, ENGINE_ERROR, 0, 0.0) is not None
+    assert queries.died(BAD, life(1), ENGINE_ERROR, 0, 0.0) is None
+    assert queries.died(BAD, life(2), ENGINE_ERROR, 0, 0.0) is None
+    assert queries.died(BAD, life(3), ENGINE_ERROR, 0, 0.0) is not None
+
+
+def test_one_engine_that_fails_at_everything_proves_nothing_against_a_request() -> None:
+    queries = Queries(LIMITS)
+    for _ in range(10):
+        assert queries.died(GOOD, life(1), ENGINE_ERROR, 0, 0.0) is None
+
+
+def test_engines_that_failed_and_engines_that_died_are_not_counted_together() -> None:
+    queries = Queries(LIMITS)
+    for number, kind in enumerate((ENGINE_ERROR, CRASH, ENGINE_ERROR, CRASH, ENGINE_ERROR)):
+        queries.started(GOOD, life(number), 5.0)
+        assert queries.died(GOOD, life(number), kind, 0, 0.0) is None
+    assert queries.is_suspect(GOOD)
+
+
+def test_of_several_attempts_under_one_death_the_furthest_counts() -> None:
+    # The same query twice, one of them at the offset that kills.
+    queries = Queries(LIMITS)
+    assert die(queries, BAD, life(1), offset=6) is None
+    assert die(queries, BAD, life(1), offset=20) is None
+    assert not queries.got_to(BAD, 20)
+    assert queries.is_on_file(BAD)
 
 
 # Trials.
@@ -106,10 +128,11 @@ def suspects(*queries_: Fingerprint) -> Queries:
 
 def test_suspects_run_apart_from_each_other() -> None:
     queries = suspects(BAD, GOOD)
-    queries.started(BAD, life(3))
+    queries.started(BAD, life(3), 5.0)
     assert not queries.may_start(GOOD, life(3), 0.0)
     assert queries.may_start(GOOD, life(4), 0.0)
-    assert queries.may_start(OTHER, life(3), 0.0)  # It is no suspect.
+    assert not queries.may_start(OTHER, life(3), 0.0)  # Nor does anybody else begin there.
+    assert queries.may_start(OTHER, life(4), 0.0)
     assert queries.may_start(BAD, life(3), 0.0)  # Once more, for another choice.
     assert not queries.may_start(BAD, life(4), 0.0)
 
@@ -117,7 +140,7 @@ def test_suspects_run_apart_from_each_other() -> None:
 def test_no_suspect_runs_where_an_engine_has_just_died() -> None:
     # Its other attempts are told one by one, and the placement may not know of its death yet.
     queries = suspects(BAD, GOOD)
-    queries.started(BAD, life(3))
+    queries.started(BAD, life(3), 5.0)
     assert die(queries, BAD, life(3)) is not None
     assert not queries.may_start(GOOD, life(3), 0.5)
     assert queries.may_start(GOOD, life(3, engine_incarnation=2), 0.5)
@@ -127,7 +150,7 @@ def test_no_suspect_runs_where_an_engine_has_just_died() -> None:
 @pytest.mark.parametrize("how", ["got further", "ended well", "left"])
 def test_the_next_is_tried_when_one_has_passed(how: str) -> None:
     queries = suspects(BAD, GOOD)
-    queries.started(GOOD, life(3))
+    queries.started(GOOD, life(3), 5.0)
     assert not queries.may_start(BAD, life(3), 5.0)
     match how:
         case "got further":
@@ -151,7 +174,7 @@ def test_of_forty_streams_only_the_one_is_stopped_and_it_kills_three_engines() -
     num_deaths = 0
     for number in (1, 2):
         for query in streams:
-            queries.started(query, life(number))
+            queries.started(query, life(number), 5.0)
         num_deaths += 1
         stopped = [die(queries, query, life(number)) for query in streams]
         assert stopped == [None] * 40
@@ -163,7 +186,7 @@ def test_of_forty_streams_only_the_one_is_stopped_and_it_kills_three_engines() -
         query = waiting.pop(0)
         at = Life("w1", 1, engine)
         assert queries.may_start(query, at, 5.0)
-        queries.started(query, at)
+        queries.started(query, at, 5.0)
         assert not any(queries.may_start(other, at, 5.0) for other in waiting)
         if query == bad:
             num_deaths += 1
@@ -180,11 +203,11 @@ def test_of_forty_streams_only_the_one_is_stopped_and_it_kills_three_engines() -
 
 def test_queries_that_kill_together_are_both_found() -> None:
     queries = suspects(BAD, OTHER, GOOD)
-    queries.started(BAD, life(3))
-    queries.started(OTHER, life(4))
+    queries.started(BAD, life(3), 5.0)
+    queries.started(OTHER, life(4), 5.0)
     assert die(queries, BAD, life(3)) is not None
     assert die(queries, OTHER, life(4)) is not None
-    queries.started(GOOD, life(5))
+    queries.started(GOOD, life(5), 5.0)
     assert queries.got_to(GOOD, 3)
     assert queries.stopped(GOOD, 1.0) is None
 
@@ -194,7 +217,7 @@ def test_queries_that_kill_together_are_both_found() -> None:
 
 def test_what_was_held_against_a_request_is_forgotten_in_time() -> None:
     queries = suspects(BAD)
-    queries.started(BAD, life(3))
+    queries.started(BAD, life(3), 5.0)
     die(queries, BAD, life(3))
     assert queries.stopped(BAD, LIMITS.memory_s - 1) is not None
     assert queries.stopped(BAD, LIMITS.memory_s) is None
