@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check format lint types protos landed-protos simulate matrix chaos detection soak zombie recovery frontend-loss bench lock clean
+.PHONY: help demo test check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery frontend-loss bench lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -42,6 +42,9 @@ landed-protos: .venv/.dev ## Record the contract as landed; part of a release, n
 
 simulate: .venv/.dev ## 100,000 seeds of the simulated world
 	$(BIN)/python -m tests.simulation --seeds 100000 --jobs 2
+
+fuzz: .venv/.dev ## Bytes and frames that no client should send, a million of them
+	$(BIN)/python -m tests.frontend.edge.fuzz
 
 matrix: .venv/.dev ## Every feature, killed at many offsets, on both engines
 	$(BIN)/python -m benchmarks.continuation

@@ -20,7 +20,7 @@ import uvloop
 
 from benchmarks.stamps import CpuClock
 from frontend.admission import Envelope
-from frontend.dispatch import Choice, Dispatcher
+from frontend.dispatch import Choice, Dispatcher, News
 from frontend.links import Links
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
@@ -79,7 +79,7 @@ async def ingest(
                 dispatcher=dispatcher,
                 envelope=envelope,
                 model=model,
-                wake=asyncio.Event(),
+                news=News(),
                 deadline_at=None,
             )
         )

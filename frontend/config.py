@@ -1,11 +1,16 @@
 """What a frontend can be told."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from frontend.edge.limits import EdgeLimits
 from unbroken.config import Address, ProcessConfig
+from unbroken.transport import TlsFiles
+
+_EDGE = EdgeLimits()
 
 
 class FrontendConfig(ProcessConfig):
@@ -21,6 +26,12 @@ class FrontendConfig(ProcessConfig):
     """host:port under which others reach it, if that is not where it listens."""
     metrics_listen: Address | None = None
     """host:port of the metrics endpoint; none if not given."""
+    tls_certificate: Path | None = None
+    """PEM file with the certificate shown to clients, its chain after it; without, no TLS."""
+    tls_key: Path | None = None
+    """PEM file with its private key."""
+    tls_client_ca: Path | None = None
+    """PEM file of the authority whose certificates clients have to show; without, none do."""
     continuation: Literal["prefer_exact", "require_exact", "allow_inexact", "never"] = (
         "prefer_exact"
     )
@@ -84,6 +95,48 @@ class FrontendConfig(ProcessConfig):
     """A request is stopped when so many engines died under it and it never got any further."""
     query_of_death_memory_s: float = Field(600.0, ge=0, le=86400)
     """For how long a request that was stopped so is refused when it is asked again."""
+    edge: Literal["grpcio", "native"] = "grpcio"
+    """What serves clients: grpcio, or the HTTP/2 server of docs/decisions/edge.md."""
+    edge_connections_max: int = Field(_EDGE.connections_max, ge=1)
+    """Native edge: client connections at once; those beyond are closed at once."""
+    edge_streams_max: int = Field(_EDGE.streams_max, ge=1, le=2**31 - 1)
+    """Native edge: streams of a connection at once; those beyond are refused."""
+    edge_header_list_bytes_max: int = Field(_EDGE.header_list_bytes_max, ge=1024, le=1024 * 1024)
+    """Native edge: header fields of a request, uncompressed and 32 bytes more for each."""
+    edge_header_frames_max: int = Field(_EDGE.header_frames_max, ge=1)
+    """Native edge: HEADERS and CONTINUATION frames of one request."""
+    edge_request_bytes_max: int = Field(_EDGE.request_bytes_max, ge=1024, le=2**31 - 1)
+    """Native edge: one request message."""
+    edge_held_bytes_max: int = Field(_EDGE.held_bytes_max, ge=1024)
+    """Native edge: requests of all connections that have come in part."""
+    edge_stream_window: int = Field(_EDGE.stream_window, ge=1024, le=2**31 - 1)
+    """Native edge: what a client may send ahead on one stream."""
+    edge_connection_window: int = Field(_EDGE.connection_window, ge=65535, le=2**31 - 1)
+    """Native edge: what a client may send ahead on all streams of a connection."""
+    edge_settings_burst: int = Field(_EDGE.settings_burst, ge=1)
+    """Native edge: SETTINGS frames that a connection may send at once."""
+    edge_settings_per_s: float = Field(_EDGE.settings_per_s, ge=0)
+    """Native edge: SETTINGS frames that it may send each second after that."""
+    edge_resets_burst: int = Field(_EDGE.resets_burst, ge=1)
+    """Native edge: streams that a client may open and reset at once."""
+    edge_resets_per_s: float = Field(_EDGE.resets_per_s, ge=0)
+    """Native edge: streams that it may open and reset each second after that."""
+    edge_control_burst: int = Field(_EDGE.control_burst, ge=1)
+    """Native edge: frames that bring nothing (PING, WINDOW_UPDATE, unknown ones), at once."""
+    edge_control_per_s: float = Field(_EDGE.control_per_s, ge=0)
+    """Native edge: such frames each second, and four more for each DATA frame sent."""
+    edge_handshake_timeout_s: float = Field(_EDGE.handshake_timeout_s, gt=0, le=600)
+    """Native edge: how long TLS, or the HTTP/2 greeting, may take."""
+    edge_header_timeout_s: float = Field(_EDGE.header_timeout_s, gt=0, le=600)
+    """Native edge: how long a frame or a header block may take to come."""
+    edge_request_timeout_s: float = Field(_EDGE.request_timeout_s, gt=0, le=3600)
+    """Native edge: how long the request of Generate or Resume may take to come."""
+    edge_stall_timeout_s: float = Field(_EDGE.stall_timeout_s, gt=0, le=86400)
+    """Native edge: a stream whose client takes nothing of what waits for so long is cut off."""
+    edge_unsent_bytes_max: int = Field(_EDGE.unsent_bytes_max, ge=65536)
+    """Native edge: a connection with more waiting in its socket is closed."""
+    edge_ping_idle_interval_s: float = Field(_EDGE.ping_idle_interval_s, gt=0, le=3600)
+    """Native edge: as client_ping_interval_s, for connections without streams."""
     deadline_margin_s: float = Field(0.02, ge=0, le=1)
     """So long before its client's deadline a stream ends, so that the client still hears why."""
     shutdown_grace_s: float = Field(30.0, ge=0, le=3600)
@@ -103,3 +156,29 @@ class FrontendConfig(ProcessConfig):
                 f"got {self.link_suspect_phi:g}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "FrontendConfig":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("expected tls_certificate and tls_key together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("expected tls_certificate with tls_client_ca")
+        return self
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """How clients are spoken to; None if in the clear."""
+        if self.tls_certificate is None or self.tls_key is None:
+            return None
+        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_client_ca)
+
+    @property
+    def edge_limits(self) -> EdgeLimits:
+        """The limits of the native edge."""
+        names = [field.name for field in dataclasses.fields(EdgeLimits)]
+        own = {name: getattr(self, key) for name in names if hasattr(self, key := f"edge_{name}")}
+        return EdgeLimits(
+            **own,
+            ping_interval_s=self.client_ping_interval_s,
+            ping_timeout_s=self.client_ping_timeout_s,
+        )

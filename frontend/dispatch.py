@@ -145,6 +145,30 @@ class Dispatcher:
         self._soon = self._due = None
 
 
+def nobody() -> None:
+    """Who is told when nobody reads."""
+
+
+class News:
+    """Whether there is something new for whoever reads a request; he is told once."""
+
+    __slots__ = ("is_set", "tell")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.tell: Callable[[], None] = nobody
+
+    def set(self) -> None:
+        """There is something new."""
+        if not self.is_set:
+            self.is_set = True
+            self.tell()
+
+    def clear(self) -> None:
+        """Whoever reads has seen it."""
+        self.is_set = False
+
+
 @dataclass(frozen=True, slots=True)
 class _Seat:
     """Where the current attempt runs."""
@@ -168,10 +192,10 @@ class Choice:
         "_is_computing",
         "_life",
         "_model",
+        "_news",
         "_seat",
         "_timer",
         "_unlinked_from",
-        "_wake",
         "index",
         "stream",
     )
@@ -184,16 +208,16 @@ class Choice:
         dispatcher: Dispatcher,
         envelope: Envelope,
         model: Model,
-        wake: asyncio.Event,
+        news: News,
         deadline_at: float | None,
     ) -> None:
-        """`deadline_at` is the client's, monotonic seconds; `wake` is set when there is news."""
+        """`deadline_at` is the client's, monotonic seconds; `news` is set when there is some."""
         self.stream = stream
         self.index = index
         self._dispatcher = dispatcher
         self._envelope = envelope
         self._model = model
-        self._wake = wake
+        self._news = news
         self._deadline_at = deadline_at
         self._avoid: frozenset[machine.Life] = frozenset()
         self._hashes: dict[tuple[str, int], list[int]] = {}
@@ -234,8 +258,8 @@ class Choice:
         """Let the client's side look at the stream."""
         if self._is_computing and self.stream.is_prefilled:
             self._computed()
-        if not self._wake.is_set():
-            self._wake.set()
+        if not self._news.is_set:
+            self._news.set()
 
     def begin(self) -> None:
         """The request was admitted."""

@@ -1,4 +1,4 @@
-"""InferenceService: what clients call.
+"""What InferenceService does, whichever edge the call came through (`grpcio_edge`, `edge`).
 
 `Generate` and `Resume` lead to a request, a new one or one that is here, and then read it
 (`reading`). What `Resume` believes and what it checks is told in docs/decisions/resume.md.
@@ -7,20 +7,16 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any, Final, NoReturn, cast
-
-import grpc.aio
-from typing_extensions import override
+from typing import Final, NoReturn
 
 from frontend import admission
 from frontend.admission import Admitted, Decided, Envelope, Model
 from frontend.dispatch import Dispatcher
 from frontend.mesh_view import MeshView
-from frontend.reading import Readers
+from frontend.reading import Reader, Readers
 from frontend.requests import Request, Requests
 from frontend.resume_token import (
     Keyring,
@@ -34,7 +30,6 @@ from frontend.stream import Limits, Mismatch, Past, first_epoch
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.outcome import ContinuationPolicy
 from unbroken.v1 import inference_service_pb2 as pb
-from unbroken.v1 import inference_service_pb2_grpc as pb_grpc
 
 REQUEST_ID_KEY: Final = "unbroken-request-id"
 CLASS_KEY: Final = "unbroken-continuation-class"
@@ -42,8 +37,6 @@ CLASS_KEY: Final = "unbroken-continuation-class"
 
 LONG_TEXT_BYTES: Final = 64 * 1024
 """Longer texts are tokenised in a thread: it takes about 1 ms per 10 KB."""
-
-_Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +50,7 @@ class GatewayLimits:
     resume_token_lifetime_s: float = 3600.0
 
 
-class Gateway(pb_grpc.InferenceServiceServicer):
+class Gateway:
     """The service."""
 
     def __init__(
@@ -106,36 +99,41 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         self._is_draining = True
         self._mesh_changed()
 
-    @override
-    async def Generate(
-        self, request: pb.GenerateRequest, context: _Context
-    ) -> AsyncIterator[pb.GenerateResponse]:
-        arrived_at, deadline_at = self._times(context)
+    async def generate(
+        self,
+        request: pb.GenerateRequest,
+        remaining_s: float | None,
+        on_news: Callable[[], None],
+    ) -> Reader:
+        """Admit a request. The client waits for so long; `on_news` says when to poll.
+
+        Whoever has the reader MUST close it. Raises `UnbrokenError`.
+        """
+        arrived_at, deadline_at = self._times(remaining_s)
         try:
             running = await self._admit(request, arrived_at, deadline_at)
         except UnbrokenError as error:
             self._metrics.requests_refused.labels(error.reason.value).inc()
             raise
-        async with aclosing(self._read(running, context, arrived_at)) as messages:
-            async for message in messages:
-                yield message
+        return self._readers.open(running, arrived_at=arrived_at, on_news=on_news)
 
-    @override
-    async def Resume(
-        self, request: pb.ResumeRequest, context: _Context
-    ) -> AsyncIterator[pb.ResumeResponse]:
-        arrived_at, deadline_at = self._times(context)
+    async def resume(
+        self,
+        request: pb.ResumeRequest,
+        remaining_s: float | None,
+        on_news: Callable[[], None],
+    ) -> Reader:
+        """As `generate`, for a stream that lost its frontend or its connection."""
+        arrived_at, deadline_at = self._times(remaining_s)
         try:
             running = await self._resume(request, arrived_at, deadline_at)
         except UnbrokenError as error:
             self._metrics.requests_refused.labels(error.reason.value).inc()
             raise
-        async with aclosing(self._read(running, context, arrived_at)) as messages:
-            async for message in messages:
-                yield pb.ResumeResponse(response=message)
+        return self._readers.open(running, arrived_at=arrived_at, on_news=on_news)
 
-    @override
-    async def Cancel(self, request: pb.CancelRequest, context: _Context) -> pb.CancelResponse:
+    def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
+        """Raises `UnbrokenError`."""
         if not request.request_id:
             _refuse_empty_id(request.request_id)
         was_running = self._requests.cancel(
@@ -143,26 +141,20 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         )
         return pb.CancelResponse(was_running=was_running)
 
-    @override
-    async def GetStream(
-        self, request: pb.GetStreamRequest, context: _Context
-    ) -> pb.GetStreamResponse:
+    def get_stream(self, request: pb.GetStreamRequest) -> pb.GetStreamResponse:
+        """Raises `UnbrokenError`."""
         if not request.request_id:
             _refuse_empty_id(request.request_id)
         stream = self._requests.get(request.request_id, tenant=request.tenant)
         return pb.GetStreamResponse(stream=stream)
 
-    @override
-    async def ListStreams(
-        self, request: pb.ListStreamsRequest, context: _Context
-    ) -> pb.ListStreamsResponse:
+    def list_streams(self, request: pb.ListStreamsRequest) -> pb.ListStreamsResponse:
+        """Raises `UnbrokenError`."""
         streams, next_page_token = self._requests.page(request.page_size, request.page_token)
         return pb.ListStreamsResponse(streams=streams, next_page_token=next_page_token)
 
-    @override
-    async def ListModels(
-        self, request: pb.ListModelsRequest, context: _Context
-    ) -> pb.ListModelsResponse:
+    def list_models(self) -> pb.ListModelsResponse:
+        """What workers serve now, or served before."""
         return pb.ListModelsResponse(
             models=[self._model_info(name) for name in self._mesh.model_names()]
         )
@@ -334,29 +326,13 @@ class Gateway(pb_grpc.InferenceServiceServicer):
         self._metrics.requests_started.inc()
         return running
 
-    def _times(self, context: _Context) -> tuple[float, float | None]:
+    def _times(self, remaining_s: float | None) -> tuple[float, float | None]:
         """When a call came, and when its output has to end."""
         arrived_at = self._clock()
-        remaining_s = cast("float | None", context.time_remaining())  # The stubs forget None.
         if remaining_s is None:
             return arrived_at, None
         margin_s = min(self._limits.deadline_margin_s, remaining_s / 2)
         return arrived_at, arrived_at + remaining_s - margin_s
-
-    # Output.
-
-    def _read(
-        self, running: Request, context: _Context, arrived_at: float
-    ) -> AsyncGenerator[pb.GenerateResponse]:
-        async def open_call() -> None:
-            await context.send_initial_metadata(
-                (
-                    (REQUEST_ID_KEY, running.request_id),
-                    (CLASS_KEY, running.admitted.continuation_class.name),
-                )
-            )
-
-        return self._readers.read(running, arrived_at=arrived_at, open_call=open_call)
 
     # Models.
 
@@ -372,6 +348,15 @@ class Gateway(pb_grpc.InferenceServiceServicer):
             info.tokenizer_fingerprint = model.tokenizer_fingerprint
             info.has_chat_template = bool(model.tokenizer.asset.chat_template)
         return info
+
+
+def initial_metadata(reader: Reader) -> tuple[tuple[str, str], ...]:
+    """What clients are told before the first message."""
+    request = reader.request
+    return (
+        (REQUEST_ID_KEY, request.request_id),
+        (CLASS_KEY, request.admitted.continuation_class.name),
+    )
 
 
 def _positions(given: Sequence[pb.ResumePosition], num_choices: int) -> Sequence[pb.ResumePosition]:

@@ -159,6 +159,21 @@ class FrontendMetrics:
             "Models of whose workers so many look bad that ejections are ignored.",
             registry=registry,
         )
+        self._edge_connections = Gauge(
+            f"{_PREFIX}_edge_connections", "Connections of clients, native edge.", registry=registry
+        )
+        self._edge_limits = Counter(
+            f"{_PREFIX}_edge_limits_total",
+            "Times that a client went beyond a limit of the native edge (docs/decisions/edge.md).",
+            ["limit"],
+            registry=registry,
+        )
+        self._edge_failures = Counter(
+            f"{_PREFIX}_edge_connections_failed_total",
+            "Connections that the native edge ended with an error, by its HTTP/2 name.",
+            ["code"],
+            registry=registry,
+        )
         self._workers = Gauge(
             f"{_PREFIX}_workers",
             "Workers, by the failure detector's opinion.",
@@ -200,6 +215,18 @@ class FrontendMetrics:
                 self._workers.labels(liveness.name.lower()).set_function(
                     lambda one=liveness: workers_by_liveness().get(one, 0)
                 )
+
+    def edge_connected(self, num_more: int) -> None:
+        """A connection came (1) or went (-1)."""
+        self._edge_connections.inc(num_more)
+
+    def edge_limit_hit(self, limit: str) -> None:
+        """A client went beyond a limit."""
+        self._edge_limits.labels(limit).inc()
+
+    def edge_connection_failed(self, code: str) -> None:
+        """A connection was ended with an error."""
+        self._edge_failures.labels(code).inc()
 
     def count_tokens(self, num_tokens: int) -> None:
         """A frame came."""

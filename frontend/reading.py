@@ -1,8 +1,11 @@
 """How a call reads a request: one reader at a time, and what happens when it leaves.
 
-A reader waits on one event, whatever number of choices there are. Each time it wakes it sends all
-that is new in one message per choice, so a client that reads slowly gets fewer and larger messages;
-what it has not been sent yet is bounded by the window of its worker.
+    reader = readers.open(request, ..., on_news)
+    on_news ──▶ reader.poll(): all that is new ──▶ the client ──▶ reader.sent()
+
+Each time that it polls, a call gets all that is new in one piece per choice, so a client that reads
+slowly gets fewer and larger messages; what it has not been sent yet is bounded by the window of its
+worker.
 
 A later call for the same request takes it over, and the one before ends with FENCED. Without a
 reader a request ends, unless its client asked to be waited for (`reader_grace`).
@@ -10,18 +13,31 @@ reader a request ends, unless its client asked to be waited for (`reader_grace`)
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from frontend import summaries
+from frontend.dispatch import Choice, nobody
 from frontend.metrics import FrontendMetrics
 from frontend.requests import Request, Requests
 from frontend.resume_token import Keyring
+from frontend.stream import Command, Piece
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
 from unbroken.v1 import inference_service_pb2 as pb
 
 _log = log.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is new of one choice; to be sent in messages of bounded size (`summaries.parts`)."""
+
+    choice_index: int
+    piece: Piece
+    resume_token: bytes
+    """Goes with the first of its messages."""
 
 
 class Readers:
@@ -47,58 +63,15 @@ class Readers:
         self._time_of_day = time_of_day
         self._keepers: set[asyncio.Task[None]] = set()
 
-    async def read(
-        self, request: Request, *, arrived_at: float, open_call: Callable[[], Awaitable[None]]
-    ) -> AsyncGenerator[pb.GenerateResponse]:
-        """What this call is told, from `started` to `finished`; raises what the request failed of.
-
-        `open_call` is done first. The caller closes the generator.
+    def open(self, request: Request, *, arrived_at: float, on_news: Callable[[], None]) -> "Reader":
+        """Take the request over. `on_news` says that there is something to poll; it may be called
+        at any moment, and has to return at once.
         """
-        number = request.take_over()
-        is_first = number == 1
-        tokens = _Tokens(self, request)
-        try:
-            # Where a worker is ready, the first token already says which one it is.
-            request.begin()
-            await open_call()
-            yield self._started(request, tokens.newest())
-            while True:
-                request.wake.clear()
-                _check_reader(request, number)
-                request.fail_together()
-                is_done = request.is_done  # Whether what follows is all there is.
-                for choice in request.choices:
-                    if not choice.stream.has_output:
-                        continue
-                    if is_first:
-                        is_first = False
-                        self._metrics.ttft_s.observe(self._clock() - arrived_at)
-                    # Nobody holds tokens of a worker that no resume token of his names.
-                    token = tokens.newer()
-                    piece, commands = choice.stream.take()
-                    for message in summaries.messages(choice.index, piece):
-                        message.resume_token, token = token, b""
-                        yield message
-                        _check_reader(request, number)
-                    self._metrics.tokens_delivered.inc(len(piece.token_ids))
-                    choice.obey(commands)  # Windows move when tokens have left.
-                    request.has_sent(choice)
-                if is_done:
-                    break
-                if token := tokens.newer():
-                    yield pb.GenerateResponse(resume_token=token)
-                    continue
-                await request.wake.wait()
-            yield pb.GenerateResponse(finished=request.finished())
-        finally:
-            if request.reader == number:
-                self._left(request)
-        if request.error is not None:
-            raise _raisable(request.error)
+        return Reader(self, request, arrived_at=arrived_at, on_news=on_news)
 
     def drop(self, request: Request) -> None:
         """End a request, whoever reads it."""
-        request.take_over()
+        request.take_over(nobody)
         self._settle(request)
 
     async def close(self) -> None:
@@ -118,9 +91,15 @@ class Readers:
         """Whether that time has come."""
         return self._clock() >= due
 
-    # Inside.
+    def first_output(self, arrived_at: float) -> None:
+        """A request that arrived then has its first output."""
+        self._metrics.ttft_s.observe(self._clock() - arrived_at)
 
-    def _left(self, request: Request) -> None:
+    def delivered(self, num_tokens: int) -> None:
+        """So many tokens went to a client."""
+        self._metrics.tokens_delivered.inc(num_tokens)
+
+    def left(self, request: Request) -> None:
         """Its reader has gone."""
         grace_s = request.admitted.envelope.reader_grace_s
         if request.is_settled:
@@ -137,12 +116,15 @@ class Readers:
     async def _keep(self, request: Request, grace_s: float) -> None:
         """Stand in for a reader that may come back. The window bounds what is generated."""
         number = request.reader
+        has_news = asyncio.Event()
+        request.news.tell = has_news.set
         try:
             async with asyncio.timeout(grace_s):
                 while request.reader == number and not request.is_done:
-                    request.wake.clear()
+                    request.news.clear()
+                    has_news.clear()
                     request.fail_together()
-                    await request.wake.wait()
+                    await has_news.wait()
         except TimeoutError:
             pass
         finally:
@@ -157,7 +139,7 @@ class Readers:
         self._requests.remove(request)
         self._account(request)
 
-    def _started(self, request: Request, token: bytes) -> pb.GenerateResponse:
+    def started(self, request: Request, token: bytes) -> pb.GenerateResponse:
         admitted = request.admitted
         return pb.GenerateResponse(
             started=pb.StreamStarted(
@@ -201,6 +183,105 @@ class Readers:
             )
 
 
+class Reader:
+    """One call that reads a request."""
+
+    __slots__ = (
+        "_arrived_at",
+        "_is_first",
+        "_is_started",
+        "_leaving",
+        "_number",
+        "_readers",
+        "_tokens",
+        "error",
+        "is_over",
+        "request",
+    )
+
+    def __init__(
+        self,
+        readers: Readers,
+        request: Request,
+        *,
+        arrived_at: float,
+        on_news: Callable[[], None],
+    ) -> None:
+        self.request = request
+        self.is_over = False
+        """What the last `poll` returned is all there is."""
+        self.error: UnbrokenError | None = None
+        """What the call fails of, once it is over."""
+        self._readers = readers
+        self._arrived_at = arrived_at
+        self._number = request.take_over(on_news)
+        self._is_first = self._number == 1
+        self._is_started = False
+        self._tokens = _Tokens(readers, request)
+        self._leaving: list[tuple[Choice, int, Sequence[Command]]] = []
+        # Where a worker is ready, the first token already says which one it is.
+        request.begin()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no later call reads the request."""
+        return self.request.reader == self._number
+
+    def poll(self) -> list[Output | pb.GenerateResponse]:
+        """All that is new, in its order. What it returned before MUST have been `sent`."""
+        request = self.request
+        request.news.clear()
+        if not self.is_current:
+            self._end(UnbrokenError(Reason.FENCED, "a later call reads this request"))
+            return []
+        found: list[Output | pb.GenerateResponse] = []
+        if not self._is_started:
+            self._is_started = True
+            found.append(self._readers.started(request, self._tokens.newest()))
+        request.fail_together()
+        is_done = request.is_done  # Whether what follows is all there is.
+        for choice in request.choices:
+            if not choice.stream.has_output:
+                continue
+            if self._is_first:
+                self._is_first = False
+                self._readers.first_output(self._arrived_at)
+            # Nobody holds tokens of a worker that no resume token of his names.
+            token = self._tokens.newer()
+            piece, commands = choice.stream.take()
+            found.append(Output(choice.index, piece, token))
+            self._leaving.append((choice, len(piece.token_ids), commands))
+        if is_done:
+            found.append(pb.GenerateResponse(finished=request.finished()))
+            self._end(request.error)
+        elif token := self._tokens.newer():
+            found.append(pb.GenerateResponse(resume_token=token))
+        return found
+
+    def sent(self) -> None:
+        """What `poll` returned has left: windows move, and the engine may go on."""
+        if not self._leaving:
+            return
+        leaving, self._leaving = self._leaving, []
+        if not self.is_current:
+            return
+        for choice, num_tokens, commands in leaving:
+            self._readers.delivered(num_tokens)
+            if commands:
+                choice.obey(commands)
+            self.request.has_sent(choice)
+
+    def close(self) -> None:
+        """The call has ended, one way or another. Idempotent."""
+        if self.is_current:
+            self.request.news.tell = nobody
+            self._readers.left(self.request)
+
+    def _end(self, error: UnbrokenError | None) -> None:
+        self.is_over = True
+        self.error = None if error is None else _raisable(error)
+
+
 class _Tokens:
     """The resume tokens of one call."""
 
@@ -221,11 +302,6 @@ class _Tokens:
         if self._request.num_moves == self._num_moves and not self._readers.is_due(self._due):
             return b""
         return self.newest()
-
-
-def _check_reader(request: Request, number: int) -> None:
-    if request.reader != number:
-        raise UnbrokenError(Reason.FENCED, "a later call reads this request")
 
 
 def _raisable(error: UnbrokenError) -> UnbrokenError:

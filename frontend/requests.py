@@ -13,7 +13,7 @@ from typing import Final
 from frontend import resume_token, summaries
 from frontend import stream as machine
 from frontend.admission import Admitted, Envelope
-from frontend.dispatch import Choice, Dispatcher
+from frontend.dispatch import Choice, Dispatcher, News
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.v1 import generation_pb2
 from unbroken.v1 import inference_service_pb2 as pb
@@ -76,7 +76,7 @@ class Request:
             migrations_max=envelope.migrations_max,
         )
         self._has_begun = False
-        self.wake = asyncio.Event()
+        self.news = News()
         """Set when a choice has output or is done."""
         self.sequence = 0
         """Place in the order of admission; set by `Requests.add`."""
@@ -98,7 +98,7 @@ class Request:
                 dispatcher=dispatcher,
                 envelope=envelope,
                 model=admitted.model,
-                wake=self.wake,
+                news=self.news,
                 deadline_at=deadline_at,
             )
             for index, checkpoint in enumerate(admitted.checkpoints)
@@ -152,10 +152,11 @@ class Request:
             for choice in self.choices:
                 choice.begin()
 
-    def take_over(self) -> int:
+    def take_over(self, on_news: Callable[[], None]) -> int:
         """Another call reads it from now on; returns the number of that reader."""
         self.reader += 1
-        self.wake.set()  # The reader before finds out.
+        before, self.news.tell = self.news.tell, on_news
+        before()  # It finds out that it has been replaced.
         return self.reader
 
     def can_rewind(self, positions: Sequence[pb.ResumePosition]) -> bool:

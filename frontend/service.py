@@ -12,8 +12,10 @@ from frontend import resume_keys
 from frontend.admin import Admin
 from frontend.config import FrontendConfig
 from frontend.dispatch import Choice, Dispatcher
+from frontend.edge.native import NativeEdge
 from frontend.failure_detector import DetectorLimits
 from frontend.gateway import Gateway, GatewayLimits
+from frontend.grpcio_edge import GrpcioEdge
 from frontend.links import Links
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
@@ -57,12 +59,14 @@ class Frontend:
         self._config = config
         self._clock = clock
         self._discovery = where or discovery.connect(config.discovery)
-        self._registry = metrics.new_registry()
+        self.registry = metrics.new_registry()
         self.mesh = MeshView()
         self.is_draining = False
         """It takes no new requests."""
         self.address = ""
         """host:port of the services, once started."""
+        self.edge: NativeEdge | None = None
+        """What serves clients instead of grpcio, if something does; once started."""
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: Registration[worker_pb2.FrontendRecord] | None = None
         self._following: asyncio.Task[None] | None = None
@@ -76,7 +80,7 @@ class Frontend:
         keys = ResumeKeys(
             config.resume_keys or resume_keys.make_once(config.discovery), clock=self._clock
         )
-        counted = FrontendMetrics(self._registry)
+        counted = FrontendMetrics(self.registry)
         random = SystemRandom()
         outliers = Outliers(
             OutlierLimits(
@@ -176,20 +180,32 @@ class Frontend:
             keepalive=Keepalive(config.client_ping_interval_s, config.client_ping_timeout_s)
         )
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-            self._gateway, self._server
+            GrpcioEdge(self._gateway), self._server
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
             Admin(self.mesh, self._links, outliers, clock=self._clock), self._server
         )
-        self._health = add_health(self._server, [INFERENCE_SERVICE, ADMIN_SERVICE])
-        self.address = listen(self._server, config.listen)
+        self.health = add_health(self._server, [INFERENCE_SERVICE, ADMIN_SERVICE])
+        if config.edge == "native":
+            self.edge = NativeEdge.before(
+                self._server,
+                self._gateway,
+                config.edge_limits,
+                counted,
+                tls=config.tls,
+                clock=self._clock,
+            )
+        else:
+            self.address = listen(self._server, config.listen, tls=config.tls)
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
-            self._metrics_server = metrics.serve(self._registry, host, port)
+            self._metrics_server = metrics.serve(self.registry, host, port)
         await self._server.start()
-        self._health.set_all(is_serving=True)
+        if self.edge is not None:
+            self.address = await self.edge.start(config.listen)
+        self.health.set_all(is_serving=True)
         for name in ("readiness", "liveness"):
-            self._health.set(name, is_serving=True)
+            self.health.set(name, is_serving=True)
         self.mesh.on_change.append(self._tell_models)
         self._following = asyncio.create_task(
             self._links.follow(self._discovery), name="follow discovery"
@@ -209,14 +225,18 @@ class Frontend:
         """Take nothing new, let running streams finish for a while, end the rest. Idempotent."""
         self.is_draining = True
         self._gateway.drain()
-        self._health.set_all(is_serving=False)
-        self._health.set("liveness", is_serving=True)
+        if self.edge is not None:
+            self.edge.drain()
+        self.health.set_all(is_serving=False)
+        self.health.set("liveness", is_serving=True)
         if self._registration is not None:
             await self._registration.close()
         if not await self.requests.until_none(grace_s):
             self.cut_short()
             await self.requests.until_none(CANCELLED_GRACE_S)
         await self._gateway.close()
+        if self.edge is not None:
+            await self.edge.stop()
         await self._server.stop(None)
         for task in (self._following, self._watching):
             if task is not None:
@@ -253,7 +273,7 @@ class Frontend:
         """Health of each model: whether a worker takes requests for it."""
         for name in self.mesh.model_names():
             is_serving = not self.is_draining and self.mesh.num_ready(name) > 0
-            self._health.set(f"model/{name}", is_serving=is_serving)
+            self.health.set(f"model/{name}", is_serving=is_serving)
 
 
 async def serve(config: FrontendConfig) -> None:

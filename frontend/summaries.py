@@ -1,9 +1,11 @@
 """Streams in the words of the contract. Enums of `unbroken.outcome` have the contract's values."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from frontend.stream import Attempt, Life, Piece, State, Stream
-from unbroken.generation import logprobs_to_proto
+from unbroken.generation import TokenLogprobs, logprobs_to_proto
 from unbroken.outcome import ContinuationClass, FailureKind, FinishReason
 from unbroken.v1 import generation_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
@@ -19,41 +21,54 @@ _STATES = {
 }
 
 
-def messages(choice_index: int, piece: Piece) -> list[pb.GenerateResponse]:
-    """A piece as messages of bounded size; the text follows the tokens it became certain with."""
-    if (
-        len(piece.token_ids) <= TOKENS_PER_MESSAGE_MAX
-        and len(piece.text) <= TEXT_CHARS_PER_MESSAGE_MAX
-    ):
-        message = pb.GenerateResponse(
-            choice_index=choice_index,
-            offset=piece.offset,
-            token_ids=piece.token_ids,
-            text=piece.text,
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one message tells of a piece."""
+
+    offset: int
+    token_ids: Sequence[int]
+    text: str
+    logprobs: Sequence[TokenLogprobs]
+
+
+def parts(piece: Piece) -> Sequence[Part]:
+    """A piece in parts of bounded size; the text follows the tokens it became certain with."""
+    token_ids, text, logprobs = piece.token_ids, piece.text, piece.logprobs
+    if len(token_ids) <= TOKENS_PER_MESSAGE_MAX and len(text) <= TEXT_CHARS_PER_MESSAGE_MAX:
+        return (Part(piece.offset, token_ids, text, logprobs),)
+    texts = [
+        text[begin : begin + TEXT_CHARS_PER_MESSAGE_MAX]
+        for begin in range(0, len(text), TEXT_CHARS_PER_MESSAGE_MAX)
+    ]
+    found: list[Part] = []
+    for begin in range(0, len(token_ids), TOKENS_PER_MESSAGE_MAX):
+        end = begin + TOKENS_PER_MESSAGE_MAX
+        is_last = end >= len(token_ids)
+        first_text = texts.pop(0) if is_last and texts else ""
+        found.append(
+            Part(piece.offset + begin, token_ids[begin:end], first_text, logprobs[begin:end])
         )
-        if piece.logprobs:
-            message.logprobs.extend(map(logprobs_to_proto, piece.logprobs))
-        return [message]
-    parts = [
+    end_offset = piece.offset + len(token_ids)
+    found += [Part(end_offset, (), rest, ()) for rest in texts]
+    return found
+
+
+def messages(
+    choice_index: int, piece: Piece, *, resume_token: bytes = b""
+) -> list[pb.GenerateResponse]:
+    """A piece as messages of bounded size; a resume token goes with the first."""
+    found = [
         pb.GenerateResponse(
             choice_index=choice_index,
-            offset=piece.offset + begin,
-            token_ids=piece.token_ids[begin : begin + TOKENS_PER_MESSAGE_MAX],
-            logprobs=map(logprobs_to_proto, piece.logprobs[begin : begin + TOKENS_PER_MESSAGE_MAX]),
+            offset=part.offset,
+            token_ids=part.token_ids,
+            text=part.text,
+            logprobs=map(logprobs_to_proto, part.logprobs),
         )
-        for begin in range(0, len(piece.token_ids), TOKENS_PER_MESSAGE_MAX)
+        for part in parts(piece)
     ]
-    texts = [
-        piece.text[begin : begin + TEXT_CHARS_PER_MESSAGE_MAX]
-        for begin in range(0, len(piece.text), TEXT_CHARS_PER_MESSAGE_MAX)
-    ]
-    end = piece.offset + len(piece.token_ids)
-    if parts and texts:
-        parts[-1].text = texts.pop(0)
-    parts += [
-        pb.GenerateResponse(choice_index=choice_index, offset=end, text=text) for text in texts
-    ]
-    return parts
+    found[0].resume_token = resume_token
+    return found
 
 
 def choice(index: int, stream: Stream, detail: str = "") -> pb.ChoiceInfo:

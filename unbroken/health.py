@@ -30,12 +30,13 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def __init__(self, services: Iterable[str] = ()) -> None:
         """`services` start as NOT_SERVING, and so does the process."""
         self._statuses: dict[str, int] = dict.fromkeys(["", *services], _NOT_SERVING)
-        self._watchers: set[asyncio.Event] = set()
+        self.watchers: set[asyncio.Event] = set()
+        """One for each call of Watch; set when a status changed."""
 
     def set(self, service: str, *, is_serving: bool) -> None:
         """Say whether `service` takes work. Call it on the server's event loop."""
         self._statuses[service] = _SERVING if is_serving else _NOT_SERVING
-        for changed in self._watchers:
+        for changed in self.watchers:
             changed.set()
 
     def set_all(self, *, is_serving: bool) -> None:
@@ -62,7 +63,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """The status now and whenever it changes; a slow reader gets the newest only."""
         changed = asyncio.Event()
-        self._watchers.add(changed)
+        self.watchers.add(changed)
         last: int | None = None
         try:
             while True:
@@ -73,7 +74,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
                     last = status
                 await changed.wait()
         finally:
-            self._watchers.discard(changed)
+            self.watchers.discard(changed)
 
     @override
     async def List(self, request: object, context: _Context) -> object:  # pyright: ignore[reportGeneralTypeIssues]

@@ -143,12 +143,24 @@ def to_status(error: UnbrokenError) -> rpc_status_pb2.Status:
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnbrokenError) -> NoReturn:
     """End the call with the status of `error`; does not return."""
+    _, detail, trailers = trailing(error)
+    await context.abort(CODES[error.reason], detail, trailers)
+    raise AssertionError("abort returned")  # It never does.
+
+
+def trailing(error: UnbrokenError) -> tuple[int, str, tuple[tuple[str, str | bytes], ...]]:
+    """The code, the message and the trailers with which a call that failed of `error` ends."""
     status = to_status(error)
     trailers: list[tuple[str, str | bytes]] = [(_DETAILS_KEY, status.SerializeToString())]
     if error.retry_after_s is not None:
         trailers.append((_PUSHBACK_KEY, str(_pushback_ms(error.retry_after_s))))
-    await context.abort(CODES[error.reason], status.message, tuple(trailers))
-    raise AssertionError("abort returned")  # It never does.
+    return status.code, status.message, tuple(trailers)
+
+
+def undecodable(data: bytes, error: DecodeError) -> UnbrokenError:
+    """A caller sent bytes that are no message."""
+    detail = f"expected a message, got {len(data)} bytes that are none: {error}"
+    return UnbrokenError(Reason.PROTOCOL_VIOLATION, detail)
 
 
 def from_rpc_error(error: grpc.RpcError) -> UnbrokenError:
@@ -224,8 +236,7 @@ def _checked(
         try:
             return deserializer(data)
         except DecodeError as error:
-            detail = f"expected a message, got {len(data)} bytes that are none: {error}"
-            violation = UnbrokenError(Reason.PROTOCOL_VIOLATION, detail)
+            violation = undecodable(data, error)
             if is_raised:
                 raise violation from error
             return _Undecodable(violation)
@@ -249,7 +260,7 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await abort(context, _translated(error, method))
+                await abort(context, translated(error, method))
 
         return generate
 
@@ -270,12 +281,13 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await abort(context, _translated(error, method))
+            await abort(context, translated(error, method))
 
     return respond
 
 
-def _translated(error: Exception, method: str) -> UnbrokenError:
+def translated(error: Exception, method: str) -> UnbrokenError:
+    """What a handler raised, as callers are told; what is a bug, the log is told."""
     cause: BaseException = error
     while isinstance(cause, BaseExceptionGroup):  # A task group wraps even a single failure.
         inner = list(cast("BaseExceptionGroup[BaseException]", cause).exceptions)

@@ -14,8 +14,10 @@ docs/decisions/keepalive.md):
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+import grpc
 import grpc.aio
 
 from unbroken.config import split_address
@@ -67,17 +69,47 @@ def make_server(
     )
 
 
-def listen(server: grpc.aio.Server, address: str) -> str:
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files of a server that speaks TLS; with `client_ca`, its clients show certificates."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+def listen(server: grpc.aio.Server, address: str, *, tls: TlsFiles | None = None) -> str:
     """Bind `server` to "host:port" and return the address with the port that was bound.
 
-    Port 0 lets the kernel choose. Raises OSError if the address cannot be had.
+    Port 0 lets the kernel choose. Raises OSError if the address or a file cannot be had.
     """
     host, _ = split_address(address)
     try:
-        port = server.add_insecure_port(address)
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, _credentials(tls))
     except RuntimeError as error:
         raise OSError(f"expected an address to listen on, got {address}: {error}") from error
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen_locally(server: grpc.aio.Server, path: Path) -> str:
+    """Bind `server` to a Unix socket and return its address for `open_channel`."""
+    address = f"unix:{path}"
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"expected a socket to listen on, got {path}: {error}") from error
+    return address
+
+
+def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials(
+        [(tls.key.read_bytes(), tls.certificate.read_bytes())],
+        root_certificates=None if tls.client_ca is None else tls.client_ca.read_bytes(),
+        require_client_auth=tls.client_ca is not None,
+    )
 
 
 def open_channel(
@@ -86,7 +118,10 @@ def open_channel(
     receive_bytes_max: int = RECEIVE_BYTES_MAX,
     keepalive: Keepalive = MESH_KEEPALIVE,
 ) -> grpc.aio.Channel:
-    """A channel to "host:port" with a connection of its own. The caller closes it."""
+    """A channel to "host:port" or "unix:path", with a connection of its own.
+
+    The caller closes it.
+    """
     return grpc.aio.insecure_channel(address, options=channel_options(receive_bytes_max, keepalive))
 
 

@@ -22,6 +22,8 @@ from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
+pytestmark = pytest.mark.usefixtures("each_edge")
+
 PROMPT = list(b"once upon a time")
 
 

@@ -79,11 +79,16 @@ class World:
         )
 
 
+edge = "grpcio"
+"""What serves clients, unless a world says; see the fixture `each_edge`."""
+
+
 @asynccontextmanager
 async def world(*sidecars: FakeSidecar, **settings: Any) -> AsyncGenerator[World]:
     """A frontend with these sidecars, all ready."""
     discovery = FakeDiscovery()
     directory = tempfile.TemporaryDirectory()  # Only for the resume keys.
+    settings.setdefault("edge", edge)
     config = FrontendConfig(frontend_id="f0", discovery=Path(directory.name), **settings)
     frontend = Frontend(config, where=discovery)
     it: World | None = None

@@ -78,15 +78,20 @@ def test_every_kind_is_listed_once() -> None:
         assert sorted(set(kinds)) == sorted(kinds)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
+def bad_input_mesh(directory: Path, edge: str) -> Any:
     """One worker, and a frontend that is quick to notice silence."""
-    with real_mesh(
-        tmp_path_factory.mktemp("mesh"),
+    quick = ("--link-silence-max-s", "1", "--link-forgotten-grace-s", "0")
+    return real_mesh(
+        directory,
         num_workers=1,
         engine_options=f"--step-base-ms 1 --context-length {bad_requests.CONTEXT_LENGTH}",
-        frontend_flags=["--link-silence-max-s", "1", "--link-forgotten-grace-s", "0"],
-    ) as world:
+        frontend_flags=[*quick, "--edge", edge],
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
+    with bad_input_mesh(tmp_path_factory.mktemp("mesh"), "grpcio") as world:
         yield world
 
 
@@ -111,6 +116,11 @@ async def good_request_succeeds(client: Client, model: str = "simulated") -> Non
 
 @named(bad_requests.CASES)
 def test_a_frontend_answers_bad_requests(world: World, case: BadInput[bad_requests.Edge]) -> None:
+    answers_bad_requests(world, case)
+
+
+def answers_bad_requests(world: World, case: BadInput[bad_requests.Edge]) -> None:
+    """The answer is the one expected, and a good request is served after it."""
     before = pids(world)
 
     async def scenario() -> None:

@@ -25,10 +25,15 @@ MARGIN_S = 1.0
 """The machine may be busy."""
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
+@pytest.fixture(scope="module", params=["grpcio", "native"])
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[World]:
     with real_mesh(
-        tmp_path_factory.mktemp("mesh"), num_workers=1, engine_options="--step-base-ms 2"
+        tmp_path_factory.mktemp("mesh"),
+        num_workers=1,
+        engine_options="--step-base-ms 2",
+        frontend_flags=["--edge", request.param],
     ) as world:
         yield world
 

@@ -126,13 +126,20 @@ def environment(world: World) -> dict[str, str]:
     }
 
 
-def mesh_for_the_page(directory: Path) -> Any:
-    return real_mesh(directory, num_workers=1, engine_options="--step-base-ms 10")
+def mesh_for_the_page(directory: Path, edge: str = "grpcio") -> Any:
+    return real_mesh(
+        directory,
+        num_workers=1,
+        engine_options="--step-base-ms 10",
+        frontend_flags=["--edge", edge],
+    )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
-    with mesh_for_the_page(tmp_path_factory.mktemp("mesh")) as world:
+@pytest.fixture(scope="module", params=["grpcio", "native"])
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[World]:
+    with mesh_for_the_page(tmp_path_factory.mktemp("mesh"), request.param) as world:
         world.run(until_load_is_known(world))
         yield world
 

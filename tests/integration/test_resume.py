@@ -19,10 +19,14 @@ pytestmark = pytest.mark.xdist_group("integration")
 NUM_TOKENS = 40
 
 
-@pytest.fixture
-def world(tmp_path: Any) -> Generator[World]:
+@pytest.fixture(params=["grpcio", "native"])
+def world(request: pytest.FixtureRequest, tmp_path: Any) -> Generator[World]:
     with real_mesh(
-        tmp_path, num_workers=2, num_frontends=2, engine_options="--step-base-ms 10"
+        tmp_path,
+        num_workers=2,
+        num_frontends=2,
+        engine_options="--step-base-ms 10",
+        frontend_flags=["--edge", request.param],
     ) as world:
         yield world
 

@@ -1,0 +1,240 @@
+"""Generate and Resume on one stream: a request in, and then what is new after each engine step.
+
+A call that has news is pumped once, however many tokens came. It takes what is new from the
+ledger only when it can leave: what a slow client has not been sent stays there, becomes one larger
+message, and is bounded by the window of the worker.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from google.protobuf.message import DecodeError
+
+from frontend import gateway, summaries
+from frontend.edge import encoding
+from frontend.edge.frames import ErrorCode
+from frontend.edge.headers import Fields, Request
+from frontend.edge.messages import (
+    PREFIX,
+    Code,
+    MessageReader,
+    Refused,
+    fields_of,
+    timeout_s,
+    trailers,
+)
+from frontend.reading import Output, Reader
+from unbroken import log, status
+from unbroken.errors import UnbrokenError
+from unbroken.v1 import inference_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from frontend.edge.server import ClientConnection, EdgeServer
+
+ANSWER_FIELDS: Final[Fields] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+
+Open: TypeAlias = Callable[[bytes, float | None, Callable[[], None]], Awaitable[Reader]]
+"""Leads from a request, the time its client waits, and whom to tell of news to a reader."""
+
+_log = log.get_logger(__name__)
+
+
+class StreamingCall:
+    """One call of Generate or, if its answers are wrapped, of Resume."""
+
+    __slots__ = (
+        "_answers_resume",
+        "_body",
+        "_deadline_at",
+        "_is_leaving",
+        "_message",
+        "_num_held",
+        "_open",
+        "_path",
+        "_reader",
+        "_server",
+        "_task",
+        "client",
+        "stream_id",
+    )
+
+    def __init__(
+        self,
+        server: "EdgeServer",
+        client: "ClientConnection",
+        stream_id: int,
+        request: Request,
+        open_reader: Open,
+        *,
+        answers_resume: bool,
+    ) -> None:
+        """Raises `Refused`."""
+        self.client = client
+        self.stream_id = stream_id
+        self._server = server
+        self._open = open_reader
+        self._answers_resume = answers_resume
+        self._path = request.path.decode()
+        wait_s = timeout_s(request)
+        self._deadline_at = None if wait_s is None else server.clock() + wait_s
+        self._body = MessageReader(request, server.limits.request_bytes_max)
+        self._message: bytes | None = None
+        self._num_held = 0
+        self._task: asyncio.Task[None] | None = None
+        self._reader: Reader | None = None
+        self._is_leaving = False
+        """What was polled last waits for the client's window."""
+
+    # The request.
+
+    def data(self, data: bytes, *, ends: bool) -> None:
+        """A piece of the request. Raises `Refused`."""
+        if self._task is not None:
+            return  # Only an empty end can come after the end, and the connection sees to that.
+        for message in self._body.feed(data):
+            if self._message is not None:
+                raise Refused(Code.INTERNAL, "expected one message, got another")
+            self._message = message
+        num_held = self._body.num_held + len(self._message or b"")
+        if not self._server.hold(num_held - self._num_held):
+            raise Refused(Code.RESOURCE_EXHAUSTED, "too many requests are coming in at once")
+        self._num_held = num_held
+        self.client.connection.consumed(self.stream_id, len(data))
+        if not ends:
+            return
+        self._body.finish()
+        if self._message is None:
+            raise Refused(Code.INTERNAL, "expected one message, got none")
+        message, self._message = self._message, None
+        self._let_go()
+        self._task = asyncio.create_task(self._begin(message))
+
+    async def _begin(self, message: bytes) -> None:
+        remaining_s = None
+        if self._deadline_at is not None:
+            remaining_s = max(0.0, self._deadline_at - self._server.clock())
+        connection, stream_id = self.client.connection, self.stream_id
+        try:
+            reader = await self._open(message, remaining_s, self._has_news)
+        except DecodeError as error:
+            self._end(status.undecodable(message, error))
+        except Exception as error:
+            self._end(status.translated(error, self._path))
+        else:
+            self._reader = reader
+            fields = [*ANSWER_FIELDS, *fields_of(gateway.initial_metadata(reader))]
+            connection.send_headers(stream_id, fields)
+            self._has_news()
+        self._server.touch(self.client)
+
+    # The answer.
+
+    def _has_news(self) -> None:
+        self._server.wake(self)
+
+    def writable(self) -> None:
+        """What was sent has left, and there is room for more."""
+        if self._is_leaving and self._reader is not None:
+            self._is_leaving = False
+            self._reader.sent()
+        self._has_news()
+
+    def pump(self, now: float) -> None:
+        """Send what is new, as far as it can leave."""
+        reader = self._reader
+        if reader is None or self._is_leaving:
+            return
+        connection, stream_id = self.client.connection, self.stream_id
+        is_last = reader.request.is_done or not reader.is_current
+        if not is_last:  # An end is sent at once: it frees all but what the client has not read.
+            if self.client.is_paused:
+                self.client.waiting[self] = None
+                return
+            if not connection.has_room(stream_id):
+                connection.want_room(stream_id, now)
+                return
+        outputs = reader.poll()
+        if outputs:
+            if connection.send_data(stream_id, self._encoded(outputs), now) or reader.is_over:
+                reader.sent()
+            else:
+                self._is_leaving = True
+        if reader.is_over:
+            self._end(reader.error)
+
+    def _encoded(self, outputs: Sequence[Output | pb.GenerateResponse]) -> bytes:
+        """Messages as they lie in the body."""
+        body: list[bytes] = []
+        for output in outputs:
+            if isinstance(output, pb.GenerateResponse):
+                self._add(body, output.SerializeToString())
+                continue
+            resume_token = output.resume_token
+            for part in summaries.parts(output.piece):
+                message = encoding.generate_response(
+                    output.choice_index,
+                    part.offset,
+                    part.token_ids,
+                    part.text,
+                    part.logprobs,
+                    resume_token,
+                )
+                resume_token = b""
+                self._add(body, message)
+        return b"".join(body)
+
+    def _add(self, body: list[bytes], message: bytes) -> None:
+        if self._answers_resume:
+            message = encoding.resume_response(message)
+        body.append(PREFIX.pack(0, len(message)))
+        body.append(message)
+
+    # The end.
+
+    def refuse(self, refused: Refused) -> None:
+        """The protocol does not allow the request."""
+        self._let_go()
+        fields = [*ANSWER_FIELDS, *trailers(refused.code, refused.detail, refused.fields)]
+        self.client.connection.send_headers(self.stream_id, fields, ends=True)
+        self._forget()
+
+    def _end(self, error: UnbrokenError | None) -> None:
+        """The last word."""
+        connection, stream_id = self.client.connection, self.stream_id
+        if error is None:
+            fields = trailers(Code.OK, "")
+        else:
+            code, detail, more = status.trailing(error)
+            fields = trailers(code, detail, fields_of(more))
+        if self._reader is None:
+            connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
+        else:
+            connection.end(stream_id, fields)
+        self._forget()
+
+    def lost(self) -> None:
+        """The stream is gone: nobody reads any more."""
+        if self._task is not None:
+            self._task.cancel()
+        self._let_go()
+        self._forget()
+
+    def crashed(self, error: Exception) -> None:
+        """A bug of this call was met. Raises nothing."""
+        try:
+            self._end(status.translated(error, self._path))
+        except Exception:
+            _log.exception("bug in a call that had one")
+            self.client.connection.reset(self.stream_id, ErrorCode.INTERNAL_ERROR)
+
+    def _forget(self) -> None:
+        self.client.calls.pop(self.stream_id, None)
+        self.client.waiting.pop(self, None)
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def _let_go(self) -> None:
+        self._server.hold(-self._num_held)
+        self._num_held = 0

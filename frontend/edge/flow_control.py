@@ -1,0 +1,42 @@
+"""Flow-control windows (RFC 9113, section 5.2): what may be sent, and what may be received."""
+
+from frontend.edge.frames import WINDOW_MAX
+
+
+class SendWindow:
+    """What the peer takes from us. A change of the initial size can make it negative."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def grow(self, increment: int) -> bool:
+        """The peer takes more, or less; False if it overflows."""
+        self.left += increment
+        return self.left <= WINDOW_MAX
+
+
+class ReceiveWindow:
+    """What we take from the peer. Given back in strides: each costs a frame."""
+
+    __slots__ = ("_owed", "_size", "left")
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._owed = 0
+        self.left = size
+
+    def take(self, num_bytes: int) -> bool:
+        """The peer sent so much; False if that is more than it may."""
+        self.left -= num_bytes
+        return self.left >= 0
+
+    def give(self, num_bytes: int) -> int:
+        """So much has been dealt with; returns by how much to open the window now, if at all."""
+        self._owed += num_bytes
+        if self._owed * 2 < self._size:
+            return 0
+        increment, self._owed = self._owed, 0
+        self.left += increment
+        return increment

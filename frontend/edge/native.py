@@ -1,0 +1,70 @@
+"""The native edge as a whole: one port for all, with the gRPC server behind it."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import grpc.aio
+
+from frontend.edge.limits import EdgeLimits
+from frontend.edge.server import ClientConnection, EdgeObserver, EdgeServer
+from frontend.edge.tls import server_context
+from frontend.gateway import Gateway
+from unbroken.transport import TlsFiles, listen_locally, open_channel
+
+
+class NativeEdge:
+    """Serves Generate and Resume itself, and all other calls through a gRPC server."""
+
+    def __init__(self, server: EdgeServer, channel: grpc.aio.Channel, directory: Path) -> None:
+        self._server = server
+        self._channel = channel
+        self._directory = directory
+
+    @classmethod
+    def before(
+        cls,
+        server: grpc.aio.Server,
+        gateway: Gateway,
+        limits: EdgeLimits,
+        observer: EdgeObserver,
+        *,
+        tls: TlsFiles | None,
+        clock: Callable[[], float],
+    ) -> "NativeEdge":
+        """An edge before a server that listens nowhere yet. Raises OSError."""
+        context = None if tls is None else server_context(tls.certificate, tls.key, tls.client_ca)
+        # Nobody else may come in by this door: the directory is this user's alone.
+        directory = Path(tempfile.mkdtemp(prefix="unbroken-edge-"))
+        channel = open_channel(listen_locally(server, directory / "grpc.sock"))
+        edge = EdgeServer(gateway, channel, limits, observer, tls=context, clock=clock)
+        return cls(edge, channel, directory)
+
+    @property
+    def clients(self) -> Collection[ClientConnection]:
+        """Connections that are open."""
+        return self._server.clients
+
+    @property
+    def num_held(self) -> int:
+        """Bytes of requests that have come in part."""
+        return self._server.num_held
+
+    async def start(self, address: str) -> str:
+        """Listen; returns the address with the port that was bound. Raises OSError."""
+        try:
+            return await self._server.start(address)
+        except OSError:
+            await self.stop()
+            raise
+
+    def drain(self) -> None:
+        """Ask clients to open no more streams on the connections that they have."""
+        self._server.drain()
+
+    async def stop(self) -> None:
+        """Close all connections."""
+        await self._server.stop()
+        await self._channel.close()
+        shutil.rmtree(self._directory, ignore_errors=True)

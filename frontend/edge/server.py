@@ -1,0 +1,414 @@
+"""The native edge as a server: sockets, and whose bytes go where.
+
+    Generate, Resume ──▶ StreamingCall ──▶ gateway
+    all else         ──▶ ForwardedCall ──▶ the gRPC server behind
+
+What happened in one engine step is written in one pass: calls that have news are collected, pumped
+once, and each connection that they touched is written to once.
+"""
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol, cast
+
+import grpc.aio
+from typing_extensions import override
+
+from frontend.edge.calls import ANSWER_FIELDS, StreamingCall
+from frontend.edge.connection import (
+    Connection,
+    DataReceived,
+    Event,
+    LimitHit,
+    Over,
+    RequestReceived,
+    StreamLost,
+    Writable,
+)
+from frontend.edge.forwarding import ForwardedCall
+from frontend.edge.frames import ErrorCode
+from frontend.edge.limits import EdgeLimits
+from frontend.edge.messages import Code, Refused, http_status, trailers
+from frontend.gateway import Gateway
+from frontend.reading import Reader
+from unbroken import log
+from unbroken.config import split_address
+from unbroken.v1 import inference_service_pb2 as pb
+
+GENERATE: Final = b"/unbroken.v1.InferenceService/Generate"
+RESUME: Final = b"/unbroken.v1.InferenceService/Resume"
+BACKLOG: Final = 1024
+WRITE_BUFFER_HIGH: Final = 256 * 1024
+"""Bytes that wait in a socket before nothing more is taken from ledgers."""
+CLOSE_S: Final = 1.0
+"""How long a client may take to read the last that it was told."""
+
+_log = log.get_logger(__name__)
+
+
+class EdgeObserver(Protocol):
+    """Who counts what happens at the edge."""
+
+    def edge_connected(self, num_more: int) -> None:
+        """A connection came (1) or went (-1)."""
+        ...
+
+    def edge_limit_hit(self, limit: str) -> None:
+        """A client went beyond a limit."""
+        ...
+
+    def edge_connection_failed(self, code: str) -> None:
+        """A connection was ended with an error."""
+        ...
+
+
+class Call(Protocol):
+    """What happens on one stream."""
+
+    def data(self, data: bytes, *, ends: bool) -> None:
+        """A piece of the request; raises `Refused`."""
+        ...
+
+    def writable(self) -> None:
+        """There is room."""
+        ...
+
+    def refuse(self, refused: Refused) -> None:
+        """Answer that the protocol does not allow it."""
+        ...
+
+    def lost(self) -> None:
+        """The stream is gone."""
+        ...
+
+
+class EdgeServer:
+    """All connections of clients."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        behind: grpc.aio.Channel,
+        limits: EdgeLimits,
+        observer: EdgeObserver,
+        *,
+        tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`behind` leads to the server of all other calls."""
+        self.limits = limits
+        self.observer = observer
+        self.clock = clock
+        self.is_tls = tls is not None
+        self.clients: set[ClientConnection] = set()
+        self._gateway = gateway
+        self._behind = behind
+        self._tls = tls
+        self.num_held = 0
+        """Bytes of requests that have come in part."""
+        self._awake: dict[StreamingCall, None] = {}
+        self._touched: dict[ClientConnection, None] = {}
+        self._is_scheduled = False
+        self._server: asyncio.Server | None = None
+
+    async def start(self, address: str) -> str:
+        """Listen at "host:port"; returns it with the port that was bound. Raises OSError."""
+        host, port = split_address(address)
+        loop = asyncio.get_running_loop()
+        # Of a name with several addresses the first, so that port 0 means one port.
+        (family, _, _, _, where), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        self._server = await loop.create_server(
+            lambda: ClientConnection(self),
+            str(where[0]),
+            port,
+            family=family,
+            backlog=BACKLOG,
+            ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else self.limits.handshake_timeout_s,
+        )
+        bound = cast("tuple[str, int]", self._server.sockets[0].getsockname())[1]
+        return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+    def drain(self) -> None:
+        """Let clients open no more streams on the connections that they have."""
+        for client in list(self.clients):
+            client.drain()
+
+    async def stop(self) -> None:
+        """Close everything. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for client in list(self.clients):
+            client.close()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                while self.clients:
+                    await asyncio.wait([client.closed for client in self.clients])
+        except TimeoutError:
+            for client in list(self.clients):
+                client.abort()
+
+    def call(self, client: "ClientConnection", event: RequestReceived) -> Call:
+        """What is to happen on a new stream. Raises `Refused`."""
+        request = event.request
+        if request.path == GENERATE:
+            client.connection.expect_end(event.stream_id, self.clock())
+            return StreamingCall(
+                self, client, event.stream_id, request, self._generate, answers_resume=False
+            )
+        if request.path == RESUME:
+            client.connection.expect_end(event.stream_id, self.clock())
+            return StreamingCall(
+                self, client, event.stream_id, request, self._resume, answers_resume=True
+            )
+        return ForwardedCall(self, client, event.stream_id, request, self._behind)
+
+    def _generate(
+        self, message: bytes, remaining_s: float | None, on_news: Callable[[], None]
+    ) -> Awaitable[Reader]:
+        request = pb.GenerateRequest.FromString(message)
+        return self._gateway.generate(request, remaining_s, on_news)
+
+    def _resume(
+        self, message: bytes, remaining_s: float | None, on_news: Callable[[], None]
+    ) -> Awaitable[Reader]:
+        request = pb.ResumeRequest.FromString(message)
+        return self._gateway.resume(request, remaining_s, on_news)
+
+    def hold(self, num_bytes: int) -> bool:
+        """Hold so much more of unfinished requests, or less; False if that is too much."""
+        if num_bytes > 0 and self.num_held + num_bytes > self.limits.held_bytes_max:
+            self.observer.edge_limit_hit("held_bytes")
+            return False
+        self.num_held += num_bytes
+        return True
+
+    # Writing.
+
+    def wake(self, call: StreamingCall) -> None:
+        """The call has news."""
+        self._awake[call] = None
+        if not self._is_scheduled:
+            self._schedule()
+
+    def touch(self, client: "ClientConnection") -> None:
+        """The connection has something to send."""
+        self._touched[client] = None
+        if not self._is_scheduled:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._is_scheduled = True
+        asyncio.get_running_loop().call_soon(self._write)
+
+    def _write(self) -> None:
+        """One pass over all that has news, one write for each connection."""
+        self._is_scheduled = False
+        now = self.clock()
+        awake, self._awake = self._awake, {}
+        touched, self._touched = self._touched, {}
+        for call in awake:
+            try:
+                call.pump(now)
+            except Exception as error:
+                call.crashed(error)  # One call's bug is not the others' loss.
+            touched[call.client] = None
+        for client in touched:
+            client.write()
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, server: EdgeServer) -> None:
+        self.calls: dict[int, Call] = {}
+        self.waiting: dict[Call, None] = {}
+        """Calls that wait for the socket to take more."""
+        self.is_paused = False
+        """The socket takes nothing more for now."""
+        loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self._loop = loop
+        self._server = server
+        self.connection = Connection(server.limits, server.clock())
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+
+    # What the transport says.
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        server = self._server
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_HIGH)
+        if len(server.clients) >= server.limits.connections_max:
+            server.observer.edge_limit_hit("connections")
+            self._transport.abort()
+            return
+        server.clients.add(self)
+        server.observer.edge_connected(1)
+        if server.is_tls:
+            spoken = transport.get_extra_info("ssl_object").selected_alpn_protocol()
+            if spoken != "h2":
+                server.observer.edge_connection_failed("NO_ALPN")
+                self._transport.abort()
+                return
+        self.write()
+        self._keep_time()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._handle(self.connection.receive(data, self._server.clock()))
+        except Exception:
+            self._crashed()
+            return
+        self.write()
+        self._keep_time()
+
+    @override
+    def eof_received(self) -> None:
+        """Closes the transport: who sends no more reads no more."""
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for call in list(self.calls.values()):
+            call.lost()
+        self.connection.is_over = True
+        if self in self._server.clients:
+            self._server.clients.remove(self)
+            self._server.observer.edge_connected(-1)
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    @override
+    def pause_writing(self) -> None:
+        self.is_paused = True
+
+    @override
+    def resume_writing(self) -> None:
+        self.is_paused = False
+        waiting, self.waiting = self.waiting, {}
+        for call in waiting:
+            call.writable()
+
+    # What is done with it.
+
+    def drain(self) -> None:
+        """Let the client open no more streams."""
+        self.connection.drain(self._server.clock())
+        self.write()
+        self._keep_time()
+
+    def close(self) -> None:
+        """Send what is outbound and close; who does not read it is cut off."""
+        if self._transport is not None and not self._transport.is_closing():
+            for call in list(self.calls.values()):
+                call.lost()
+            self._transport.close()
+            self._loop.call_later(CLOSE_S, self._transport.abort)
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def write(self) -> None:
+        """Write what is outbound, in one piece. Raises nothing."""
+        transport, connection = self._transport, self.connection
+        if transport is None or transport.is_closing():
+            return
+        if connection.outbound:
+            transport.write(connection.take_outbound())
+            if transport.get_write_buffer_size() > self._server.limits.unsent_bytes_max:
+                self._server.observer.edge_limit_hit("unsent_bytes")
+                transport.abort()
+                return
+        if connection.is_over:
+            self.close()
+        elif connection.has_blocked:
+            self._keep_time()
+
+    def _keep_time(self) -> None:
+        """Have the timer fire when the connection wants it, or before."""
+        due = self.connection.deadline()
+        if due is None or (self._timer is not None and due >= self._timer_at):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = due
+        self._timer = self._loop.call_later(max(0.0, due - self._server.clock()), self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        try:
+            self._handle(self.connection.handle_timeout(self._server.clock()))
+        except Exception:
+            self._crashed()
+        self.write()
+        self._keep_time()
+
+    def _handle(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case DataReceived(stream_id=stream_id, data=data, ends=ends):
+                    call = self.calls.get(stream_id)
+                    if call is None:
+                        self.connection.consumed(stream_id, len(data))
+                    else:
+                        self._give(call, data, ends=ends)
+                case Writable(stream_id=stream_id):
+                    if (call := self.calls.get(stream_id)) is not None:
+                        call.writable()
+                case RequestReceived():
+                    self._begin(event)
+                case StreamLost(stream_id=stream_id):
+                    if (call := self.calls.get(stream_id)) is not None:
+                        call.lost()
+                case LimitHit(limit=limit):
+                    self._server.observer.edge_limit_hit(limit)
+                case Over(code=code, detail=detail):
+                    if code is not ErrorCode.NO_ERROR:
+                        self._server.observer.edge_connection_failed(code.name)
+                        _log.info("connection ended", code=code.name, detail=detail)
+
+    def _begin(self, event: RequestReceived) -> None:
+        stream_id = event.stream_id
+        http = http_status(event.request)
+        if http == 200 and event.is_too_large:
+            fields = trailers(Code.RESOURCE_EXHAUSTED, "too much metadata")
+            self.connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
+            return
+        if http != 200 or event.is_too_large:
+            http = 431 if event.is_too_large else http
+            fields = [(b":status", b"%d" % http)]
+            self.connection.send_headers(stream_id, fields, ends=True)
+            return
+        try:
+            call = self._server.call(self, event)
+        except Refused as refused:
+            fields = trailers(refused.code, refused.detail, refused.fields)
+            self.connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
+            return
+        self.calls[stream_id] = call
+        if event.ends:
+            self._give(call, b"", ends=True)
+
+    def _give(self, call: Call, data: bytes, *, ends: bool) -> None:
+        try:
+            call.data(data, ends=ends)
+        except Refused as refused:
+            call.refuse(refused)
+
+    def _crashed(self) -> None:
+        """What is being handled is a bug of this connection, and of no other."""
+        _log.exception("bug in a connection")
+        self._server.observer.edge_connection_failed(ErrorCode.INTERNAL_ERROR.name)
+        self.abort()

@@ -1,0 +1,23 @@
+"""The native edge with real processes: bad requests are answered as they are by grpcio."""
+
+from collections.abc import Generator
+
+import pytest
+
+from tests.integration import bad_requests
+from tests.integration.bad_input import BadInput
+from tests.integration.test_bad_input import answers_bad_requests, bad_input_mesh, named
+from tests.integration.worlds import World
+
+pytestmark = pytest.mark.xdist_group("integration")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
+    with bad_input_mesh(tmp_path_factory.mktemp("mesh"), "native") as world:
+        yield world
+
+
+@named(bad_requests.CASES)
+def test_bad_requests_are_answered_alike(world: World, case: BadInput[bad_requests.Edge]) -> None:
+    answers_bad_requests(world, case)
