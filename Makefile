@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery frontend-loss bench lock clean
+.PHONY: help demo test check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss bench lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -63,6 +63,9 @@ zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothin
 
 recovery: .venv/.dev ## How long a stream stands still when its worker is killed
 	$(BIN)/python -m benchmarks.recovery
+
+storm: .venv/.dev ## A worker dies with 200 long streams: what it does to the others, with and without the resume queue
+	$(BIN)/python -m benchmarks.storm
 
 frontend-loss: .venv/.dev ## The same when its frontend is killed, with 40 and with 500 streams
 	$(BIN)/python -m benchmarks.frontend_loss

@@ -393,8 +393,15 @@ class Choice:
             num_tokens=self._num_tokens,
             give_up_at=give_up_at,
             avoid=self._avoid,
+            unable=self._unable() if is_resume else frozenset(),
             cached=self._cached() if is_resume else {},
         )
+
+    def _unable(self) -> frozenset[Life]:
+        """Workers on which the stream could never go on, as long as it has said no more."""
+        mesh, model, is_able = self._dispatcher.mesh, self._model, self._ability()
+        views = (view for view in mesh.views() if view.model == model.name)
+        return frozenset(view.life for view in views if not is_able(view))
 
     @property
     def _num_tokens(self) -> int:
@@ -412,19 +419,28 @@ class Choice:
                     cached[view.life] = num_tokens
         return cached
 
-    def _choose(self, lives: Set[Life]) -> WorkerView | None:
+    def _ability(self) -> Callable[[WorkerView], bool]:
+        """Whether the stream could go on at a worker."""
         stream, mesh, model = self.stream, self._dispatcher.mesh, self._model
-        original, quarantine = stream.original, self._dispatcher.quarantine
         ways: dict[object, ContinuationClass] = {}
 
         def is_able(view: WorkerView) -> bool:
-            if view.life not in lives or not mesh.can_serve(view, model, original):
-                return False
-            if not quarantine.may_start(self, view.life):
+            if not mesh.can_serve(view, model, stream.original):
                 return False
             if view.abilities not in ways:  # Most workers are alike, and asking costs something.
                 ways[view.abilities] = stream.way_at(view.abilities)
             return ways[view.abilities] is not ContinuationClass.NONE
+
+        return is_able
+
+    def _choose(self, lives: Set[Life]) -> WorkerView | None:
+        mesh, model, quarantine = self._dispatcher.mesh, self._model, self._dispatcher.quarantine
+        could_go_on = self._ability()
+
+        def is_able(view: WorkerView) -> bool:
+            return (
+                view.life in lives and quarantine.may_start(self, view.life) and could_go_on(view)
+            )
 
         need = Need(model=model.name, num_tokens=self._num_tokens, avoid=self._avoid)
         return choose(mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes)

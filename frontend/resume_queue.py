@@ -98,6 +98,8 @@ class Ticket:
     """When its client or its placement no longer waits, monotonic seconds."""
     avoid: frozenset[Life] = frozenset()
     """Lives to be taken only if there is no other."""
+    unable: frozenset[Life] = frozenset()
+    """Lives that can never take it."""
     cached: Mapping[Life, int] = field(default_factory=dict[Life, int])
     """Tokens of those that a worker has in its prefix cache, when the ticket was made."""
 
@@ -131,18 +133,8 @@ class _Entry(Generic[K]):
     ticket: Ticket
     order: _Order
     since: float
-    unable: set[Life] = field(default_factory=set[Life])
-    """Workers that had room and could not take it."""
-
-
-@dataclass(slots=True)
-class _Computing:
-    """An attempt whose prompt a worker has not computed yet, as far as we know."""
-
-    life: Life
-    price: int
-    is_counted: bool
-    """It fills the window; new work that nobody held back does not."""
+    unable: set[Life]
+    """Workers that can't take it, or had room and did not."""
 
 
 @dataclass(slots=True)
@@ -202,6 +194,16 @@ class _Worker:
         return due
 
 
+@dataclass(slots=True)
+class _Computing:
+    """An attempt whose prompt a worker has not computed yet, as far as we know."""
+
+    worker: _Worker
+    price: int
+    is_counted: bool
+    """It fills the window; new work that nobody held back does not."""
+
+
 class _Fleet(Generic[K]):
     """The workers of one model, and those that want one."""
 
@@ -239,7 +241,7 @@ class _Fleet(Generic[K]):
         self.ready = ready
         for line in self.lines.values():
             for _, entry in line:
-                entry.unable.clear()
+                entry.unable = set(entry.ticket.unable)
 
     @property
     def is_contended(self) -> bool:
@@ -346,7 +348,7 @@ class ResumeQueue(Generic[K]):
         if ticket.work is Work.RESUME and self._limits.is_on:
             work = ticket.price + now * OVERTAKING_TOKENS_PER_S
         order = (-ticket.priority if self._limits.is_on else 0, work, self._num_offered)
-        entry = _Entry(key, ticket, order, now)
+        entry = _Entry(key, ticket, order, now, set(ticket.unable))
         if not line:  # Who wanted nothing has saved nothing.
             served = max(fleet.served.values())
             if any(fleet.lines.values()):
@@ -391,7 +393,7 @@ class ResumeQueue(Generic[K]):
         is_counted = self._limits.is_on and (is_contended or ticket.work is Work.RESUME)
         self.cancel(key)
         price = ticket.price_at(life)
-        self._computing[key] = _Computing(life, price, is_counted)
+        self._computing[key] = _Computing(worker, price, is_counted)
         worker.tokens_sent += price
         if is_counted:
             worker.pay(now)
@@ -413,9 +415,7 @@ class ResumeQueue(Generic[K]):
         computing = self._computing.pop(key, None)
         if computing is None or not computing.is_counted:
             return
-        worker = self._workers.get(computing.life)
-        if worker is not None:
-            worker.outstanding -= computing.price
+        computing.worker.outstanding -= computing.price
 
     def workers(self, views: Iterable[WorkerView], now: float) -> None:
         """All workers that are known now; what could not be placed on some may be, from now on."""
@@ -476,8 +476,9 @@ class ResumeQueue(Generic[K]):
                 assert waiting == fleet.tokens_waiting[work], "what waits is counted"
         lines = [line for fleet in self._fleets.values() for line in fleet.lines.values()]
         assert len(self._entries) == sum(map(len, lines)), "who waits stands in one line"
-        for life, worker in self._workers.items():
-            window = [c.price for c in self._computing.values() if c.is_counted and c.life == life]
+        counted = [one for one in self._computing.values() if one.is_counted]
+        for worker in self._workers.values():
+            window = [one.price for one in counted if one.worker is worker]
             assert worker.outstanding == sum(window), "windows are filled by what is computed"
             assert worker.debt >= 0
 

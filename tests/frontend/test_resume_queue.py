@@ -76,9 +76,19 @@ class Frontend:
         priority: int = 0,
         give_up_s: float = 30.0,
         avoid: frozenset[Life] = frozenset(),
+        unable: frozenset[Life] = frozenset(),
         cached: dict[Life, int] | None = None,
     ) -> UnbrokenError | None:
-        ticket = Ticket("m", work, priority, num_tokens, self.now + give_up_s, avoid, cached or {})
+        ticket = Ticket(
+            "m",
+            work,
+            priority,
+            num_tokens,
+            self.now + give_up_s,
+            avoid=avoid,
+            unable=unable,
+            cached=cached or {},
+        )
         return self.queue.offer(key, ticket, self.now)
 
     def turn(self) -> Turn[str] | None:
@@ -292,6 +302,39 @@ def test_a_worker_that_failed_the_stream_is_no_way_around_the_queue() -> None:
     assert frontend.pump() == [("a", W1)], "b waits for the worker that has not failed it"
     frontend.lose(W1)
     assert frontend.pump() == [("b", W2)], "unless there is no other"
+
+
+def test_what_could_not_be_placed_may_be_once_something_changed() -> None:
+    frontend = Frontend(W1)
+    frontend.able["picky"] = set()
+    frontend.offer("picky", 500)
+    assert frontend.placed_now() == []
+    frontend.able.clear()
+    assert frontend.placed_now() == [], "nothing has changed that anybody was told"
+    frontend.show()
+    assert frontend.placed_now() == ["picky"]
+
+
+def test_a_worker_that_is_forgotten_and_found_again_begins_with_an_empty_window() -> None:
+    frontend = Frontend(W1)
+    for key in "ab":
+        frontend.offer(key, 900)
+    assert frontend.placed_now() == ["a"]
+    view = frontend.views.pop(W1)
+    frontend.show()
+    frontend.views[W1] = view
+    frontend.show()
+    assert frontend.placed_now() == ["b"]
+    frontend.queue.computed("a")
+    assert frontend.queue.outstanding_at(W1) == 900, "a was of an account that is closed"
+
+
+def test_a_stream_does_not_wait_for_a_worker_that_can_never_take_it() -> None:
+    frontend = Frontend(W1, W2)
+    frontend.offer("a", 900, avoid=frozenset({W2}))
+    assert frontend.pump() == [("a", W1)]
+    frontend.offer("b", 900, avoid=frozenset({W2}), unable=frozenset({W1}))
+    assert frontend.pump() == [("b", W2)]
 
 
 def test_a_suspect_is_taken_only_if_there_is_no_other() -> None:
