@@ -3,16 +3,22 @@
 import asyncio
 import os
 import signal
+import sys
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from sidecar.engines.native import Launch, NativeEngine
+from sidecar.hub import Hub
+from sidecar.link import Link
+from sidecar.watchdog import LOOK_INTERVAL_S, WatchdogPolicy
 from tests.sidecar.fakes import Desk, engine_up
 from tests.sidecar.processes import until
 from tests.sidecar.worlds import Client, World, connected, run, running
 from unbroken.outcome import FailureKind
+from unbroken.restart import RestartPolicy
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 
@@ -275,18 +281,39 @@ def test_an_engine_that_stays_stopped_is_killed_and_started_again(tmp_path: Path
 
 
 def test_an_engine_that_stops_again_and_again_is_given_up(tmp_path: Path) -> None:
-    flags = ("--engine-stall-restart-s=0.1", "--link-silence-max-s=60")
+    socket = str(tmp_path / "engine.sock")
+    command = (sys.executable, "-m", "worker", "--engine=simulated", f"--socket={socket}")
+    launch = Launch(command, socket, restart=RestartPolicy(crash_loop_limit=2))
 
     async def scenario() -> None:
-        async with running(tmp_path, *flags) as world:
-            async with connected(world) as client:
-                for life in range(1, 6):
-                    await world.member(lambda record: record.engine_pgid)
-                    await stop_engine(world)
-                    dead = await until_state(client, DEAD, life)
-                    assert dead.engine_incarnation == life
-                    await world.member(lambda record: not record.engine_pgid)
-            assert await world.exit_status() == 1
+        engine = NativeEngine(launch)
+        hub = Hub(engine, watchdog_policy=WatchdogPolicy(silence_min_s=0.4, restart_after_s=0.1))
+        running_engine = asyncio.create_task(engine.run(hub))
+        while not running_engine.done():
+            if hub.up is not None and not hub.watchdog.is_stalled:
+                os.kill(hub.up.process_group, signal.SIGSTOP)
+            hub.watch()
+            await asyncio.sleep(LOOK_INTERVAL_S)
+        await running_engine
+        assert (hub.watchdog.num_stalls, hub.num_engine_failures) == (2, 2)
+        assert hub.join(Link(pb.RelayHello(frontend_id="f", incarnation=1), 0)).state == DEAD
+
+    run(scenario)
+
+
+def test_a_life_counts_by_how_long_it_was_of_use(tmp_path: Path) -> None:
+    socket = str(tmp_path / "engine.sock")
+    command = (sys.executable, "-m", "worker", "--engine=simulated", f"--socket={socket}")
+    policy = RestartPolicy(crash_loop_limit=1, healthy_after_s=0.5)
+
+    async def scenario() -> None:
+        engine = NativeEngine(Launch(command, socket, restart=policy))
+        hub = Hub(engine)
+        running_engine = asyncio.create_task(engine.run(hub))
+        await until(lambda: hub.up is not None)
+        await asyncio.sleep(0.6)  # It has served for long enough, but for what comes now.
+        engine.fail("it stood still", FailureKind.STALL, after_s=0.5)
+        await running_engine
 
     run(scenario)
 
