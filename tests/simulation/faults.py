@@ -23,7 +23,9 @@ class Fault(StrEnum):
     TWO_DEATHS = auto()
     """Two workers died at the same instant."""
     STALL = auto()
-    """The engine stood still, and the sidecar said so."""
+    """The engine said that it lives, and made no step."""
+    HANG = auto()
+    """The engine's process stood still: it said nothing and read nothing."""
     DRAIN = auto()
     """The worker handed its streams over."""
     THEFT = auto()
@@ -32,10 +34,21 @@ class Fault(StrEnum):
     """A frontend died, and its clients resumed at another one."""
     CLIENT_MOVES = auto()
     """Clients resumed at another frontend, while theirs still ran their streams."""
+    ADOPTED = auto()
+    """The thief took the running attempt itself."""
+    RELEASED = auto()
+    """A frontend let go of attempts that it had left behind on an earlier call."""
     CANCEL = auto()
     DEADLINE = auto()
 
+    CALLED_STALLED = auto()
+    """The sidecar noticed by itself that its engine stood still."""
+    RESTARTED = auto()
+    """An engine that stood still for too long was ended and began its next life."""
+
     # Whatever happens may come out wrong.
+    SLOW_PREFILL = auto()
+    """A prompt took longer than a hung engine is given."""
     LOST_GOODBYE = auto()
     """A worker died after the last token of an output and before its goodbye."""
     DUPLICATE_LOSS = auto()
@@ -112,6 +125,8 @@ STRIKES = (
     Fault.TWO_DEATHS,
     Fault.TWO_DEATHS,
     Fault.STALL,
+    Fault.HANG,
+    Fault.HANG,
     Fault.DRAIN,
     Fault.THEFT,
     Fault.CANCEL,
@@ -123,6 +138,7 @@ STRIKES = (
 
 MISHAPS = {
     Fault.LOST_GOODBYE: 0.5,
+    Fault.SLOW_PREFILL: 0.5,
     Fault.DUPLICATE_LOSS: 0.9,
     Fault.DUPLICATE_TOKENS: 0.04,
     Fault.DUPLICATE_END: 0.9,

@@ -15,7 +15,7 @@ from frontend.placement import Need, WorkerView, choose
 from frontend.stream import Life, Limits, Stream
 from sidecar.link import Link
 from tests.simulation.faults import Fault, Trouble
-from tests.simulation.witness import Held, Witness
+from tests.simulation.witness import Held, Violation, Witness
 from tests.simulation.worker import BLOCK_SIZE, CONTEXT_LENGTH, FOREVER, Process
 from tests.support.vocabulary import VOCAB_SIZE, tokenizer
 from tests.support.world import World
@@ -321,18 +321,6 @@ class Call:
         self.process.hub.leave(link)
         self._world.after(ORPHAN_GRACE_S + 0.01, self._frontend.tick, self.process)
 
-    def tell_stalled(self, duration_s: float) -> None:
-        """The sidecar says that its engine stands still, and after a while that it goes on."""
-        stalled = relay_service_pb2.EngineVerdict(
-            state=worker_pb2.ENGINE_STATE_STALLED, failure=worker_pb2.FAILURE_KIND_STALL
-        )
-        serving = relay_service_pb2.EngineVerdict(
-            state=worker_pb2.ENGINE_STATE_SERVING,
-            engine_incarnation=self.process.engine.incarnation,
-        )
-        self._sidecar_tells(stalled)
-        self._world.after(duration_s, self._sidecar_tells, serving)
-
     def pump(self) -> None:
         """Write what the sidecar has to say."""
         link = self.link
@@ -363,19 +351,33 @@ class Call:
         )
         self._frontend.pump(process)
 
+    def _sidecar_releases(self) -> None:
+        """What this frontend left behind and did not adopt is ended, and nothing else."""
+        if self.link is None or not self.process.is_alive:
+            return
+        hub = self.process.hub
+        mine = [attempt for attempt in hub.ledger if attempt.owner == self.link.owner]
+        left = [attempt for attempt in mine if attempt.link is None and not attempt.given_up]
+        others = [attempt for attempt in hub.ledger if attempt.owner != self.link.owner]
+        were_given_up = [attempt for attempt in others if attempt.given_up]
+        hub.release(self.link)
+        if left:
+            self._trouble.took_effect(Fault.RELEASED)
+        if not all(attempt.given_up or attempt.ended for attempt in left):
+            raise Violation("what was released runs on")
+        if any(a.given_up for a in others if a not in were_given_up):
+            raise Violation("what another frontend reads was released")
+        self._frontend.pump(self.process)
+
     def _sidecar_starts(self, request: attempt_pb2.StartAttempt) -> None:
         if self.link is not None and self.process.is_alive:
             self.process.hub.start(self.link, request)
             self._frontend.pump(self.process)
+            self.process.watch_soon()
 
     def _sidecar_adopts(self, request: relay_service_pb2.AdoptAttempt) -> None:
         if self.link is not None and self.process.is_alive:
             self.process.hub.adopt(self.link, request)
-            self._frontend.pump(self.process)
-
-    def _sidecar_releases(self) -> None:
-        if self.link is not None and self.process.is_alive:
-            self.process.hub.release(self.link)
             self._frontend.pump(self.process)
 
     def _sidecar_aborts(self, slot: int) -> None:
@@ -387,14 +389,6 @@ class Call:
         if self.link is not None and self.process.is_alive:
             self.process.hub.ack(self.link, message)
             self._frontend.pump(self.process)
-
-    def _sidecar_tells(self, verdict: relay_service_pb2.EngineVerdict) -> None:
-        engine = self.process.engine
-        is_true = engine.is_up and verdict.engine_incarnation in (0, engine.incarnation)
-        if self.link is not None and self.process.is_alive and is_true:
-            verdict.is_draining = self.process.is_draining
-            self.link.tell(relay_service_pb2.RelayResponse(verdict=verdict))
-            self.pump()
 
 
 class Frontend:
@@ -652,12 +646,30 @@ class Choice:
         )
         thief = Link(hello, self._world.now)
         process.hub.join(thief)
-        start = self._start_message(self.stream.epoch + 100, self.stream.original)
-        start.slot = 1
-        process.hub.start(thief, start)
+        epoch = self.stream.epoch + 100
+        running = [a for a in process.hub.ledger if self._is_mine(a.stream)]
+        if running and self._world.chance(0.5):
+            self._trouble.took_effect(Fault.ADOPTED)
+            key = attempt_pb2.StreamKey(request_id=self._request_id, choice_index=self._index)
+            (attempt,) = [a for a in running if process.hub.ledger.peek(key) is a] or running[:1]
+            adopt = relay_service_pb2.AdoptAttempt(
+                slot=1, stream=key, epoch=epoch, offset=attempt.end_offset
+            )
+            was_given_up = attempt.given_up
+            process.hub.adopt(thief, adopt)
+            process.hub.release(thief)
+            if attempt.given_up != was_given_up:
+                raise Violation("what was adopted was released")
+        else:
+            start = self._start_message(epoch, self.stream.original)
+            start.slot = 1
+            process.hub.start(thief, start)
         process.hub.leave(thief)
         self.frontend.pump(process)
         self._world.after(ORPHAN_GRACE_S + 0.01, self.frontend.tick, process)
+
+    def _is_mine(self, stream: tuple[str, str, int]) -> bool:
+        return stream == ("", self._request_id, self._index)
 
     def runs_on(self, process: Process) -> bool:
         """Whether this life of a worker works on it."""

@@ -142,6 +142,7 @@ class Worker:
         )
         process.engine.after_step = partial(mesh.pump, process)
         process.engine.before_goodbye = partial(self._lose_goodbye)
+        process.engine.restart = partial(mesh.world.after, 0.02, self._start_engine, process)
         return process
 
     def _lose_goodbye(self) -> None:
@@ -282,8 +283,10 @@ class Mesh:
                     random.choice(others).die(silently=world.chance(0.5))
             case Fault.LINK_RESET | Fault.PARTITION:
                 self._break_link(worker, fault)
-            case Fault.STALL:
-                self._stall(process)
+            case Fault.STALL | Fault.HANG:
+                durations = (random.uniform(0.05, 0.5), random.uniform(1.5, 2.0), 30.0)
+                process.engine.stall(random.choice(durations), is_hung=fault is Fault.HANG)
+                process.watch_soon()
             case Fault.THEFT:
                 victims = [c for c in self.choices if c.runs_on(process) and c.is_running]
                 is_busy = bool(victims) and process.engine.is_up and not process.is_draining
@@ -388,13 +391,6 @@ class Mesh:
                     # The frontend gives up; the worker goes on, and is heard late.
                     world.after(silence_max_s, call.end, FailureKind.HANG)
                     world.after(silence_max_s + random.uniform(0.0, 1.0), call.sidecar_loses)
-
-    def _stall(self, process: Process) -> None:
-        world = self.world
-        duration_s = world.random.uniform(0.05, 0.5)
-        process.engine.stall(duration_s)
-        for call in self.calls_to(process):
-            call.tell_stalled(duration_s)
 
 
 _NEEDS_STANDBY = frozenset({Fault.FRONTEND_DEATH, Fault.CLIENT_MOVES})

@@ -23,6 +23,9 @@ from frontend.stream import (
     State,
     Stream,
 )
+from sidecar.hub import Hub
+from sidecar.link import Link
+from sidecar.watchdog import Recovered, Watchdog, Work
 from tests.simulation.scenario import quiet, run_seed
 from tests.support.vocabulary import tokenizer
 from unbroken.checkpoint import Checkpoint
@@ -314,6 +317,52 @@ def test_a_bug_in_the_continuation_is_found(
 ) -> None:
     monkeypatch.setattr(module, name, mutant)
     _find(name, Stream, capsys)
+
+
+def _as_in_decode(self: Watchdog, now: float, work: Work) -> float:
+    return _bound_s(self, now, replace(work, prefill_tokens=0))
+
+
+def _never(*_: object) -> bool:
+    return False
+
+
+def _at_any_frame(self: Watchdog, now: float, **_: object) -> Recovered | None:
+    return _heard(self, now, is_step=True, has_work=True, prefill_tokens=0)
+
+
+def _whatever_is_not_read_here(self: Hub, link: Link) -> None:
+    for attempt in list(self.ledger):
+        if attempt.live_link is not link and attempt.given_up is None:
+            self._give_up(attempt, FailureKind.PARTITION, "released")  # pyright: ignore[reportPrivateUsage]
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+_bound_s = Watchdog.bound_s
+_heard = Watchdog.heard
+
+_SIDECAR_MUTANTS: list[tuple[type, str, object]] = [
+    (Watchdog, "bound_s", _as_in_decode),
+    (Watchdog, "look", _never),
+    (Watchdog, "heard", _at_any_frame),
+    (Hub, "release", _whatever_is_not_read_here),
+    (Hub, "release", _nothing),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "mutant"), _SIDECAR_MUTANTS)
+def test_a_bug_in_the_sidecar_is_found(
+    owner: type,
+    name: str,
+    mutant: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(owner, name, mutant)
+    _find(f"{owner.__name__}.{name} as {getattr(mutant, '__name__', '')}", Stream, capsys)
 
 
 def _find(name: str, stream_type: type[Stream], capsys: pytest.CaptureFixture[str]) -> None:

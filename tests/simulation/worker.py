@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sidecar.engines.base import EngineDown, EngineUp
 from sidecar.hub import Hub
+from sidecar.watchdog import LOOK_INTERVAL_S, WatchdogPolicy
 from tests.simulation.faults import Fault, Trouble
 from tests.simulation.model import Generation, Personality
+from tests.simulation.witness import Violation
 from tests.support.vocabulary import VOCAB_SIZE
 from tests.support.world import World
 from unbroken.checkpoint import checkpoint_from_proto
@@ -17,6 +20,20 @@ from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 CONTEXT_LENGTH = 512
 BLOCK_SIZE = 4
 FOREVER = 1e9
+FRAME_INTERVAL_S = 0.05
+"""So often an engine says that it lives, whatever it computes."""
+POLICY = WatchdogPolicy(
+    silence_min_s=0.16,
+    decode_unmeasured_s=1.0,
+    gaps_min=5,
+    prefill_min_s=1.0,
+    prefill_unmeasured_s=20.0,
+    restart_after_s=0.5,
+)
+"""Streams are short here, and so is patience."""
+_NOTICED_AFTER_S = {True: 0.8, False: 1.4}
+"""A hung engine that has work is noticed within the first, one that only makes no step within the
+second, unless something was to be prefilled."""
 _CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
 _TOKENIZER = worker_pb2.Tokenizer(vocab_size=VOCAB_SIZE)
 
@@ -32,6 +49,12 @@ class _Running:
     window: int
     ready_at: float
     """When its prompt is computed."""
+    num_prefill: int
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may produce now."""
+        return self.acked + self.window - self.offset
 
 
 class Engine:
@@ -54,6 +77,16 @@ class Engine:
         self._step_s = world.random.uniform(0.004, 0.016)
         self._is_step_planned = False
         self._stalled_until = 0.0
+        self._is_hung = False
+        self._unread: list[Callable[[], None]] = []  # What it was asked since it hangs.
+        self._said_at = 0.0
+        self._num_steps = 0
+        self._is_pulse_planned = False
+        self._s_per_token = 0.0002
+        if trouble.happens(Fault.SLOW_PREFILL):
+            self._s_per_token = world.random.uniform(0.01, 0.3)
+        self.restart: Callable[[], None] = lambda: None
+        """Begin its next life soon."""
 
     # Its lives.
 
@@ -61,7 +94,8 @@ class Engine:
         """Take up work."""
         self.incarnation += 1
         self.is_up = True
-        self._stalled_until = 0.0
+        self._stalled_until = self._said_at = 0.0
+        self._is_hung = False
         description = worker_pb2.EngineDescription(
             kind="hash",
             model="m",
@@ -69,7 +103,8 @@ class Engine:
             block_size=BLOCK_SIZE,
             tokenizer_fingerprint="t",
         )
-        self._hub.on_up(EngineUp(self.incarnation, description, _TOKENIZER))
+        up = EngineUp(self.incarnation, description, _TOKENIZER, frame_interval_s=FRAME_INTERVAL_S)
+        self._hub.on_up(up)
 
     def die(self, failure: FailureKind) -> None:
         """End this life; the hub is told."""
@@ -80,16 +115,69 @@ class Engine:
         """End this life; there is nobody to tell."""
         self.is_up = False
         self.running.clear()
+        self._unread.clear()
 
-    def stall(self, duration_s: float) -> None:
-        """Stand still."""
-        self._stalled_until = self._world.now + duration_s
+    def stall(self, duration_s: float, *, is_hung: bool) -> None:
+        """Make no step; one that hangs does not read or say anything either."""
+        world = self._world
+        if not self.is_up or self.is_standing:
+            return
+        self._stalled_until = world.now + duration_s
+        self._is_hung = is_hung
+        world.tell("the engine %s for %.2f s", "hangs" if is_hung else "stalls", duration_s)
+        world.after(duration_s, self._go_on, self.incarnation)
+        if duration_s > _NOTICED_AFTER_S[is_hung] and self.running:
+            # Who has work when it stops, and keeps it, has to be noticed.
+            due = _NOTICED_AFTER_S[is_hung]
+            world.after(due, self._must_be_noticed, self.incarnation, self._hub.watchdog.num_stalls)
+
+    @property
+    def is_standing(self) -> bool:
+        """Whether it makes no steps."""
+        return self._world.now < self._stalled_until
+
+    def _go_on(self, incarnation: int) -> None:
+        if not self.is_up or incarnation != self.incarnation:
+            return
+        self._stalled_until = 0.0
+        self._is_hung = False
+        unread, self._unread = self._unread, []
+        for handle in unread:
+            handle()
+        self._plan_step()
+        self._pulse()
+
+    def _must_be_noticed(self, incarnation: int, num_stalls: int) -> None:
+        """Unless all it had was taken from it."""
+        if (
+            self.is_up
+            and incarnation == self.incarnation
+            and (self._hub.ledger.running or self._is_hung)
+            and num_stalls == self._hub.watchdog.num_stalls
+            and not self._hub.watchdog.is_stalled
+            and (self._is_hung or not self._hub.queued_tokens)
+        ):
+            raise Violation("an engine that stands still was not noticed")
+
+    def _pulse(self) -> None:
+        """Say that it lives, while it has something to compute or stands still."""
+        self._is_pulse_planned = False
+        if not self.is_up or self._is_hung:
+            return
+        if self._world.now - self._said_at >= FRAME_INTERVAL_S:
+            self._say(attempt_pb2.StepFrame())
+        if self.running or self.is_standing or self._hub.watchdog.is_stalled:
+            self._is_pulse_planned = True
+            self._world.after(FRAME_INTERVAL_S, self._pulse)
 
     # What the sidecar asks.
 
     def start(self, message: attempt_pb2.StartAttempt) -> None:
         """Begin an attempt, or refuse it."""
         if not self.is_up:
+            return
+        if self._is_hung:
+            self._unread.append(partial(self.start, message))
             return
         for fault, kind in _REFUSALS:
             if self._trouble.happens(fault):
@@ -108,22 +196,33 @@ class Engine:
             checkpoint.first_offset,
             checkpoint.first_offset,
             message.window_tokens or CONTEXT_LENGTH,
-            world.now + 0.0002 * num_prefill,
+            world.now + self._s_per_token * num_prefill,
+            num_prefill,
         )
         if message.HasField("deadline"):
             # The clock of another machine: it is never early.
             due = message.deadline.ToNanoseconds() / 1e9 + 0.05
             world.after(due, self._cancel, message.slot, self.incarnation)
+        if self._s_per_token * num_prefill > POLICY.silence_min_s:
+            self._trouble.took_effect(Fault.SLOW_PREFILL)
         self._plan_step()
+        if not self._is_pulse_planned:
+            self._pulse()
 
     def abort(self, slot: int) -> None:
         """End an attempt within one step."""
+        if self._is_hung:
+            self._unread.append(partial(self.abort, slot))
+            return
         running = self.running.pop(slot, None)
         if running is not None:
             self._end(slot, running, attempt_pb2.AttemptEnded(finish_reason=_CANCELLED))
 
     def ack(self, slots: Sequence[int], offsets: Sequence[int]) -> None:
         """Move windows."""
+        if self._is_hung:
+            self._unread.append(partial(self.ack, slots, offsets))
+            return
         for slot, offset in zip(slots, offsets, strict=True):
             running = self.running.get(slot)
             if running is not None:
@@ -145,8 +244,19 @@ class Engine:
         *,
         after_s: float = 0.0,
     ) -> None:
-        """It never breaks the contract."""
-        raise AssertionError(detail, failure, after_s)
+        """It never breaks the contract, but it may hang."""
+        if failure not in {FailureKind.HANG, FailureKind.STALL}:
+            raise AssertionError(detail)
+        if after_s < POLICY.restart_after_s or not self.is_standing:
+            raise Violation(f"a restart after {after_s:g} s of an engine that goes on")
+        self._trouble.took_effect(Fault.RESTARTED)
+        self._world.after(0.001, self._end_life, self.incarnation, failure)
+
+    def _end_life(self, incarnation: int, failure: FailureKind) -> None:
+        if self.is_up and incarnation == self.incarnation:
+            self.die(failure)
+            self.after_step()
+            self.restart()
 
     # Steps.
 
@@ -165,10 +275,8 @@ class Engine:
         if not self.is_up:
             return
         world, trouble = self._world, self._trouble
-        if world.now < self._stalled_until:
-            self._is_step_planned = True
-            world.at(self._stalled_until, self._step)
-            return
+        if self.is_standing:
+            return  # It is planned again when it goes on.
         frame = attempt_pb2.StepFrame()
         goodbyes: list[tuple[int, _Running, attempt_pb2.AttemptEnded]] = []
         has_long_rows = False
@@ -179,7 +287,7 @@ class Engine:
                 if running.ready_at > world.now:
                     is_waiting = True
                     continue
-                room = running.acked + running.window - running.offset
+                room = running.room
                 if room <= 0:
                     trouble.took_effect(Fault.SLOW_CLIENT)
                     continue
@@ -241,7 +349,7 @@ class Engine:
 
     def _cancel(self, slot: int, incarnation: int) -> None:
         if self.is_up and self.incarnation == incarnation:
-            self.abort(slot)
+            self.abort(slot)  # Not before it goes on, if it hangs.
 
     def _end(self, slot: int, running: _Running, ended: attempt_pb2.AttemptEnded) -> None:
         ended.slot = slot
@@ -249,6 +357,24 @@ class Engine:
         self._say(attempt_pb2.StepFrame(ended=[ended]))
 
     def _say(self, frame: attempt_pb2.StepFrame) -> None:
+        self._said_at = self._world.now
+        self._num_steps += bool(frame.slots)
+        is_busy = self.is_standing or any(
+            running.ready_at > self._world.now or running.room > 0
+            for running in self.running.values()
+        )
+        num_queued = sum(
+            running.num_prefill
+            for running in self.running.values()
+            if running.ready_at > self._world.now
+        )
+        rank = worker_pb2.RankLoad(
+            requests_running=len(self.running) if is_busy else 0, prefill_tokens_queued=num_queued
+        )
+        load = worker_pb2.LoadReport(
+            engine_steps_total=self._num_steps, ranks=[rank], is_computing=self.is_standing
+        )
+        frame.load.CopyFrom(load)
         self._hub.on_frame(frame)
         self.after_step()
 
@@ -273,10 +399,37 @@ class Process:
         self.worker_id = worker_id
         self.incarnation = incarnation
         self.engine = Engine(world, trouble, personality)
-        self.hub = Hub(self.engine, orphan_grace_s=2.0, clock=lambda: world.now)
+        self.hub = Hub(
+            self.engine, orphan_grace_s=2.0, watchdog_policy=POLICY, clock=lambda: world.now
+        )
         self.engine.hub = self.hub
+        self._world = world
+        self._trouble = trouble
+        self._is_look_planned = False
         self.is_alive = True
         self.is_draining = False
+
+    def watch_soon(self) -> None:
+        """See to it that the sidecar looks at its engine as long as there is anything to see."""
+        if not self._is_look_planned:
+            self._is_look_planned = True
+            self._world.after(LOOK_INTERVAL_S, self._look)
+
+    def _look(self) -> None:
+        self._is_look_planned = False
+        if not self.is_alive:
+            return
+        hub, engine = self.hub, self.engine
+        was_stalled = hub.watchdog.is_stalled
+        hub.watch()
+        if hub.watchdog.is_stalled and not was_stalled:
+            self._world.tell("%s: the engine is called stalled", self.worker_id)
+            self._trouble.took_effect(Fault.CALLED_STALLED)
+            if not engine.is_standing:
+                raise Violation("an engine that makes progress was called stalled")
+        engine.after_step()
+        if engine.is_up and (hub.ledger.running or engine.is_standing or hub.watchdog.is_stalled):
+            self.watch_soon()
 
     def kill(self) -> None:
         """The whole process group dies."""
