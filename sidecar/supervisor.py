@@ -150,6 +150,9 @@ class EngineProcess:
     def _signal(self, number: signal.Signals) -> None:
         if not self._gone.done():
             self._reaper.send_signal(number)
+            self._reaper.send_signal(
+                signal.SIGCONT
+            )  # Whoever stopped the engine may have got both.
 
     def _read_report(self) -> None:
         try:

@@ -124,6 +124,34 @@ def test_kill_ends_everything() -> None:
     run(scenario)
 
 
+def test_kill_ends_everything_even_if_it_was_stopped_with_its_reaper() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(FAMILY, alive, 3)
+        reaper = parent_of(process.pid)
+        os.kill(reaper, signal.SIGSTOP)
+        os.killpg(process.pid, signal.SIGSTOP)
+        await until(lambda: state_of(reaper) == state_of(process.pid) == "T")
+        process.kill()
+        async with asyncio.timeout(5):  # Long before the reaper itself is given up.
+            await process.wait_gone()
+        assert alive() == []
+
+    run(scenario)
+
+
+def stat_of(pid: int) -> list[str]:
+    """What follows the name in /proc/<pid>/stat."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def state_of(pid: int) -> str:
+    return stat_of(pid)[0]
+
+
+def parent_of(pid: int) -> int:
+    return int(stat_of(pid)[1])
+
+
 STARTER = """
 import asyncio, sys
 from sidecar.supervisor import EngineProcess
