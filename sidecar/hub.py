@@ -89,6 +89,11 @@ class Hub(EngineListener):
         """Whether attempts are begun here now."""
         return self.up is not None and not self.is_draining and not self.watchdog.is_stalled
 
+    @property
+    def verdict(self) -> pb.EngineVerdict:
+        """What frontends were told of the engine last."""
+        return self._verdict
+
     # Links.
 
     @property

@@ -211,6 +211,9 @@ class Watchdog:
         if is_measured and not self.is_stalled:
             self._frames.add(now - self._frame_at, now)
         self._frame_at = now
+        if self._frame_interval_s is not None:
+            # While it hung it could make no step: that is not counted twice.
+            self._still_s -= max(0.0, self._silent_s - self._frame_interval_s)
         self._silent_s = 0.0
         if is_step:
             if is_measured and (not self.is_stalled or self._was_wrong):

@@ -69,6 +69,11 @@ class Watch:
         self.wait(left_s, work)
         self._heard(is_step=True, has_work=True, prefill_tokens=prefill_tokens)
 
+    def step_after_silence(self, silent_s: float) -> None:
+        self.wait(silent_s, DECODE)
+        self.step_at_once()
+        self.decode(20)
+
     def step_at_once(self) -> None:
         """News of a step comes before anybody looks."""
         self._heard(is_step=True, has_work=True, prefill_tokens=0)
@@ -244,6 +249,17 @@ def test_bursts_under_starvation_condemn_nobody() -> None:
                 watch.idle(random.choice((0.2, 1.0)))
                 watch.step(random.uniform(0, 20), prefill_tokens=2048)
         assert watch.opinions == []
+
+
+def test_an_engine_that_was_silent_for_less_than_its_bound_has_time_for_its_next_step() -> None:
+    watch = Watch()
+    watch.idle(10)
+    watch.decode(100)
+    for _ in range(5):  # Pauses that it is known for.
+        watch.step_after_silence(0.64)
+    assert watch.wait(0.9, DECODE) == []
+    watch.sign_of_life(has_work=True)
+    assert watch.wait(0.3, DECODE) == []
 
 
 # Those who come back, and those who don't.

@@ -139,6 +139,7 @@ class Engine:
     def _go_on(self, incarnation: int) -> None:
         if not self.is_up or incarnation != self.incarnation:
             return
+        self._world.tell("the engine goes on")
         self._stalled_until = 0.0
         self._is_hung = False
         unread, self._unread = self._unread, []
@@ -423,7 +424,8 @@ class Process:
         was_stalled = hub.watchdog.is_stalled
         hub.watch()
         if hub.watchdog.is_stalled and not was_stalled:
-            self._world.tell("%s: the engine is called stalled", self.worker_id)
+            detail = hub.verdict.detail
+            self._world.tell("%s: called stalled: %s", self.worker_id, detail)
             self._trouble.took_effect(Fault.CALLED_STALLED)
             if not engine.is_standing:
                 raise Violation("an engine that makes progress was called stalled")
