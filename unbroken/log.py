@@ -5,16 +5,20 @@
     _log.info("engine started", engine_pid=pid)
 
 An event is a short constant phrase; what varies goes into its fields. What libraries log through
-the standard library (grpc, asyncio) comes out in the same format. Nothing global happens before
+the standard library (grpc, asyncio) comes out in the same format. Nobody waits for a log: lines
+that nobody takes are lost, and counted in the next that is taken. Nothing global happens before
 `configure`: a program that uses our client as a library keeps its own logging.
 """
 
 import logging
+import os
+import select
 import sys
-from typing import Final, Literal, cast
+from typing import Final, Literal, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
+from typing_extensions import override
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
@@ -37,6 +41,45 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
             wrapper_class=structlog.stdlib.BoundLogger,
         ),
     )
+
+
+class _NeverWaiting(logging.Handler):
+    """Writes lines as long as somebody takes them; a full pipe or disk costs lines, never time."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._fd = stream.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLOUT)
+        self._num_lost = 0
+        self._is_torn = False
+        """The last line was taken in part."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        if self._num_lost:
+            lost = f'{{"event": "log lines lost", "num": {self._num_lost}, "level": "warning"}}'
+            self._num_lost = 0 if self._write(f"{lost}\n") else self._num_lost
+        self._num_lost += not self._write(f"{line}\n")
+
+    def _write(self, text: str) -> bool:
+        """Whether all of it was taken."""
+        data = ("\n" * self._is_torn + text).encode(errors="backslashreplace")
+        size = len(data)
+        try:
+            # A pipe that is ready takes so many bytes at once.
+            while data and self._poll.poll(0):
+                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
+        except OSError:
+            pass  # The disk is full, or the reader has gone.
+        if len(data) < size:
+            self._is_torn = bool(data)
+        return not data
 
 
 def configure(process: str, level: Level = "info", format: Format = "auto") -> None:
@@ -64,7 +107,7 @@ def configure(process: str, level: Level = "info", format: Format = "auto") -> N
             structlog.processors.JSONRenderer(default=str),
         ]
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _NeverWaiting(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.ExtraAdder()],

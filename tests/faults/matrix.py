@@ -46,6 +46,8 @@ ENGINE_OPTIONS: Final = (
     f"--step-base-ms {STEP_S * 1e3:g} --batch-size-max {BATCH_SIZE}"
     f" --prefill-tokens-max {PREFILL_TOKENS_MAX} --prefill-tokens-per-s 1000000"
 )
+ARRIVAL_LOOKS_MAX: Final = 20
+"""So often it is looked whether all streams have arrived; a look takes some milliseconds."""
 RECOVER_WITHIN_S: Final = 8.0
 """Streams that are not over by then, with the fault still there, are hung."""
 END_WITHIN_S: Final = 15.0
@@ -208,7 +210,11 @@ async def run_trial(
     wanted = {one.name: one for one in cast.everybody()}
     truths = await arena.truths({one.name: one.request for one in wanted.values()})
     await _bring_to_the_moment(arena, cast)
-    workers, infos = await asyncio.gather(arena.workers(), arena.streams())
+    workers, infos = await arena.workers(), await arena.streams()
+    for _ in range(ARRIVAL_LOOKS_MAX):
+        if infos.keys() >= wanted.keys():
+            break
+        infos = await arena.streams()
     phases = _phases(infos, wanted, {one: arena.client.num_tokens(one) for one in wanted})
     victim = _victim(component, workers, phases, num_tried or {})
     fault = await arena.inject(component, harm, victim)
@@ -266,7 +272,6 @@ async def _bring_to_the_moment(arena: Arena, cast: _Cast) -> None:
         await client.until(lambda: sum(client.num_tokens(o.name) > 0 for o in cast.first) >= 3)
         ask(cast.prefill)
         ask(cast.queued)
-        await asyncio.sleep(STEP_S)  # On their way to the engines; a phase is judged, not hoped.
 
 
 def _phases(

@@ -290,8 +290,15 @@ class Arena:
         }
 
     async def until_serving(self, limit_s: float = 60.0) -> None:
-        """Wait until all frontends send work to all workers again. Raises TimeoutError."""
+        """Wait until all frontends send work to all workers again. Raises TimeoutError.
+
+        A sidecar that has given its engine up, since it died too often, is started again.
+        """
         async with asyncio.timeout(limit_s):
+            for worker_id in self.worker_ids:
+                record = self.mesh.workers.get(worker_id)
+                if record is None or not processes.is_alive(record.sidecar_pid):
+                    await self.mesh.restart(worker_id)
             for frontend_id in self.watchers:
                 while not await self._is_serving(frontend_id):  # noqa: ASYNC110 - Unannounced.
                     await asyncio.sleep(_POLL_S)
