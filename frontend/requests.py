@@ -442,6 +442,11 @@ class Requests:
                 return
             del self._ended[sequence]
 
+    def forget_complete(self) -> None:
+        """Tell nothing again from here on that is complete by now."""
+        for key in list(self._complete):
+            self._forget_complete(key)
+
     def _forget_complete(self, key: tuple[str, str]) -> None:
         _, request = self._complete.pop(key, (0.0, None))
         if request is not None:
