@@ -113,7 +113,7 @@ class Totals:
             "gap_ms_p90": round(_percentile(gaps_ms, 0.9), 1),
             "gap_ms_p99": round(p99_ms, 1),
             "gap_ms_max": round(gaps_ms[-1], 1),
-            "gap_ms_p99_max": case.gap_p99_max_ms,
+            "gap_ms_p99_max": round(case.gap_p99_max_ms),
             "undisturbed_gap_ms_p50": round(statistics.median(usual_ms), 1),
             "undisturbed_gap_ms_p99": round(_percentile(usual_ms, 0.99), 1),
         }
