@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss bench lock clean
+.PHONY: help demo test check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss bench bench-edge lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -72,6 +72,9 @@ frontend-loss: .venv/.dev ## The same when its frontend is killed, with 40 and w
 
 bench: .venv/.bench ## Cost and latency of each hop, beside the direct path and Envoy
 	$(BIN)/python -m benchmarks.hops
+
+bench-edge: .venv/.bench ## The native edge beside grpcio's and Envoy
+	$(BIN)/python -m benchmarks.edge
 
 lock: ## Choose versions anew (needs uv)
 	requirements/lock.sh

@@ -115,7 +115,7 @@ async def _measure(counts: Sequence[int], tokens: int) -> list[Row]:
             for count in counts:
                 row = await _read("direct", address, count, tokens, {"engine": pid})
                 rows.append(row)
-            async with _envoy(address, directory) as (proxy, proxy_pid):
+            async with envoy_before(address, directory) as (proxy, proxy_pid):
                 for count in counts:
                     processes = {"engine": pid, "envoy": proxy_pid}
                     rows.append(await _read("envoy", proxy, count, tokens, processes))
@@ -227,7 +227,7 @@ async def _direct() -> AsyncGenerator[tuple[str, int]]:
 
 
 @asynccontextmanager
-async def _envoy(upstream: str, directory: Path) -> AsyncGenerator[tuple[str, int]]:
+async def envoy_before(upstream: str, directory: Path) -> AsyncGenerator[tuple[str, int]]:
     """Envoy as one gRPC hop in front of `upstream`, on one worker thread."""
     binary = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy")
     if binary is None:

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from frontend.failure_detector import Liveness
 from frontend.outliers import Outliers
-from unbroken.metrics import SECONDS_BUCKETS
+from unbroken.metrics import SECONDS_BUCKETS, PlainCounter
 from unbroken.outcome import ContinuationClass, FailureKind
 
 _PREFIX = "unbroken_frontend"
@@ -53,8 +53,8 @@ class FrontendMetrics:
             "Tokens that workers sent, late and repeated ones included.",
             registry=registry,
         )
-        self.tokens_delivered = Counter(
-            f"{_PREFIX}_tokens_delivered_total", "Tokens sent to clients.", registry=registry
+        self.tokens_delivered = PlainCounter(
+            f"{_PREFIX}_tokens_delivered_total", "Tokens sent to clients.", registry
         )
         self.recomputed_tokens = Counter(
             f"{_PREFIX}_recomputed_tokens_total",

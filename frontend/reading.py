@@ -14,7 +14,7 @@ reader a request ends, unless its client asked to be waited for (`reader_grace`)
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from frontend import summaries
 from frontend.dispatch import Choice, nobody
@@ -30,8 +30,7 @@ from unbroken.v1 import inference_service_pb2 as pb
 _log = log.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What is new of one choice; to be sent in messages of bounded size (`summaries.parts`)."""
 
     choice_index: int
@@ -97,7 +96,7 @@ class Readers:
 
     def delivered(self, num_tokens: int) -> None:
         """So many tokens went to a client."""
-        self._metrics.tokens_delivered.inc(num_tokens)
+        self._metrics.tokens_delivered.value += num_tokens
 
     def left(self, request: Request) -> None:
         """Its reader has gone."""
@@ -230,31 +229,35 @@ class Reader:
     def poll(self) -> list[Output | pb.GenerateResponse]:
         """All that is new, in its order. What it returned before MUST have been `sent`."""
         request = self.request
-        request.news.clear()
-        if not self.is_current:
+        request.news.is_set = False
+        if request.reader != self._number:
             self._end(UnbrokenError(Reason.FENCED, "a later call reads this request"))
             return []
         found: list[Output | pb.GenerateResponse] = []
         if not self._is_started:
             self._is_started = True
             found.append(self._readers.started(request, self._tokens.newest()))
-        request.fail_together()
-        is_done = request.is_done  # Whether what follows is all there is.
+        is_done = False  # Whether what follows is all there is.
+        if request.has_done_choice:
+            request.fail_together()
+            is_done = request.is_done
+        # Nobody holds tokens of a worker that no resume token of his names.
+        token = self._tokens.newer()
         for choice in request.choices:
-            if not choice.stream.has_output:
+            stream = choice.stream
+            if not stream.has_output:
                 continue
             if self._is_first:
                 self._is_first = False
                 self._readers.first_output(self._arrived_at)
-            # Nobody holds tokens of a worker that no resume token of his names.
-            token = self._tokens.newer()
-            piece, commands = choice.stream.take()
+            piece, commands = stream.take()
             found.append(Output(choice.index, piece, token))
+            token = b""
             self._leaving.append((choice, len(piece.token_ids), commands))
         if is_done:
             found.append(pb.GenerateResponse(finished=request.finished()))
             self._end(request.error)
-        elif token := self._tokens.newer():
+        elif token:
             found.append(pb.GenerateResponse(resume_token=token))
         return found
 
@@ -263,13 +266,14 @@ class Reader:
         if not self._leaving:
             return
         leaving, self._leaving = self._leaving, []
-        if not self.is_current:
+        request = self.request
+        if request.reader != self._number:
             return
         for choice, num_tokens, commands in leaving:
             self._readers.delivered(num_tokens)
             if commands:
                 choice.obey(commands)
-            self.request.has_sent(choice)
+            request.has_sent(choice)
 
     def close(self) -> None:
         """The call has ended, one way or another. Idempotent."""
@@ -299,7 +303,8 @@ class _Tokens:
 
     def newer(self) -> bytes:
         """One if the request has moved since the last one, or that one grows old; else nothing."""
-        if self._request.num_moves == self._num_moves and not self._readers.is_due(self._due):
+        request = self._request
+        if request.num_moves == self._num_moves and not self._readers.is_due(self._due):
             return b""
         return self.newest()
 

@@ -27,7 +27,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from frontend.continuation import (
     Abilities,
@@ -162,8 +162,7 @@ class Attempt:
     """From the last token delivered before it to the first it delivered."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Output that the client has not been sent."""
 
     offset: int
@@ -793,9 +792,10 @@ class Stream:
             offset=output.sent,
             token_ids=self.ledger[output.sent :],
             text="".join(output.texts),
-            logprobs=self._logprobs[self._logprobs_from(output.sent) :],
+            logprobs=self._logprobs[self._logprobs_from(output.sent) :] if self._logprobs else (),
         )
-        self._output = _Output(sent=len(self.ledger))
+        output.sent = len(self.ledger)
+        output.texts.clear()
         return piece, self._ack()
 
     def can_rewind(self, offset: int) -> bool:

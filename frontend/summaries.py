@@ -1,8 +1,7 @@
 """Streams in the words of the contract. Enums of `unbroken.outcome` have the contract's values."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from frontend.stream import Attempt, Life, Piece, State, Stream
 from unbroken.generation import TokenLogprobs, logprobs_to_proto
@@ -21,8 +20,7 @@ _STATES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What one message tells of a piece."""
 
     offset: int
@@ -35,7 +33,7 @@ def parts(piece: Piece) -> Sequence[Part]:
     """A piece in parts of bounded size; the text follows the tokens it became certain with."""
     token_ids, text, logprobs = piece.token_ids, piece.text, piece.logprobs
     if len(token_ids) <= TOKENS_PER_MESSAGE_MAX and len(text) <= TEXT_CHARS_PER_MESSAGE_MAX:
-        return (Part(piece.offset, token_ids, text, logprobs),)
+        return (Part(*piece),)
     texts = [
         text[begin : begin + TEXT_CHARS_PER_MESSAGE_MAX]
         for begin in range(0, len(text), TEXT_CHARS_PER_MESSAGE_MAX)

@@ -146,14 +146,14 @@ class StreamingCall:
         if reader is None or self._is_leaving:
             return
         connection, stream_id = self.client.connection, self.stream_id
-        is_last = reader.request.is_done or not reader.is_current
-        if not is_last:  # An end is sent at once: it frees all but what the client has not read.
+        is_held_up = self.client.is_paused or not connection.has_room(stream_id)
+        # An end is sent at once: it frees all but what the client has not read.
+        if is_held_up and not reader.request.is_done and reader.is_current:
             if self.client.is_paused:
                 self.client.waiting[self] = None
-                return
-            if not connection.has_room(stream_id):
+            else:
                 connection.want_room(stream_id, now)
-                return
+            return
         outputs = reader.poll()
         if outputs:
             if connection.send_data(stream_id, self._encoded(outputs), now) or reader.is_over:
@@ -170,18 +170,10 @@ class StreamingCall:
             if isinstance(output, pb.GenerateResponse):
                 self._add(body, output.SerializeToString())
                 continue
-            resume_token = output.resume_token
-            for part in summaries.parts(output.piece):
-                message = encoding.generate_response(
-                    output.choice_index,
-                    part.offset,
-                    part.token_ids,
-                    part.text,
-                    part.logprobs,
-                    resume_token,
-                )
+            index, piece, resume_token = output
+            for part in summaries.parts(piece):
+                self._add(body, encoding.generate_response(index, *part, resume_token))
                 resume_token = b""
-                self._add(body, message)
         return b"".join(body)
 
     def _add(self, body: list[bytes], message: bytes) -> None:
