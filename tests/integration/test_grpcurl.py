@@ -32,6 +32,7 @@ _VOLATILE = (
     (re.compile(r'("(?:incarnation|epoch)": )"\d+"'), r'\1"…"'),
     (re.compile(r'("(?:load_age|admitted_at)": )"[^"]+"'), r'\1"…"'),
     (re.compile(r'("(?:sidecar_pid|engine_pgid)": )\d+'), r"\1…"),
+    (re.compile(r',\n *"suspicion": [0-9.e-]+'), ""),  # Absent while it is nothing.
     (re.compile(r"127\.0\.0\.1:\d+"), "127.0.0.1:…"),
 )
 
@@ -119,8 +120,11 @@ async def until_load_is_known(world: World) -> None:
 
 
 def environment(world: World) -> dict[str, str]:
+    doomed = world.mesh.frontends.get("f2")  # Until a page's block has killed it.
     return {
         "FRONTEND": world.mesh.frontend_address,
+        "DOOMED": doomed.address if doomed else "",
+        "DOOMED_PID": str(doomed.pid) if doomed else "",
         "SIDECAR": world.mesh.workers["w1"].address,
         "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
     }
@@ -130,6 +134,7 @@ def mesh_for_the_page(directory: Path, edge: str = "grpcio") -> Any:
     return real_mesh(
         directory,
         num_workers=1,
+        num_frontends=2,
         engine_options="--step-base-ms 10",
         frontend_flags=["--edge", edge],
     )
