@@ -112,9 +112,9 @@ class Job:
     life: Life | None = None
     started_at: float = 0.0
     lives_lost: set[Life] = field(default_factory=set[Life])
-    killers: set[Fingerprint | None] = field(default_factory=set[Fingerprint | None])
-    """Who killed the engines that died under it; None is chance. More than one kind of them can
-    make an innocent look guilty."""
+    killers: set[Fingerprint] = field(default_factory=set[Fingerprint])
+    """Who killed the engines that died under it. Two of them, or one and chance, can make an
+    innocent look guilty."""
     outcome: str = ""
 
 
@@ -283,7 +283,9 @@ class Fleet:
         self.queries = queries_type(QueryLimits())
         self.num_kills = Counter[Fingerprint]()
         self.num_unseen = Counter[Fingerprint]()
-        """Kills that nobody could tell of, as the link was down; or that would be."""
+        """Kills of which nobody could tell, or not whose they were."""
+        self.chance_deaths: set[Life] = set()
+        """Engines that died of themselves."""
         self.workers = {name: Worker(self, name) for name in names}
         self.links: dict[str, Link] = {}
         self.views: dict[str, WorkerView] = {}
@@ -331,8 +333,7 @@ class Fleet:
             case Trouble.STARVATION:
                 worker.late_s = 0.3
             case Trouble.CRASH:
-                for job, _ in worker.jobs:
-                    job.killers.add(None)
+                self.chance_deaths.add(worker.life)
                 worker.crash()
             case Trouble.DEADLY_JOB:
                 at = random.choice((0, 0, 3, 20))
@@ -505,6 +506,8 @@ class Fleet:
                 self.outliers.went_well(worker.worker_id)
                 self.finish(job, "complete")
             elif self.queries.got_to(job.query, job.offset):
+                # With tokens lost at its first death, even a killer gets further once.
+                self.num_unseen[job.query] += QueryLimits().deaths_max - 1
                 self.room()
 
     def hear_end(self, job: Job, attempt: int, failure: FailureKind | None) -> None:
@@ -593,7 +596,10 @@ class Fleet:
         self.waiting.pop(job, None)
         is_bad = job.deadly_at is not None
         self._expect(
-            outcome != "stopped" or is_bad or len(job.killers) > 1,
+            outcome != "stopped"
+            or is_bad
+            or len(job.killers) > 1
+            or bool(job.lives_lost & self.chance_deaths),
             f"{job.query!r} was stopped for nothing",
         )
         self.room()
