@@ -2,6 +2,10 @@
 
     python -m tests.simulation --seeds 100000 --jobs 2
     python -m tests.simulation --seed 17 --trace
+    python -m tests.simulation --world fleet --seeds 20000
+
+The world of streams is a few whole streams under all that can befall them; that of a fleet is many
+simple jobs, and who is believed to be dead, slow or deadly.
 
 The last line of output is one JSON object; the exit status is 1 if any seed violates a promise.
 """
@@ -15,8 +19,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from tests.simulation.faults import Fault
-from tests.simulation.scenario import Report, quiet, run_seed
+from tests.simulation.scenario import Report, quiet
+from tests.simulation.worlds import WORLDS, run_chunk
 
 _CHUNK = 250
 _VIOLATIONS_SHOWN_MAX = 20
@@ -25,6 +29,7 @@ _VIOLATIONS_SHOWN_MAX = 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--world", choices=WORLDS, default="streams", help="what is simulated")
     parser.add_argument("--seed", type=int, help="live through this seed only")
     parser.add_argument("--trace", action="store_true", help="tell what happens in it")
     parser.add_argument("--first", type=int, default=0, help="first of many seeds")
@@ -34,11 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     if options.seed is not None:
         with quiet():
-            reports = [run_seed(options.seed, trace=_say if options.trace else None)]
+            run = WORLDS[options.world]
+            reports = [run(options.seed, trace=_say if options.trace else None)]
         summary = summarise(reports)
     else:
         seeds = range(options.first, options.first + options.seeds)
-        summary = summarise(_run_all(seeds, options.jobs))
+        summary = summarise(_run_all(options.world, seeds, options.jobs))
     seconds = time.monotonic() - started
     summary["seconds"] = round(seconds, 2)
     _say(json.dumps(summary))
@@ -49,7 +55,7 @@ def summarise(reports: Iterator[Report] | Sequence[Report]) -> dict[str, object]
     """Everything worth knowing about many seeds; `faults` counts the seeds that had each kind."""
     num_seeds = num_events = num_streams = num_tokens = 0
     violations: list[dict[str, object]] = []
-    faults = Counter[Fault]()
+    faults = Counter[str]()
     for report in reports:
         num_seeds += 1
         num_events += report.num_events
@@ -66,24 +72,19 @@ def summarise(reports: Iterator[Report] | Sequence[Report]) -> dict[str, object]
         "events": num_events,
         "streams": num_streams,
         "tokens": num_tokens,
-        "faults": {fault.value: faults[fault] for fault in Fault},
+        "faults": {str(fault): num for fault, num in sorted(faults.items())},
     }
 
 
-def _run_all(seeds: range, num_jobs: int) -> Iterator[Report]:
+def _run_all(world: str, seeds: range, num_jobs: int) -> Iterator[Report]:
     chunks = [seeds[begin : begin + _CHUNK] for begin in range(0, len(seeds), _CHUNK)]
     if num_jobs == 1:
         for chunk in chunks:
-            yield from _run_chunk(chunk)
+            yield from run_chunk(world, chunk)
         return
     with multiprocessing.get_context("spawn").Pool(num_jobs) as pool:
-        for reports in pool.imap(_run_chunk, chunks):
+        for reports in pool.imap(partial(run_chunk, world), chunks):
             yield from reports
-
-
-def _run_chunk(seeds: range) -> list[Report]:
-    with quiet():
-        return [run_seed(seed) for seed in seeds]
 
 
 _say = partial(print, file=sys.stdout, flush=True)
