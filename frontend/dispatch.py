@@ -57,7 +57,11 @@ class Dispatcher:
         self.links = links
         self.metrics = metrics
         self.quarantine = quarantine
-        self.queue = ResumeQueue[Choice](limits or ResumeLimits(), random or Random())
+        self.queue = ResumeQueue[Choice](
+            limits or ResumeLimits(),
+            random or Random(),
+            lambda choice, view: choice.could_take(view),
+        )
         self.clock = clock
         self._is_giving_turns = False
         self._soon: asyncio.Handle | None = None
@@ -393,15 +397,8 @@ class Choice:
             num_tokens=self._num_tokens,
             give_up_at=give_up_at,
             avoid=self._avoid,
-            unable=self._unable() if is_resume else frozenset(),
             cached=self._cached() if is_resume else {},
         )
-
-    def _unable(self) -> frozenset[Life]:
-        """Workers on which the stream could never go on, as long as it has said no more."""
-        mesh, model, is_able = self._dispatcher.mesh, self._model, self._ability()
-        views = (view for view in mesh.views() if view.model == model.name)
-        return frozenset(view.life for view in views if not is_able(view))
 
     @property
     def _num_tokens(self) -> int:
@@ -419,15 +416,22 @@ class Choice:
                     cached[view.life] = num_tokens
         return cached
 
+    def could_take(self, view: WorkerView) -> bool:
+        """Whether the stream could go on at a worker. Raises nothing."""
+        try:
+            return self._ability()(view)
+        except Exception:
+            return True  # Its turn will show the bug, and end this stream alone.
+
     def _ability(self) -> Callable[[WorkerView], bool]:
-        """Whether the stream could go on at a worker."""
+        """The same for many workers: most are alike, and asking costs something."""
         stream, mesh, model = self.stream, self._dispatcher.mesh, self._model
         ways: dict[object, ContinuationClass] = {}
 
         def is_able(view: WorkerView) -> bool:
             if not mesh.can_serve(view, model, stream.original):
                 return False
-            if view.abilities not in ways:  # Most workers are alike, and asking costs something.
+            if view.abilities not in ways:
                 ways[view.abilities] = stream.way_at(view.abilities)
             return ways[view.abilities] is not ContinuationClass.NONE
 

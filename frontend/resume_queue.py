@@ -27,7 +27,7 @@ new work is refused, with the time that it will take.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -98,8 +98,6 @@ class Ticket:
     """When its client or its placement no longer waits, monotonic seconds."""
     avoid: frozenset[Life] = frozenset()
     """Lives to be taken only if there is no other."""
-    unable: frozenset[Life] = frozenset()
-    """Lives that can never take it."""
     cached: Mapping[Life, int] = field(default_factory=dict[Life, int])
     """Tokens of those that a worker has in its prefix cache, when the ticket was made."""
 
@@ -207,7 +205,8 @@ class _Computing:
 class _Fleet(Generic[K]):
     """The workers of one model, and those that want one."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_able: Callable[[K, WorkerView], bool]) -> None:
+        self._is_able = is_able
         self.ready: dict[Life, _Worker] = {}
         self.lines: dict[Work, list[tuple[_Order, _Entry[K]]]] = {work: [] for work in Work}
         self.tokens_waiting: dict[Work, int] = dict.fromkeys(Work, 0)
@@ -221,6 +220,12 @@ class _Fleet(Generic[K]):
     @property
     def is_empty(self) -> bool:
         return not (self.ready or any(self.lines.values()))
+
+    def unable(self, key: K, ticket: Ticket) -> set[Life]:
+        """Workers that can't take it. For new work it turns out when it has its turn."""
+        if ticket.work is Work.NEW:
+            return set()
+        return {life for life, one in self.ready.items() if not self._is_able(key, one.view)}
 
     def able(self, entry: _Entry[K]) -> set[Life]:
         """Workers that it may be placed on, as far as is known."""
@@ -241,7 +246,7 @@ class _Fleet(Generic[K]):
         self.ready = ready
         for line in self.lines.values():
             for _, entry in line:
-                entry.unable = set(entry.ticket.unable)
+                entry.unable = self.unable(entry.key, entry.ticket)
 
     @property
     def is_contended(self) -> bool:
@@ -266,7 +271,11 @@ class ResumeQueue(Generic[K]):
     it returns None; and again after every event, and at `deadline`.
     """
 
-    def __init__(self, limits: ResumeLimits, random: "Random") -> None:
+    def __init__(
+        self, limits: ResumeLimits, random: "Random", is_able: Callable[[K, WorkerView], bool]
+    ) -> None:
+        """`is_able` tells whether a stream that resumes could go on at a worker."""
+        self._is_able = is_able
         self._limits = limits
         self._random = random
         self._fleets: dict[str, _Fleet[K]] = {}
@@ -338,7 +347,7 @@ class ResumeQueue(Generic[K]):
     def offer(self, key: K, ticket: Ticket, now: float) -> UnbrokenError | None:
         """A stream wants a worker: it stands in line, or is refused."""
         assert key not in self._entries, "a stream stands in line once"
-        fleet = self._fleets.setdefault(ticket.model, _Fleet())
+        fleet = self._fleets.setdefault(ticket.model, _Fleet(self._is_able))
         line = fleet.lines[ticket.work]
         error = self._reason_to_refuse(fleet, ticket, now)
         if error is not None:
@@ -348,7 +357,7 @@ class ResumeQueue(Generic[K]):
         if ticket.work is Work.RESUME and self._limits.is_on:
             work = ticket.price + now * OVERTAKING_TOKENS_PER_S
         order = (-ticket.priority if self._limits.is_on else 0, work, self._num_offered)
-        entry = _Entry(key, ticket, order, now, set(ticket.unable))
+        entry = _Entry(key, ticket, order, now, fleet.unable(key, ticket))
         if not line:  # Who wanted nothing has saved nothing.
             served = max(fleet.served.values())
             if any(fleet.lines.values()):
@@ -431,7 +440,7 @@ class ResumeQueue(Generic[K]):
         for life in self._workers.keys() - known:
             del self._workers[life]
         for model, workers in ready.items():
-            fleet = self._fleets.setdefault(model, _Fleet())
+            fleet = self._fleets.setdefault(model, _Fleet(self._is_able))
             fleet.changed(workers, now)
             if fleet.is_empty:
                 del self._fleets[model]

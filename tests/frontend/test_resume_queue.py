@@ -36,12 +36,16 @@ class Frontend:
             "share": 0.5,
         }
         self.limits = ResumeLimits(**(settings | limits))  # type: ignore[arg-type]
-        self.queue = ResumeQueue[str](self.limits, Random(1))
+        self.queue = ResumeQueue[str](
+            self.limits, Random(1), lambda key, view: view.life not in self.unable.get(key, ())
+        )
         self.now = 100.0
         self.views = {life: WorkerView(life, "m", NATIVE, 16, 100_000) for life in lives}
         self.placed: list[tuple[str, Life]] = []
         self.able: dict[str, set[Life]] = {}
-        """Of streams that not every worker is able to take."""
+        """Of streams that not every worker takes, as turns out with their turns."""
+        self.unable: dict[str, set[Life]] = {}
+        """The same, known before."""
         self.is_busy = True
         self.show()
         for life in lives:
@@ -76,7 +80,6 @@ class Frontend:
         priority: int = 0,
         give_up_s: float = 30.0,
         avoid: frozenset[Life] = frozenset(),
-        unable: frozenset[Life] = frozenset(),
         cached: dict[Life, int] | None = None,
     ) -> UnbrokenError | None:
         ticket = Ticket(
@@ -86,7 +89,6 @@ class Frontend:
             num_tokens,
             self.now + give_up_s,
             avoid=avoid,
-            unable=unable,
             cached=cached or {},
         )
         return self.queue.offer(key, ticket, self.now)
@@ -333,8 +335,23 @@ def test_a_stream_does_not_wait_for_a_worker_that_can_never_take_it() -> None:
     frontend = Frontend(W1, W2)
     frontend.offer("a", 900, avoid=frozenset({W2}))
     assert frontend.pump() == [("a", W1)]
-    frontend.offer("b", 900, avoid=frozenset({W2}), unable=frozenset({W1}))
+    frontend.unable["b"] = {W1}
+    frontend.offer("b", 900, avoid=frozenset({W2}))
     assert frontend.pump() == [("b", W2)]
+
+
+def test_a_stream_does_not_wait_for_a_new_worker_that_can_never_take_it() -> None:
+    frontend = Frontend(W1, W2)
+    frontend.lose(W2)
+    frontend.unable["a"] = {W2}
+    for key in ("x", "a"):
+        frontend.offer(key, 900, avoid=frozenset({W1}))
+    assert frontend.pump() == [("x", W1)]
+    frontend.bring_back(W2)
+    frontend.offer("y", 900)
+    frontend.wait(1)
+    frontend.queue.computed("x")
+    assert frontend.pump() == [("a", W1), ("y", W2)]
 
 
 def test_a_suspect_is_taken_only_if_there_is_no_other() -> None:

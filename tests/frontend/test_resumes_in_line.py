@@ -20,27 +20,31 @@ def prompt(index: int) -> list[int]:
 
 
 async def streams_on(it: World, num: int = NUM_STREAMS) -> list[GenerationStream]:
-    """Streams that have begun, on the only worker there is; the largest is the first."""
+    """Streams that have begun on the first worker; the largest is the first."""
     streams = [
         it.client.generate(
             token_ids=prompt(index), request_id=f"s{index}", max_tokens=MAX_TOKENS, temperature=0.0
         )
         for index in reversed(range(num))
     ]
-    for stream in streams:
-        await read_some(stream, 1)
+    victim = it.sidecars[0]
+    for index, stream in enumerate(streams):
+        reading = asyncio.create_task(read_some(stream, 1))
+        await it.until(lambda index=index: len(victim.starts) > index)
+        victim.step()
+        await reading
     return streams
 
 
 def with_budget(**settings: Any) -> dict[str, Any]:
     """A burst of two of the streams, and a pace that nobody waits for in a test."""
-    return {"resume_burst_tokens": 130, "prefill_tokens_per_s": 1e6, **settings}
+    return {"resume_burst_tokens": 100, "prefill_tokens_per_s": 1e6, **settings}
 
 
 def test_resumes_go_as_the_survivor_computes_them_the_cheapest_first() -> None:
     async def scenario() -> None:
         survivor = FakeSidecar("w2", step_s=None)
-        async with world(FakeSidecar("w1"), **with_budget()) as it:
+        async with world(FakeSidecar("w1", step_s=None), **with_budget()) as it:
             streams = await streams_on(it)
             await it.add(survivor)
             await it.until_ready(2)
@@ -75,7 +79,7 @@ def test_resumes_go_as_the_survivor_computes_them_the_cheapest_first() -> None:
 def test_without_the_queue_all_go_at_once() -> None:
     async def scenario() -> None:
         survivor = FakeSidecar("w2", step_s=None)
-        async with world(FakeSidecar("w1"), **with_budget(resume_queue=False)) as it:
+        async with world(FakeSidecar("w1", step_s=None), **with_budget(resume_queue=False)) as it:
             await streams_on(it)
             await it.add(survivor)
             await it.until_ready(2)
@@ -88,7 +92,9 @@ def test_without_the_queue_all_go_at_once() -> None:
 def test_a_stream_that_is_cancelled_in_line_leaves_it() -> None:
     async def scenario() -> None:
         survivor = FakeSidecar("w2", step_s=None)
-        async with world(FakeSidecar("w1"), **with_budget(resume_burst_tokens=1)) as it:
+        async with world(
+            FakeSidecar("w1", step_s=None), **with_budget(resume_burst_tokens=1)
+        ) as it:
             streams = await streams_on(it, 3)
             await it.add(survivor)
             await it.until_ready(2)
@@ -106,7 +112,7 @@ def test_a_stream_that_is_cancelled_in_line_leaves_it() -> None:
 def test_in_a_fleet_loss_new_requests_are_refused_with_a_time() -> None:
     async def scenario() -> None:
         survivor = FakeSidecar("w9", step_s=None)
-        victims = [FakeSidecar(f"w{index}") for index in range(3)]
+        victims = [FakeSidecar(f"w{index}", step_s=None) for index in range(3)]
         limits = with_budget(resume_burst_tokens=1)
         async with world(victims[0], **limits) as it:
             await streams_on(it, 3)

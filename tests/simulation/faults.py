@@ -86,6 +86,12 @@ class Fault(StrEnum):
     """A stream waited for a worker."""
     PLACEMENT_TIMEOUT = auto()
     """It waited in vain."""
+    QUEUED = auto()
+    """A stream that lost its worker waited in the resume queue, though one was there."""
+    HELD_BACK = auto()
+    """A new stream waited because others had lost their worker."""
+    FLEET_LOSS = auto()
+    """A new stream was refused because much of the fleet was lost at once."""
     EXHAUSTED = auto()
     """A stream lost more workers than it may."""
     CUT_STOP_STRING = auto()

@@ -5,16 +5,19 @@ over, so that the core has to.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from random import Random
 from typing import Any, assert_never
 
 from frontend import resume_token
 from frontend import stream as machine
 from frontend.placement import Need, WorkerView, choose
+from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
 from frontend.stream import Life, Limits, Stream
 from sidecar.link import Link
 from tests.simulation.faults import Fault, Trouble
+from tests.simulation.queue_watch import QueueWatch
 from tests.simulation.witness import Held, Violation, Witness
 from tests.simulation.worker import BLOCK_SIZE, CONTEXT_LENGTH, FOREVER, Process
 from tests.support.vocabulary import VOCAB_SIZE, tokenizer
@@ -32,6 +35,7 @@ from unbroken.v1 import (
 )
 
 ORPHAN_GRACE_S = 2.0
+LOOK_INTERVAL_S = 0.5
 
 
 @dataclass(slots=True)
@@ -232,6 +236,8 @@ class Call:
             given = logprobs.get(slot, [])
             beside, logprobs[slot] = given[:count], given[count:]
             self._receive_row(self.seats[slot], offset, frame.token_ids[begin:end], beside)
+        if frame.HasField("load") and not self.is_over:
+            self._frontend.report(self, frame.load)
         for ended in frame.ended:
             seat = self.seats[ended.slot]
             self._receive_ended(seat, ended)
@@ -395,7 +401,13 @@ class Frontend:
     """Calls to workers, views of them, and the choices that wait for one."""
 
     def __init__(
-        self, world: World, trouble: Trouble, name: str, pump: Callable[[Process], None]
+        self,
+        world: World,
+        trouble: Trouble,
+        name: str,
+        pump: Callable[[Process], None],
+        limits: ResumeLimits,
+        queue_type: "type[ResumeQueue[Choice]]",
     ) -> None:
         """`pump` has a sidecar write what it has to say, to all frontends."""
         self.world = world
@@ -403,14 +415,17 @@ class Frontend:
         self.name = name
         self.is_dead = False
         self.pump = pump
+        self.queue = queue_type(limits, Random(1), lambda choice, view: choice.is_able(view))
+        self.watch = QueueWatch(self.queue, limits)
         self.processes: dict[str, Process] = {}
         """The latest life of each worker, as discovery tells."""
         self.calls: dict[str, list[Call]] = {}
         """By worker; the latest is the last."""
         self._views: dict[str, tuple[WorkerView, Call]] = {}
-        self.waiting: dict[Choice, None] = {}
         self.unlinked: dict[str, dict[Choice, None]] = {}
         """Those that wait for a link, by worker."""
+        self._is_giving_turns = False
+        self._num_dues = 0
         self._num_calls = 0
 
     def die(self) -> None:
@@ -489,19 +504,57 @@ class Frontend:
             context_length=CONTEXT_LENGTH,
         )
         self._views[process.worker_id] = (view, call)
-        waiting, self.waiting = self.waiting, {}
-        for choice in waiting:
-            choice.place_again()
+        self._workers_changed()
 
     def lose_view(self, process: Process) -> None:
         """A worker takes no work."""
         view = self._views.get(process.worker_id)
-        if view is not None and view[1].process is process:
-            del self._views[process.worker_id]
+        if view is not None and view[1].process is process and view[0].is_ready:
+            view[0].is_ready = False
+            self._workers_changed()
+
+    def report(self, call: Call, load: worker_pb2.LoadReport) -> None:
+        """A worker told its load."""
+        view = self._views.get(call.process.worker_id)
+        if view is not None and view[1] is call:
+            self.queue.reported(view[0].life, load, self.world.now)
+            self.give_turns()
+
+    def _workers_changed(self) -> None:
+        self.queue.workers([view for view, _ in self._views.values()], self.world.now)
+        self.watch.workers(self.views(), self.world.now)
+        # As the shell: news of the links does not place anybody by itself.
+        self.world.after(0.0, self.give_turns)
+
+    def give_turns(self) -> None:
+        """Place whoever has a turn."""
+        if self._is_giving_turns or self.is_dead:
+            return
+        self._is_giving_turns = True
+        world = self.world
+        while (turn := self.queue.next(world.now)) is not None:
+            turn.key.take_turn(turn.lives)
+        self._is_giving_turns = False
+        self.queue.check()
+        self.watch.check(world.now)
+        self._num_dues += 1
+        due = self.queue.deadline()
+        if due is not None:
+            world.at(due, self._due, self._num_dues)
+
+    def look(self) -> None:
+        """Nobody may have been forgotten."""
+        if not self.is_dead and self.watch.is_waited_for:
+            self.watch.check(self.world.now)
+            self.world.after(LOOK_INTERVAL_S, self.look)
+
+    def _due(self, number: int) -> None:
+        if number == self._num_dues:
+            self.give_turns()
 
     def views(self) -> list[WorkerView]:
         """Workers that take work."""
-        return [view for view, _ in self._views.values()]
+        return [view for view, _ in self._views.values() if view.is_ready]
 
     def seat_at(self, life: Life) -> tuple[WorkerView, Call] | None:
         """Where an attempt for a life of a worker is started."""
@@ -524,6 +577,7 @@ class Choice:
         limits: Limits,
         deadline_s: float | None,
         client_pause_s: float,
+        priority: int,
         epoch: int = 1,
         past: machine.Past | None = None,
         before: "Choice | None" = None,
@@ -565,6 +619,8 @@ class Choice:
         self._seat: tuple[Call, int, int] | None = None
         self._view: WorkerView | None = None
         self._num_timers = 0
+        self._priority = priority
+        self._is_computing = False
         self._is_take_planned = False
         self._unlinked: machine.Relink | None = None
 
@@ -601,6 +657,7 @@ class Choice:
             limits=self.limits,
             deadline_s=None,
             client_pause_s=self._client_pause_s,
+            priority=self._priority,
             epoch=epoch,
             past=past,
             before=self,
@@ -703,6 +760,8 @@ class Choice:
             self._hear(epoch, lambda: stream.token(epoch, offset, token_ids[0], now))
         else:
             self._hear(epoch, lambda: stream.tokens(epoch, offset, token_ids, now, logprobs))
+        if self._is_computing and stream.is_prefilled:
+            self._computed()
         if stream.accounts.recomputed_decode_tokens != again:
             self.witness.repeated(num_again)
 
@@ -906,40 +965,92 @@ class Choice:
         self.obey(commands)
 
     def _place(self, pause_s: float) -> Sequence[machine.Command]:
-        stream, world = self.stream, self._world
+        stream, world, frontend = self.stream, self._world, self.frontend
         self._relink_no_more()
         self._stop_waiting()
         self._leave()
-        view = None if pause_s > 0 else self._choose()
-        if view is not None:
-            return stream.placed(stream.epoch, view.life, view.abilities)
         deadline = stream.deadline()
         assert deadline is not None
         wait_s = max(0.0, deadline - world.now)
         if pause_s > 0:
             wait_s = min(wait_s, pause_s)
-        else:
-            self._trouble.took_effect(Fault.NO_WORKER)
-            self.frontend.waiting[self] = None
         world.after(wait_s, self._timer, self._num_timers)
+        if pause_s > 0:
+            return ()
+        ticket = self._ticket(deadline)
+        able = {view.life for view in frontend.views() if self.is_able(view)}
+        error = frontend.queue.offer(self, ticket, world.now)
+        if error is not None:
+            frontend.watch.refused(ticket, error, world.now)
+            self.witness.orders.add(Reason.OVERLOADED)
+            self._trouble.took_effect(Fault.FLEET_LOSS)
+            commands = stream.unplaceable(stream.epoch, error)
+            self.witness.asked_to_end(world.now)
+            return commands
+        frontend.watch.offered(self, self.name, ticket, self.is_able, world.now)
+        epoch = stream.epoch
+        frontend.give_turns()
+        if stream.epoch == epoch and stream.state is machine.State.PLACING:
+            fault = Fault.NO_WORKER
+            if able:
+                fault = Fault.QUEUED if ticket.work is Work.RESUME else Fault.HELD_BACK
+            self._trouble.took_effect(fault)
+            world.after(LOOK_INTERVAL_S, frontend.look)
         return ()
+
+    def _ticket(self, deadline: float) -> Ticket:
+        stream = self.stream
+        if self._deadline_at is not None:
+            deadline = min(deadline, self._deadline_at)
+        return Ticket(
+            model="m",
+            work=Work.RESUME if stream.has_begun or stream.attempts else Work.NEW,
+            priority=self._priority,
+            num_tokens=len(stream.original.prompt_token_ids) + len(stream.ledger),
+            give_up_at=deadline,
+            avoid=self._avoid,
+        )
+
+    def take_turn(self, lives: Set[Life]) -> None:
+        """One of these workers may be taken."""
+        frontend, now = self.frontend, self._world.now
+        view = self._choose(lives)
+        if view is None:
+            frontend.queue.passed_over(self, lives)
+            return
+        frontend.watch.admitted(self, view.life, now)
+        frontend.queue.admitted(self, view.life, now)
+        self._is_computing = True
+        self._stop_waiting()
+        self.obey(self.stream.placed(self.stream.epoch, view.life, view.abilities))
+
+    def _computed(self) -> None:
+        self._is_computing = False
+        self.frontend.watch.computed(self, self._world.now)
+        self.frontend.queue.computed(self)
+        self._world.after(0.0, self.frontend.give_turns)
 
     def _timer(self, number: int) -> None:
         if number == self._num_timers:
             self.place_again()
 
-    def _choose(self) -> WorkerView | None:
+    def is_able(self, view: WorkerView) -> bool:
+        """Whether it could go on there."""
+        return self.stream.way_at(view.abilities) is not ContinuationClass.NONE
+
+    def _choose(self, lives: Set[Life]) -> WorkerView | None:
         stream = self.stream
-
-        def is_able(view: WorkerView) -> bool:
-            return stream.way_at(view.abilities) is not ContinuationClass.NONE
-
         num_tokens = len(stream.original.prompt_token_ids) + len(stream.ledger)
         need = Need(model="m", num_tokens=num_tokens, avoid=self._avoid)
         views = self.frontend.views()
-        view = choose(views, need, is_able=is_able, block_hashes=lambda _: ())
+        view = choose(
+            views,
+            need,
+            is_able=lambda view: view.life in lives and self.is_able(view),
+            block_hashes=lambda _: (),
+        )
         if view is not None:
-            able = [other.life for other in views if is_able(other)]
+            able = [other.life for other in views if self.is_able(other)]
             self.witness.chosen(view.life, able)
         return view
 
@@ -981,6 +1092,8 @@ class Choice:
         return message
 
     def _leave(self) -> None:
+        if self._is_computing:
+            self._computed()
         seat, self._seat = self._seat, None
         if seat is not None:
             seat[0].abort(seat[1])
@@ -989,7 +1102,8 @@ class Choice:
 
     def _stop_waiting(self) -> None:
         self._num_timers += 1
-        self.frontend.waiting.pop(self, None)
+        self.frontend.queue.cancel(self)
+        self.frontend.watch.left(self)
 
     def _after_the_end(self) -> None:
         """A settled stream is told more; it must not mind."""

@@ -9,6 +9,7 @@ from functools import partial
 from random import Random
 from types import MappingProxyType
 
+from frontend.resume_queue import ResumeLimits, ResumeQueue
 from frontend.stream import Limits, Mismatch, Stream
 from tests.simulation.faults import Fault, Trouble
 from tests.simulation.frontend import Call, Choice, Frontend
@@ -22,6 +23,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import Constraint, GenerationParams, SamplingParams, StopConditions
 from unbroken.outcome import ContinuationPolicy, FailureKind
 
+_PRIORITIES = (0, 0, 1, 0, -1)
 EVENTS_MAX = 20_000
 """A world that is not over after so many never will be."""
 
@@ -42,10 +44,11 @@ def run_seed(
     seed: int,
     *,
     stream_type: type[Stream] = Stream,
+    queue_type: type[ResumeQueue[Choice]] = ResumeQueue,
     trace: Callable[[str], None] | None = None,
 ) -> Report:
     """Live through one world and report."""
-    mesh = Mesh(seed, stream_type, trace)
+    mesh = Mesh(seed, stream_type, queue_type, trace)
     report = Report(seed, faults=mesh.trouble.seen, num_streams=len(mesh.choices))
     try:
         mesh.live()
@@ -156,13 +159,19 @@ class Mesh:
     """A frontend, a few workers, their clients, and trouble."""
 
     def __init__(
-        self, seed: int, stream_type: type[Stream], trace: Callable[[str], None] | None
+        self,
+        seed: int,
+        stream_type: type[Stream],
+        queue_type: type[ResumeQueue[Choice]],
+        trace: Callable[[str], None] | None,
     ) -> None:
         self.world = world = World(seed, trace=trace)
         self.trouble = Trouble(world)
-        self.frontends = [Frontend(world, self.trouble, "f0", self.pump)]
+        self._limits = _resume_limits(seed)
+        self._queue_type = queue_type
+        self.frontends = [self._frontend("f0")]
         if _NEEDS_STANDBY.intersection(self.trouble.strikes):
-            self.frontends.append(Frontend(world, self.trouble, "f1", self.pump))
+            self.frontends.append(self._frontend("f1"))
         random = world.random
         num_workers = random.choice((1, 2, 2, 3, 3, 4))
         personalities = _personalities(random, num_workers)
@@ -187,9 +196,15 @@ class Mesh:
         for choice in self.choices:
             if not choice.is_abandoned:
                 choice.witness.finish()
+        for frontend in self.frontends:
+            if not frontend.is_dead:
+                frontend.watch.finish()
         for worker in self.workers:
             worker.process.check_idle()
             worker.process.hub.ledger.check()
+
+    def _frontend(self, name: str) -> Frontend:
+        return Frontend(self.world, self.trouble, name, self.pump, self._limits, self._queue_type)
 
     def pump(self, process: Process) -> None:
         """A sidecar writes what it has to say."""
@@ -241,6 +256,7 @@ class Mesh:
                 limits=limits,
                 deadline_s=deadline_s,
                 client_pause_s=client_pause_s,
+                priority=_PRIORITIES[len(self.choices) % len(_PRIORITIES)],
             )
             self.choices.append(choice)
             world.at(begin_at, choice.begin)
@@ -333,7 +349,7 @@ class Mesh:
                     choice.witness.orders |= {Reason.FENCED, Reason.REQUEST_EXISTS}
                     world.after(random.uniform(0.0, 1.5), choice.end, Reason.CANCELLED)
         if is_dead:
-            standby = Frontend(world, trouble, f"f{len(self.frontends)}", self.pump)
+            standby = self._frontend(f"f{len(self.frontends)}")
             self.frontends.append(standby)
             for worker in self.workers:
                 if worker.process.is_alive:
@@ -440,6 +456,18 @@ def _personalities(random: Random, num: int) -> list[Personality]:
                 own["has_positional_random"] = not own["has_positional_random"]
         result.append(Personality(model_salt=salt, **own))
     return result
+
+
+def _resume_limits(seed: int) -> ResumeLimits:
+    """Budgets that a few short streams exhaust, mostly. By a randomness of their own."""
+    random = Random(seed)
+    return ResumeLimits(
+        is_on=random.random() < 0.9,
+        share=random.choice((0.2, 0.5, 1.0)),
+        burst_tokens=random.choice((1, 8, 20, 40, 4096)),
+        prefill_tokens_per_s=random.choice((50.0, 300.0, 5000.0)),
+        fleet_loss_share=random.choice((0.3, 0.5, 1.0)),
+    )
 
 
 def _stop_strings(random: Random) -> tuple[str, ...]:

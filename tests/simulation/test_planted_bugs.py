@@ -4,13 +4,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 from typing_extensions import override
 
 import frontend.continuation
 import frontend.stream
+from frontend import resume_queue
 from frontend.continuation import Abilities, next_checkpoint
+from frontend.resume_queue import ResumeQueue, Ticket, Turn
 from frontend.stream import (
     Ack,
     Command,
@@ -26,6 +29,7 @@ from frontend.stream import (
 from sidecar.hub import Hub
 from sidecar.link import Link
 from sidecar.watchdog import Recovered, Watchdog, Work
+from tests.simulation.frontend import Choice
 from tests.simulation.scenario import quiet, run_seed
 from tests.support.vocabulary import tokenizer
 from unbroken.checkpoint import Checkpoint
@@ -365,10 +369,100 @@ def test_a_bug_in_the_sidecar_is_found(
     _find(f"{owner.__name__}.{name} as {getattr(mutant, '__name__', '')}", Stream, capsys)
 
 
-def _find(name: str, stream_type: type[Stream], capsys: pytest.CaptureFixture[str]) -> None:
+class ForgetsWhatIsComputed(ResumeQueue[Choice]):
+    """Windows are for nothing."""
+
+    @override
+    def next(self, now: float) -> Turn[Choice] | None:
+        kept = [(worker, worker.outstanding) for worker in self._workers.values()]
+        for worker, _ in kept:
+            worker.outstanding = 0
+        turn = super().next(now)
+        for worker, outstanding in kept:
+            worker.outstanding = outstanding
+        return turn
+
+
+class TakesTheLargestFirst(ResumeQueue[Choice]):
+    """Most work first."""
+
+    @override
+    def offer(self, key: Choice, ticket: Ticket, now: float) -> UnbrokenError | None:
+        error = super().offer(key, ticket, now)
+        if error is None:
+            self.cancel(key)
+            smallest = replace(ticket, num_tokens=10_000 - ticket.num_tokens)
+            return super().offer(key, smallest, now)
+        return error
+
+
+class ForgetsPriority(ResumeQueue[Choice]):
+    """The least work first, whoever asks."""
+
+    @override
+    def offer(self, key: Choice, ticket: Ticket, now: float) -> UnbrokenError | None:
+        return super().offer(key, replace(ticket, priority=0), now)
+
+
+class KeepsTheCredit(ResumeQueue[Choice]):
+    """What is computed stays on account."""
+
+    @override
+    def computed(self, key: Choice) -> None:
+        self._computing.pop(key, None)
+
+
+class SleepsOn(ResumeQueue[Choice]):
+    """Nobody is told when there will be room."""
+
+    @override
+    def deadline(self) -> float | None:
+        return None
+
+
+class HoldsNewWorkBack(ResumeQueue[Choice]):
+    """New work waits as if it resumed."""
+
+    @override
+    def offer(self, key: Choice, ticket: Ticket, now: float) -> UnbrokenError | None:
+        return super().offer(key, replace(ticket, work=resume_queue.Work.RESUME), now)
+
+
+class RefusesNewWork(ResumeQueue[Choice]):
+    """A lost worker is a lost fleet, whoever waits."""
+
+    @override
+    def _judge_loss(self, fleet: Any, now: float, *, is_contended: bool) -> None:
+        super()._judge_loss(fleet, now, is_contended=True)
+
+
+@pytest.mark.parametrize(
+    "queue_type",
+    [
+        ForgetsWhatIsComputed,
+        TakesTheLargestFirst,
+        ForgetsPriority,
+        KeepsTheCredit,
+        SleepsOn,
+        HoldsNewWorkBack,
+        RefusesNewWork,
+    ],
+)
+def test_a_bug_in_the_resume_queue_is_found(
+    queue_type: type[ResumeQueue[Choice]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _find(queue_type.__name__, Stream, capsys, queue_type)
+
+
+def _find(
+    name: str,
+    stream_type: type[Stream],
+    capsys: pytest.CaptureFixture[str],
+    queue_type: type[ResumeQueue[Choice]] = ResumeQueue,
+) -> None:
     with quiet():
         for seed in range(SEEDS_MAX):
-            report = run_seed(seed, stream_type=stream_type)
+            report = run_seed(seed, stream_type=stream_type, queue_type=queue_type)
             if report.violation is not None:
                 with capsys.disabled():
                     sys.stdout.write(f"\n{name}: seed {seed}: {report.violation[:150]}")

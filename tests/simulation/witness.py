@@ -395,6 +395,7 @@ class Witness:
                 Reason.CANCELLED
                 | Reason.DEADLINE_EXCEEDED
                 | Reason.FENCED
+                | Reason.OVERLOADED
                 | Reason.REQUEST_EXISTS as reason
             ):
                 is_right = reason in self.orders

@@ -50,6 +50,8 @@ class _Running:
     ready_at: float
     """When its prompt is computed."""
     num_prefill: int
+    is_counted: bool = False
+    """They are in what was prefilled in all."""
 
     @property
     def room(self) -> int:
@@ -74,6 +76,7 @@ class Engine:
         self.running: dict[int, _Running] = {}
         self.after_step: Callable[[], None] = lambda: None
         self.before_goodbye: Callable[[], None] = lambda: None
+        self._prefill_tokens = 0
         self._step_s = world.random.uniform(0.004, 0.016)
         self._is_step_planned = False
         self._stalled_until = 0.0
@@ -96,6 +99,7 @@ class Engine:
         self.is_up = True
         self._stalled_until = self._said_at = 0.0
         self._is_hung = False
+        self._num_steps = self._prefill_tokens = 0
         description = worker_pb2.EngineDescription(
             kind="hash",
             model="m",
@@ -360,6 +364,10 @@ class Engine:
     def _say(self, frame: attempt_pb2.StepFrame) -> None:
         self._said_at = self._world.now
         self._num_steps += bool(frame.slots)
+        for running in self.running.values():
+            if running.ready_at <= self._world.now and not running.is_counted:
+                running.is_counted = True
+                self._prefill_tokens += running.num_prefill
         is_busy = self.is_standing or any(
             running.ready_at > self._world.now or running.room > 0
             for running in self.running.values()
@@ -373,7 +381,10 @@ class Engine:
             requests_running=len(self.running) if is_busy else 0, prefill_tokens_queued=num_queued
         )
         load = worker_pb2.LoadReport(
-            engine_steps_total=self._num_steps, ranks=[rank], is_computing=self.is_standing
+            engine_steps_total=self._num_steps,
+            prefill_tokens_total=self._prefill_tokens,
+            ranks=[rank],
+            is_computing=self.is_standing,
         )
         frame.load.CopyFrom(load)
         self._hub.on_frame(frame)
