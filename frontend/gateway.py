@@ -88,6 +88,7 @@ class Gateway:
         self._changed = asyncio.Event()
         """Set, and replaced, whenever what models there are may have changed."""
         self._is_draining = False
+        self._turnstile = asyncio.Lock()
         mesh.on_change.append(self._mesh_changed)
 
     async def close(self) -> None:
@@ -110,6 +111,7 @@ class Gateway:
         Whoever has the reader MUST close it. Raises `UnbrokenError`.
         """
         arrived_at, deadline_at = self._times(remaining_s)
+        await self._turn()
         try:
             running = await self._admit(request, arrived_at, deadline_at)
         except UnbrokenError as error:
@@ -125,6 +127,7 @@ class Gateway:
     ) -> Reader:
         """As `generate`, for a stream that lost its frontend or its connection."""
         arrived_at, deadline_at = self._times(remaining_s)
+        await self._turn()
         try:
             running = await self._resume(request, arrived_at, deadline_at)
         except UnbrokenError as error:
@@ -160,6 +163,15 @@ class Gateway:
         )
 
     # Admission.
+
+    async def _turn(self) -> None:
+        """Let calls in one at a time, and whatever else is due in between.
+
+        When a frontend dies, hundreds of streams arrive at another in one moment, and each takes
+        about a millisecond. Heartbeats and tokens must not wait for all of them.
+        """
+        async with self._turnstile:
+            await asyncio.sleep(0)
 
     async def _admit(
         self, request: pb.GenerateRequest, arrived_at: float, deadline_at: float | None

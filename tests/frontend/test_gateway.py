@@ -4,6 +4,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -133,6 +134,23 @@ def test_one_choice_that_fails_ends_the_others() -> None:
                 generation_pb2.FINISH_REASON_CANCELLED,
             ]
             await it.sidecars[0].until(lambda: len(it.sidecars[0].aborts) == 2)
+
+    run(scenario())
+
+
+def test_calls_that_come_together_are_let_in_one_by_one() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1", step_s=None)) as it:
+            streams = [it.client.generate(token_ids=PROMPT, max_tokens=5) for _ in range(100)]
+            reading = [asyncio.ensure_future(anext(stream)) for stream in streams]
+            seen = [0]
+            while seen[-1] < len(streams):
+                await asyncio.sleep(0)
+                seen.append(it.num_running())
+            assert max(after - before for before, after in pairwise(seen)) <= 2
+            for one in reading:
+                one.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
 
     run(scenario())
 
