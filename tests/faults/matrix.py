@@ -85,7 +85,7 @@ FAST_CELLS: Final = (
 )
 """What `make test` tries, in all phases."""
 
-WORDS: Final = {
+REASONS_ALLOWED: Final = {
     Component.CLIENT: frozenset({"UNREACHABLE"}),
 }
 """Errors with which a stream may end, by what was hurt; docs/ERRORS.md."""
@@ -243,7 +243,7 @@ async def run_trial(
     verdict = check(
         history,
         truths,
-        reasons_allowed=dict.fromkeys(wanted, WORDS.get(component, frozenset())),
+        reasons_allowed=dict.fromkeys(wanted, REASONS_ALLOWED.get(component, frozenset())),
         may_be_open=wanted.keys() if is_dead_client else (),
     )
     hits = _hits(history, wanted, fault, infos)
