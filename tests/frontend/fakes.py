@@ -115,6 +115,8 @@ class Running:
     acked: int
     end: int
     """Offset at which the budget is spent."""
+    tokens: list[int] = field(default_factory=list[int])
+    """What it has produced, from its first offset on."""
 
 
 @dataclass
@@ -155,6 +157,8 @@ class FakeSidecar(RelayServiceServicer):
     on_step: Callable[[attempt_pb2.StepFrame], None] | None = None
     """May change a frame before it is sent."""
     tokens_per_step: int = 1
+    advertise: str = ""
+    """Where others reach it, if that is not where it listens."""
 
     def __post_init__(self) -> None:
         self.address = ""
@@ -211,7 +215,7 @@ class FakeSidecar(RelayServiceServicer):
             identity=worker_pb2.WorkerIdentity(
                 worker_id=self.worker_id, incarnation=self.incarnation
             ),
-            address=self.address,
+            address=self.advertise or self.address,
             model=self.model,
         )
 
@@ -270,6 +274,7 @@ class FakeSidecar(RelayServiceServicer):
             ):
                 token = one.engine.next_token()
                 ids.append(token)
+                one.tokens.append(token)
                 if token in stopping.stop_token_ids:
                     one.end = one.offset + len(ids)
             if not ids:
@@ -403,10 +408,32 @@ class FakeSidecar(RelayServiceServicer):
         self.running.pop(slot, None)
 
     def _adopt(self, adopt: relay_service_pb2.AdoptAttempt) -> None:
-        """It is a sidecar that knows of nothing before the call."""
+        """Give what runs to its new reader, and tell it what that one lacks."""
         self.adopts.append(adopt)
-        refused = attempt_pb2.AttemptRefused(slot=adopt.slot, detail="unknown")
-        self.say_frame(attempt_pb2.StepFrame(refused=[refused]))
+        slots = [s for s, one in self.running.items() if one.start.stream == adopt.stream]
+        if not slots:
+            refused = attempt_pb2.AttemptRefused(slot=adopt.slot, detail="unknown")
+            self.say_frame(attempt_pb2.StepFrame(refused=[refused]))
+            return
+        one = self.running[adopt.slot] = self.running.pop(slots[0])
+        one.acked = adopt.offset
+        adopted = relay_service_pb2.AttemptAdopted(
+            slot=adopt.slot,
+            end_offset=one.offset,
+            checkpoint=one.start.checkpoint,
+            started_epoch=one.start.epoch,
+        )
+        self.say(relay_service_pb2.RelayResponse(adopted=adopted))
+        missing = one.tokens[adopt.offset - one.start.checkpoint.first_offset :]
+        if missing:
+            self.say_frame(
+                attempt_pb2.StepFrame(
+                    slots=[adopt.slot],
+                    offsets=[adopt.offset],
+                    token_counts=[len(missing)],
+                    token_ids=missing,
+                )
+            )
 
     def _start(self, start: attempt_pb2.StartAttempt) -> None:
         self.starts.append(start)

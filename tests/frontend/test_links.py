@@ -8,11 +8,14 @@ import grpc
 import pytest
 
 from frontend.failure_detector import Liveness
+from frontend.links import STEADY_S
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.worlds import World, read, read_some, run, world
+from unbroken.chaos.proxy import Proxy
 from unbroken.transport import listen, make_server
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
+from unbroken.v1 import inference_service_pb2 as pb
 
 PROMPT = list(b"once upon a time")
 
@@ -414,5 +417,46 @@ def test_a_worker_that_is_gone_and_forgotten_is_dropped() -> None:
             await it.until(lambda: not it.frontend.mesh.workers)
             (model,) = await it.client.list_models()
             assert (model.model, model.num_workers) == (MODEL, 0)
+
+    run(scenario())
+
+
+# Links that break.
+
+
+@pytest.mark.parametrize("is_alive", [True, False], ids=["sidecar lives", "sidecar is gone"])
+def test_a_stream_whose_link_was_reset_adopts_its_attempt_if_the_sidecar_lives(
+    is_alive: bool,
+) -> None:
+    async def scenario() -> None:
+        near, far = FakeSidecar("w1", step_s=0.005), FakeSidecar("w2", step_s=0.005)
+        await near.begin()
+        async with Proxy(near.address) as proxy, world() as it:
+            near.advertise = proxy.address
+            it.sidecars.append(near)
+            it.announce()
+            await it.until_ready(1)
+            await asyncio.sleep(STEADY_S)  # Else the link is opened again after a pause.
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=60, seed=7, timeout_s=20)
+            ids = [i for piece in await read_some(stream, 10) for i in piece.token_ids]
+            await it.add(far)
+            await it.until_ready(2)
+            if not is_alive:
+                proxy.refuse()
+            assert proxy.reset() == 1, "the fault took effect"
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 60, seed=7)
+            end = stream.finished
+            assert end is not None
+            assert [one.adopted for one in end.attempts] == [False, is_alive]
+            assert len(near.starts) == 1
+            assert len(far.starts) == (not is_alive)
+            assert (end.usage.recomputed_prefill_tokens == 0) is is_alive
+            if is_alive:
+                assert end.attempts[0].failure == worker_pb2.FAILURE_KIND_PARTITION
+                assert end.choices[0].continued == pb.CONTINUED_NEVER
+                await near.until(lambda: near.num_releases == 1)
+            else:
+                assert end.attempts[0].failure == worker_pb2.FAILURE_KIND_CRASH
 
     run(scenario())
