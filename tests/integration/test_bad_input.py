@@ -215,6 +215,12 @@ class Tampered:
         lines = map(json.loads, self._sidecar_log.read_text().splitlines())
         return [line["failure"] for line in lines if line["event"] == "engine down"]
 
+    async def until_failed(self, num_failures: int) -> None:
+        """Wait for a line in the log: it is written after frontends were told; fails after 5 s."""
+        async with asyncio.timeout(5):
+            while len(self.failures()) < num_failures:  # noqa: ASYNC110 - Nothing announces it.
+                await asyncio.sleep(0.01)
+
     async def until_served(self) -> None:
         """Wait until the frontend can send work there."""
         while not any(  # noqa: ASYNC110 - Nothing announces it.
@@ -266,6 +272,7 @@ def test_a_sidecar_survives_bad_engines(
         before = tampered.failures()
         worker = bad_engines.TamperedWorker(tampered.meddler, world.client)
         assert await case.say(worker) == case.expected
+        await tampered.until_failed(len(before) + 1)
         assert tampered.failures() == [*before, case.expected.about]  # The sidecar itself saw it.
         await good_request_succeeds(world.client, bad_engines.MODEL)
         assert sidecar.returncode is None

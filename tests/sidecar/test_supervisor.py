@@ -87,14 +87,20 @@ def test_it_leads_a_session_and_a_group() -> None:
     run(scenario)
 
 
+def _signal_masks(pid: int) -> dict[str, int]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = [line.split() for line in lines if line.startswith("Sig")]
+    return {name: int(mask, 16) for name, mask in fields if name != "SigQ:"}
+
+
 def test_it_begins_with_no_signal_blocked_or_ignored() -> None:
     async def scenario(alive: Alive) -> None:
         process = await started(("sleep", "1000"), alive, 1)
-        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()  # noqa: ASYNC240
-        masks = {line.split()[0]: int(line.split()[1], 16) for line in lines if line[:3] == "Sig"
-                 and line[:4] != "SigQ"}  # fmt: skip
+        masks, ours = _signal_masks(process.pid), _signal_masks(os.getpid())
         of_libc = 0b11 << 31  # Signals 32 and 33, which no program may touch, but libraries do.
-        assert masks["SigBlk:"] & ~of_libc == masks["SigIgn:"] & ~of_libc == 0
+        of_nohup = ours["SigIgn:"] & 1 << signal.SIGHUP - 1  # Meant for all that it starts.
+        assert masks["SigBlk:"] & ~of_libc == 0
+        assert masks["SigIgn:"] & ~(of_libc | of_nohup) == 0
         process.kill()
         await process.wait_gone()
 
