@@ -372,6 +372,9 @@ class FakeSidecar(RelayServiceServicer):
                 case "hello":
                     self.hellos.append(request.hello)
                     self._frame_sequence = 0
+                    # What earlier calls left behind runs under handles that nobody else has.
+                    orphans = enumerate(self.running.values(), start=1_000_000)
+                    self.running = dict(orphans)
                     self._heartbeat_seen = 0
                     queue.put_nowait(self._welcome())
                     self._calls.append(queue)
