@@ -18,7 +18,8 @@ Shown with the resume queue and without it, in the same run:
   the usage that the clients are told, and by the engines' own count;
 - the tokens a second of all streams are back within 10 % of normal in the time that the survivors'
   prefill rate allows: the tokens to compute, over three workers' 50,000 tokens/s, of which the
-  default configuration gives half, and a fifth of that to new requests.
+  default configuration gives half; or one stream after the other, each with two steps of its own,
+  if that takes longer; and a fifth of the time is new requests'.
 
     python -m benchmarks.storm [--only on|off]
 """
@@ -102,10 +103,12 @@ class Fresh:
 class Storm:
     """One run, as its clients saw it."""
 
-    others: list[History]
-    victims: list[History]
     prompts: list[list[int]]
-    """Of the victims, then of the others."""
+    streams: list[History]
+    """Of each prompt; those meant for the victim first."""
+    hit: list[History] = field(default_factory=list[History])
+    spared: list[History] = field(default_factory=list[History])
+    """Those that lost their worker, and all others, in the end."""
     fresh: list[Fresh] = field(default_factory=list[Fresh])
     killed_at: float = 0.0
     engine_prefill_tokens: int = 0
@@ -165,7 +168,8 @@ async def storm(*, is_on: bool) -> Storm:
         _prompt(random, VICTIM_PROMPT + random.randrange(-128, 129)) for _ in range(NUM_VICTIMS)
     ]
     others = [_prompt(random, OTHER_PROMPT) for _ in range(NUM_OTHERS * (NUM_WORKERS - 1))]
-    run = Storm([History() for _ in others], [History() for _ in victims], [*victims, *others])
+    prompts = [*victims, *others]
+    run = Storm(prompts, [History() for _ in prompts])
     with tempfile.TemporaryDirectory() as directory:
         mesh = LocalMesh(
             Path(directory),
@@ -196,23 +200,25 @@ async def _happen(
     for worker_id in survivors:
         mesh.kill(worker_id, "host")
     await _until_gone(client, survivors)
-    victims = list(zip(run.prompts, run.victims, strict=False))
-    await _begin(client, "victim", victims, VICTIM_TOKENS, NUM_VICTIMS, tasks)
-    doomed = list(tasks)
+    streams = list(zip(run.prompts, run.streams, strict=True))
+    await _begin(client, streams[:NUM_VICTIMS], VICTIM_TOKENS, NUM_VICTIMS, tasks)
     for worker_id in survivors:
         await mesh.restart(worker_id)
-    others = list(zip(run.prompts[NUM_VICTIMS:], run.others, strict=True))
-    await _begin(client, "other", others, OTHER_TOKENS, 2 * len(survivors), tasks)
+    await _begin(client, streams[NUM_VICTIMS:], OTHER_TOKENS, len(survivors), tasks)
     await _check_placement(client)
+    reading = list(tasks)
     enough = asyncio.Event()
     arriving = asyncio.create_task(_arrive(client, random, run, enough))
     tasks.append(arriving)
     await _live_through(mesh, run)
     enough.set()
     await arriving
-    for index in range(len(doomed)):
-        await client.cancel(f"victim-{index}")
-    await asyncio.gather(*doomed)
+    for index in range(len(reading)):
+        await client.cancel(f"stream-{index}")
+    await asyncio.gather(*reading)
+    for history in run.streams:
+        is_hit = history.finished is not None and len(history.finished.attempts) > 1
+        (run.hit if is_hit else run.spared).append(history)
 
 
 async def _live_through(mesh: LocalMesh, run: Storm) -> None:
@@ -226,7 +232,7 @@ async def _live_through(mesh: LocalMesh, run: Storm) -> None:
     mesh.kill(VICTIM, "host")
     await asyncio.sleep(0.5)
     with suppress(TimeoutError):
-        await _until(lambda: all(run.flows(one) for one in run.victims), timeout_s=60)
+        await _until(lambda: all(run.flows(one) for one in run.streams), timeout_s=60)
     await asyncio.sleep(SETTLED_S)
 
 
@@ -252,7 +258,6 @@ async def _read(
 
 async def _begin(
     client: Client,
-    name: str,
     streams: list[tuple[list[int], History]],
     max_tokens: int,
     wave_size: int,
@@ -262,7 +267,7 @@ async def _begin(
     for begin in range(0, len(streams), wave_size):
         wave = streams[begin : begin + wave_size]
         for prompt, history in wave:
-            reading = _read(client, prompt, max_tokens, history, f"{name}-{len(tasks)}")
+            reading = _read(client, prompt, max_tokens, history, f"stream-{len(tasks)}")
             tasks.append(asyncio.create_task(reading))
         await _until(lambda wave=wave: all(history.num_tokens for _, history in wave))
 
@@ -294,8 +299,7 @@ async def _count_prefill(client: Client, run: Storm) -> None:
         if worker.record.identity.worker_id != VICTIM:
             run.engine_prefill_tokens += worker.load.prefill_tokens_total
             run.num_preemptions += sum(rank.preemptions_total for rank in worker.load.ranks)
-    run.expected_prefill_tokens = OTHER_PROMPT * len(run.others)
-    finished = [history.finished for history in run.victims]
+    finished = [history.finished for history in run.streams]
     finished += [fresh.history.finished for fresh in run.fresh if fresh.history is not None]
     for end in finished:
         if end is not None:
@@ -311,26 +315,26 @@ async def _count_prefill(client: Client, run: Storm) -> None:
 
 def figures_of(run: Storm) -> dict[str, object]:
     """What is promised, and what was seen."""
-    resumed_at = [run.resumed_at(history) for history in run.victims]
+    resumed_at = [run.resumed_at(history) for history in run.hit]
     resumed = [at for at in resumed_at if at is not None]
     back_at = max(resumed, default=math.inf)
-    normal = _gaps(run.others, run.killed_at - NORMAL_S, run.killed_at)
-    during = _gaps(run.others, run.killed_at, back_at)
+    normal = _gaps(run.spared, run.killed_at - NORMAL_S, run.killed_at)
+    during = _gaps(run.spared, run.killed_at, back_at)
     ratio = _quantile(during, 0.99) / _quantile(normal, 0.99)
 
-    to_compute = sum(_resumed_tokens(history) for history in run.victims)
+    to_compute = sum(_resumed_tokens(history) for history in run.hit)
     survivors = NUM_WORKERS - 1
-    allowed_s = to_compute / (survivors * PREFILL_TOKENS_PER_S * SHARE * (1 - NEW_WORK_SHARE))
+    allowed_s = _allowed_s(to_compute / survivors, len(run.hit) / survivors)
     recovered_s = _recovered_s(run)
     recomputed = sum(
         history.finished.usage.recomputed_prefill_tokens if history.finished else 0
-        for history in run.victims
+        for history in run.hit
     )
     different = _num_different(run)
     before = [f for f in run.fresh if f.began_at < run.killed_at - 1.0]
     in_storm = [f for f in run.fresh if run.killed_at <= f.began_at < back_at]
     is_ok = (
-        len(resumed) == NUM_VICTIMS
+        len(resumed) == len(run.hit) >= NUM_VICTIMS
         and different == 0
         and ratio < 2.0
         and recovered_s <= allowed_s + ALLOWED_SLACK_S
@@ -339,6 +343,7 @@ def figures_of(run: Storm) -> dict[str, object]:
     )
     return {
         "ok": is_ok,
+        "hit": len(run.hit),
         "resumed": len(resumed),
         "different": different,
         "itl_ms_p50": [_ms(_quantile(one, 0.5)) for one in (normal, during)],
@@ -362,6 +367,17 @@ def figures_of(run: Storm) -> dict[str, object]:
     }
 
 
+def _allowed_s(tokens: float, streams: float) -> float:
+    """How long one survivor takes for so many, at its pace, or one after the other.
+
+    One after the other, each waits for the step that runs, and shares the next one with those who
+    decode.
+    """
+    paced_s = tokens / (PREFILL_TOKENS_PER_S * SHARE)
+    serial_s = tokens / PREFILL_TOKENS_PER_S + streams * 2 * STEP_BASE_MS / 1e3
+    return max(paced_s, serial_s) / (1 - NEW_WORK_SHARE)
+
+
 def _gaps(histories: list[History], begin: float, end: float) -> list[float]:
     """Seconds between tokens that arrived in an interval and those before them."""
     gaps: list[float] = []
@@ -373,7 +389,7 @@ def _gaps(histories: list[History], begin: float, end: float) -> list[float]:
 
 def _recovered_s(run: Storm) -> float:
     """When the tokens of all streams were back within 10 % of normal, after the kill."""
-    times = sorted(at for history in run.victims + run.others for at in _one(history).arrived_at)
+    times = sorted(at for history in run.streams for at in _one(history).arrived_at)
     normal = _rate(times, run.killed_at - NORMAL_S, NORMAL_S)
     begin = run.killed_at
     while begin < run.killed_at + 60:
@@ -385,7 +401,7 @@ def _recovered_s(run: Storm) -> float:
 
 def _goodput_of_others(run: Storm, back_at: float) -> float:
     """Tokens a second of those that were not hit, while the others recovered, to normal."""
-    times = sorted(at for history in run.others for at in _one(history).arrived_at)
+    times = sorted(at for history in run.spared for at in _one(history).arrived_at)
     normal = _rate(times, run.killed_at - NORMAL_S, NORMAL_S)
     return _rate(times, run.killed_at, back_at - run.killed_at) / normal
 
@@ -406,7 +422,7 @@ def _num_different(run: Storm) -> int:
     """Streams of which a token is missing, comes twice or is not what the model says."""
     model = SimulatedModel("simulated")
     different = 0
-    for prompt, history in zip(run.prompts, run.victims + run.others, strict=True):
+    for prompt, history in zip(run.prompts, run.streams, strict=True):
         choice = _one(history)
         state, last = model.state(prompt), prompt[-1]
         expected: list[int] = []
@@ -461,12 +477,13 @@ async def _until_gone(client: Client, worker_ids: list[str]) -> None:
 
 
 async def _check_placement(client: Client) -> None:
-    """The victim has its streams, and nobody else's."""
+    """The victim has its streams, and hardly anybody else's."""
     attempts = {
         worker.record.identity.worker_id: worker.num_attempts
         for worker in await client.list_workers()
     }
-    assert attempts[VICTIM] == NUM_VICTIMS, f"streams are not where they should be: {attempts}"
+    is_right = NUM_VICTIMS <= attempts[VICTIM] <= NUM_VICTIMS + NUM_OTHERS // 8
+    assert is_right, f"streams are not where they should be: {attempts}"
 
 
 def _cpu_s(pid: int) -> float:

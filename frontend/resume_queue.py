@@ -18,8 +18,8 @@ that are not cached there:
 
 Within a priority the least work goes first, and nobody is overtaken for long. The first in line
 keeps the workers that it waits for, so that small streams do not pass it for ever. While somebody
-waits to resume, new work shares the budget and gets a stated part of it; if nobody does, new work
-is not held back at all.
+waits to resume, new work shares the budget and gets a stated part of it; what stands in line then
+goes at the same pace. Else new work is not held back at all.
 
 A large part of a fleet that dies at once is a *fleet loss*: until its streams have found a place,
 new work is refused, with the time that it will take.
@@ -216,6 +216,7 @@ class _Fleet(Generic[K]):
         """How many workers were ready, and since when."""
         self.peak_of_loss: int | None = None
         """During a fleet loss: how many there were before it."""
+        self._is_holding = False
 
     @property
     def is_empty(self) -> bool:
@@ -253,10 +254,20 @@ class _Fleet(Generic[K]):
         """Whether somebody waits to resume on a worker that is there."""
         return any(self.able(entry) for _, entry in self.lines[Work.RESUME])
 
-    def in_turn(self, *, is_contended: bool) -> Iterator[_Entry[K]]:
+    @property
+    def is_holding(self) -> bool:
+        """Whether new work stands in line: while somebody waits to resume, and until those who were
+        held back meanwhile have had their turns. Else they would all go at once."""
+        if self.is_contended:
+            self._is_holding = True
+        elif self._is_holding and self.ready:
+            self._is_holding = any(self.able(entry) for _, entry in self.lines[Work.NEW])
+        return self._is_holding
+
+    def in_turn(self) -> Iterator[_Entry[K]]:
         """All that wait, in the order of their turns."""
         first, second = Work.RESUME, Work.NEW
-        if is_contended and self.served[second] < self.served[first]:
+        if self.served[second] < self.served[first]:
             first, second = second, first
         for work in (first, second):
             if work is Work.NEW and self.peak_of_loss is not None:
@@ -398,8 +409,8 @@ class ResumeQueue(Generic[K]):
         assert key not in self._computing, "its last attempt has ended"
         ticket = entry.ticket
         fleet, worker = self._fleets[ticket.model], self._workers[life]
-        is_contended = self._limits.is_on and fleet.is_contended
-        is_counted = self._limits.is_on and (is_contended or ticket.work is Work.RESUME)
+        is_holding = self._limits.is_on and fleet.is_holding
+        is_counted = self._limits.is_on and (is_holding or ticket.work is Work.RESUME)
         self.cancel(key)
         price = ticket.price_at(life)
         self._computing[key] = _Computing(worker, price, is_counted)
@@ -409,7 +420,7 @@ class ResumeQueue(Generic[K]):
             worker.debt += price
             worker.outstanding += price
             worker.admitted_at = now
-        if is_contended:
+        if is_holding:
             share = self._limits.new_work_share
             share = share if ticket.work is Work.NEW else 1 - share
             fleet.served[ticket.work] += price / max(share, 1e-3)
@@ -496,14 +507,14 @@ class ResumeQueue(Generic[K]):
     def _next_of(self, fleet: _Fleet[K], now: float) -> Turn[K] | None:
         if not fleet.ready:
             return None
-        is_contended = self._limits.is_on and fleet.is_contended
-        self._judge_loss(fleet, now, is_contended=is_contended)
+        is_holding = self._limits.is_on and fleet.is_holding
+        self._judge_loss(fleet, now)
         promised: set[Life] = set()  # The next room there belongs to somebody before.
-        for entry in fleet.in_turn(is_contended=is_contended):
+        for entry in fleet.in_turn():
             able = fleet.able(entry) - promised
             if not able:
                 continue
-            is_free = not self._limits.is_on or (entry.ticket.work is Work.NEW and not is_contended)
+            is_free = not self._limits.is_on or (entry.ticket.work is Work.NEW and not is_holding)
             if is_free:
                 return Turn(entry.key, frozenset(able))
             rooms = {
@@ -526,29 +537,29 @@ class ResumeQueue(Generic[K]):
             return self._overloaded(f"{len(line)} streams wait", self._drain_s(fleet))
         if ticket.work is Work.RESUME or not self._limits.is_on or not fleet.ready:
             return None
-        is_contended = fleet.is_contended
-        self._judge_loss(fleet, now, is_contended=is_contended)
+        self._judge_loss(fleet, now)
         if fleet.peak_of_loss is not None:
             detail = (
                 f"{fleet.peak_of_loss - len(fleet.ready)} of {fleet.peak_of_loss} workers of "
                 f"{ticket.model} were lost at once; their streams go first"
             )
             return self._overloaded(detail, self._drain_s(fleet))
-        if is_contended:
+        if fleet.is_holding:
             pace = sum(worker.pace for worker in fleet.ready.values())
             wait_s = fleet.tokens_waiting[Work.NEW] / max(1.0, pace * self._limits.new_work_share)
             if now + wait_s > ticket.give_up_at:
                 return self._overloaded("streams that lost their worker go first", wait_s)
         return None
 
-    def _judge_loss(self, fleet: _Fleet[K], now: float, *, is_contended: bool) -> None:
+    def _judge_loss(self, fleet: _Fleet[K], now: float) -> None:
         """Whether so many workers were lost at once that new work has to stay away."""
         sizes = fleet.sizes
         while len(sizes) > 1 and sizes[1][0] <= now - FLEET_WINDOW_S:
             sizes.popleft()
         num_ready = len(fleet.ready)
         peak = fleet.peak_of_loss or max((size for _, size in sizes), default=0)
-        is_loss = is_contended and num_ready < peak * (1 - self._limits.fleet_loss_share)
+        is_few = num_ready < peak * (1 - self._limits.fleet_loss_share)
+        is_loss = self._limits.is_on and is_few and fleet.is_contended
         fleet.peak_of_loss = peak if is_loss else None
 
     def _drain_s(self, fleet: _Fleet[K]) -> float:

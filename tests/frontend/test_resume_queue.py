@@ -431,6 +431,23 @@ def test_new_work_that_is_larger_than_any_resume_gets_its_share_too() -> None:
     assert new / tokens == pytest.approx(0.2, abs=0.05)
 
 
+def test_new_work_that_was_held_back_does_not_go_all_at_once() -> None:
+    frontend = Frontend(W1)
+    for key in "ab":
+        frontend.offer(key, 900)
+    assert frontend.placed_now() == ["a"]
+    for index in range(10):
+        frontend.offer(f"n{index}", 900, Work.NEW, give_up_s=1e6)
+    frontend.queue.cancel("b")
+    while frontend.queue.num_waiting:
+        frontend.compute_all()
+        frontend.wait_until_due()
+        assert len(frontend.placed_now()) == 1
+    for index in range(10):
+        frontend.offer(f"late{index}", 900, Work.NEW)
+    assert len(frontend.placed_now()) == 10, "nobody is held back any more"
+
+
 def test_new_work_that_would_wait_too_long_is_refused_with_the_time() -> None:
     frontend = Frontend(W1)
     for index in range(10):

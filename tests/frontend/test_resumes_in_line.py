@@ -9,14 +9,14 @@ from unbroken.client import GenerationStream
 from unbroken.errors import Reason
 from unbroken.v1 import inference_service_pb2 as pb
 
-PROMPT_TOKENS = 30
+PROMPT_TOKENS = 100
 NUM_STREAMS = 6
 MAX_TOKENS = 40
 
 
 def prompt(index: int) -> list[int]:
-    """Each longer than the one before it."""
-    return [97 + index] * (PROMPT_TOKENS + 2 * index)
+    """Each so much longer than the one before it that a late arrival matters less."""
+    return [97 + index] * (PROMPT_TOKENS + 300 * index)
 
 
 async def streams_on(it: World, num: int = NUM_STREAMS) -> list[GenerationStream]:
@@ -38,7 +38,7 @@ async def streams_on(it: World, num: int = NUM_STREAMS) -> list[GenerationStream
 
 def with_budget(**settings: Any) -> dict[str, Any]:
     """A burst of two of the streams, and a pace that nobody waits for in a test."""
-    return {"resume_burst_tokens": 100, "prefill_tokens_per_s": 1e6, **settings}
+    return {"resume_burst_tokens": 3000, "prefill_tokens_per_s": 1e6, **settings}
 
 
 def test_resumes_go_as_the_survivor_computes_them_the_cheapest_first() -> None:

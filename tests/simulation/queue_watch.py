@@ -4,7 +4,8 @@
 - Nobody is admitted before one of a higher priority, or of the same and with less to compute, who
   came no later and could have gone to the same worker.
 - Nobody waits while a worker that could take it has had nothing to compute for long.
-- New streams wait only while somebody waits to resume, and are refused only then.
+- New streams wait only while somebody waits to resume and until those who did so have gone, and
+  are refused only while somebody does.
 - In the end nothing is on account.
 """
 
@@ -37,6 +38,7 @@ class QueueWatch:
         self._limits = limits
         self._waiting: dict[Hashable, _Waiting] = {}
         self._computing: dict[Hashable, tuple[Life, int]] = {}
+        self._held = False
         self._views: dict[Life, WorkerView] = {}
         self._free_since: dict[Life, float] = {}
         """Since when a worker has had nothing to compute for who lost another."""
@@ -47,6 +49,7 @@ class QueueWatch:
         """These take work."""
         self._views = {view.life: view for view in ready}
         self._free_since = {life: self._free_since.get(life, now) for life in self._views}
+        self._note_holding()
 
     def offered(
         self,
@@ -58,6 +61,7 @@ class QueueWatch:
     ) -> None:
         """A stream stands in line."""
         self._waiting[key] = _Waiting(name, ticket, is_able, now)
+        self._note_holding()
 
     def refused(self, ticket: Ticket, error: UnbrokenError, now: float) -> None:
         """A stream was refused."""
@@ -72,10 +76,9 @@ class QueueWatch:
         """It goes to this worker; the queue has not counted it yet."""
         mine = self._waiting[key]
         ticket = mine.ticket
-        is_contended = self._is_contended
         if not self._limits.is_on:
             return
-        if ticket.work is Work.NEW and not is_contended:
+        if ticket.work is Work.NEW and not self._note_holding():
             return
         price = ticket.price_at(life)
         before = sum(tokens for at, tokens in self._computing.values() if at == life)
@@ -99,6 +102,7 @@ class QueueWatch:
     def left(self, key: Hashable) -> None:
         """It stands in line no more."""
         self._waiting.pop(key, None)
+        self._note_holding()
 
     @property
     def is_waited_for(self) -> bool:
@@ -109,12 +113,13 @@ class QueueWatch:
         """Everybody who had a turn has used it."""
         busy = {life for life, _ in self._computing.values()}
         is_contended = self._is_contended
+        is_holding = self._limits.is_on and self._note_holding()
         for waiting in self._waiting.values():
             able = self._able(waiting)
             if waiting.ticket.work is Work.NEW or not self._limits.is_on:
-                is_right = self._limits.is_on and is_contended
-                _expect(is_right or not able, f"{waiting.name} waits for nothing")
-                continue
+                _expect(is_holding or not able, f"{waiting.name} waits for nothing")
+                if is_contended or not is_holding:
+                    continue
             for life in able - busy:
                 free_s = now - max(self._free_since[life], waiting.since)
                 _expect(
@@ -140,6 +145,13 @@ class QueueWatch:
         return any(
             one.ticket.work is Work.RESUME and self._able(one) for one in self._waiting.values()
         )
+
+    def _note_holding(self) -> bool:
+        """While somebody waits to resume, and until those who were held back have gone."""
+        new = [one for one in self._waiting.values() if one.ticket.work is Work.NEW]
+        waits_on = bool(new) and (not self._views or any(self._able(one) for one in new))
+        self._held = self._is_contended or (self._held and waits_on)
+        return self._held
 
     def _able(self, waiting: _Waiting) -> set[Life]:
         able = [view for view in self._views.values() if waiting.is_able(view)]

@@ -432,8 +432,11 @@ class RefusesNewWork(ResumeQueue[Choice]):
     """A lost worker is a lost fleet, whoever waits."""
 
     @override
-    def _judge_loss(self, fleet: Any, now: float, *, is_contended: bool) -> None:
-        super()._judge_loss(fleet, now, is_contended=True)
+    def _judge_loss(self, fleet: Any, now: float) -> None:
+        super()._judge_loss(fleet, now)
+        sizes = [size for _, size in fleet.sizes]
+        if len(fleet.ready) < max(sizes, default=0):
+            fleet.peak_of_loss = max(sizes)
 
 
 @pytest.mark.parametrize(
