@@ -3,7 +3,7 @@
     python -m unbroken.chaos.recorder HOST:PORT [HOST:PORT ...]
 
 It reads orders, one JSON object a line, and writes what happens to its streams, one JSON array a
-line, flushed at once: what it has read, its parent has too, however it ends.
+line, once per turn of its loop: what it has read, its parent has too, however it ends.
 
     {"stream": "s1", "request": {…GenerateRequest…}, "timeout_s": 20}     begin a stream
     {"cancel": "s1"}                                                     stop reading it
@@ -268,8 +268,21 @@ class _Client:
             self._tasks.pop(name, None)
 
 
+_unwritten = bytearray()
+
+
 def _write(event: Event) -> None:
-    os.write(1, event_to_json(event))
+    """Write before anything is read: a system call for each token would slow the client down."""
+    if not _unwritten:
+        asyncio.get_running_loop().call_soon(_flush)
+    _unwritten.extend(event_to_json(event))
+
+
+def _flush() -> None:
+    data = bytes(_unwritten)
+    _unwritten.clear()
+    while data:
+        data = data[os.write(1, data) :]
 
 
 async def _lines() -> AsyncIterator[bytes]:
