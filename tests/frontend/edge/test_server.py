@@ -35,6 +35,10 @@ REQUEST_OF_TEN.params.stopping.max_tokens = 10
 REQUEST_OF_TEN.params.sampling.temperature = 0
 
 
+NATIVE: dict[str, Any] = {"edge": "native", "client_ping_interval_s": 60}
+"""For tests whose clients do not answer pings, however long they take."""
+
+
 def metric(frontend: Frontend, name: str, **labels: str) -> float:
     """A metric of the frontend."""
     return frontend.registry.get_sample_value(f"unbroken_frontend_{name}", labels) or 0.0
@@ -51,7 +55,7 @@ def path(method: str) -> list[tuple[bytes, bytes]]:
 def test_every_other_call_is_answered_at_the_same_port() -> None:
     async def scenario() -> None:
         async with (
-            world(FakeSidecar("w1"), edge="native") as it,
+            world(FakeSidecar("w1"), **NATIVE) as it,
             open_channel(it.frontend.address) as channel,
         ):
             inference: Any = InferenceServiceStub(channel)
@@ -70,7 +74,7 @@ def test_every_other_call_is_answered_at_the_same_port() -> None:
 def test_streams_both_ways_pass_too() -> None:
     async def scenario() -> None:
         async with (
-            world(FakeSidecar("w1"), edge="native") as it,
+            world(FakeSidecar("w1"), **NATIVE) as it,
             open_channel(it.frontend.address) as channel,
         ):
             stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", channel))
@@ -101,7 +105,7 @@ def test_streams_both_ways_pass_too() -> None:
 
 def test_errors_pass_with_their_details() -> None:
     async def scenario() -> None:
-        async with world(FakeSidecar("w1"), edge="native") as it:
+        async with world(FakeSidecar("w1"), **NATIVE) as it:
             with pytest.raises(Exception, match="no request 'nobody'") as caught:
                 await it.client.get_stream("nobody")
             assert getattr(caught.value, "reason", None) is Reason.STREAM_NOT_FOUND
@@ -117,7 +121,7 @@ def test_errors_pass_with_their_details() -> None:
 def test_the_deadline_and_the_cancellation_of_another_call_pass_too() -> None:
     async def scenario() -> None:
         async with (
-            world(FakeSidecar("w1"), edge="native") as it,
+            world(FakeSidecar("w1"), **NATIVE) as it,
             open_channel(it.frontend.address) as channel,
         ):
             health: Any = health_pb2_grpc.HealthStub(cast("Any", channel))
@@ -248,7 +252,7 @@ def test_a_drain_under_load_loses_no_stream_and_takes_no_new_one() -> None:
 
 def test_what_is_no_grpc_is_answered_in_http() -> None:
     async def scenario() -> None:
-        async with world(edge="native") as it, connect(it.frontend.address) as client:
+        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
             client.request(1, [(b":method", b"GET"), *REQUEST[1:]], ends=True)
             assert await client.answer(1) == {b":status": b"405"}
             fields = [field for field in REQUEST if field[0] != b"content-type"]
@@ -279,7 +283,7 @@ def test_what_the_protocol_forbids_is_refused_with_its_code(what: str, method: s
     code, fields, body = REFUSED[what]
 
     async def scenario() -> None:
-        async with world(edge="native") as it, connect(it.frontend.address) as client:
+        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
             client.request(1, [*path(f"/unbroken.v1.InferenceService/{method}"), *fields])
             for begin in range(0, max(1, len(body)), 16_000):
                 part = body[begin : begin + 16_000]
@@ -293,7 +297,7 @@ def test_what_the_protocol_forbids_is_refused_with_its_code(what: str, method: s
 
 def test_too_much_metadata_is_refused_by_grpc_and_by_http() -> None:
     async def scenario() -> None:
-        async with world(edge="native") as it, connect(it.frontend.address) as client:
+        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
             client.request(1, [*REQUEST, (b"x", b"y" * 17_000)])
             assert (await client.answer(1))[b"grpc-status"] == b"8"
             client.request(3, [(b":method", b"GET"), *REQUEST[1:], (b"x", b"y" * 17_000)])
@@ -307,7 +311,7 @@ def test_too_much_metadata_is_refused_by_grpc_and_by_http() -> None:
 
 def test_http_1_is_told_so_and_closed() -> None:
     async def scenario() -> None:
-        async with world(edge="native") as it:
+        async with world(**NATIVE) as it:
             async with connect(it.frontend.address, greets=False) as client:
                 client.say(b"GET / HTTP/1.1\r\nHost: here\r\nUser-Agent: some\r\n\r\n")
                 told = await client.until_closed()
@@ -320,7 +324,7 @@ def test_http_1_is_told_so_and_closed() -> None:
 
 def test_a_client_that_breaks_the_protocol_harms_no_other() -> None:
     async def scenario() -> None:
-        async with world(FakeSidecar("w1", step_s=None), edge="native") as it:
+        async with world(FakeSidecar("w1", step_s=None), **NATIVE) as it:
             stream = it.client.generate(token_ids=PROMPT, max_tokens=3, temperature=0)
             reading = asyncio.create_task(read(stream))
             async with connect(it.frontend.address) as client:
@@ -339,7 +343,7 @@ def test_a_client_that_breaks_the_protocol_harms_no_other() -> None:
 @pytest.mark.parametrize("how", ["reset", "close"])
 def test_who_leaves_frees_what_was_computed_for_him(how: str) -> None:
     async def scenario() -> None:
-        async with world(FakeSidecar("w1", step_s=None), edge="native") as it:
+        async with world(FakeSidecar("w1", step_s=None), **NATIVE) as it:
             async with connect(it.frontend.address) as client:
                 client.generate(1, REQUEST_OF_TEN)
                 await it.until(lambda: it.num_running() == 1)
@@ -354,7 +358,7 @@ def test_who_leaves_frees_what_was_computed_for_him(how: str) -> None:
 
 def test_a_client_that_takes_nothing_stops_its_engine_and_then_gets_it_in_one_piece() -> None:
     async def scenario() -> None:
-        settings = {"window_tokens": 64, "edge": "native"}
+        settings = {"window_tokens": 64, **NATIVE}
         async with world(FakeSidecar("w1"), **settings) as it:  # noqa: SIM117
             async with connect(it.frontend.address) as client:
                 client.say(setting(Setting.INITIAL_WINDOW_SIZE, 0))
@@ -396,7 +400,7 @@ def test_a_client_that_takes_nothing_stops_its_engine_and_then_gets_it_in_one_pi
 
 def test_a_full_socket_leaves_output_in_the_ledger() -> None:
     async def scenario() -> None:
-        settings = {"window_tokens": 64, "edge": "native"}
+        settings = {"window_tokens": 64, **NATIVE}
         async with world(FakeSidecar("w1"), **settings) as it:
             edge = it.frontend.edge
             assert edge is not None
@@ -420,7 +424,7 @@ def test_a_full_socket_leaves_output_in_the_ledger() -> None:
 
 def test_a_client_that_takes_nothing_for_too_long_is_cut_off() -> None:
     async def scenario() -> None:
-        settings = {"edge": "native", "edge_stall_timeout_s": 0.3}
+        settings = {**NATIVE, "edge_stall_timeout_s": 0.3}
         async with world(FakeSidecar("w1"), **settings) as it:
             async with connect(it.frontend.address) as client:
                 client.say(setting(Setting.INITIAL_WINDOW_SIZE, 0))
@@ -450,7 +454,7 @@ def test_a_client_that_gives_no_sign_of_life_is_gone() -> None:
 
 def test_connections_beyond_the_limit_are_closed_at_once() -> None:
     async def scenario() -> None:
-        async with world(edge="native", edge_connections_max=2) as it:
+        async with world(edge_connections_max=2, **NATIVE) as it:
             address = it.frontend.address
             async with connect(address) as first, connect(address):
                 await first.frame()
@@ -467,7 +471,7 @@ def test_connections_beyond_the_limit_are_closed_at_once() -> None:
 
 def test_requests_that_come_in_part_are_bounded_together() -> None:
     async def scenario() -> None:
-        async with world(edge="native", edge_held_bytes_max=50_000) as it:
+        async with world(edge_held_bytes_max=50_000, **NATIVE) as it:
             edge = it.frontend.edge
             assert edge is not None
             async with connect(it.frontend.address) as first:
