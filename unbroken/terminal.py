@@ -1,6 +1,7 @@
 """What the command line shows: streams as they come, lists, errors; text for people or JSON."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from unbroken.mesh import LocalMesh, MeshError
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import worker_pb2
+
+_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Output(StrEnum):
@@ -225,8 +228,8 @@ def show_result(output: Output, facts: dict[str, Any], text: str) -> None:
 
 
 def write(text: str) -> None:
-    """Text as it comes."""
-    sys.stdout.write(text)
+    """Text as it comes; its colours are for terminals only."""
+    sys.stdout.write(text if sys.stdout.isatty() else _COLOUR.sub("", text))
     sys.stdout.flush()
 
 

@@ -23,7 +23,7 @@ from tests.unbroken.fake_frontend import (
     started,
     tokens,
 )
-from unbroken import cli
+from unbroken import cli, terminal
 from unbroken.discovery import FRONTENDS, WORKERS
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
@@ -312,6 +312,11 @@ def test_kill_kills_a_frontend(tmp_path: Path) -> None:
                 frontend.kill()
 
     uvloop.run(scenario())
+
+
+def test_colours_are_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.write("\n\x1b[1;31m[SIGKILL: w1]\x1b[0m\n")
+    assert capsys.readouterr().out == "\n[SIGKILL: w1]\n"
 
 
 @pytest.mark.parametrize("is_supervised", [True, False])
