@@ -219,7 +219,9 @@ class Frontend:
         assert self._following is not None, "started before"
         assert self._watching is not None, "started before"
         tasks = (self._following, self._watching)
-        await asyncio.shield(asyncio.gather(*tasks))
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Take nothing new, let running streams finish for a while, end the rest. Idempotent."""

@@ -1,6 +1,7 @@
 """The frontend as a process: health, metrics, discovery, stopping."""
 
 import asyncio
+import json
 import signal
 import sys
 import urllib.request
@@ -133,7 +134,10 @@ def test_a_process_serves_counts_and_exits_with_zero_when_asked(tmp_path: Path) 
             assert "unbroken_frontend_links_up 1.0" in page
             process.send_signal(signal.SIGTERM)
             async with asyncio.timeout(10):
-                assert await process.wait() == 0
+                _, log = await process.communicate()
+            assert process.returncode == 0
+            levels = [json.loads(line)["level"] for line in log.splitlines()]
+            assert levels.count("info") == len(levels) > 3, log.decode()
             assert "f1" not in await connect(tmp_path).snapshot(FRONTENDS)
         finally:
             await end(process)
