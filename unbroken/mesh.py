@@ -18,6 +18,7 @@ import secrets
 import shlex
 import signal
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, nullcontext, suppress
@@ -101,6 +102,8 @@ class LocalMesh:
         self._ends_told: set[str] = set()
         self._watches: list[asyncio.Task[None]] = []
         self._restarting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        """Temporary files of all processes, since those that are killed remove none."""
 
     @property
     def frontend_address(self) -> str:
@@ -157,6 +160,7 @@ class LocalMesh:
         self.log_directory.mkdir(parents=True, exist_ok=True)
         for path in self.log_directory.glob("*.log"):
             path.unlink()  # Of an earlier mesh. A restart within this one adds to its log.
+        self._scratch = tempfile.TemporaryDirectory(prefix="unbroken-", ignore_cleanup_errors=True)
         self._watches = [
             asyncio.create_task(self._follow_workers(), name="workers of the mesh"),
             asyncio.create_task(self._follow_frontends(), name="frontends of the mesh"),
@@ -191,6 +195,8 @@ class LocalMesh:
         for watch in watches:
             watch.cancel()
         await asyncio.gather(*watches, return_exceptions=True)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     @property
     def is_serving(self) -> bool:
@@ -365,6 +371,7 @@ class LocalMesh:
             *(sys.executable, "-m", module, *flags),
             *self._flags_of.get(name, ()),  # The last of a flag counts.
         ]
+        assert self._scratch is not None, "the mesh is started"
         self._ends_told.discard(name)
         path = self.log_directory / f"{name}.log"
         with path.open("ab") as output:
@@ -375,7 +382,11 @@ class LocalMesh:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C in the terminal is for us alone.
-                env={**os.environ, _MARK: f"{self._mark}/{name}/"},
+                env={
+                    **os.environ,
+                    _MARK: f"{self._mark}/{name}/",
+                    "TMPDIR": self._scratch.name,
+                },
             )
         _log.info("process started", name=name, command=shlex.join(command), log=str(path))
 

@@ -41,6 +41,23 @@ def pids_of(mesh: LocalMesh) -> list[int]:
     return [mesh.frontend_pid] + [p for w in workers for p in (w.sidecar_pid, w.engine_pgid)]
 
 
+def leave_a_file(pid: int) -> Path:
+    """In the directory of the process for temporary files."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    (named,) = (one for one in variables if one.startswith(b"TMPDIR="))
+    path = Path(os.fsdecode(named).removeprefix("TMPDIR=")) / "left"
+    path.touch()
+    return path
+
+
+def test_temporary_files_of_who_was_killed_go_with_the_mesh(directory: Path) -> None:
+    async def scenario() -> Path:
+        async with LocalMesh(directory, num_workers=1) as mesh:
+            return leave_a_file(mesh.frontend_pid)
+
+    assert not uvloop.run(scenario()).parent.exists()
+
+
 def test_a_mesh_starts_serves_and_leaves_nothing_behind(directory: Path) -> None:
     async def scenario() -> None:
         async with LocalMesh(directory, num_workers=2, engine_options="tiny") as mesh:
