@@ -94,13 +94,14 @@ async def _one(
         return
     result.injected += 1
     tell(f"{name}: {fault.proof}")
+    began = asyncio.get_running_loop().time()
     await asyncio.sleep(planned.lasts_s)
     await fault.end()
     if planned.harm is Harm.KILL:
         await arena.revive(planned.component, planned.victim)
     if is_client:
         load.tolerate(_CLIENT_REASONS)
-    tell(f"{name}: healed")
+    tell(f"{name}: healed after {asyncio.get_running_loop().time() - began:.3f} s")
 
 
 def requests() -> list[pb.GenerateRequest]:
