@@ -712,10 +712,11 @@ class Choice:
             adopt = relay_service_pb2.AdoptAttempt(
                 slot=1, stream=key, epoch=epoch, offset=attempt.end_offset
             )
-            was_given_up = attempt.given_up
             process.hub.adopt(thief, adopt)
+            adopted = thief.by_slot.get(1)  # None if it was refused, as at a second theft.
+            was_given_up = adopted is not None and adopted.given_up is not None
             process.hub.release(thief)
-            if attempt.given_up != was_given_up:
+            if adopted is not None and adopted.given_up is not None and not was_given_up:
                 raise Violation("what was adopted was released")
         else:
             start = self._start_message(epoch, self.stream.original)

@@ -7,8 +7,8 @@ import pytest
 from tests.simulation.faults import Fault
 from tests.simulation.scenario import quiet, run_seed
 
-NUM_SEEDS = 2400
-NUM_PARTS = 4
+NUM_SEEDS = 5000
+NUM_PARTS = 5
 SEEDS_PER_PART = NUM_SEEDS // NUM_PARTS
 
 

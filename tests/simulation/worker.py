@@ -83,6 +83,7 @@ class Engine:
         self._is_hung = False
         self._unread: list[Callable[[], None]] = []  # What it was asked since it hangs.
         self._said_at = 0.0
+        self._went_on_at = -FOREVER
         self._num_steps = 0
         self._is_pulse_planned = False
         self._s_per_token = 0.0002
@@ -144,6 +145,7 @@ class Engine:
         if not self.is_up or incarnation != self.incarnation:
             return
         self._world.tell("the engine goes on")
+        self._went_on_at = self._world.now
         self._stalled_until = 0.0
         self._is_hung = False
         unread, self._unread = self._unread, []
@@ -252,7 +254,9 @@ class Engine:
         """It never breaks the contract, but it may hang."""
         if failure not in {FailureKind.HANG, FailureKind.STALL}:
             raise AssertionError(detail)
-        if after_s < POLICY.restart_after_s or not self.is_standing:
+        # It cannot be known to go on before it says or does something.
+        is_quiet = self._world.now - self._went_on_at <= FRAME_INTERVAL_S + self._step_s
+        if after_s < POLICY.restart_after_s or not (self.is_standing or is_quiet):
             raise Violation(f"a restart after {after_s:g} s of an engine that goes on")
         self._trouble.took_effect(Fault.RESTARTED)
         self._world.after(0.001, self._end_life, self.incarnation, failure)
