@@ -11,7 +11,8 @@ an allowance, as Akka does. Rare long gaps hardly move a deviation, so a link th
 for a while and came back is never given up before twice that silence. The ceiling holds always.
 
 Any message ends a silence; only heartbeats, which have a rhythm, are learnt from. A sidecar that is
-heard may still be deaf: its heartbeats say what it heard of ours.
+heard may still be deaf: its heartbeats say what it heard of ours when they were sent. If they come
+late, because much is to be read before them, what they say is as old as that.
 
 Silence is what others do, so the time in which this process itself stood still is no silence. The
 owner says when it will look again (`expects_to_look`); being late for that is its own standstill,
@@ -39,6 +40,8 @@ _LONGEST_FACTOR: Final = 2.0
 _SUSPECT_SHARE: Final = 0.6
 """Suspicion comes at the latest at this share of the silence that is death."""
 _UNSEEN_MAX: Final = 1024
+_ARRIVALS_MAX: Final = 30
+"""Heartbeats by which the lateness of the next is measured: what lasts is no delay in the end."""
 
 
 class Liveness(IntEnum):
@@ -124,6 +127,8 @@ class FailureDetector:
         self._heartbeat_at: float | None = None
         self._unseen: deque[tuple[int, float]] = deque(maxlen=_UNSEEN_MAX)
         """Our heartbeats that the sidecar has not confirmed, and when they were sent."""
+        self._arrivals: deque[float] = deque(maxlen=_ARRIVALS_MAX)
+        self._late_s = 0.0  # The latest heartbeat, by those before it.
         self._looks_at = math.inf
         self._judges_from = now
         self._was_late = False  # At the look before, or since.
@@ -150,7 +155,8 @@ class FailureDetector:
         if self._heartbeat_at is None or not self._unseen:
             return 0.0
         # It could not have said so before a heartbeat of its own was due.
-        return max(0.0, self._heartbeat_at - self._unseen[0][1] - self._interval_s)
+        said_at = self._heartbeat_at - self._late_s
+        return max(0.0, said_at - self._unseen[0][1] - self._interval_s)
 
     def phi(self, now: float) -> float:
         """How surprising its silence is: -log10 of the probability that it lives."""
@@ -192,6 +198,11 @@ class FailureDetector:
         else:
             self._rhythm.learn(max(0.0, now - self._heartbeat_at))
         self._heartbeat_at = now
+        self._arrivals.append(now)
+        interval_s = max(self._interval_s, self._rhythm.mean_s)
+        self._late_s = max(
+            [now - at - num * interval_s for num, at in enumerate(reversed(self._arrivals))]
+        )
         while self._unseen and self._unseen[0][0] <= sequence_seen:
             self._unseen.popleft()
 

@@ -498,6 +498,9 @@ class RelayCall:
                 self._receive_welcome(response.welcome)
             case "adopted":
                 self._receive_adopted(response.adopted, now)
+            case "adoptions":
+                for adopted in response.adoptions.adopted:
+                    self._receive_adopted(adopted, now)
             case None:
                 pass  # Of a newer contract: MAY be ignored, as its sender knows our version.
 

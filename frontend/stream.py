@@ -185,11 +185,13 @@ class Limits:
     """How long to wait for a link that broke, before the stream goes elsewhere. 0: not at all."""
 
 
+EPOCH_MAX = 2**64 - 1
 GENERATION_BITS = 22
 """Epochs count attempts in so many low bits; above them is the time at which a frontend took the
 stream, in milliseconds, so that epochs of a later owner are above all of an earlier one."""
-ADOPTION_S_MAX = 1.0
-"""How long a sidecar, whose link is up, may take to answer an adoption."""
+ADOPTION_S_MAX = 3.0
+"""How long a sidecar, whose link is up, may take to answer an adoption. Longer than any silent or
+deaf link lives: who is merely busy, as this process may be, must not be left for another worker."""
 _OUTBIDS_MAX = 3
 """How often a resumed stream asks again with a higher epoch. Bounded: two owners could race."""
 
@@ -892,12 +894,13 @@ class Stream:
     ) -> list[Command]:
         """The worker lives, but the attempt is not to be had there."""
         is_outbid = kind is FailureKind.FENCED and epoch_known >= self.epoch
-        if is_outbid and not self._is_resuming:
+        higher = first_epoch(0, above=epoch_known)
+        if is_outbid and (not self._is_resuming or higher > EPOCH_MAX):
             return self._fail(UnbrokenError(Reason.FENCED, detail))
         if is_outbid and self._num_outbids < _OUTBIDS_MAX:
             # Another reader was here before; the latest that its client sent counts.
             self._num_outbids += 1
-            self.epoch = first_epoch(0, above=epoch_known)
+            self.epoch = higher
             return self._adopt()
         return self._lost(kind, detail, now, is_counted=False)
 
@@ -908,6 +911,9 @@ class Stream:
         """
         prompt, sampling = self.original.prompt_token_ids, self.original.params.sampling
         given = [*origin.prompt_token_ids[len(prompt) :], *origin.output_token_ids]
+        if given and max(given) >= len(self._bytes):
+            detail = f"expected token ids below {len(self._bytes)}, got {max(given)}"
+            return self._lost(FailureKind.PROTOCOL, detail, now)
         seed = None if sampling.is_greedy else sampling.seed
         if (
             origin.epoch != self._started_epoch

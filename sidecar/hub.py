@@ -243,7 +243,7 @@ class Hub(EngineListener):
             checkpoint=attempt.checkpoint,
             started_epoch=attempt.started_epoch,
         )
-        link.tell(pb.RelayResponse(adopted=adopted))
+        link.adopted(adopted)
         link.by_slot[message.slot] = attempt
         self._replaying[attempt.slot] = attempt
         if attempt.ended is None:

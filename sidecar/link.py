@@ -49,7 +49,8 @@ class Link:
         self._response = pb.RelayResponse()
         self._frame = self._response.frame
         self._logprobs: dict[int, attempt_pb2.SlotLogprobs] = {}  # By slot, in that frame.
-        self._other_bytes = 0  # Of what is in that frame beside tokens.
+        self._adopted: list[pb.AttemptAdopted] = []  # Goes out before that frame.
+        self._other_bytes = 0  # Of what is in that frame beside tokens, or goes before it.
         self._queue: list[pb.RelayResponse] = []
         self._queue_bytes = 0
         self._num_frames = 0
@@ -114,6 +115,11 @@ class Link:
         gathered.tokens.extend(logprobs.tokens)
         # Not sealed here: they belong in the frame of their tokens.
         self._other_bytes += _MESSAGE_BYTES * len(logprobs.tokens) + logprobs.ByteSize()
+
+    def adopted(self, adopted: pb.AttemptAdopted) -> None:
+        """It has an attempt now: comes before all else that is said of that slot."""
+        self._adopted.append(adopted)
+        self._grow(adopted)
 
     def load(self, load: worker_pb2.LoadReport) -> None:
         """The newest load: it goes out with the next frame, heartbeats have it anyway."""
@@ -189,15 +195,27 @@ class Link:
         self.flush()
 
     def _seal(self) -> None:
-        """Close the frame, if it says anything but the load."""
+        """Close the frame, if it says anything but the load, and what goes before it."""
+        if self._adopted:
+            # One message takes its reader a turn of its loop, however little it says.
+            adopted, self._adopted = self._adopted, []
+            self._queue.append(
+                pb.RelayResponse(adopted=adopted[0])
+                if len(adopted) == 1
+                else pb.RelayResponse(adoptions=pb.AttemptsAdopted(adopted=adopted))
+            )
+        self._seal_frame()
+        self._queue_bytes += self._other_bytes
+        self._other_bytes = 0
+
+    def _seal_frame(self) -> None:
         frame = self._frame
         if not (frame.slots or frame.ended or frame.refused or frame.kv_events):
             return
         self._num_frames += 1
         frame.sequence = self._num_frames
         self._queue.append(self._response)
-        self._queue_bytes += self._frame_bytes()
+        self._queue_bytes += _TOKEN_BYTES * len(frame.token_ids)
         self._response = pb.RelayResponse()
         self._frame = self._response.frame
         self._logprobs = {}
-        self._other_bytes = 0

@@ -31,13 +31,13 @@ class Link:
         self.detector = FailureDetector(limits, self.rhythm, self.now)
         self.sequence_seen = 0
         self.death: Death | None = None
-        self._num_sent = 0
+        self.num_sent = 0
         self._beats_at = self.now + INTERVAL_S
         self._expect()
 
     def hear_heartbeat(self, sequence_seen: int | None = None) -> None:
         """From the sidecar; as if it heard everything, unless said otherwise."""
-        seen = self._num_sent if sequence_seen is None else sequence_seen
+        seen = self.num_sent if sequence_seen is None else sequence_seen
         self.detector.heard(self.now)
         self.detector.heartbeat(seen, INTERVAL_S, self.now)
 
@@ -55,9 +55,9 @@ class Link:
     def look(self) -> None:
         self.death = self.death or self.detector.judge(self.now)
         if self.now >= self._beats_at:
-            self._num_sent += 1
+            self.num_sent += 1
             self._beats_at = self.now + INTERVAL_S
-            self.detector.sent(self._num_sent, self.now)
+            self.detector.sent(self.num_sent, self.now)
         self._expect()
 
     def stand_still(self, duration_s: float) -> None:
@@ -252,6 +252,38 @@ def test_a_sidecar_that_hears_again_is_trusted_again() -> None:
     link.live(*[INTERVAL_S] * 3)
     assert link.detector.liveness is Liveness.ALIVE
     assert link.death is None
+
+
+def test_a_heartbeat_that_waited_behind_much_else_is_no_sign_of_deafness() -> None:
+    link = steady()
+    sent_at = link.now
+    seen: list[int] = []
+    while not seen or link.now - sent_at > 0.05:  # Until all that waited has been read.
+        seen.append(link.num_sent)  # What it had heard when it sent this one.
+        sent_at += INTERVAL_S
+        # While many streams come, reading falls behind, to 1.4 s; then it catches up.
+        link.pass_time(2 * INTERVAL_S if len(seen) <= 14 else INTERVAL_S / 10)
+        behind = round(max(0.0, link.now - sent_at) / INTERVAL_S)
+        link.hear_heartbeat(max(99, link.num_sent - behind - 1))
+        assert link.death is None
+        assert link.detector.liveness is not Liveness.DEAD
+    assert max(seen) > 120
+    link.live(*[INTERVAL_S] * 40)
+    assert link.detector.deaf_s == 0.0
+
+
+def test_reading_late_hides_no_deafness_for_long() -> None:
+    link = steady()
+    for _ in range(10):
+        link.pass_time(2 * INTERVAL_S)
+        link.hear_heartbeat(link.num_sent - 10)
+    deaf_since, seen = link.now, link.num_sent
+    while link.death is None:
+        link.pass_time(INTERVAL_S)
+        link.hear_heartbeat(seen)
+        assert link.now < deaf_since + 10
+    assert link.death.failure is FailureKind.PARTITION
+    assert link.now - deaf_since < 3.5
 
 
 # This process stands still.

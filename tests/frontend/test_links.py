@@ -96,13 +96,21 @@ def test_a_worker_that_is_not_what_it_should_be_gets_no_work(
         ),
         (
             lambda: relay_service_pb2.RelayResponse(
+                adoptions=relay_service_pb2.AttemptsAdopted(
+                    adopted=[relay_service_pb2.AttemptAdopted(slot=2)]
+                )
+            ),
+            "expected no adoption for slot 2",
+        ),
+        (
+            lambda: relay_service_pb2.RelayResponse(
                 verdict=relay_service_pb2.EngineVerdict(state=worker_pb2.ENGINE_STATE_SERVING)
             ),
             "expected a description with SERVING",
         ),
         (lambda: frame(sequence=9), "expected frame 1, got 9"),
     ],
-    ids=["welcome", "adopted", "verdict", "frame"],
+    ids=["welcome", "adopted", "adoptions", "verdict", "frame"],
 )
 def test_a_sidecar_that_breaks_the_contract_loses_its_link(
     say: Callable[[], relay_service_pb2.RelayResponse], detail: str

@@ -5,9 +5,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend.continuation import Abilities
-from frontend.stream import Abort, Ack, Command, Finish, Life, Limits, Place, State, Stream
+from frontend.failure_detector import DetectorLimits
+from frontend.stream import (
+    ADOPTION_S_MAX,
+    EPOCH_MAX,
+    Abort,
+    Ack,
+    Adopt,
+    Command,
+    Finish,
+    Life,
+    Limits,
+    Origin,
+    Past,
+    Place,
+    Relink,
+    State,
+    Stream,
+    first_epoch,
+)
 from tests.support.streams import (
     NATIVE,
+    PROMPT,
     REGENERATING,
     W1,
     W2,
@@ -16,6 +35,7 @@ from tests.support.streams import (
     B,
     C,
     admitted,
+    checkpoint,
     place,
     streaming,
 )
@@ -698,6 +718,62 @@ def test_any_cuts_and_rows_give_the_ids_and_text_of_an_undisturbed_run(data: st.
     piece, _ = stream.take()
     assert [*ids, *piece.token_ids] == output
     assert text + piece.text == spelled(output)
+
+
+# Adoption.
+
+
+def adopting(*held: int, started_from: tuple[int, ...] = ()) -> Stream:
+    """A stream of another frontend that was just asked for, of which the client holds so much."""
+    first = len(started_from)
+    past = Past(
+        held, life=W1, started_epoch=5, num_begun=1, base=first, first_offset=first, serving=NATIVE
+    )
+    stream = Stream(checkpoint(), tokenizer(), epoch=9, past=past)
+    assert stream.start(10.0) == [Relink(9, W1)]
+    (adopt,) = stream.relinked(9, 10.0)
+    assert isinstance(adopt, Adopt)
+    return stream
+
+
+def origin(*output: int) -> Origin:
+    """What the sidecar says that the attempt was started from."""
+    return Origin(PROMPT, output, len(output), None, 5)
+
+
+def test_a_busy_sidecar_has_longer_to_answer_an_adoption_than_a_silent_link_lives() -> None:
+    assert DetectorLimits().silence_max_s < ADOPTION_S_MAX
+    stream = adopting(A)
+    due = stream.deadline()
+    assert due == 10.0 + ADOPTION_S_MAX
+    assert stream.handle_timeout(due - 0.01) == []
+    assert not stream.adopted(10, 2, origin(), due - 0.01)
+    assert stream.deadline() is None
+
+
+def test_an_epoch_above_which_there_is_none_ends_the_stream() -> None:
+    stream = adopting(A)
+    commands = stream.refused(10, FailureKind.FENCED, "taken", now=10.1, epoch_known=EPOCH_MAX)
+    assert commands == [Finish()]
+    assert stream.outcome is not None
+    assert stream.outcome.error is not None
+    assert stream.outcome.error.reason is Reason.FENCED
+
+
+def test_an_adoption_that_is_outbid_asks_again_above() -> None:
+    stream = adopting(A)
+    (adopt,) = stream.refused(10, FailureKind.FENCED, "taken", now=10.1, epoch_known=77)
+    assert isinstance(adopt, Adopt)
+    assert adopt.epoch == first_epoch(0, above=77) > 77
+
+
+def test_ids_that_are_none_in_what_an_adopted_attempt_began_with_lose_the_worker() -> None:
+    foreign = tokenizer().asset.vocab_size
+    stream = adopting(A, started_from=(A, B))
+    commands = stream.adopted(10, 2, origin(A, foreign), 10.1)
+    assert commands == [Abort(10), Place(11, frozenset({W1}))]
+    assert stream.attempts[-1].failure is FailureKind.PROTOCOL
+    assert list(stream.ledger) == [A]
 
 
 # The contract.

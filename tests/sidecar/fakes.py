@@ -134,6 +134,8 @@ class Reader:
                 self.verdicts.append(response.verdict)
             case "adopted":
                 self.adopted[response.adopted.slot] = response.adopted
+            case "adoptions":
+                self.adopted |= {one.slot: one for one in response.adoptions.adopted}
             case _:
                 pass
 

@@ -73,6 +73,39 @@ def test_what_is_told_keeps_its_place_among_the_frames() -> None:
     assert read(link).order == ["frame", "verdict", "frame", "heartbeat"]
 
 
+def test_adoptions_that_wait_are_one_message_and_come_before_their_tokens() -> None:
+    link = opened()
+    link.rows([1], [0], [7])
+    link.flush()
+    for slot in (2, 3, 4):
+        link.adopted(pb.AttemptAdopted(slot=slot, end_offset=2))
+        link.row(slot, 0, [20 + slot, 30 + slot])
+        link.flush()
+    reader = read(link)
+    assert reader.order == ["adoptions", "frame"]
+    assert set(reader.adopted) == {2, 3, 4}
+    assert reader.tokens == {1: [7], 2: [22, 32], 3: [23, 33], 4: [24, 34]}
+    link.adopted(pb.AttemptAdopted(slot=5))
+    assert read(link, reader).order == ["adoptions", "frame", "adopted"]
+    assert link.take(0.25, None) == []
+
+
+def test_adoptions_of_long_prompts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "FRAME_BYTES_MAX", 10_000)
+    monkeypatch.setattr(link_module, "WAITING_BYTES_MAX", 30_000)
+    link = opened()
+    checkpoint = attempt_pb2.Checkpoint(prompt_token_ids=[1000] * 2000)
+    for slot in range(1, 6):
+        link.adopted(pb.AttemptAdopted(slot=slot, checkpoint=checkpoint))
+    assert link.error is None
+    responses = link.take(0.25, None)
+    assert max(response.ByteSize() for response in responses) < 15_000
+    for slot in range(6, 16):
+        link.adopted(pb.AttemptAdopted(slot=slot, checkpoint=checkpoint))
+    assert link.error is not None
+    assert link.error.reason is Reason.OVERLOADED
+
+
 def test_heartbeats_that_were_not_written_are_one() -> None:
     link = opened()
     link.heartbeat_seen = 42

@@ -199,6 +199,9 @@ class Call:
                 self.release()
         elif kind == "adopted":
             self._receive_adopted(response.adopted)
+        elif kind == "adoptions":
+            for adopted in response.adoptions.adopted:
+                self._receive_adopted(adopted)
         elif kind == "verdict":
             self._receive_verdict(response.verdict)
 
