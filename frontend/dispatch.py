@@ -318,6 +318,10 @@ class Choice:
                 case _:
                     assert_never(command)
 
+    def let_go(self) -> None:
+        """Hear no more of the attempt, and let it go on; the stream is about to be ended."""
+        self._leave(is_aborted=False)
+
     def take_turn(self, lives: Set[Life]) -> None:
         """One of these workers may be taken. Raises nothing: others have their turn after it."""
         stream, dispatcher = self.stream, self._dispatcher
@@ -568,12 +572,13 @@ class Choice:
             self._dispatcher.wait_for_link_no_more(self, order.life.worker_id)
             self._stop_waiting()
 
-    def _leave(self) -> None:
+    def _leave(self, *, is_aborted: bool = True) -> None:
         if self._is_computing:
             self._computed()
         seat, self._seat = self._seat, None
         if seat is not None:
-            seat.call.abort(seat.slot)
+            leave = seat.call.abort if is_aborted else seat.call.let_go
+            leave(seat.slot)
             seat.view.num_attempts -= 1
 
     def _ended(self) -> None:

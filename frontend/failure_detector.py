@@ -151,12 +151,13 @@ class FailureDetector:
 
     @property
     def deaf_s(self) -> float:
-        """For how long, at its last heartbeat, the sidecar had not heard what was sent to it."""
-        if self._heartbeat_at is None or not self._unseen:
-            return 0.0
-        # It could not have said so before a heartbeat of its own was due.
-        said_at = self._heartbeat_at - self._late_s
-        return max(0.0, said_at - self._unseen[0][1] - self._interval_s)
+        """For how long, when it sent its last heartbeat, the sidecar had not heard what was sent
+        to it: no longer than what is known to have waited here.
+        """
+        unconfirmed_s = self._unconfirmed_s
+        if unconfirmed_s >= self._limits.silence_max_s:
+            return unconfirmed_s  # The ceiling holds always.
+        return max(0.0, unconfirmed_s - self._late_s)
 
     def phi(self, now: float) -> float:
         """How surprising its silence is: -log10 of the probability that it lives."""
@@ -173,6 +174,14 @@ class FailureDetector:
         if self.liveness is Liveness.ALIVE:
             after_s = min(after_s, self._suspect_after_s())
         return max(self._heard_at + after_s, self._judges_from)
+
+    @property
+    def _unconfirmed_s(self) -> float:
+        """As `deaf_s`, if that heartbeat came as it was sent."""
+        if self._heartbeat_at is None or not self._unseen:
+            return 0.0
+        # It could not have said so before a heartbeat of its own was due.
+        return max(0.0, self._heartbeat_at - self._unseen[0][1] - self._interval_s)
 
     # Events.
 

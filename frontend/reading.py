@@ -255,7 +255,8 @@ class Reader:
             token = b""
             self._leaving.append((choice, len(piece.token_ids), commands))
         if is_done:
-            found.append(pb.GenerateResponse(finished=request.finished()))
+            if not request.is_handed_over:
+                found.append(pb.GenerateResponse(finished=request.finished()))
             self._end(request.error)
         elif token:
             found.append(pb.GenerateResponse(resume_token=token))

@@ -299,6 +299,12 @@ class RelayCall:
         if self._leave(slot) is not None:
             self._enqueue(relay_service_pb2.RelayRequest(abort=attempt_pb2.AbortAttempt(slot=slot)))
 
+    def let_go(self, slot: int) -> None:
+        """Hear no more of an attempt. It goes on within its window, and for its grace time after
+        the end of the call. Idempotent.
+        """
+        self._leave(slot)
+
     def ack(self, slot: int, offset: int) -> None:
         """Move the window of an attempt."""
         if slot in self._seats:

@@ -63,6 +63,8 @@ class Request:
         """Number of the call that reads it; each that comes has a higher one."""
         self.is_settled = False
         """It has ended, and is counted."""
+        self.is_handed_over = False
+        """It has ended here only."""
         self.resolved = resume_token.Resolved(
             tenant=envelope.tenant,
             request_id=envelope.request_id,
@@ -204,6 +206,15 @@ class Request:
         """End all choices now. What is in the ledgers is still delivered."""
         for choice in self.choices:
             choice.obey(choice.stream.cancelled(error))
+
+    def hand_over(self, error: UnbrokenError) -> None:
+        """As `cancel`, but the attempts go on for their grace time: who resumes adopts them."""
+        if self.is_done:
+            return
+        self.is_handed_over = True
+        for choice in self.choices:
+            choice.let_go()
+        self.cancel(error)
 
     def cancel_softly(self, error: UnbrokenError) -> None:
         """End each choice after its next output, and all soon."""
@@ -399,10 +410,10 @@ class Requests:
                 request.cancel(error)
         return bool(doomed)
 
-    def cancel_all(self, error: UnbrokenError) -> None:
-        """End everything that runs."""
+    def hand_over_all(self, error: UnbrokenError) -> None:
+        """End everything that runs here; whoever resumes it elsewhere finds it at its workers."""
         for request in list(self._running.values()):
-            request.cancel(error)
+            request.hand_over(error)
 
     def get(self, request_id: str, *, tenant: str) -> pb.StreamInfo:
         """The newest request of that name, of any tenant unless one is named.

@@ -254,7 +254,7 @@ class Frontend:
 
     def cut_short(self) -> None:
         """End all running streams; their clients are told why."""
-        self.requests.cancel_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
+        self.requests.hand_over_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
 
     def _attempt_ended(self, choice: Choice, life: Life, attempt: Attempt) -> None:
         # An engine that fails at what others failed at has not shown that it is bad.

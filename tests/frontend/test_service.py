@@ -16,6 +16,7 @@ from tests.frontend.worlds import failure_of, read, read_some, run, world
 from unbroken.client import Client
 from unbroken.discovery import FRONTENDS, WORKERS, connect
 from unbroken.errors import Reason
+from unbroken.resumption import ResumePolicy
 
 PROMPT = list(b"once upon a time")
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -63,16 +64,21 @@ def test_a_frontend_that_stops_finishes_what_runs_and_refuses_what_comes() -> No
     run(scenario())
 
 
-def test_a_stream_that_outlives_the_grace_is_told_why_it_ends() -> None:
+def test_a_stream_that_outlives_the_grace_is_told_why_it_ends_here() -> None:
     async def scenario() -> None:
-        async with world(FakeSidecar("w1", step_s=0.005)) as it:
-            stream = it.client.generate(token_ids=PROMPT, max_tokens=3000)
+        once = ResumePolicy(resumes_max=0)
+        async with (
+            world(FakeSidecar("w1", step_s=0.005)) as it,
+            Client(it.frontend.address, resume_policy=once) as client,
+        ):
+            stream = client.generate(token_ids=PROMPT, max_tokens=3000)
             await read_some(stream, 1)
             stopping = asyncio.create_task(it.frontend.stop(0.05))
             error = await failure_of(stream)
             assert error.reason is Reason.DRAINING
-            assert stream.finished is not None
+            assert stream.finished is None, "it may go on elsewhere"
             await stopping
+            assert not it.sidecars[0].aborts, "who resumes it elsewhere adopts the attempt"
 
     run(scenario())
 

@@ -3,9 +3,10 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -72,6 +73,31 @@ def test_a_killed_frontend_is_not_seen_and_nothing_is_computed_twice(world: Worl
         assert (resume.from_address, resume.to_address) == tuple(world.mesh.frontend_addresses)
         assert resume.reason is Reason.UNREACHABLE
         assert sum(resume.offsets) >= 3 * NUM_TOKENS // 2
+        assert seen.finished is not None
+        usage = seen.finished.usage
+        assert usage.recomputed_prefill_tokens == usage.recomputed_decode_tokens == 0
+
+    world.run(scenario())
+
+
+def test_a_frontend_that_is_shut_down_hands_its_streams_over_as_they_run(world: World) -> None:
+    async def scenario() -> None:
+        async with both_frontends(world) as client:
+            options: dict[str, Any] = {**OPTIONS, "max_tokens": 4 * NUM_TOKENS}
+            expected = await record(client.generate(**options))
+            history = History()
+            stream = client.generate(timeout_s=20, **options)
+            reading = asyncio.create_task(record(stream, history))
+            await until(history, NUM_TOKENS // 2)
+            pid = world.mesh.frontends["f1"].pid
+            while processes.is_alive(pid):  # Asked more than once, it waits for no stream.
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+                await asyncio.sleep(0.02)
+            seen = await reading
+        assert seen.difference(expected).is_none
+        (resume,) = stream.resumes
+        assert resume.reason is Reason.DRAINING
         assert seen.finished is not None
         usage = seen.finished.usage
         assert usage.recomputed_prefill_tokens == usage.recomputed_decode_tokens == 0
