@@ -3,8 +3,9 @@
                 overdue in two looks               --engine-stall-restart-s
     WELL ──────────────────────────────▶ STALLED ───────────────────────────▶ to be restarted
       ▲                                     │
-      └──── a step, or a sign of life ──────┘
-            when there is nothing to do
+      └─── a step; a sign of life when ─────┘
+           there is nothing to do, or when
+           its lack was the verdict
 
 Two silences are watched. Each has a bound that is learnt from this engine:
 
@@ -220,9 +221,10 @@ class Watchdog:
                 is_prefill = max(self._prefill_tokens, prefill_tokens) > 0
                 gaps = self._prefills if is_prefill else self._steps
                 gaps.add(now - self._step_at, now)
-        elif has_work:
+        elif has_work and not self._is_called_hung:
             return None
-        # It made a step, or there was none to make.
+        # It made a step, or there was none to make, or all that was wrong was its silence: then
+        # whether it makes steps is seen from now on.
         self._step_at = now
         self._prefill_tokens = prefill_tokens
         self._still_s = 0.0
@@ -314,6 +316,10 @@ class Watchdog:
             now, factor=policy.decode_factor, peak_factor=policy.peak_factor
         )
         return max(policy.silence_min_s, 3 * interval_s, learnt_s)
+
+    @property
+    def _is_called_hung(self) -> bool:
+        return self._verdict is not None and self._verdict.failure is FailureKind.HANG
 
     @property
     def _was_wrong(self) -> bool:

@@ -265,13 +265,11 @@ def test_an_engine_that_was_silent_for_less_than_its_bound_has_time_for_its_next
 # Those who come back, and those who don't.
 
 
-def test_an_engine_that_goes_on_is_well_at_its_first_step() -> None:
+def test_an_engine_that_was_silent_is_well_when_it_says_something() -> None:
     watch = Watch()
     watch.decode(100)
     assert [type(opinion) for opinion in watch.wait(3, DECODE)] == [Stalled]
     watch.sign_of_life(has_work=True)
-    assert watch.dog.is_stalled, "it lives, and has made no step yet"
-    watch.step(0.001)
     recovered = watch.opinions[-1]
     assert isinstance(recovered, Recovered)
     assert 2.1 <= recovered.stalled_s <= 2.4
@@ -279,6 +277,18 @@ def test_an_engine_that_goes_on_is_well_at_its_first_step() -> None:
     watch.decode(100)
     took_s, _ = after(watch, DECODE)
     assert took_s <= 0.8, "what was called a stall is not what this engine's gaps are like"
+
+
+def test_an_engine_that_only_says_that_it_lives_stays_stalled_until_its_next_step() -> None:
+    watch = Watch()
+    watch.decode(100)
+    while not watch.dog.is_stalled:
+        watch.wait(0.1, DECODE)
+        watch.sign_of_life(has_work=True)
+    watch.sign_of_life(has_work=True)
+    assert watch.dog.is_stalled
+    watch.step(0.001)
+    assert isinstance(watch.opinions[-1], Recovered)
 
 
 def test_a_slow_step_that_was_called_a_stall_teaches_its_length() -> None:

@@ -141,6 +141,12 @@ class Engine:
         """Whether it makes no steps."""
         return self._world.now < self._stalled_until
 
+    @property
+    def seems_to_stand(self) -> bool:
+        """The same, as far as can be known: it has to say or do something first."""
+        since_s = self._world.now - self._went_on_at
+        return self.is_standing or since_s <= FRAME_INTERVAL_S + self._step_s
+
     def _go_on(self, incarnation: int) -> None:
         if not self.is_up or incarnation != self.incarnation:
             return
@@ -166,13 +172,18 @@ class Engine:
         ):
             raise Violation("an engine that stands still was not noticed")
 
+    def say_alive(self) -> None:
+        """Say so, if that is due. An idle engine is spared the events until somebody looks."""
+        is_due = self._world.now - self._said_at >= FRAME_INTERVAL_S
+        if self.is_up and not self._is_hung and is_due:
+            self._say(attempt_pb2.StepFrame())
+
     def _pulse(self) -> None:
         """Say that it lives, while it has something to compute or stands still."""
         self._is_pulse_planned = False
+        self.say_alive()
         if not self.is_up or self._is_hung:
             return
-        if self._world.now - self._said_at >= FRAME_INTERVAL_S:
-            self._say(attempt_pb2.StepFrame())
         if self.running or self.is_standing or self._hub.watchdog.is_stalled:
             self._is_pulse_planned = True
             self._world.after(FRAME_INTERVAL_S, self._pulse)
@@ -254,9 +265,7 @@ class Engine:
         """It never breaks the contract, but it may hang."""
         if failure not in {FailureKind.HANG, FailureKind.STALL}:
             raise AssertionError(detail)
-        # It cannot be known to go on before it says or does something.
-        is_quiet = self._world.now - self._went_on_at <= FRAME_INTERVAL_S + self._step_s
-        if after_s < POLICY.restart_after_s or not (self.is_standing or is_quiet):
+        if after_s < POLICY.restart_after_s or not self.seems_to_stand:
             raise Violation(f"a restart after {after_s:g} s of an engine that goes on")
         self._trouble.took_effect(Fault.RESTARTED)
         self._world.after(0.001, self._end_life, self.incarnation, failure)
@@ -437,12 +446,13 @@ class Process:
             return
         hub, engine = self.hub, self.engine
         was_stalled = hub.watchdog.is_stalled
+        engine.say_alive()
         hub.watch()
         if hub.watchdog.is_stalled and not was_stalled:
             detail = hub.verdict.detail
             self._world.tell("%s: called stalled: %s", self.worker_id, detail)
             self._trouble.took_effect(Fault.CALLED_STALLED)
-            if not engine.is_standing:
+            if not engine.seems_to_stand:
                 raise Violation("an engine that makes progress was called stalled")
         engine.after_step()
         if engine.is_up and (hub.ledger.running or engine.is_standing or hub.watchdog.is_stalled):
