@@ -86,6 +86,7 @@ class ForwardedCall:
     def lost(self) -> None:
         """The stream is gone, and so is the call."""
         self._task.cancel()
+        self._call.cancel()  # A task that has not begun yet never does, and so cleans nothing up.
         self.client.calls.pop(self.stream_id, None)
 
     async def _run(self) -> None:

@@ -1,6 +1,7 @@
 """The native edge on real sockets: gRPC's own clients, and those that behave badly."""
 
 import asyncio
+import gc
 import gzip
 from collections.abc import Iterable
 from typing import Any, TypeAlias, cast
@@ -47,6 +48,12 @@ def metric(frontend: Frontend, name: str, **labels: str) -> float:
 def path(method: str) -> list[tuple[bytes, bytes]]:
     """A request for another method."""
     return [(name, method.encode() if name == b":path" else value) for name, value in REQUEST]
+
+
+def num_calls_open() -> int:
+    """Calls of gRPC's own that this process makes, with a stream each way, and that go on."""
+    kind: Any = grpc.aio.StreamStreamCall
+    return sum(isinstance(one, kind) and not one.done() for one in gc.get_objects())
 
 
 # One port for all.
@@ -138,6 +145,21 @@ def test_the_deadline_and_the_cancellation_of_another_call_pass_too() -> None:
             assert len(watchers) == 1
             left.cancel()
             await it.until(lambda: not watchers)
+
+    run(scenario())
+
+
+def test_other_calls_that_are_taken_back_at_once_are_given_up_behind() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1"), **NATIVE) as it, connect(it.frontend.address) as client:
+            before = num_calls_open()
+            for stream_id in range(1, 100, 2):
+                client.request(stream_id, path("/grpc.health.v1.Health/Watch"))
+                client.say(frames.reset(stream_id, ErrorCode.CANCEL))
+            client.request(101, path("/grpc.health.v1.Health/Check"))
+            client.say(data(101, PREFIX.pack(0, 0), ends=True))
+            await client.answer(101)
+            await it.until(lambda: num_calls_open() == before)
 
     run(scenario())
 
