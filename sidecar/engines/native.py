@@ -173,7 +173,8 @@ class NativeEngine(Engine):
         except Exception:
             _log.exception("bug: on_down failed", incarnation=life.incarnation)
         await asyncio.sleep(0)  # The news leaves before anything else is done: streams stand still.
-        _log.warning(
+        say = _log.info if failure is FailureKind.DRAIN else _log.warning
+        say(
             "engine down",
             incarnation=life.incarnation,
             failure=failure.name,
