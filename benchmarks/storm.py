@@ -33,6 +33,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.history import ChoiceHistory, History, record
 from unbroken.mesh import LocalMesh
+from unbroken.v1.worker_pb2 import FailureKind
 from worker.simulated import SimulatedModel
 
 NUM_WORKERS = 4
@@ -123,10 +125,11 @@ class Storm:
         return bool(times) and times[-1] > self.killed_at + IN_FLIGHT_S
 
     def resumed_at(self, history: History) -> float | None:
-        """When the first token of a second attempt came."""
+        """When the first token of its last attempt came; None if none did."""
         if history.finished is None or len(history.finished.attempts) < 2:
             return None
-        return _one(history).arrived_at[history.finished.attempts[-1].first_offset]
+        offset, times = history.finished.attempts[-1].first_offset, _one(history).arrived_at
+        return times[offset] if offset < len(times) else None
 
 
 def main() -> None:
@@ -344,6 +347,7 @@ def figures_of(run: Storm) -> dict[str, object]:
     return {
         "ok": is_ok,
         "hit": len(run.hit),
+        "failures": _failures(run),
         "resumed": len(resumed),
         "different": different,
         "itl_ms_p50": [_ms(_quantile(one, 0.5)) for one in (normal, during)],
@@ -365,6 +369,13 @@ def figures_of(run: Storm) -> dict[str, object]:
         "new_ttft_ms_max": [_ms(max(_ttfts(f), default=0.0)) for f in (before, in_storm)],
         "cores": [round(run.frontend_cores, 2), round(run.client_cores, 2)],
     }
+
+
+def _failures(run: Storm) -> dict[str, int]:
+    """Why attempts ended before their streams: of the victim's, and nobody else's."""
+    finished = [history.finished for history in run.streams if history.finished is not None]
+    kinds = [attempt.failure for end in finished for attempt in end.attempts if attempt.failure]
+    return dict(Counter(FailureKind.Name(kind) for kind in kinds))
 
 
 def _allowed_s(tokens: float, streams: float) -> float:

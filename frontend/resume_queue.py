@@ -45,6 +45,8 @@ STEP_STRETCH: Final = 1.0
 """A burst prolongs a step by so many times its length."""
 IDLE_BURST_S: Final = 1.0
 """A worker with nothing to do has no streams to protect: it takes so many seconds of prefill."""
+BURST_MAX: Final = 16
+"""A burst is never more than so many times the least one, however fast a worker seems to be."""
 TURN_S: Final = 1.0
 FLEET_WINDOW_S: Final = 10.0
 """Workers lost within so long are lost at once."""
@@ -170,7 +172,8 @@ class _Worker:
     def burst(self) -> float:
         """Prompt tokens that it takes at once."""
         seconds = IDLE_BURST_S if self.is_idle else STEP_STRETCH * (self.cost.step_s or 0.0)
-        return max(self.limits.burst_tokens, seconds * self.rate)
+        least = self.limits.burst_tokens
+        return max(least, min(seconds * self.rate, least * BURST_MAX))
 
     def pay(self, now: float) -> None:
         """Time passed."""
@@ -466,7 +469,7 @@ class ResumeQueue(Generic[K]):
             return  # Heartbeats repeat what is known.
         worker.last_report = content
         worker.pay(now)
-        worker.cost.reported(load, now)
+        worker.cost.reported(load)
         worker.is_idle = not any(
             rank.requests_running or rank.requests_waiting for rank in load.ranks
         )

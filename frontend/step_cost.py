@@ -4,8 +4,9 @@ A step takes a time of its own, and more for every prompt token that is computed
 
     time = steps * step_s + prefill tokens / prefill_tokens_per_s
 
-Reports between which nothing was prefilled teach the first number, the others the second. Reports
-leave an engine at the ends of steps, so what lies between two of them is whole steps.
+Reports between which nothing was prefilled teach the first number, the others the second. All three
+totals are the engine's own: by a clock here, reports that arrive late and together would make it
+look infinitely fast, just when a worker's death keeps everybody busy.
 """
 
 from typing import Final
@@ -29,7 +30,7 @@ class StepCost:
         """Of a step without prefill; None while unknown."""
         self._tokens = 0.0
         self._excess_s = 0.0
-        self._last: tuple[float, int, int] | None = None
+        self._last: tuple[int, int, int] | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -38,18 +39,17 @@ class StepCost:
             return None
         return self._tokens / max(self._excess_s, self._tokens / PREFILL_TOKENS_PER_S_MAX)
 
-    def reported(self, load: worker_pb2.LoadReport, now: float) -> None:
-        """The engine's load, as of `now`."""
-        is_busy = any(rank.requests_running for rank in load.ranks)
+    def reported(self, load: worker_pb2.LoadReport) -> None:
+        """The engine's load, later than the last one."""
         last = self._last
-        here = (now, load.engine_steps_total, load.prefill_tokens_total)
-        # An engine that had nothing to do meanwhile took its time.
-        self._last = here if is_busy else None
-        if last is None or not is_busy:
+        here = (load.steps_us_total, load.engine_steps_total, load.prefill_tokens_total)
+        self._last = here
+        if last is None:
             return
-        elapsed_s, num_steps, num_tokens = (b - a for a, b in zip(last, here, strict=True))
-        if num_steps <= 0 or num_tokens < 0 or elapsed_s <= 0:
+        num_us, num_steps, num_tokens = (b - a for a, b in zip(last, here, strict=True))
+        if num_steps <= 0 or num_tokens < 0 or num_us <= 0:
             return
+        elapsed_s = num_us / 1e6
         if num_tokens == 0:
             sample_s = elapsed_s / num_steps
             if self.step_s is None:

@@ -60,6 +60,8 @@ class EngineService:
         self._crash: asyncio.Future[None] | None = None
         self._has_work = asyncio.Event()
         self._is_computing = False
+        self._steps_s = 0.0
+        """Time in which steps were computed."""
 
     async def serve(self, path: Path, *, on_listening: Callable[[], None] | None = None) -> None:
         """Listen at `path`, whatever socket stood there, and run until cancelled.
@@ -235,7 +237,9 @@ class EngineService:
             plan = self._scheduler.plan(loop.time())
             if plan is not None:
                 self._is_computing = True
+                begun = loop.time()
                 result = await self._runner.execute(plan)
+                self._steps_s += loop.time() - begun
                 self._is_computing = False
                 self._scheduler.commit(plan, result)
             session = self._session
@@ -303,6 +307,7 @@ class EngineService:
         if with_load or is_first:
             frame.load.CopyFrom(scheduler.load())
             frame.load.is_computing = self._is_computing
+            frame.load.steps_us_total = int(self._steps_s * 1e6)
         return frame
 
 

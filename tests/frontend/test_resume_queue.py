@@ -64,10 +64,21 @@ class Frontend:
             self.views[life].is_ready = True
         self.show()
 
-    def report(self, life: Life, *, prefilled: int = 0, queued: int = 0, steps: int = 0) -> None:
+    def report(
+        self,
+        life: Life,
+        *,
+        prefilled: int = 0,
+        queued: int = 0,
+        steps: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
         rank = worker_pb2.RankLoad(requests_running=int(self.is_busy), prefill_tokens_queued=queued)
         load = worker_pb2.LoadReport(
-            engine_steps_total=steps, prefill_tokens_total=prefilled, ranks=[rank]
+            engine_steps_total=steps,
+            prefill_tokens_total=prefilled,
+            steps_us_total=int(seconds * 1e6),
+            ranks=[rank],
         )
         self.queue.reported(life, load, self.now)
 
@@ -207,11 +218,8 @@ def test_a_worker_takes_a_share_of_its_rate() -> None:
 
 def test_the_measured_rate_replaces_the_configured_one() -> None:
     frontend = Frontend(W1)
-    frontend.report(W1, steps=1)
-    frontend.wait(0.1)
-    frontend.report(W1, steps=11)  # 10 ms a step.
-    frontend.wait(0.1 + 0.05)
-    frontend.report(W1, steps=21, prefilled=5000)  # 50 ms for 5,000 tokens.
+    frontend.report(W1, steps=10, seconds=0.1)  # 10 ms a step.
+    frontend.report(W1, steps=20, seconds=0.25, prefilled=5000)  # 50 ms for 5,000 tokens.
     for key in "ab":
         frontend.offer(key, 5000)
     frontend.pump()
@@ -224,12 +232,8 @@ def test_the_measured_rate_replaces_the_configured_one() -> None:
 
 def test_a_burst_is_what_doubles_a_step() -> None:
     frontend = Frontend(W1)
-    frontend.wait(0.1)
-    frontend.report(W1, steps=2)  # 50 ms a step.
-    frontend.wait(0.1)
-    frontend.report(W1, steps=4)
-    frontend.wait(0.1 + 0.05)
-    frontend.report(W1, steps=6, prefilled=5000)
+    frontend.report(W1, steps=2, seconds=0.1)  # 50 ms a step.
+    frontend.report(W1, steps=4, seconds=0.25, prefilled=5000)
     assert frontend.queue.burst_of(W1) == pytest.approx(0.05 * 100_000, rel=0.01)
 
 

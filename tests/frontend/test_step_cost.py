@@ -11,7 +11,7 @@ class Engine:
 
     def __init__(self, *, step_s: float, prefill_tokens_per_s: float) -> None:
         self.cost = StepCost()
-        self.now = 100.0
+        self.seconds = 0.0
         self._step_s = step_s
         self.rate = prefill_tokens_per_s
         self._num_steps = 0
@@ -21,16 +21,17 @@ class Engine:
         """Some steps, with so much prefill in them together; then a report."""
         self._num_steps += num_steps
         self._num_tokens += prefill_tokens
-        self.now += num_steps * self._step_s + prefill_tokens / self.rate
+        self.seconds += num_steps * self._step_s + prefill_tokens / self.rate
         self.report()
 
-    def report(self, *, is_busy: bool = True) -> None:
-        load = worker_pb2.LoadReport(
-            engine_steps_total=self._num_steps,
-            prefill_tokens_total=self._num_tokens,
-            ranks=[worker_pb2.RankLoad(requests_running=int(is_busy))],
+    def report(self) -> None:
+        self.cost.reported(
+            worker_pb2.LoadReport(
+                engine_steps_total=self._num_steps,
+                prefill_tokens_total=self._num_tokens,
+                steps_us_total=int(self.seconds * 1e6),
+            )
         )
-        self.cost.reported(load, self.now)
 
 
 def test_an_engine_is_measured_in_both_parts() -> None:
@@ -50,15 +51,13 @@ def test_nothing_is_known_before_there_was_something_to_measure() -> None:
     assert engine.cost.prefill_tokens_per_s is None
 
 
-def test_time_without_work_is_not_taken_for_a_step() -> None:
-    engine = Engine(step_s=0.04, prefill_tokens_per_s=40_000)
-    engine.report()
-    engine.run(3)
-    engine.report(is_busy=False)
-    engine.now += 60
-    engine.report(is_busy=True)
-    engine.run(3)
-    assert engine.cost.step_s == pytest.approx(0.04)
+def test_an_engine_that_does_not_say_what_its_steps_took_stays_unknown() -> None:
+    cost = StepCost()
+    for num in (10, 20, 30):
+        load = worker_pb2.LoadReport(engine_steps_total=num, prefill_tokens_total=1000 * num)
+        cost.reported(load)
+    assert cost.step_s is None
+    assert cost.prefill_tokens_per_s is None
 
 
 def test_a_few_prompt_tokens_say_nothing_about_the_rate() -> None:
@@ -73,7 +72,7 @@ def test_an_engine_too_fast_to_be_measured_has_a_finite_rate() -> None:
     engine = Engine(step_s=0.04, prefill_tokens_per_s=1e12)
     engine.report()
     engine.run(3)
-    engine.now -= 0.001  # The clock's error is larger than what is measured.
+    engine.seconds -= 0.001  # The clock's error is larger than what is measured.
     engine.run(3, prefill_tokens=4096)
     assert engine.cost.prefill_tokens_per_s == PREFILL_TOKENS_PER_S_MAX
 

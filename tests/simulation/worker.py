@@ -398,6 +398,7 @@ class Engine:
             prefill_tokens_total=self._prefill_tokens,
             ranks=[rank],
             is_computing=self.is_standing,
+            steps_us_total=int(self._world.now * 1e6),
         )
         frame.load.CopyFrom(load)
         self._hub.on_frame(frame)
