@@ -35,7 +35,11 @@ SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": NUM_TOKE
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
     with real_mesh(
-        tmp_path_factory.mktemp("mesh"), num_workers=len(WORKER_IDS), engine_options=ENGINE_OPTIONS
+        tmp_path_factory.mktemp("mesh"),
+        num_workers=len(WORKER_IDS),
+        engine_options=ENGINE_OPTIONS,
+        # Engines that are killed one after the other under a stream look like its doing.
+        frontend_flags=["--query-deaths-max", "1000"],
     ) as world:
         yield world
 
