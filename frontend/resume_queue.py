@@ -549,7 +549,8 @@ class ResumeQueue(Generic[K]):
             return self._overloaded(detail, self._drain_s(fleet))
         if fleet.is_holding:
             pace = sum(worker.pace for worker in fleet.ready.values())
-            wait_s = fleet.tokens_waiting[Work.NEW] / max(1.0, pace * self._limits.new_work_share)
+            share = self._limits.new_work_share if fleet.is_contended else 1.0
+            wait_s = fleet.tokens_waiting[Work.NEW] / max(1.0, pace * share)
             if now + wait_s > ticket.give_up_at:
                 return self._overloaded("streams that lost their worker go first", wait_s)
         return None

@@ -466,6 +466,20 @@ def test_new_work_that_would_wait_too_long_is_refused_with_the_time() -> None:
     assert wait_s <= error.retry_after_s <= 1.5 * wait_s
 
 
+def test_new_work_behind_nobody_but_new_work_is_not_refused_at_the_pace_that_resumes_leave() -> (
+    None
+):
+    frontend = Frontend(W1)
+    for key in "ab":
+        frontend.offer(key, 900)
+    assert frontend.placed_now() == ["a"]
+    assert frontend.offer("n0", 5000, Work.NEW) is None, "held back"
+    frontend.queue.cancel("b")
+    between_s = 2 * 5000 / (0.5 * RATE)
+    assert between_s < 5000 / (0.2 * 0.5 * RATE)
+    assert frontend.offer("n1", 5000, Work.NEW, give_up_s=between_s) is None
+
+
 def test_new_work_does_not_wait_for_resumes_that_wait_for_a_worker_of_another_kind() -> None:
     frontend = Frontend(W1)
     frontend.able["picky"] = set()
