@@ -186,6 +186,25 @@ def test_usage_counts_what_was_given_once_whatever_was_preempted() -> None:
         assert attempt.ended.prefill_tokens + attempt.ended.cached_tokens == 10
 
 
+def test_the_load_counts_what_was_prefilled_also_again_after_a_preemption() -> None:
+    undisturbed = Engine()
+    undisturbed.generate(starting(range(10), max_tokens=3))
+    assert undisturbed.scheduler.load().prefill_tokens_total == 10
+    engine = small()
+    for n in range(3):
+        engine.start(starting([n] * 10, max_tokens=40))
+    engine.run()
+    assert engine.scheduler.load().ranks[0].preemptions_total > 0
+    assert engine.scheduler.load().prefill_tokens_total > 30
+
+
+def test_prompt_tokens_lengthen_the_step_that_they_share_with_those_who_decode() -> None:
+    cost = CostModel(step_base_s=0.04, step_per_sequence_s=0.0001, prefill_tokens_per_s=50_000)
+    assert cost.step_s(100, 0) == pytest.approx(0.05)
+    assert cost.step_s(100, 500) == pytest.approx(0.06)
+    assert cost.step_s(100, 16_384) == pytest.approx(0.05 + 16_384 / 50_000)
+
+
 def test_the_first_in_line_is_never_preempted() -> None:
     engine = small()
     first = engine.start(starting([1] * 10, max_tokens=50))

@@ -198,6 +198,24 @@ def test_a_long_step_gives_signs_of_life_and_says_what_it_computes(tmp_path: Pat
     on_stage(scenario, tmp_path, simulated_runner(cost=slow))
 
 
+def test_the_load_tells_what_steps_took_but_not_the_time_between_them(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        sidecar = await stage.greeted()
+        for slot in (1, 2):
+            sidecar.start(slot, prompt=range(100), max_tokens=5)
+            await sidecar.until_ended(slot)
+            await asyncio.sleep(0.5)
+        seen = len(sidecar.frames)
+        await sidecar.until(lambda: len(sidecar.frames) > seen)
+        load = sidecar.frames[-1].load
+        assert load.engine_steps_total == 10
+        # 8 steps of 10 ms, and 2 of 60 ms with a prefill; the prefix cache saves 96 tokens of one.
+        assert 0.9 * 152_000 < load.steps_us_total < 152_000 + 300_000
+
+    cost = CostModel(step_base_s=0.01, prefill_tokens_per_s=2000)
+    on_stage(scenario, tmp_path, simulated_runner(cost=cost))
+
+
 def test_what_is_aborted_during_a_long_step_ends_before_it(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         sidecar = await stage.greeted()
