@@ -13,6 +13,7 @@ reason of docs/ERRORS.md.
 
 import asyncio
 import random
+import time
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -238,19 +239,18 @@ class GenerationStream:
 
     async def _begin_call(self) -> "_Call":
         """Ask the best frontend for the stream, or for the rest of it."""
-        loop = asyncio.get_running_loop()
         way = self._resumption
         if way.num_calls == 0:
-            self._heard_at = loop.time()
+            self._heard_at = time.monotonic()
             if self._timeout_s is not None:
-                way.deadline_at = loop.time() + self._timeout_s
+                way.deadline_at = time.monotonic() + self._timeout_s
             self._frontend = await self._frontends.first()
         else:
             self._frontend = way.choose(self._frontends.readiness())
         way.call_began()
         self._received.begin_call()
         stub = self._frontends.stub(self._frontend)
-        left_s = None if way.deadline_at is None else way.deadline_at - loop.time()
+        left_s = None if way.deadline_at is None else way.deadline_at - time.monotonic()
         if way.has_started:
             return stub.Resume(self._received.resume_request(), timeout=left_s)
         return stub.Generate(self._request, timeout=left_s)
@@ -259,7 +259,7 @@ class GenerationStream:
         """Take in a message; raises `PROTOCOL_VIOLATION`."""
         received, way = self._received, self._resumption
         received.add(response)
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         is_end = response.HasField("finished")
         if not way.has_started or response.token_ids or response.text or is_end:
             way.output_came()
@@ -296,7 +296,7 @@ class GenerationStream:
             end = resumption.CallEnded(
                 error.reason if error else None, error.retry_after_s if error else None
             )
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         match self._resumption.call_ended(end, self._frontend, now):
             case resumption.Finish():
                 self._is_over = True

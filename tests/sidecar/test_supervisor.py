@@ -93,14 +93,16 @@ def _signal_masks(pid: int) -> dict[str, int]:
     return {name: int(mask, 16) for name, mask in fields if name != "SigQ:"}
 
 
-def test_it_begins_with_no_signal_blocked_or_ignored() -> None:
+def test_it_begins_with_no_signal_blocked_and_none_ignored_by_us() -> None:
     async def scenario(alive: Alive) -> None:
         process = await started(("sleep", "1000"), alive, 1)
         masks, ours = _signal_masks(process.pid), _signal_masks(os.getpid())
         of_libc = 0b11 << 31  # Signals 32 and 33, which no program may touch, but libraries do.
-        of_nohup = ours["SigIgn:"] & 1 << signal.SIGHUP - 1  # Meant for all that it starts.
+        # What whoever started us ignores (nohup, a shell's background) is meant for all below us.
+        of_python = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+        inherited = ours["SigIgn:"] & ~of_python
         assert masks["SigBlk:"] & ~of_libc == 0
-        assert masks["SigIgn:"] & ~(of_libc | of_nohup) == 0
+        assert masks["SigIgn:"] & ~(of_libc | inherited) == 0
         process.kill()
         await process.wait_gone()
 
