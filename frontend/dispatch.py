@@ -64,6 +64,7 @@ class Dispatcher:
         )
         self.clock = clock
         self._is_giving_turns = False
+        self._is_room_news = False
         self._soon: asyncio.Handle | None = None
         self._due: asyncio.TimerHandle | None = None
         self.on_attempt_ended: list[Callable[[Choice, machine.Life, machine.Attempt], None]] = []
@@ -72,7 +73,7 @@ class Dispatcher:
         """Those that wait for a link, by worker."""
         links.on_fate.append(self._fate_changed)
         mesh.on_change.append(self._mesh_changed)
-        quarantine.on_room.append(self._mesh_changed)
+        quarantine.on_room.append(self._room_changed)
         self.on_attempt_ended.append(quarantine.attempt_ended)
         mesh.on_load.append(self._load_reported)
 
@@ -113,6 +114,16 @@ class Dispatcher:
         self.queue.workers(self.mesh.views(), self.clock())
         self._give_turns_soon()
 
+    def _room_changed(self) -> None:
+        """Once for all whom an engine's death concerns, after they are on their way."""
+        if not self._is_room_news:
+            self._is_room_news = True
+            asyncio.get_running_loop().call_soon(self._tell_room)
+
+    def _tell_room(self) -> None:
+        self._is_room_news = False
+        self._mesh_changed()
+
     def _load_reported(self, worker: Worker) -> None:
         if worker.view is not None and worker.load is not None:
             self.queue.reported(worker.view.life, worker.load, worker.load_at)
@@ -133,6 +144,8 @@ class Dispatcher:
                 if turn is None:
                     break
                 turn.key.take_turn(turn.lives)
+                if not self.queue.num_waiting:
+                    break
             else:
                 self._give_turns_soon()
         finally:
