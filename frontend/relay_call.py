@@ -133,6 +133,8 @@ class _Seat:
     wants_logprobs: bool
     started_at: float
     num_prefill_tokens: int
+    engine_incarnation: int
+    """Life of the engine in which the attempt was begun."""
     is_adopting: bool = False
     """It waits to be told that it has the attempt."""
 
@@ -273,6 +275,7 @@ class RelayCall:
             wants_logprobs,
             self._clock(),
             num_prefill_tokens,
+            request.start.engine_incarnation,
         )
         self._sit(seat, vocab_size)
         self._enqueue(request)
@@ -290,7 +293,9 @@ class RelayCall:
         slot = request.adopt.slot = self._next_slot
         token = owner.stream.token  # How fast it begins says nothing about the worker.
         epoch, now = request.adopt.epoch, self._clock()
-        self._sit(_Seat(owner, epoch, token, wants_logprobs, now, 0, is_adopting=True), vocab_size)
+        engine = request.adopt.engine_incarnation
+        seat = _Seat(owner, epoch, token, wants_logprobs, now, 0, engine, is_adopting=True)
+        self._sit(seat, vocab_size)
         self._enqueue(request)
         return slot
 
@@ -608,11 +613,11 @@ class RelayCall:
             self._rows_of_many(frame, now, orders)
         elif num_rows:
             self._rows_of_one(frame, now, orders)
-        orders += [
-            (seat.owner, _ended(seat, ended, now))
-            for ended in frame.ended
-            if (seat := self._leave(ended.slot)) is not None
+        ends = [
+            (seat, ended) for ended in frame.ended if (seat := self._leave(ended.slot)) is not None
         ]
+        self._note_death(ends)
+        orders += [(seat.owner, _ended(seat, ended, now)) for seat, ended in ends]
         orders += [
             (seat.owner, _refused(seat, refused, now))
             for refused in frame.refused
@@ -725,6 +730,18 @@ class RelayCall:
         if len(stream.ledger) - stream.num_sent <= BACKLOG_TOKENS_MAX:  # Else its client is slow.
             latency_s = (now - before[2]) / (offset - before[1])
             self._outliers.inter_token(self._worker.worker_id, latency_s, now)
+
+    def _note_death(self, ends: Sequence[tuple[_Seat, attempt_pb2.AttemptEnded]]) -> None:
+        """Let nobody be placed on an engine that is gone; the verdict which says so comes later."""
+        worker = self._worker
+        if any(
+            ended.failure == worker_pb2.FAILURE_KIND_CRASH
+            and seat.engine_incarnation == worker.engine_incarnation
+            for seat, ended in ends
+        ):
+            worker.engine_state = EngineState.ENGINE_STATE_DEAD
+            worker.detail = "engine dead"
+            self._mesh.refresh(worker)
 
     # Bookkeeping.
 

@@ -270,6 +270,33 @@ def test_forty_streams_survive_together() -> None:
     run(scenario())
 
 
+def test_a_stream_does_not_go_back_to_an_engine_that_died_before_the_verdict_says_so() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with world(sidecar) as it:
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=6, temperature=0)
+            reading = asyncio.create_task(read(stream))
+            await sidecar.until(lambda: sidecar.starts)
+            sidecar.step()
+            (slot,) = sidecar.running
+            del sidecar.running[slot]
+            crash = worker_pb2.FAILURE_KIND_CRASH
+            ended = attempt_pb2.AttemptEnded(slot=slot, end_offset=1, failure=crash)
+            sidecar.say_frame(attempt_pb2.StepFrame(ended=[ended]))
+            await it.until(lambda: not it.frontend.mesh.num_ready(MODEL))
+            assert len(sidecar.starts) == 1
+            sidecar.engine_incarnation += 1
+            sidecar.say_state(worker_pb2.ENGINE_STATE_SERVING)
+            await sidecar.until(lambda: sidecar.running)
+            while sidecar.step() is not None:
+                pass
+            ids, _ = await reading
+            assert ids == reference(PROMPT, 6)
+            assert len(finished(stream).attempts) == len(sidecar.starts) == 2
+
+    run(scenario())
+
+
 def test_late_tokens_of_a_lost_worker_are_dropped() -> None:
     async def scenario() -> None:
         zombie, other = FakeSidecar("w1", step_s=None), FakeSidecar("w2", step_s=None)
