@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss bench bench-edge lock clean
+.PHONY: help demo test check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss bench bench-edge bench-peers lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -76,11 +76,14 @@ bench: .venv/.bench ## Cost and latency of each hop, beside the direct path and 
 bench-edge: .venv/.bench ## The native edge beside grpcio's and Envoy
 	$(BIN)/python -m benchmarks.edge
 
+bench-peers: .venv/.bench ## Both edges beside Envoy, SMG and Dynamo, which it installs into .peers
+	$(BIN)/python -m benchmarks.peers $(if $(SHORT),--short)
+
 lock: ## Choose versions anew (needs uv)
 	requirements/lock.sh
 
 clean: ## Remove what was built and installed
-	rm -rf .venv .run .cache dist unbroken/v1
+	rm -rf .venv .peers .run .cache dist unbroken/v1
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Unbroken needs Python 3.11 or later")'

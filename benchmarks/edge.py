@@ -1,16 +1,18 @@
 """What a token costs at the client edge, ours against grpcio's and Envoy: `make bench-edge`.
 
-The same engine (tokens that are stamps), sidecar and client for all; the client is bare
-(benchmarks/raw_reader.py), so that it holds nobody up. In the same run:
+The same client for all; it is bare (benchmarks/raw_reader.py), so that it holds nobody up. In the
+same run:
 
-    native    the frontend with --edge native
+    direct    an engine of stamps that serves clients itself, over bare HTTP/2
+    native    the frontend with --edge native, a sidecar and an engine of stamps
     grpcio    the frontend with --edge grpcio
     envoy     Envoy as one gRPC hop before the native frontend, on one thread
 
 at 20 ms a step, and as fast as windows allow (flood). CPU is time on a CPU, of all threads of the
 process, per token, after every stream flows: of a frontend it has the ingest from the sidecar in
-it, of Envoy nothing but the hop. Latency is from the engine's step to the client; beyond 40 ms it
-wraps, so that of a path which does not keep up, or floods, is not given.
+it (the sidecar's own is beside it), of Envoy nothing but the hop. Latency is from the engine's step
+to the client; what a path adds is its latency less the direct path's. Beyond 40 ms it wraps, so
+that of a path which does not keep up, or floods, is not given.
 
     python -m benchmarks.edge [--seconds 3]
 """
@@ -18,27 +20,35 @@ wraps, so that of a path which does not keep up, or floods, is not given.
 import argparse
 import asyncio
 import json
-import os
 import sys
 import tempfile
 from asyncio.subprocess import PIPE
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import uvloop
 
+from benchmarks.edge_rows import (
+    STEP_MS,
+    Hop,
+    Load,
+    NotServedError,
+    Row,
+    figures_of,
+    markdown,
+    read,
+)
 from benchmarks.hops import envoy_before
-from benchmarks.stamps import CpuClock
 from unbroken.mesh import LocalMesh
 
-STEP_MS: Final = 20.0
+_START_S_MAX: Final = 30.0
 PACED: Final = ((256, 1), (256, 16), (256, 256), (1024, 1), (1024, 16))
 FLOOD: Final = ((1, 1), (16, 1), (64, 16), (256, 16))
 """Streams and connections."""
-PACED_OF: Final = {"native": PACED, "envoy": PACED, "grpcio": PACED[:3]}
-FLOOD_OF: Final = {"native": FLOOD, "envoy": FLOOD[-1:], "grpcio": FLOOD[-1:]}
+PACED_OF: Final = {"direct": PACED, "native": PACED, "envoy": PACED, "grpcio": PACED[:3]}
+FLOOD_OF: Final = {"direct": FLOOD, "native": FLOOD, "envoy": FLOOD[-1:], "grpcio": FLOOD[-1:]}
 """For each path those that it is tried with: grpcio is full at 256 streams."""
 GRPCIO_SHARE_MAX: Final = 0.3
 """Of the cost per token with the grpcio edge, at 256 streams on one connection."""
@@ -48,28 +58,6 @@ FLOOD_TOKENS_PER_S_MIN: Final = 300_000.0
 """Through one core, at 256 streams over 16 connections."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One path under one load."""
-
-    path: str
-    is_flood: bool
-    streams: int
-    connections: int
-    tokens_per_s: float
-    tokens_per_message: float
-    cpu_us: float
-    latency_ms_p50: float | None
-    latency_ms_p99: float | None
-    rss_mb: float
-
-    @property
-    def name(self) -> str:
-        """What it is called in the figures."""
-        pace = "flood" if self.is_flood else "paced"
-        return f"{self.path} {pace} {self.streams}x{self.connections}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -77,35 +65,36 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     arguments = parser.parse_args()
     rows = uvloop.run(_measure(arguments.seconds))
-    print(_markdown(rows))  # noqa: T201
+    print(markdown(rows))  # noqa: T201
     figures = _figures(rows)
     print(json.dumps(figures))  # noqa: T201 - The line that ends every measurement.
     sys.exit(not figures["ok"])
 
 
 async def _measure(seconds: float) -> list[Row]:
-    rows: list[Row | None] = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         for is_flood, loads_of in ((False, PACED_OF), (True, FLOOD_OF)):
+            step_ms = 0.0 if is_flood else STEP_MS
+            async with bare_engine(step_ms) as (address, pid):
+                rows += await _read(Hop("direct", address, pid), loads_of, seconds, is_flood)
             for edge in ("native", "grpcio"):
                 directory = Path(name) / f"{edge}-{is_flood}"
                 directory.mkdir()
-                async with _mesh(directory, edge, 0.0 if is_flood else STEP_MS) as mesh:
+                async with stamping_mesh(directory, edge, step_ms) as mesh:
+                    (worker,) = mesh.workers.values()
                     address, pid = mesh.frontend_address, mesh.frontend_pid
-                    rows += [
-                        await _read(edge, address, pid, load, seconds, is_flood)
-                        for load in loads_of[edge]
-                    ]
+                    hop = Hop(edge, address, pid, worker.sidecar_pid)
+                    rows += await _read(hop, loads_of, seconds, is_flood)
                     if edge == "native":
                         async with envoy_before(address, directory) as (proxy, proxy_pid):
-                            rows += [
-                                await _read("envoy", proxy, proxy_pid, load, seconds, is_flood)
-                                for load in loads_of["envoy"]
-                            ]
-    return [row for row in rows if row is not None]
+                            hop = Hop("envoy", proxy, proxy_pid)
+                            rows += await _read(hop, loads_of, seconds, is_flood)
+    return rows
 
 
-def _mesh(directory: Path, edge: str, step_ms: float) -> LocalMesh:
+def stamping_mesh(directory: Path, edge: str, step_ms: float) -> LocalMesh:
+    """One frontend, one sidecar, an engine of stamps."""
     socket = directory / "engine.sock"
     engine = f"{sys.executable} -m benchmarks.stamping --socket {socket} --step-ms {step_ms}"
     return LocalMesh(
@@ -117,47 +106,34 @@ def _mesh(directory: Path, edge: str, step_ms: float) -> LocalMesh:
     )
 
 
-async def _read(
-    path: str, address: str, pid: int, load: tuple[int, int], seconds: float, is_flood: bool
-) -> Row | None:
-    """None if not even all streams begin to flow."""
-    streams, connections = load
+@asynccontextmanager
+async def bare_engine(step_ms: float, model: Path | None = None) -> AsyncGenerator[tuple[str, int]]:
+    """The direct path: address and process id."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.raw_reader", address),
-        *("--streams", str(streams), "--connections", str(connections)),
-        *("--seconds", str(seconds)),
+        *(sys.executable, "-m", "benchmarks.bare_engine", "--step-ms", str(step_ms)),
+        *("--model-path", "" if model is None else str(model)),
         stdout=PIPE,
     )
-    assert process.stdout is not None
-    if await process.stdout.readline() != b"begin\n":
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(_START_S_MAX):
+            address = (await process.stdout.readline()).decode().strip()
+        yield address, process.pid
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
-        return None
-    clock = CpuClock(pid)
-    seen = json.loads(await process.stdout.readline())
-    cpu_s = clock.elapsed_s()
-    rss_mb = _rss_mb(pid)
-    await process.wait()
-    if seen["gaps"] or seen["ended"] or not seen["tokens"]:
-        raise RuntimeError(f"{path} {load}: expected unbroken streams, got {seen}")
-    tokens_per_s = seen["tokens"] / seconds
-    keeps_up = not is_flood and tokens_per_s > 0.9 * streams / STEP_MS * 1e3
-    return Row(
-        path=path,
-        is_flood=is_flood,
-        streams=streams,
-        connections=connections,
-        tokens_per_s=tokens_per_s,
-        tokens_per_message=seen["tokens"] / seen["messages"],
-        cpu_us=cpu_s / seen["tokens"] * 1e6,
-        latency_ms_p50=seen["age_ms_p50"] if keeps_up else None,
-        latency_ms_p99=seen["age_ms_p99"] if keeps_up else None,
-        rss_mb=rss_mb,
-    )
 
 
-def _rss_mb(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+async def _read(
+    hop: Hop, loads_of: Mapping[str, Sequence[Load]], seconds: float, is_flood: bool
+) -> Sequence[Row]:
+    """Under each of its loads, less those of which not even all streams begin to flow."""
+    rows: list[Row] = []
+    for load in loads_of[hop.name]:
+        with suppress(NotServedError):
+            rows.append(await read(hop, load, seconds, is_flood=is_flood))
+    return rows
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, object]:
@@ -171,32 +147,8 @@ def _figures(rows: Sequence[Row]) -> dict[str, object]:
         "share_of_envoy_256x1": round(share, 2),
         "aim_share_of_envoy": ENVOY_SHARE_AIM,
         "tokens_per_s_and_core_flood_256x16": round(per_core),
-        "cpu_us": {name: round(us, 2) for name, us in cost.items()},
-        "latency_ms_p50": {row.name: row.latency_ms_p50 for row in rows if row.latency_ms_p50},
-        "latency_ms_p99": {row.name: row.latency_ms_p99 for row in rows if row.latency_ms_p99},
-        "tokens_per_s": {row.name: round(row.tokens_per_s) for row in rows},
-        "rss_mb": {row.name: round(row.rss_mb) for row in rows},
+        **figures_of(rows),
     }
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    lines = [
-        "| path | load | streams x connections | tokens/s | tokens a message | CPU µs a token "
-        "| latency ms p50 / p99 | RSS MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        latency = (
-            "-"
-            if row.latency_ms_p50 is None
-            else f"{row.latency_ms_p50:.2f} / {row.latency_ms_p99:.2f}"
-        )
-        lines.append(
-            f"| {row.path} | {'flood' if row.is_flood else '20 ms'} "
-            f"| {row.streams} x {row.connections} | {row.tokens_per_s:,.0f} "
-            f"| {row.tokens_per_message:.1f} | {row.cpu_us:.1f} | {latency} | {row.rss_mb:.0f} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -266,7 +266,13 @@ def _content(path: Path) -> str:
 
 def _envoy_config(upstream: str) -> object:
     host, port = upstream.rsplit(":", 1)
-    http2 = {"http2_protocol_options": {"max_concurrent_streams": 10_000}}
+    # Its protection against floods of frames would take a flood of tokens for one.
+    http2 = {
+        "http2_protocol_options": {
+            "max_concurrent_streams": 10_000,
+            "max_outbound_frames": 10_000_000,
+        }
+    }
     return {
         "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}},
         "static_resources": {

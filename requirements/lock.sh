@@ -10,3 +10,7 @@ lock pyproject.toml --extra llama --group build --output-file requirements/run.t
 lock pyproject.toml --extra llama --extra gpu --group dev --output-file requirements/dev.txt
 lock --no-deps requirements/model.in --output-file requirements/model.txt
 lock --no-deps requirements/bench.in --output-file requirements/bench.txt
+lock requirements/peer-smg.in --output-file requirements/peer-smg.txt
+# aisimulate is not to be had from a package registry, and nothing measured here needs it.
+lock requirements/peer-dynamo.in --overrides requirements/peer-dynamo.overrides \
+    --output-file requirements/peer-dynamo.txt
