@@ -1,10 +1,15 @@
-"""`python -m frontend`: exits with 0 after SIGTERM, with 1 if it cannot start."""
+"""`python -m frontend`: exits with 0 after SIGTERM, with 1 if it cannot start.
+
+With several processes also with 1 if one of them did not stop in order, and with 3 if each crashes
+in a loop.
+"""
 
 import sys
 
 import uvloop
 
 from frontend.config import FrontendConfig
+from frontend.processes import parent
 from frontend.service import serve
 from unbroken import log
 from unbroken.config import load
@@ -18,6 +23,8 @@ def main() -> None:
     logger = log.get_logger(__name__)
     logger.info("configuration", **config.effective())
     try:
+        if config.processes > 1:
+            sys.exit(uvloop.run(parent.serve(config, sys.argv[1:])))
         uvloop.run(serve(config))
     except (OSError, UnbrokenError) as error:
         logger.error("frontend cannot start", detail=str(error))

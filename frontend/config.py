@@ -97,6 +97,9 @@ class FrontendConfig(ProcessConfig):
     """For how long a request that was stopped so is refused when it is asked again."""
     edge: Literal["grpcio", "native"] = "grpcio"
     """What serves clients: grpcio, or the HTTP/2 server of docs/decisions/edge.md."""
+    processes: int = Field(1, ge=1, le=64)
+    """Processes that serve the port together, each a frontend with links and limits of its own
+    (native edge; docs/decisions/processes.md)."""
     edge_connections_max: int = Field(_EDGE.connections_max, ge=1)
     """Native edge: client connections at once; those beyond are closed at once."""
     edge_streams_max: int = Field(_EDGE.streams_max, ge=1, le=2**31 - 1)
@@ -163,6 +166,15 @@ class FrontendConfig(ProcessConfig):
             raise ValueError("expected tls_certificate and tls_key together")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("expected tls_certificate with tls_client_ca")
+        return self
+
+    @model_validator(mode="after")
+    def _port_can_be_shared(self) -> "FrontendConfig":
+        if self.processes > 1 and self.edge != "native":
+            raise ValueError(
+                f"expected edge native with processes above 1, got {self.edge} and "
+                f"{self.processes}: grpcio takes no connections that were accepted elsewhere"
+            )
         return self
 
     @property

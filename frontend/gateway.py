@@ -7,16 +7,17 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Final, NoReturn
+from typing import Final, Protocol
 
 from frontend import admission
 from frontend.admission import Admitted, Decided, Envelope, Model
 from frontend.dispatch import Dispatcher
 from frontend.mesh_view import MeshView
-from frontend.reading import Reader, Readers
+from frontend.processes.claims import Elsewhere
+from frontend.reading import Reader, Readers, Reading
 from frontend.requests import Request, Requests
 from frontend.resume_token import (
     Keyring,
@@ -31,10 +32,6 @@ from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.outcome import ContinuationPolicy
 from unbroken.v1 import inference_service_pb2 as pb
 
-REQUEST_ID_KEY: Final = "unbroken-request-id"
-CLASS_KEY: Final = "unbroken-continuation-class"
-"""Initial metadata of `Generate`."""
-
 LONG_TEXT_BYTES: Final = 64 * 1024
 """Longer texts are tokenised in a thread: it takes about 1 ms per 10 KB."""
 
@@ -48,6 +45,26 @@ class GatewayLimits:
     deadline_margin_s: float = 0.02
     """So long before the client's deadline a stream ends, so that the client still hears why."""
     resume_token_lifetime_s: float = 3600.0
+
+
+class Inference(Protocol):
+    """What edges serve: a `Gateway`, or several processes as one (`processes.whole`)."""
+
+    async def generate(
+        self, request: pb.GenerateRequest, remaining_s: float | None, on_news: Callable[[], None]
+    ) -> Reading: ...
+
+    async def resume(
+        self, request: pb.ResumeRequest, remaining_s: float | None, on_news: Callable[[], None]
+    ) -> Reading: ...
+
+    async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse: ...
+
+    async def get_stream(self, request: pb.GetStreamRequest) -> pb.GetStreamResponse: ...
+
+    async def list_streams(self, request: pb.ListStreamsRequest) -> pb.ListStreamsResponse: ...
+
+    def list_models(self) -> pb.ListModelsResponse: ...
 
 
 class Gateway:
@@ -108,12 +125,15 @@ class Gateway:
     ) -> Reader:
         """Admit a request. The client waits for so long; `on_news` says when to poll.
 
-        Whoever has the reader MUST close it. Raises `UnbrokenError`.
+        Whoever has the reader MUST close it. Raises `UnbrokenError`, and `Elsewhere` if another
+        process of this frontend has the request.
         """
         arrived_at, deadline_at = self._times(remaining_s)
         await self._turn()
         try:
             running = await self._admit(request, arrived_at, deadline_at)
+        except Elsewhere:
+            raise
         except UnbrokenError as error:
             self._metrics.requests_refused.labels(error.reason.value).inc()
             raise
@@ -130,28 +150,33 @@ class Gateway:
         await self._turn()
         try:
             running = await self._resume(request, arrived_at, deadline_at)
+        except Elsewhere:
+            raise
         except UnbrokenError as error:
             self._metrics.requests_refused.labels(error.reason.value).inc()
             raise
         return self._readers.open(running, arrived_at=arrived_at, on_news=on_news)
 
-    def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
+    async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
         """Raises `UnbrokenError`."""
-        if not request.request_id:
-            _refuse_empty_id(request.request_id)
-        was_running = self._requests.cancel(
-            request.request_id, tenant=request.tenant, soft=request.soft
-        )
-        return pb.CancelResponse(was_running=was_running)
+        check_request_id(request.request_id)
+        return pb.CancelResponse(was_running=bool(self.cancel_here(request)))
 
-    def get_stream(self, request: pb.GetStreamRequest) -> pb.GetStreamResponse:
+    def cancel_here(self, request: pb.CancelRequest) -> Set[tuple[str, str]]:
+        """Cancel what is in this process; returns tenants and ids of those that ran."""
+        return self._requests.cancel(request.request_id, tenant=request.tenant, soft=request.soft)
+
+    def cancel_below(self, parents: Set[tuple[str, str]], *, soft: bool) -> Set[tuple[str, str]]:
+        """As `cancel_here`, for what is below requests of other processes."""
+        return self._requests.cancel_below(parents, soft=soft)
+
+    async def get_stream(self, request: pb.GetStreamRequest) -> pb.GetStreamResponse:
         """Raises `UnbrokenError`."""
-        if not request.request_id:
-            _refuse_empty_id(request.request_id)
+        check_request_id(request.request_id)
         stream = self._requests.get(request.request_id, tenant=request.tenant)
         return pb.GetStreamResponse(stream=stream)
 
-    def list_streams(self, request: pb.ListStreamsRequest) -> pb.ListStreamsResponse:
+    async def list_streams(self, request: pb.ListStreamsRequest) -> pb.ListStreamsResponse:
         """Raises `UnbrokenError`."""
         streams, next_page_token = self._requests.page(request.page_size, request.page_token)
         return pb.ListStreamsResponse(streams=streams, next_page_token=next_page_token)
@@ -334,7 +359,11 @@ class Gateway:
             )
         except Mismatch as mismatch:
             raise _resume_mismatch(mismatch) from mismatch
-        self._requests.add(running)
+        try:
+            self._requests.add(running)
+        except UnbrokenError:
+            running.close()
+            raise
         self._metrics.requests_started.inc()
         return running
 
@@ -362,15 +391,6 @@ class Gateway:
         return info
 
 
-def initial_metadata(reader: Reader) -> tuple[tuple[str, str], ...]:
-    """What clients are told before the first message."""
-    request = reader.request
-    return (
-        (REQUEST_ID_KEY, request.request_id),
-        (CLASS_KEY, request.admitted.continuation_class.name),
-    )
-
-
 def _positions(given: Sequence[pb.ResumePosition], num_choices: int) -> Sequence[pb.ResumePosition]:
     """One per choice."""
     by_choice = {one.choice_index: one for one in given}
@@ -395,5 +415,7 @@ def _resume_mismatch(mismatch: Mismatch) -> UnbrokenError:
     return UnbrokenError(Reason.RESUME_MISMATCH, f"{mismatch}")
 
 
-def _refuse_empty_id(request_id: str) -> NoReturn:
-    raise admission.InvalidField("request_id", "the id of a request", request_id)
+def check_request_id(request_id: str) -> None:
+    """Raises `InvalidField` if there is none."""
+    if not request_id:
+        raise InvalidField("request_id", "the id of a request", request_id)

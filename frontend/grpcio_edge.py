@@ -9,8 +9,8 @@ import grpc.aio
 from typing_extensions import override
 
 from frontend import summaries
-from frontend.gateway import Gateway, initial_metadata
-from frontend.reading import Reader
+from frontend.gateway import Inference
+from frontend.reading import Reading
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import inference_service_pb2_grpc as pb_grpc
 
@@ -20,7 +20,7 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class GrpcioEdge(pb_grpc.InferenceServiceServicer):
     """The service."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Inference) -> None:
         self._gateway = gateway
 
     @override
@@ -45,19 +45,19 @@ class GrpcioEdge(pb_grpc.InferenceServiceServicer):
 
     @override
     async def Cancel(self, request: pb.CancelRequest, context: _Context) -> pb.CancelResponse:
-        return self._gateway.cancel(request)
+        return await self._gateway.cancel(request)
 
     @override
     async def GetStream(
         self, request: pb.GetStreamRequest, context: _Context
     ) -> pb.GetStreamResponse:
-        return self._gateway.get_stream(request)
+        return await self._gateway.get_stream(request)
 
     @override
     async def ListStreams(
         self, request: pb.ListStreamsRequest, context: _Context
     ) -> pb.ListStreamsResponse:
-        return self._gateway.list_streams(request)
+        return await self._gateway.list_streams(request)
 
     @override
     async def ListModels(
@@ -67,12 +67,12 @@ class GrpcioEdge(pb_grpc.InferenceServiceServicer):
 
 
 async def _messages(
-    opening: Awaitable[Reader], has_news: asyncio.Event, context: _Context
+    opening: Awaitable[Reading], has_news: asyncio.Event, context: _Context
 ) -> AsyncGenerator[pb.GenerateResponse]:
     """What a call is told, from `started` to `finished`; raises what it failed of."""
     reader = await opening
     try:
-        await context.send_initial_metadata(initial_metadata(reader))
+        await context.send_initial_metadata(tuple(reader.initial_metadata))
         while True:
             has_news.clear()
             for output in reader.poll():

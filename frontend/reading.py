@@ -14,7 +14,7 @@ reader a request ends, unless its client asked to be waited for (`reader_grace`)
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from frontend import summaries
 from frontend.dispatch import Choice, nobody
@@ -27,6 +27,10 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
 from unbroken.v1 import inference_service_pb2 as pb
 
+REQUEST_ID_KEY: Final = "unbroken-request-id"
+CLASS_KEY: Final = "unbroken-continuation-class"
+"""Initial metadata of `Generate` and `Resume`."""
+
 _log = log.get_logger(__name__)
 
 
@@ -37,6 +41,31 @@ class Output(NamedTuple):
     piece: Piece
     resume_token: bytes
     """Goes with the first of its messages."""
+
+
+class Reading(Protocol):
+    """What an edge needs of whatever it reads a request from; `Reader` says what each means."""
+
+    @property
+    def initial_metadata(self) -> Sequence[tuple[str, str]]: ...
+
+    @property
+    def is_over(self) -> bool: ...
+
+    @property
+    def error(self) -> UnbrokenError | None: ...
+
+    @property
+    def is_current(self) -> bool: ...
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def poll(self) -> Sequence[Output | pb.GenerateResponse]: ...
+
+    def sent(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Readers:
@@ -222,9 +251,23 @@ class Reader:
         request.begin()
 
     @property
+    def initial_metadata(self) -> Sequence[tuple[str, str]]:
+        """What clients are told before the first message."""
+        request = self.request
+        return (
+            (REQUEST_ID_KEY, request.request_id),
+            (CLASS_KEY, request.admitted.continuation_class.name),
+        )
+
+    @property
     def is_current(self) -> bool:
         """Whether no later call reads the request."""
         return self.request.reader == self._number
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the request has ended."""
+        return self.request.is_done
 
     def poll(self) -> list[Output | pb.GenerateResponse]:
         """All that is new, in its order. What it returned before MUST have been `sent`."""

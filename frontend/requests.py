@@ -7,13 +7,14 @@ import heapq
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Final
 
 from frontend import resume_token, summaries
 from frontend import stream as machine
 from frontend.admission import Admitted, Envelope
 from frontend.dispatch import Choice, Dispatcher, News
+from frontend.processes.claims import Claims
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.v1 import generation_pb2
 from unbroken.v1 import inference_service_pb2 as pb
@@ -82,7 +83,8 @@ class Request:
         """Set when a choice has output or is done."""
         self.sequence = 0
         """Place in the order of admission; set by `Requests.add`."""
-        self._admitted_at_ns = time.time_ns()
+        self.admitted_at_ns = time.time_ns()
+        """Nanoseconds since 1970; of no other request of this process."""
         self._is_cancelled_softly = False
         self._timers: list[asyncio.TimerHandle] = []
         self._dispatcher = dispatcher
@@ -257,7 +259,7 @@ class Request:
             ],
             attempts=self._attempts(),
         )
-        info.admitted_at.FromNanoseconds(self._admitted_at_ns)
+        info.admitted_at.FromNanoseconds(self.admitted_at_ns)
         return info
 
     def finished(self) -> pb.StreamFinished:
@@ -304,8 +306,16 @@ class _OtherChoiceFailed(UnbrokenError):  # noqa: N818 - it names what happened.
 class Requests:
     """All requests, by id."""
 
-    def __init__(self, *, running_max: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        running_max: int,
+        claims: Claims | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`claims` are those of this process, if the frontend has several."""
         self._running_max = running_max
+        self._claims = claims
         self._clock = clock
         self._running: dict[tuple[str, str], Request] = {}
         """By tenant and request id."""
@@ -314,7 +324,7 @@ class Requests:
         self._complete: OrderedDict[tuple[str, str], tuple[float, Request]] = OrderedDict()
         """When and what can be told again, by tenant and request id, in the order of their ends."""
         self._complete_tokens = 0
-        self._sequences = itertools.count(1)
+        self._last_sequence = 0
         self._empty = asyncio.Event()
         """Set while nothing runs."""
         self._empty.set()
@@ -326,7 +336,8 @@ class Requests:
     def find(self, envelope: Envelope, digest: bytes) -> Request | None:
         """The equal request, if it runs or is complete since not long ago.
 
-        Raises REQUEST_EXISTS if another one runs under its id.
+        Raises REQUEST_EXISTS if another one runs under its id, and `Elsewhere` if another process
+        of this frontend has it.
         """
         self._prune()
         key = envelope.tenant, envelope.request_id
@@ -340,7 +351,11 @@ class Requests:
                 )
             return running
         _, complete = self._complete.get(key, (0.0, None))
-        return complete if complete is not None and complete.digest == digest else None
+        if complete is not None and complete.digest == digest:
+            return complete
+        if self._claims is not None:
+            self._claims.check(key)
+        return None
 
     def check_room(self) -> None:
         """Raises OVERLOADED if no request can be added now."""
@@ -352,12 +367,18 @@ class Requests:
             )
 
     def add(self, request: Request) -> None:
-        """A request was admitted, which `find` did not know; raises as `check_room`."""
+        """A request was admitted, which `find` did not know; raises as `check_room`.
+
+        Raises `Elsewhere` if another process has admitted it meanwhile.
+        """
         assert request.key not in self._running, "who is found is joined"
         self.check_room()
-        self._forget_complete(request.key)
-        request.sequence = next(self._sequences)
+        if self._claims is not None:
+            self._claims.take(request.key)
+        self._last_sequence = max(self._last_sequence + 1, request.admitted_at_ns)
+        request.sequence = request.admitted_at_ns = self._last_sequence
         self._running[request.key] = request
+        self._forget_complete(request.key)
         self._empty.clear()
 
     def remove(self, request: Request) -> None:
@@ -369,6 +390,7 @@ class Requests:
         if all(outcome is not None and outcome.error is None for outcome in outcomes):
             self._complete[request.key] = (now, request)
             self._complete_tokens += request.num_tokens
+        self._release(request.key)
         self._prune()
         if not self._running:
             self._empty.set()
@@ -382,8 +404,8 @@ class Requests:
             return False
         return True
 
-    def cancel(self, request_id: str, *, tenant: str, soft: bool) -> bool:
-        """Cancel the requests of that name and those below them; whether any was running.
+    def cancel(self, request_id: str, *, tenant: str, soft: bool) -> Set[tuple[str, str]]:
+        """Cancel the requests of that name and those below them; returns those that were running.
 
         Those of every tenant, unless one is named.
         """
@@ -393,6 +415,15 @@ class Requests:
             if request_id in (one.request_id, one.admitted.envelope.parent_request_id)
             and tenant in ("", one.key[0])
         ]
+        return self._cancel_all(doomed, soft=soft)
+
+    def cancel_below(self, parents: Set[tuple[str, str]], *, soft: bool) -> Set[tuple[str, str]]:
+        """Cancel the requests below others, which are elsewhere; returns those that ran."""
+        doomed = [one for one in self._running.values() if one.parent_key in parents]
+        return self._cancel_all(doomed, soft=soft)
+
+    def _cancel_all(self, doomed: list[Request], *, soft: bool) -> Set[tuple[str, str]]:
+        """Cancel these and those below them; returns the keys of all."""
         parents = {one.key for one in doomed}
         while parents:
             children = [
@@ -408,7 +439,7 @@ class Requests:
                 request.cancel_softly(error)
             else:
                 request.cancel(error)
-        return bool(doomed)
+        return {one.key for one in doomed}
 
     def hand_over_all(self, error: UnbrokenError) -> None:
         """End everything that runs here; whoever resumes it elsewhere finds it at its workers."""
@@ -448,7 +479,7 @@ class Requests:
         found = heapq.nsmallest(page_size + 1, rest, key=lambda entry: entry[0])
         page = found[:page_size]
         streams = [one.info() if isinstance(one, Request) else one for _, one in page]
-        return streams, _write_token(page[-1][0]) if len(found) > page_size else ""
+        return streams, page_token_after(page[-1][0]) if len(found) > page_size else ""
 
     def _prune(self) -> None:
         now = self._clock()
@@ -476,10 +507,19 @@ class Requests:
         _, request = self._complete.pop(key, (0.0, None))
         if request is not None:
             self._complete_tokens -= request.num_tokens
+            self._release(key)
+
+    def _release(self, key: tuple[str, str]) -> None:
+        """Let other processes have the request, unless it is here still."""
+        if self._claims is not None and key not in self._running and key not in self._complete:
+            self._claims.release(key)
 
 
-def _write_token(sequence: int) -> str:
-    """Opaque to callers: the place after which the next page begins."""
+def page_token_after(sequence: int) -> str:
+    """Opaque to callers: the place in the order of admission after which the next page begins.
+
+    It is a time, so it means the same in all processes of a frontend.
+    """
     return base64.urlsafe_b64encode(f"v1:{sequence}".encode()).decode()
 
 

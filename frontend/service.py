@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from random import SystemRandom
@@ -14,13 +15,14 @@ from frontend.config import FrontendConfig
 from frontend.dispatch import Choice, Dispatcher
 from frontend.edge.native import NativeEdge
 from frontend.failure_detector import DetectorLimits
-from frontend.gateway import Gateway, GatewayLimits
+from frontend.gateway import Gateway, GatewayLimits, Inference
 from frontend.grpcio_edge import GrpcioEdge
 from frontend.links import Links
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
 from frontend.outlier_watch import OutlierWatch
 from frontend.outliers import OutlierLimits, Outliers
+from frontend.processes.child import Family, Place
 from frontend.quarantine import Quarantine
 from frontend.query_of_death import Queries, QueryLimits
 from frontend.relay_call import FrontendIdentity, LinkLimits
@@ -53,10 +55,15 @@ class Frontend:
         config: FrontendConfig,
         *,
         where: Discovery | None = None,
+        place: Place | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`where` is the discovery of the configuration, unless given."""
+        """`where` is the discovery of the configuration, unless given; `place` says which of the
+        frontend's processes this is, if it has several.
+        """
         self._config = config
+        self._place = place
+        self._family: Family | None = None
         self._clock = clock
         self._discovery = where or discovery.connect(config.discovery)
         self.registry = metrics.new_registry()
@@ -75,6 +82,7 @@ class Frontend:
     async def start(self) -> None:
         """Serve, then join the mesh. Raises OSError if an address is taken."""
         config = self._config
+        family = self._family = None if self._place is None else Family(self._place)
         incarnation = await self._discovery.new_incarnation(FRONTENDS, config.frontend_id)
         identity = FrontendIdentity(config.frontend_id, incarnation)
         keys = ResumeKeys(
@@ -146,7 +154,11 @@ class Frontend:
             clock=self._clock,
         )
         dispatcher.on_attempt_ended.insert(0, self._attempt_ended)
-        self.requests = Requests(running_max=config.requests_running_max, clock=self._clock)
+        self.requests = Requests(
+            running_max=config.requests_running_max,
+            claims=None if family is None else family.claims,
+            clock=self._clock,
+        )
         self._gateway = Gateway(
             config.frontend_id,
             self.mesh,
@@ -179,17 +191,19 @@ class Frontend:
         self._server = make_server(
             keepalive=Keepalive(config.client_ping_interval_s, config.client_ping_timeout_s)
         )
+        served: Inference = self._gateway
+        admin = served_admin = Admin(self.mesh, self._links, outliers, clock=self._clock)
+        if family is not None:
+            served, served_admin = family.whole(self._gateway), family.whole_admin(admin)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-            GrpcioEdge(self._gateway), self._server
+            GrpcioEdge(served), self._server
         )
-        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
-            Admin(self.mesh, self._links, outliers, clock=self._clock), self._server
-        )
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(served_admin, self._server)
         self.health = add_health(self._server, [INFERENCE_SERVICE, ADMIN_SERVICE])
         if config.edge == "native":
             self.edge = NativeEdge.before(
                 self._server,
-                self._gateway,
+                served,
                 config.edge_limits,
                 counted,
                 tls=config.tls,
@@ -197,11 +211,14 @@ class Frontend:
             )
         else:
             self.address = listen(self._server, config.listen, tls=config.tls)
-        if config.metrics_listen is not None:
+        if config.metrics_listen is not None and family is None:
             host, port = split_address(config.metrics_listen)
             self._metrics_server = metrics.serve(self.registry, host, port)
         await self._server.start()
-        if self.edge is not None:
+        if family is not None:
+            await family.start(self._gateway, admin, self.requests, self.registry)
+            self.address = family.place.address
+        elif self.edge is not None:
             self.address = await self.edge.start(config.listen)
         self.health.set_all(is_serving=True)
         for name in ("readiness", "liveness"):
@@ -212,6 +229,8 @@ class Frontend:
         )
         self._watching = asyncio.create_task(self._watch.run(), name="watch outliers")
         self._registration = await self._discovery.register(FRONTENDS, self._record(identity))
+        if family is not None:
+            family.receive(self._take)
         _log.info("frontend serves", address=self.address, incarnation=incarnation)
 
     async def wait(self) -> None:
@@ -236,9 +255,13 @@ class Frontend:
         if not await self.requests.until_none(grace_s):
             self.cut_short()
             await self.requests.until_none(CANCELLED_GRACE_S)
+        if self._family is not None:
+            await self._family.until_none(CANCELLED_GRACE_S)
         await self._gateway.close()
         if self.edge is not None:
             await self.edge.stop()
+        if self._family is not None:
+            await self._family.stop()
         await self._server.stop(None)
         for task in (self._following, self._watching):
             if task is not None:
@@ -255,6 +278,11 @@ class Frontend:
     def cut_short(self) -> None:
         """End all running streams; their clients are told why."""
         self.requests.hand_over_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
+
+    async def _take(self, connection: socket.socket) -> asyncio.Future[None]:
+        """Serve a connection that the parent accepted; what is done when it is closed."""
+        assert self.edge is not None, "only the native edge takes connections"
+        return (await self.edge.take(connection)).closed
 
     def _attempt_ended(self, choice: Choice, life: Life, attempt: Attempt) -> None:
         # An engine that fails at what others failed at has not shown that it is bad.
@@ -278,7 +306,12 @@ class Frontend:
             self.health.set(f"model/{name}", is_serving=is_serving)
 
 
-async def serve(config: FrontendConfig) -> None:
+async def serve(
+    config: FrontendConfig,
+    *,
+    place: Place | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
     """Run a frontend until SIGTERM or SIGINT; a second signal cuts the streams short."""
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
@@ -289,8 +322,9 @@ async def serve(config: FrontendConfig) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, receive)
-    frontend = Frontend(config)
+    frontend = Frontend(config, place=place)
     await frontend.start()
+    on_ready()
     # What the start made lives as long as the process. A full collection that looks at it takes
     # 10 to 20 ms, in which every stream would stand still.
     gc.collect()

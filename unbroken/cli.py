@@ -49,6 +49,13 @@ class EngineKind(StrEnum):
     SIMULATED = "simulated"
 
 
+class Edge(StrEnum):
+    """What serves the clients of a frontend."""
+
+    GRPCIO = "grpcio"
+    NATIVE = "native"
+
+
 class KillTarget(StrEnum):
     """What of a worker is killed."""
 
@@ -85,11 +92,19 @@ def up(
     listen: Annotated[
         str, typer.Option(help="host:port of the first frontend; others take the next ports.")
     ] = "127.0.0.1:0",
+    edge: Annotated[Edge | None, typer.Option(help="What serves clients.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Of each frontend; several: native edge.")
+    ] = None,
     restart: Annotated[bool, typer.Option(help="Start processes again that end.")] = True,
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Run a mesh on this machine until Ctrl-C: frontends, and workers with their sidecars."""
+    if processes is not None and processes > 1:
+        if edge is Edge.GRPCIO:
+            raise typer.BadParameter("--processes: expected --edge native with more than one")
+        edge = Edge.NATIVE
     try:
         mesh = LocalMesh(
             directory.absolute(),
@@ -98,6 +113,10 @@ def up(
             engine=engine.value,
             engine_options=engine_options,
             frontend_listen=listen,
+            frontend_flags=[
+                *(("--edge", edge.value) if edge else ()),
+                *(("--processes", str(processes)) if processes else ()),
+            ],
         )
     except ValueError as error:
         raise typer.BadParameter(f"--listen: expected {error}, got {listen!r}") from None
@@ -431,7 +450,8 @@ async def _connect(frontends: Sequence[str] | None, directory: Path) -> Client:
     """A client of the frontends that are named, or else of those that discovery knows."""
     if not frontends:
         found = await discovery.connect(directory).snapshot(discovery.FRONTENDS)
-        frontends = [record.address for record in found.values()]
+        # The processes of a frontend have one address.
+        frontends = list(dict.fromkeys(record.address for record in found.values()))
     if not frontends:
         raise UnbrokenError(
             Reason.UNREACHABLE,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from frontend import gateway, summaries
+from frontend import summaries
 from frontend.edge import encoding
 from frontend.edge.frames import ErrorCode
 from frontend.edge.headers import Fields, Request
@@ -24,7 +24,7 @@ from frontend.edge.messages import (
     timeout_s,
     trailers,
 )
-from frontend.reading import Output, Reader
+from frontend.reading import Output, Reading
 from unbroken import log, status
 from unbroken.errors import UnbrokenError
 from unbroken.v1 import inference_service_pb2 as pb
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ANSWER_FIELDS: Final[Fields] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 
-Open: TypeAlias = Callable[[bytes, float | None, Callable[[], None]], Awaitable[Reader]]
+Open: TypeAlias = Callable[[bytes, float | None, Callable[[], None]], Awaitable[Reading]]
 """Leads from a request, the time its client waits, and whom to tell of news to a reader."""
 
 _log = log.get_logger(__name__)
@@ -82,7 +82,7 @@ class StreamingCall:
         self._message: bytes | None = None
         self._num_held = 0
         self._task: asyncio.Task[None] | None = None
-        self._reader: Reader | None = None
+        self._reader: Reading | None = None
         self._is_leaving = False
         """What was polled last waits for the client's window."""
 
@@ -123,7 +123,7 @@ class StreamingCall:
             self._end(status.translated(error, self._path))
         else:
             self._reader = reader
-            fields = [*ANSWER_FIELDS, *fields_of(gateway.initial_metadata(reader))]
+            fields = [*ANSWER_FIELDS, *fields_of(tuple(reader.initial_metadata))]
             connection.send_headers(stream_id, fields)
             self._has_news()
         self._server.touch(self.client)
@@ -148,7 +148,7 @@ class StreamingCall:
         connection, stream_id = self.client.connection, self.stream_id
         is_held_up = self.client.is_paused or not connection.has_room(stream_id)
         # An end is sent at once: it frees all but what the client has not read.
-        if is_held_up and not reader.request.is_done and reader.is_current:
+        if is_held_up and not reader.is_done and reader.is_current:
             if self.client.is_paused:
                 self.client.waiting[self] = None
             else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.descriptor_pool import Default
 
 from frontend.edge.calls import ANSWER_FIELDS
 from frontend.edge.headers import Request
@@ -49,6 +50,7 @@ class ForwardedCall:
         self._body = MessageReader(request, server.limits.request_bytes_max)
         self._inbox: deque[bytes] = deque()
         self._has_ended = False
+        self._has_message = False
         self._num_owed = 0
         """Bytes that the client may send again once the inbox is empty."""
         self._has_input = asyncio.Event()
@@ -65,8 +67,12 @@ class ForwardedCall:
         """A piece of the request. Raises `Refused`."""
         self._inbox += self._body.feed(data)
         self._num_owed += len(data)
+        self._has_message = self._has_message or bool(self._inbox)
         if ends:
             self._body.finish()
+            if not self._has_message and self._takes_one_message():
+                # The server behind would wait for it for ever.
+                raise Refused(Code.INTERNAL, "expected one message, got none")
             self._has_ended = True
         if self._inbox or ends:
             self._has_input.set()
@@ -152,6 +158,15 @@ class ForwardedCall:
                 await self._has_input.wait()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # The call is over; whoever reads it learns why.
+
+    def _takes_one_message(self) -> bool:
+        """Whether the method is known, and is called with one message and not with many."""
+        service, _, name = self._path[1:].partition("/")
+        try:
+            methods = Default().FindServiceByName(service).methods_by_name
+        except KeyError:
+            return False
+        return name in methods and not methods[name].client_streaming
 
     def _repay(self) -> None:
         num_owed, self._num_owed = self._num_owed, 0

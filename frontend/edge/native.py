@@ -1,32 +1,31 @@
 """The native edge as a whole: one port for all, with the gRPC server behind it."""
 
-import shutil
-import tempfile
+import socket
 from collections.abc import Callable, Collection
-from pathlib import Path
 
 import grpc.aio
 
 from frontend.edge.limits import EdgeLimits
 from frontend.edge.server import ClientConnection, EdgeObserver, EdgeServer
 from frontend.edge.tls import server_context
-from frontend.gateway import Gateway
+from frontend.gateway import Inference
+from unbroken.scratch import Scratch
 from unbroken.transport import TlsFiles, listen_locally, open_channel
 
 
 class NativeEdge:
     """Serves Generate and Resume itself, and all other calls through a gRPC server."""
 
-    def __init__(self, server: EdgeServer, channel: grpc.aio.Channel, directory: Path) -> None:
+    def __init__(self, server: EdgeServer, channel: grpc.aio.Channel, scratch: Scratch) -> None:
         self._server = server
         self._channel = channel
-        self._directory = directory
+        self._scratch = scratch
 
     @classmethod
     def before(
         cls,
         server: grpc.aio.Server,
-        gateway: Gateway,
+        gateway: Inference,
         limits: EdgeLimits,
         observer: EdgeObserver,
         *,
@@ -36,10 +35,10 @@ class NativeEdge:
         """An edge before a server that listens nowhere yet. Raises OSError."""
         context = None if tls is None else server_context(tls.certificate, tls.key, tls.client_ca)
         # Nobody else may come in by this door: the directory is this user's alone.
-        directory = Path(tempfile.mkdtemp(prefix="unbroken-edge-"))
-        channel = open_channel(listen_locally(server, directory / "grpc.sock"))
+        scratch = Scratch("unbroken-edge-")
+        channel = open_channel(listen_locally(server, scratch.path / "grpc.sock"))
         edge = EdgeServer(gateway, channel, limits, observer, tls=context, clock=clock)
-        return cls(edge, channel, directory)
+        return cls(edge, channel, scratch)
 
     @property
     def clients(self) -> Collection[ClientConnection]:
@@ -59,6 +58,10 @@ class NativeEdge:
             await self.stop()
             raise
 
+    async def take(self, connection: socket.socket) -> ClientConnection:
+        """Serve a connection that was accepted elsewhere. Raises OSError, also of TLS."""
+        return await self._server.take(connection)
+
     def drain(self) -> None:
         """Ask clients to open no more streams on the connections that they have."""
         self._server.drain()
@@ -67,4 +70,4 @@ class NativeEdge:
         """Close all connections."""
         await self._server.stop()
         await self._channel.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._scratch.close()

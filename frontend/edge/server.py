@@ -32,8 +32,8 @@ from frontend.edge.forwarding import ForwardedCall
 from frontend.edge.frames import ErrorCode
 from frontend.edge.limits import EdgeLimits
 from frontend.edge.messages import Code, Refused, http_status, trailers
-from frontend.gateway import Gateway
-from frontend.reading import Reader
+from frontend.gateway import Inference
+from frontend.reading import Reading
 from unbroken import log
 from unbroken.config import split_address
 from unbroken.v1 import inference_service_pb2 as pb
@@ -90,7 +90,7 @@ class EdgeServer:
 
     def __init__(
         self,
-        gateway: Gateway,
+        gateway: Inference,
         behind: grpc.aio.Channel,
         limits: EdgeLimits,
         observer: EdgeObserver,
@@ -132,6 +132,18 @@ class EdgeServer:
         bound = cast("tuple[str, int]", self._server.sockets[0].getsockname())[1]
         return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
 
+    async def take(self, connection: socket.socket) -> "ClientConnection":
+        """Serve a connection that was accepted elsewhere. Raises OSError, also of TLS."""
+        # As for those that are accepted here.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _, client = await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: ClientConnection(self),
+            connection,
+            ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else self.limits.handshake_timeout_s,
+        )
+        return client
+
     def drain(self) -> None:
         """Let clients open no more streams on the connections that they have."""
         for client in list(self.clients):
@@ -169,13 +181,13 @@ class EdgeServer:
 
     def _generate(
         self, message: bytes, remaining_s: float | None, on_news: Callable[[], None]
-    ) -> Awaitable[Reader]:
+    ) -> Awaitable[Reading]:
         request = pb.GenerateRequest.FromString(message)
         return self._gateway.generate(request, remaining_s, on_news)
 
     def _resume(
         self, message: bytes, remaining_s: float | None, on_news: Callable[[], None]
-    ) -> Awaitable[Reader]:
+    ) -> Awaitable[Reading]:
         request = pb.ResumeRequest.FromString(message)
         return self._gateway.resume(request, remaining_s, on_news)
 

@@ -221,6 +221,7 @@ def test_several_choices_are_shown_one_after_the_other() -> None:
         ("generate", "1,two", "--token-ids"),
         ("up", "--workers", "0"),
         ("up", "--frontends", "0"),
+        ("up", "--edge", "grpcio", "--processes", "2"),
         ("up", "--frontends", "2", "--listen", "127.0.0.1:65535"),
         ("up", "--engine", "steam"),
         ("kill",),

@@ -317,6 +317,29 @@ def test_what_the_protocol_forbids_is_refused_with_its_code(what: str, method: s
     run(scenario())
 
 
+FORWARDED = {
+    "/unbroken.v1.InferenceService/Cancel": b"13",
+    "/grpc.health.v1.Health/Watch": b"13",
+    "/unbroken.v1.InferenceService/Nothing": b"12",
+    "/no.such.Service/Nothing": b"12",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": b"0",
+}
+"""What is answered where nothing comes: a method that takes many messages can do with none."""
+
+
+@pytest.mark.parametrize("method", FORWARDED)
+@pytest.mark.parametrize("at", ["headers", "data"])
+def test_a_forwarded_call_that_ends_without_its_message_is_answered(method: str, at: str) -> None:
+    async def scenario() -> None:
+        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
+            client.request(1, path(method), ends=at == "headers")
+            if at == "data":
+                client.say(data(1, b"", ends=True))
+            assert (await client.answer(1))[b"grpc-status"] == FORWARDED[method]
+
+    run(scenario())
+
+
 def test_too_much_metadata_is_refused_by_grpc_and_by_http() -> None:
     async def scenario() -> None:
         async with world(**NATIVE) as it, connect(it.frontend.address) as client:

@@ -1,0 +1,154 @@
+"""How the processes of a frontend call each other: a Unix socket each, named by its process id."""
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import grpc
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from frontend.processes import sums
+from frontend.processes.sums import Family
+from frontend.requests import Requests
+from unbroken import status
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.transport import open_channel
+from unbroken.v1 import inference_service_pb2 as pb
+
+SERVICE: Final = "unbroken.frontend.Siblings"
+"""Of the processes among themselves; never served to clients, and of one version at any time."""
+CALL_TIMEOUT_S: Final = 2.0
+"""How long a sibling may take to answer."""
+
+T = TypeVar("T")
+Key = tuple[str, str]
+"""Tenant and request id."""
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def socket_of(directory: Path, pid: int) -> Path:
+    """Where the process of that id is called by its siblings."""
+    return directory / f"{pid}.sock"
+
+
+class Siblings:
+    """The other processes of this frontend, as far as they live."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._channels: dict[int, grpc.aio.Channel] = {}
+
+    async def close(self) -> None:
+        """Close the connections; calls that still run are cancelled."""
+        channels, self._channels = self._channels, {}
+        await asyncio.gather(*(channel.close() for channel in channels.values()))
+
+    async def others(self) -> Mapping[int, grpc.aio.Channel]:
+        """Channels to all others, by process id."""
+        pids = {int(path.stem) for path in self._directory.glob("*.sock")} - {os.getpid()}
+        for pid in self._channels.keys() - pids:
+            await self._channels.pop(pid).close()
+        return {pid: self.channel(pid) for pid in sorted(pids)}
+
+    def channel(self, pid: int) -> grpc.aio.Channel:
+        """A channel to one of them."""
+        channel = self._channels.get(pid)
+        if channel is None:
+            channel = open_channel(f"unix:{socket_of(self._directory, pid)}")
+            self._channels[pid] = channel
+        return channel
+
+    async def ask_all(self, ask: Callable[[grpc.aio.Channel], Awaitable[T]]) -> Sequence[T]:
+        """The answers of all others; those that die meanwhile have none.
+
+        Raises UNREACHABLE if one does not answer although it lives, and what one answers otherwise.
+        """
+        asked = [_answer(pid, ask(channel)) for pid, channel in (await self.others()).items()]
+        return [answer for answer in await asyncio.gather(*asked) if answer is not None]
+
+    async def cancel(
+        self, request: pb.CancelRequest, parents: Set[Key], *, is_first: bool
+    ) -> Set[Key]:
+        """Cancel what the others have below `parents` and, at first, of the request's own name."""
+        order = {
+            "request_id": request.request_id if is_first else None,
+            "tenant": request.tenant,
+            "soft": request.soft,
+            "parents": sorted(parents),
+        }
+        message = json.dumps(order).encode()
+        answers = await self.ask_all(lambda channel: _call(channel, "Cancel", message))
+        return {(tenant, name) for answer in answers for tenant, name in json.loads(answer)}
+
+
+async def ask_metrics(channel: grpc.aio.Channel) -> list[Family]:
+    """What a process has counted. Raises `grpc.RpcError`."""
+    return sums.from_json(json.loads(await _call(channel, "Metrics", b"", CALL_TIMEOUT_S / 2)))
+
+
+def families_of(registry: CollectorRegistry) -> list[Family]:
+    """What this process has counted."""
+    return [
+        Family(
+            metric.name,
+            metric.documentation,
+            metric.type,
+            {
+                (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
+                for sample in metric.samples
+                if not sample.name.endswith("_created")
+            },
+        )
+        for metric in registry.collect()
+    ]
+
+
+def add_siblings(server: grpc.aio.Server, requests: Requests, registry: CollectorRegistry) -> None:
+    """Serve what only siblings and the parent may ask."""
+
+    async def cancel(message: bytes, _: _Context) -> bytes:
+        order = json.loads(message)
+        parents = {(tenant, name) for tenant, name in order["parents"]}
+        doomed = set(requests.cancel_below(parents, soft=order["soft"]))
+        if order["request_id"] is not None:
+            doomed |= requests.cancel(
+                order["request_id"], tenant=order["tenant"], soft=order["soft"]
+            )
+        return json.dumps(sorted(doomed)).encode()
+
+    async def metrics(_: bytes, __: _Context) -> bytes:
+        # In a thread, as where a scraper asks: it takes some milliseconds.
+        families = await asyncio.to_thread(families_of, registry)
+        return json.dumps(sums.to_json(families)).encode()
+
+    made: Any = grpc.unary_unary_rpc_method_handler  # For handlers of `grpc`, says its stub.
+    handlers: Any = {"Cancel": made(cancel), "Metrics": made(metrics)}
+    handler = grpc.method_handlers_generic_handler(SERVICE, handlers)
+    server.add_generic_rpc_handlers((handler,))
+
+
+async def _call(
+    channel: grpc.aio.Channel, method: str, message: bytes, timeout_s: float = CALL_TIMEOUT_S
+) -> bytes:
+    call = cast("Any", channel).unary_unary(f"/{SERVICE}/{method}")
+    return await call(message, timeout=timeout_s)
+
+
+async def _answer(pid: int, asked: Awaitable[T]) -> T | None:
+    """None from one that is gone, or goes while it is asked."""
+    try:
+        return await asked
+    except grpc.aio.AioRpcError as error:
+        failure = status.from_rpc_error(error)
+        if failure.reason is Reason.UNREACHABLE:
+            return None
+        if failure.reason is Reason.DEADLINE_EXCEEDED:
+            raise UnbrokenError(
+                Reason.UNREACHABLE, f"process {pid} of this frontend does not answer"
+            ) from error
+        raise failure from error

@@ -1,0 +1,164 @@
+"""A frontend of several processes as a whole: its port, signals, exit statuses, its own death."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frontend.config import FrontendConfig
+from tests.integration.test_frontend_processes import FLAGS, LONG, begun, client_of_each
+from tests.integration.worlds import real_mesh
+from tests.sidecar.processes import no_process_left, until
+from unbroken.chaos import processes
+from unbroken.config import ConfigError, merge
+from unbroken.discovery import FRONTENDS
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.file_discovery import FileDiscovery
+
+pytestmark = pytest.mark.xdist_group("integration")
+
+
+class Life:
+    """A frontend of two processes, from its start on."""
+
+    def __init__(self, directory: Path, *flags: str, name: str = "f1") -> None:
+        directory.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "frontend", "--frontend-id", name]
+        command += ["--discovery", str(directory), "--edge", "native", "--processes", "2", *flags]
+        self.discovery = FileDiscovery(directory)
+        self.log = directory / "log"
+        self.address = ""
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+
+    async def addresses(self) -> dict[str, int]:
+        """Process ids by name, when all serve."""
+        async with asyncio.timeout(20):
+            while len(found := await self.discovery.snapshot(FRONTENDS)) < 3:
+                assert self.process.poll() is None, self.log.read_text()
+                await asyncio.sleep(0.02)
+        self.address = found["f1"].address
+        return {name: record.pid for name, record in found.items()}
+
+    async def status(self, timeout_s: float = 10) -> int:
+        return await asyncio.to_thread(self.process.wait, timeout_s)
+
+
+def test_its_port_is_refused_to_any_other_frontend_and_sigterm_ends_it_in_order(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        life = Life(tmp_path, "--shutdown-grace-s", "30")
+        await life.addresses()
+        for number in ("1", "2"):
+            second = Life(
+                tmp_path / number, "--listen", life.address, "--processes", number, name="f2"
+            )
+            assert await second.status(20) == 1
+            told = second.log.read_text()
+            assert "frontend cannot start" in told
+            assert "address already in use" in told.lower()
+        life.process.send_signal(signal.SIGTERM)
+        assert await life.status() == 0
+        assert await life.discovery.snapshot(FRONTENDS) == {}
+
+    with no_process_left():
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_running_streams_are_finished_or_with_a_second_signal_handed_over(
+    tmp_path: Path, num_signals: int
+) -> None:
+    with real_mesh(
+        tmp_path,
+        num_workers=1,
+        engine_options="--step-base-ms 10",
+        frontend_flags=[*FLAGS, "--shutdown-grace-s", "20"],
+    ) as world:
+
+        async def scenario() -> None:
+            async with client_of_each(world) as clients:
+                options: dict[str, Any] = {
+                    **LONG,
+                    "max_tokens": 200 if num_signals == 1 else 2000,
+                }
+                streams = [client.generate(**options) for client in clients.values()]
+                for stream in streams:
+                    await begun(stream)
+                parent = world.mesh.frontend_pid
+                os.kill(parent, signal.SIGTERM)
+                await until(lambda: "f1" not in world.mesh.frontends)  # It has taken the first.
+                if num_signals == 2:
+                    os.kill(parent, signal.SIGTERM)
+                ends = await asyncio.gather(
+                    *(stream.text() for stream in streams), return_exceptions=True
+                )
+                name, status = await world.mesh.until_one_ends()
+                assert (name, status) == ("f1", 0)
+                for end in ends:
+                    if num_signals == 1:
+                        assert isinstance(end, str)
+                    else:
+                        assert isinstance(end, UnbrokenError)
+                        assert end.reason is Reason.DRAINING
+
+        world.run(scenario())
+
+
+def test_a_killed_parent_leaves_nobody_behind(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        life = Life(tmp_path)
+        pids = await life.addresses()
+        life.process.kill()
+        assert await life.status() == -signal.SIGKILL
+        await until(lambda: not any(map(processes.is_alive, pids.values())))
+
+    with no_process_left():
+        asyncio.run(scenario())
+
+
+def test_a_process_that_cannot_start_ends_the_whole_with_status_1(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        missing = tmp_path / "missing.pem"
+        tls = ("--tls-certificate", str(missing), "--tls-key", str(missing))
+        life = Life(tmp_path, *tls)
+        assert await life.status(20) == 1
+        assert "frontend cannot start" in life.log.read_text()
+
+    with no_process_left():
+        asyncio.run(scenario())
+
+
+def test_when_all_processes_crash_in_a_loop_the_status_is_3(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        keys = tmp_path / "keys"
+        keys.write_text(f"first {'ab' * 32}\n")
+        life = Life(tmp_path, "--resume-keys", str(keys))
+        pids = await life.addresses()
+        keys.unlink()  # Nobody starts without.
+        for name in ("f1.1", "f1.2"):
+            os.kill(pids[name], signal.SIGKILL)
+        assert await life.status(60) == 3
+        assert "crashes in a loop" in life.log.read_text()
+
+    with no_process_left():
+        asyncio.run(scenario())
+
+
+def test_the_grpcio_edge_is_refused_by_name() -> None:
+    flags = ["--frontend-id", "f", "--discovery", "d", "--processes", "2"]
+    with pytest.raises(ConfigError, match="expected edge native with processes above 1"):
+        merge(FrontendConfig, flags, {}, prog="frontend")
+    config = merge(
+        FrontendConfig,
+        [*flags[:4], "--edge", "native"],
+        {"UNBROKEN_FRONTEND_PROCESSES": "3"},
+        prog="frontend",
+    )
+    assert config.processes == 3
