@@ -18,6 +18,7 @@ from typing import Final, assert_never
 
 from frontend import stream as machine
 from frontend.admission import Envelope, Model
+from frontend.continuation import Abilities
 from frontend.links import Fate, Links
 from frontend.mesh_view import MeshView, Worker
 from frontend.metrics import FrontendMetrics
@@ -28,10 +29,11 @@ from frontend.relay_call import RelayCall
 from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
 from frontend.stream import Life
 from unbroken import blocks, log
-from unbroken.checkpoint import checkpoint_to_proto
+from unbroken.checkpoint import Checkpoint, write_checkpoint
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation import params_to_proto
 from unbroken.outcome import ContinuationClass, FailureKind
-from unbroken.v1 import attempt_pb2, relay_service_pb2
+from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2
 
 TURNS_AT_ONCE: Final = 256
 """Placements tried before other work gets a turn; each takes about 50 µs."""
@@ -210,9 +212,11 @@ class Choice:
         "_life",
         "_model",
         "_news",
+        "_params",
         "_seat",
         "_timer",
         "_unlinked_from",
+        "_ways",
         "index",
         "stream",
     )
@@ -241,9 +245,11 @@ class Choice:
         self._fingerprint: Fingerprint | None = None
         self._is_computing = False  # The resume queue has it on a worker's account.
         self._life: Life | None = None  # Where the last attempt was begun, until it is over.
+        self._params: generation_pb2.GenerationParams | None = None
         self._seat: _Seat | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._unlinked_from: machine.Relink | None = None
+        self._ways: dict[Abilities, ContinuationClass] = {}  # How it would go on; while placed.
 
     @property
     def deadline_at(self) -> float | None:
@@ -257,9 +263,11 @@ class Choice:
     @property
     def fingerprint(self) -> Fingerprint:
         """What tells the request from others; the same for all its choices."""
-        if self._fingerprint is None:
-            quarantine, tenant = self._dispatcher.quarantine, self._envelope.tenant
-            self._fingerprint = quarantine.identify(tenant, self.stream.original)
+        return self._fingerprint or self._identify()
+
+    def _identify(self) -> Fingerprint:
+        quarantine, tenant = self._dispatcher.quarantine, self._envelope.tenant
+        self._fingerprint = quarantine.identify(tenant, self.stream.original)
         return self._fingerprint
 
     def names(self) -> dict[str, object]:
@@ -281,6 +289,8 @@ class Choice:
     def begin(self) -> None:
         """The request was admitted."""
         self.obey(self.stream.start(self._dispatcher.clock()))
+        # Now, because many may be needed at one moment: when an engine dies.
+        self._identify()
 
     def crashed(self) -> None:
         """The stream's machine raised what is being handled: a bug. The stream ends with it."""
@@ -394,14 +404,18 @@ class Choice:
         if refusal is not None:
             return stream.unplaceable(epoch, refusal)
         assert deadline is not None, "a stream that is placed has a deadline"
+        if pause_s <= 0:
+            self._ways.clear()
+            error = dispatcher.line_up(self, self._ticket(deadline))
+            if error is not None:
+                return stream.unplaceable(epoch, error)
+            if stream.epoch != epoch or stream.state is not machine.State.PLACING:
+                return ()  # It had its turn at once.
         wait_s = max(0.0, deadline - dispatcher.clock())
         if pause_s > 0:
             wait_s = min(wait_s, pause_s)
         self._timer = asyncio.get_running_loop().call_later(wait_s, self.place_again)
-        if pause_s > 0:
-            return ()
-        error = dispatcher.line_up(self, self._ticket(deadline))
-        return () if error is None else stream.unplaceable(epoch, error)
+        return ()
 
     def _ticket(self, deadline: float) -> Ticket:
         stream = self.stream
@@ -436,31 +450,28 @@ class Choice:
     def could_take(self, view: WorkerView) -> bool:
         """Whether the stream could go on at a worker. Raises nothing."""
         try:
-            return self._ability()(view)
+            return self._could_go_on(view)
         except Exception:
             return True  # Its turn will show the bug, and end this stream alone.
 
-    def _ability(self) -> Callable[[WorkerView], bool]:
-        """The same for many workers: most are alike, and asking costs something."""
-        stream, mesh, model = self.stream, self._dispatcher.mesh, self._model
-        ways: dict[object, ContinuationClass] = {}
-
-        def is_able(view: WorkerView) -> bool:
-            if not mesh.can_serve(view, model, stream.original):
-                return False
-            if view.abilities not in ways:
-                ways[view.abilities] = stream.way_at(view.abilities)
-            return ways[view.abilities] is not ContinuationClass.NONE
-
-        return is_able
+    def _could_go_on(self, view: WorkerView) -> bool:
+        """As `could_take`. Most workers are alike, and asking a stream costs something."""
+        stream = self.stream
+        if not self._dispatcher.mesh.can_serve(view, self._model, stream.original):
+            return False
+        way = self._ways.get(view.abilities)
+        if way is None:
+            way = self._ways[view.abilities] = stream.way_at(view.abilities)
+        return way is not ContinuationClass.NONE
 
     def _choose(self, lives: Set[Life]) -> WorkerView | None:
         mesh, model, quarantine = self._dispatcher.mesh, self._model, self._dispatcher.quarantine
-        could_go_on = self._ability()
 
         def is_able(view: WorkerView) -> bool:
             return (
-                view.life in lives and quarantine.may_start(self, view.life) and could_go_on(view)
+                view.life in lives
+                and quarantine.may_start(self, view.life)
+                and self._could_go_on(view)
             )
 
         need = Need(model=model.name, num_tokens=self._num_tokens, avoid=self._avoid)
@@ -492,7 +503,7 @@ class Choice:
         self._name(start.stream)
         start.epoch = order.epoch
         start.engine_incarnation = order.life.engine_incarnation
-        start.checkpoint.CopyFrom(checkpoint_to_proto(order.checkpoint))
+        self._write_checkpoint(start.checkpoint, order.checkpoint)
         start.window_tokens = order.window_tokens
         if self._deadline_at is not None:
             start.deadline.FromNanoseconds(max(0, int((self._deadline_at - now) * 1e9)))
@@ -514,6 +525,16 @@ class Choice:
         view.placed(num_tokens, num_cached)
         dispatcher.quarantine.started(self, order.life)
         return ()
+
+    def _write_checkpoint(self, message: attempt_pb2.Checkpoint, checkpoint: Checkpoint) -> None:
+        """Most attempts have the parameters of the request, which are converted once."""
+        params = checkpoint.params
+        if params is not self.stream.original.params:
+            write_checkpoint(message, checkpoint, params_to_proto(params))
+            return
+        if self._params is None:
+            self._params = params_to_proto(params)
+        write_checkpoint(message, checkpoint, self._params)
 
     def _computed(self) -> None:
         self._is_computing = False

@@ -29,7 +29,8 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import IntEnum, auto
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from frontend.placement import WorkerView, standing
@@ -59,12 +60,15 @@ RETRY_SPREAD: Final = 0.5
 K = TypeVar("K", bound=Hashable)
 
 
-class Work(Enum):
-    """Whose prompt is to be computed."""
+class Work(IntEnum):
+    """Whose prompt is to be computed. Integers, because their hashes cost nothing."""
 
     RESUME = auto()
     """A stream that has output or an attempt behind it."""
     NEW = auto()
+
+
+_NOBODY_SERVED: Final = MappingProxyType(dict.fromkeys(Work, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +181,8 @@ class _Worker:
 
     def pay(self, now: float) -> None:
         """Time passed."""
-        self.debt = max(0.0, self.debt - (now - self.paid_at) * self.pace)
+        if self.debt:
+            self.debt = max(0.0, self.debt - (now - self.paid_at) * self.pace)
         self.paid_at = now
 
     def room_at(self, price: int, now: float) -> float:
@@ -219,7 +224,8 @@ class _Fleet(Generic[K]):
         """How many workers were ready, and since when."""
         self.peak_of_loss: int | None = None
         """During a fleet loss: how many there were before it."""
-        self._is_holding = False
+        self.is_holding = False
+        """As of `judge_holding`: new work stands in line."""
 
     @property
     def is_empty(self) -> bool:
@@ -255,17 +261,20 @@ class _Fleet(Generic[K]):
     @property
     def is_contended(self) -> bool:
         """Whether somebody waits to resume on a worker that is there."""
-        return any(self.able(entry) for _, entry in self.lines[Work.RESUME])
+        return self._has_able(Work.RESUME)
 
-    @property
-    def is_holding(self) -> bool:
+    def judge_holding(self) -> bool:
         """Whether new work stands in line: while somebody waits to resume, and until those who were
         held back meanwhile have had their turns. Else they would all go at once."""
         if self.is_contended:
-            self._is_holding = True
-        elif self._is_holding and self.ready:
-            self._is_holding = any(self.able(entry) for _, entry in self.lines[Work.NEW])
-        return self._is_holding
+            self.is_holding = True
+        elif self.is_holding and self.ready:
+            self.is_holding = self._has_able(Work.NEW)
+        return self.is_holding
+
+    def _has_able(self, work: Work) -> bool:
+        ready = self.ready.keys()
+        return any(not ready <= entry.unable for _, entry in self.lines[work])
 
     def in_turn(self) -> Iterator[_Entry[K]]:
         """All that wait, in the order of their turns."""
@@ -361,7 +370,7 @@ class ResumeQueue(Generic[K]):
     def offer(self, key: K, ticket: Ticket, now: float) -> UnbrokenError | None:
         """A stream wants a worker: it stands in line, or is refused."""
         assert key not in self._entries, "a stream stands in line once"
-        fleet = self._fleets.setdefault(ticket.model, _Fleet(self._is_able))
+        fleet = self._fleet(ticket.model)
         line = fleet.lines[ticket.work]
         error = self._reason_to_refuse(fleet, ticket, now)
         if error is not None:
@@ -373,11 +382,10 @@ class ResumeQueue(Generic[K]):
         order = (-ticket.priority if self._limits.is_on else 0, work, self._num_offered)
         entry = _Entry(key, ticket, order, now, fleet.unable(key, ticket))
         if not line:  # Who wanted nothing has saved nothing.
-            served = max(fleet.served.values())
             if any(fleet.lines.values()):
-                fleet.served[ticket.work] = served
+                fleet.served[ticket.work] = max(fleet.served.values())
             else:
-                fleet.served = dict.fromkeys(Work, 0.0)
+                fleet.served.update(_NOBODY_SERVED)
         insort(line, (order, entry))
         self._entries[key] = entry
         fleet.tokens_waiting[ticket.work] += ticket.price
@@ -390,7 +398,9 @@ class ResumeQueue(Generic[K]):
             return
         fleet = self._fleets[entry.ticket.model]
         line = fleet.lines[entry.ticket.work]
-        index = bisect_left(line, entry.order, key=lambda item: item[0])
+        index = 0
+        if line[0][1] is not entry:  # Mostly it is who has had his turn.
+            index = bisect_left(line, entry.order, key=lambda item: item[0])
         assert line[index][1] is entry, "a line is in order"
         del line[index]
         fleet.tokens_waiting[entry.ticket.work] -= entry.ticket.price
@@ -412,7 +422,7 @@ class ResumeQueue(Generic[K]):
         assert key not in self._computing, "its last attempt has ended"
         ticket = entry.ticket
         fleet, worker = self._fleets[ticket.model], self._workers[life]
-        is_holding = self._limits.is_on and fleet.is_holding
+        is_holding = self._limits.is_on and fleet.is_holding  # As `next` has just judged.
         is_counted = self._limits.is_on and (is_holding or ticket.work is Work.RESUME)
         self.cancel(key)
         price = ticket.price_at(life)
@@ -454,7 +464,7 @@ class ResumeQueue(Generic[K]):
         for life in self._workers.keys() - known:
             del self._workers[life]
         for model, workers in ready.items():
-            fleet = self._fleets.setdefault(model, _Fleet(self._is_able))
+            fleet = self._fleet(model)
             fleet.changed(workers, now)
             if fleet.is_empty:
                 del self._fleets[model]
@@ -507,10 +517,16 @@ class ResumeQueue(Generic[K]):
 
     # Inside.
 
+    def _fleet(self, model: str) -> _Fleet[K]:
+        fleet = self._fleets.get(model)
+        if fleet is None:
+            fleet = self._fleets[model] = _Fleet(self._is_able)
+        return fleet
+
     def _next_of(self, fleet: _Fleet[K], now: float) -> Turn[K] | None:
         if not fleet.ready:
             return None
-        is_holding = self._limits.is_on and fleet.is_holding
+        is_holding = self._limits.is_on and fleet.judge_holding()
         self._judge_loss(fleet, now)
         promised: set[Life] = set()  # The next room there belongs to somebody before.
         for entry in fleet.in_turn():
@@ -547,7 +563,7 @@ class ResumeQueue(Generic[K]):
                 f"{ticket.model} were lost at once; their streams go first"
             )
             return self._overloaded(detail, self._drain_s(fleet))
-        if fleet.is_holding:
+        if fleet.judge_holding():
             pace = sum(worker.pace for worker in fleet.ready.values())
             share = self._limits.new_work_share if fleet.is_contended else 1.0
             wait_s = fleet.tokens_waiting[Work.NEW] / max(1.0, pace * share)
@@ -561,6 +577,8 @@ class ResumeQueue(Generic[K]):
         while len(sizes) > 1 and sizes[1][0] <= now - FLEET_WINDOW_S:
             sizes.popleft()
         num_ready = len(fleet.ready)
+        if len(sizes) < 2 and fleet.peak_of_loss is None:
+            return  # As many as ever.
         peak = fleet.peak_of_loss or max((size for _, size in sizes), default=0)
         is_few = num_ready < peak * (1 - self._limits.fleet_loss_share)
         is_loss = self._limits.is_on and is_few and fleet.is_contended

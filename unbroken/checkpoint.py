@@ -9,6 +9,7 @@ from unbroken.generation import (
     params_to_proto,
 )
 from unbroken.v1 import attempt_pb2 as pb
+from unbroken.v1 import generation_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,16 @@ def checkpoint_from_proto(message: pb.Checkpoint, *, vocab_size: int) -> Checkpo
 
 def checkpoint_to_proto(checkpoint: Checkpoint) -> pb.Checkpoint:
     """The inverse of `checkpoint_from_proto`."""
-    return pb.Checkpoint(
-        prompt_token_ids=checkpoint.prompt_token_ids,
-        output_token_ids=checkpoint.output_token_ids,
-        params=params_to_proto(checkpoint.params),
-        first_offset=checkpoint.first_offset,
-    )
+    message = pb.Checkpoint()
+    write_checkpoint(message, checkpoint, params_to_proto(checkpoint.params))
+    return message
+
+
+def write_checkpoint(
+    message: pb.Checkpoint, checkpoint: Checkpoint, params: generation_pb2.GenerationParams
+) -> None:
+    """Make `message` the checkpoint; `params` are its own, converted."""
+    message.prompt_token_ids[:] = checkpoint.prompt_token_ids
+    message.output_token_ids[:] = checkpoint.output_token_ids
+    message.params.CopyFrom(params)
+    message.first_offset = checkpoint.first_offset
