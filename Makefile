@@ -15,7 +15,7 @@ demo: .venv/.run ## A worker dies in mid-stream, the text goes on, and equals an
 	@$(BIN)/unbroken demo
 
 test: .venv/.dev ## All tests that need no accelerator
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 check: lint types protos test ## Everything a change must pass
 

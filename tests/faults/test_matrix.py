@@ -5,13 +5,10 @@
 
 from pathlib import Path
 
-import pytest
 import uvloop
 
 from tests.faults.matrix import FAST_CELLS, PAGE, Matrix, table, write_table
 from tests.sidecar.processes import no_process_left
-
-pytestmark = pytest.mark.xdist_group("integration")
 
 NUM_CELLS_MIN = 12
 """Of 18: a stream is in its last phase for some milliseconds only, and may be elsewhere then."""

@@ -92,7 +92,6 @@ def test_other_workers_are_not_hit(net: Namespaces, server: subprocess.Popen[str
     assert heard(server) == "hello"
 
 
-@pytest.mark.xdist_group("integration")
 def test_streams_survive_a_host_that_loses_every_packet() -> None:
     command = [sys.executable, "-m", "tests.faults.partition"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)

@@ -6,12 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from unbroken.chaos.schedule import Planned, to_lines
 from unbroken.chaos.vocabulary import Component, Harm
-
-pytestmark = pytest.mark.xdist_group("integration")
 
 FAULTS = (
     Planned(0.5, Component.HOST, Harm.KILL, "w1", 0.2),

@@ -15,8 +15,6 @@ from unbroken.client import Client
 from unbroken.errors import UnbrokenError
 from unbroken.v1 import worker_pb2
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 NUM_TOKENS: Final = 30
 OPTIONS: Final[dict[str, Any]] = {
     "token_ids": list(range(300, 308)),

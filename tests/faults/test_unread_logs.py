@@ -8,12 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-import pytest
-
 from tests.integration.readers import Reader
 from tests.integration.worlds import World, real_mesh
-
-pytestmark = pytest.mark.xdist_group("integration")
 
 OPTIONS: Final[dict[str, Any]] = {
     "token_ids": list(range(300, 308)),

@@ -22,8 +22,6 @@ from unbroken.client import Client
 from unbroken.history import record
 from unbroken.transport import open_channel
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 PAGE = Path(__file__).parents[2] / "docs" / "BAD_INPUT.md"
 
 SECTIONS: tuple[tuple[str, str, tuple[BadInput[Any], ...]], ...] = (

@@ -15,8 +15,6 @@ from unbroken.chaos.proxy import Direction, Proxy, ResetPeer, Timeout
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.v1 import inference_service_pb2 as pb
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 FOREVER = 30_000
 NOTICED_S = 2.5
 """How soon a client that gives no sign of life is noticed."""

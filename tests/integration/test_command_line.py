@@ -14,8 +14,6 @@ from tests.integration.worlds import World, real_mesh
 from tests.unbroken.pretenders import is_alive
 from unbroken.history import record
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:

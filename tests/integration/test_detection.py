@@ -16,8 +16,6 @@ from unbroken.history import History
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import worker_pb2
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 DEADLY_TOKEN = 7
 """A control character: prompts have it if they mean to, outputs never."""
 NUM_STREAMS = 8

@@ -17,8 +17,6 @@ from unbroken.client import Client
 from unbroken.errors import Reason
 from unbroken.history import History, record
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 NUM_TOKENS = 60
 OPTIONS: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": NUM_TOKENS, "prompt": "Sea"}
 HUNG_S = 2.5

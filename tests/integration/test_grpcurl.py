@@ -20,8 +20,6 @@ import pytest
 
 from tests.integration.worlds import World, real_mesh
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 PAGE = Path(__file__).parents[2] / "docs" / "GRPCURL.md"
 
 _BLOCK = re.compile(r"(?<=```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)

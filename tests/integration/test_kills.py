@@ -20,8 +20,6 @@ from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import worker_pb2
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 WORKER_IDS = ["w1", "w2", "w3"]
 NUM_TOKENS = 24
 PROMPT = list(range(300, 1100))

@@ -11,8 +11,6 @@ import pytest
 from tests.integration import memory
 from tests.integration.worlds import real_mesh
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 
 def test_1500_streams_leave_nothing_behind(tmp_path: Path) -> None:
     with real_mesh(tmp_path, **memory.SETTINGS) as world:

@@ -9,8 +9,6 @@ from tests.integration.bad_input import BadInput
 from tests.integration.test_bad_input import answers_bad_requests, bad_input_mesh, named
 from tests.integration.worlds import World
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:

@@ -6,8 +6,6 @@ from tests.integration.readers import Reader, assert_equal
 from tests.integration.worlds import real_mesh
 from unbroken.client import GenerateOptions
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 
 @pytest.mark.llama
 def test_a_chat_on_a_real_model_survives_its_host(tmp_path_factory: pytest.TempPathFactory) -> None:

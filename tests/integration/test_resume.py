@@ -16,8 +16,6 @@ from tests.unbroken.pretenders import is_alive
 from unbroken.v1 import generation_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 NUM_TOKENS = 40
 NUM_READ = 12
 SCHEMA = '{"type": "array", "items": {"enum": [1, 22, 333]}, "minItems": 40, "maxItems": 40}'

@@ -35,8 +35,7 @@ from worker.llama import LlamaRunner, default_model_path
 from worker.sampler import Sampler
 from worker.scheduler import Scheduler
 
-# One process for all: loading the model twice costs more than it gains.
-pytestmark = [pytest.mark.llama, pytest.mark.xdist_group("llama")]
+pytestmark = pytest.mark.llama
 
 CONTEXT = 768
 SEED = 20_251
