@@ -224,8 +224,7 @@ class Gateway:
         # It may have waited for a model, or for a thread to tokenise.
         if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
             return joined
-        epoch = first_epoch(int(self._time_of_day() * 1000))
-        return self._begin(admitted, deadline_at, digest=digest, epoch=epoch)
+        return self._begin(admitted, deadline_at, digest=digest)
 
     async def _resume(
         self, message: pb.ResumeRequest, arrived_at: float, deadline_at: float | None
@@ -233,8 +232,7 @@ class Gateway:
         """A request that another frontend had, or one that is here and lost its reader."""
         self._check_open()
         request = message.request
-        now = self._time_of_day()
-        claims = unseal(message.resume_token, self._keys(), now=now)
+        claims = unseal(message.resume_token, self._keys(), now=self._time_of_day())
         check_bound(claims, request)
         resolved = claims.resolved
         positions = _positions(message.positions, len(claims.choices))
@@ -266,8 +264,7 @@ class Gateway:
         if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
             return joined
         pasts = [past(claim, at) for claim, at in zip(claims.choices, positions, strict=True)]
-        epoch = first_epoch(int(now * 1000), above=claims.epoch)
-        running = self._begin(admitted, deadline_at, digest=digest, epoch=epoch, pasts=pasts)
+        running = self._begin(admitted, deadline_at, digest=digest, above=claims.epoch, pasts=pasts)
         self._metrics.requests_resumed.labels("taken").inc()
         return running
 
@@ -340,20 +337,23 @@ class Gateway:
         deadline_at: float | None,
         *,
         digest: bytes,
-        epoch: int,
+        above: int = 0,
         pasts: Sequence[Past] | None = None,
     ) -> Request:
+        """The request is ours from now on, under epochs above that of the owner before."""
         self._check_open()
         self._requests.check_room()
         self._dispatcher.quarantine.refuse(admitted.envelope.tenant, admitted.checkpoints[0])
         limits = replace(self._limits.stream, migrations_max=admitted.envelope.migrations_max)
+        taken_ms = int(self._time_of_day() * 1000)
         try:
             running = Request(
                 admitted,
                 self._dispatcher,
                 limits,
                 digest=digest,
-                epoch=epoch,
+                epoch=first_epoch(taken_ms, above=above),
+                taken_ms=taken_ms,
                 deadline_at=deadline_at,
                 pasts=pasts,
             )

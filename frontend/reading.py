@@ -20,7 +20,7 @@ from frontend import summaries
 from frontend.dispatch import Choice, nobody
 from frontend.metrics import FrontendMetrics
 from frontend.requests import Request, Requests
-from frontend.resume_token import Keyring
+from frontend.resume_token import Keyring, Minting
 from frontend.stream import Command, Piece
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
@@ -32,6 +32,8 @@ CLASS_KEY: Final = "unbroken-continuation-class"
 """Initial metadata of `Generate` and `Resume`."""
 
 _log = log.get_logger(__name__)
+
+_NEVER: Final = Minting(float("-inf"), 0.0)
 
 
 class Output(NamedTuple):
@@ -109,15 +111,17 @@ class Readers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
 
-    def mint(self, request: Request) -> tuple[bytes, float]:
-        """A resume token, and when it should be replaced, monotonic seconds."""
-        lifetime_s = self._token_lifetime_s
-        token = request.resume_token(self._keys(), now=self._time_of_day(), lifetime_s=lifetime_s)
-        return token, self._clock() + lifetime_s / 2
+    def mint(self, request: Request) -> tuple[bytes, Minting]:
+        """A resume token, and when it was made."""
+        minting = Minting(self._clock(), self._time_of_day())
+        token = request.resume_token(
+            self._keys(), now=minting.time_of_day, lifetime_s=self._token_lifetime_s
+        )
+        return token, minting
 
-    def is_due(self, due: float) -> bool:
-        """Whether that time has come."""
-        return self._clock() >= due
+    def is_due(self, minting: Minting) -> bool:
+        """Whether the token that was made then should be replaced."""
+        return minting.is_due(self._clock(), self._time_of_day(), self._token_lifetime_s)
 
     def first_output(self, arrived_at: float) -> None:
         """A request that arrived then has its first output."""
@@ -337,18 +341,20 @@ class _Tokens:
         self._readers = readers
         self._request = request
         self._num_moves = 0
-        self._due = 0.0
+        self._minting = _NEVER
 
     def newest(self) -> bytes:
         """One that says where the request is now."""
         self._num_moves = self._request.num_moves
-        token, self._due = self._readers.mint(self._request)
+        token, self._minting = self._readers.mint(self._request)
         return token
 
     def newer(self) -> bytes:
-        """One if the request has moved since the last one, or that one grows old; else nothing."""
+        """One if the request has moved since the last one, or that one grows old or the clock was
+        set; else nothing.
+        """
         request = self._request
-        if request.num_moves == self._num_moves and not self._readers.is_due(self._due):
+        if request.num_moves == self._num_moves and not self._readers.is_due(self._minting):
             return b""
         return self.newest()
 

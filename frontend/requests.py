@@ -49,11 +49,13 @@ class Request:
         *,
         digest: bytes,
         epoch: int,
+        taken_ms: int,
         deadline_at: float | None,
         pasts: Sequence[machine.Past] | None = None,
     ) -> None:
-        """`deadline_at` is the client's, monotonic seconds; `digest` is what makes it equal to
-        another request; `pasts`, one per choice, are of a request that another frontend had.
+        """`taken_ms` is the time of day; `deadline_at` is the client's, monotonic seconds; `digest`
+        is what makes it equal to another request; `pasts`, one per choice, are of a request that
+        another frontend had.
 
         Raises `machine.Mismatch`.
         """
@@ -96,6 +98,7 @@ class Request:
                     policy=envelope.policy,
                     limits=limits,
                     epoch=epoch,
+                    taken_ms=taken_ms,
                     past=None if pasts is None else pasts[index],
                 ),
                 index,

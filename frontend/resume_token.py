@@ -25,6 +25,11 @@ from unbroken.v1 import resume_token_pb2
 VERSION: Final = 1
 TOKEN_BYTES_MAX: Final = 8 * 1024
 """Of a token, made or taken."""
+CLOCK_SLACK_S: Final = 300.0
+"""So much may the clocks of two frontends differ before a token that is still good seems to have
+expired; for tokens of a shorter lifetime, as long as that."""
+CLOCK_STEP_S: Final = 30.0
+"""If the time of day moves so much more or less than time passes, somebody has set the clock."""
 _DOMAIN: Final = b"unbroken.v1.ResumeToken"
 _WAYS: Final = frozenset(map(int, ContinuationClass))
 _POLICIES: Final = frozenset(map(int, ContinuationPolicy))
@@ -79,6 +84,23 @@ class Claims:
         return max((one.standing.epoch for one in self.choices), default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Minting:
+    """When a token was made: monotonic seconds, and the time of day in seconds since 1970."""
+
+    now: float
+    time_of_day: float
+
+    def is_due(self, now: float, time_of_day: float, lifetime_s: float) -> bool:
+        """Whether another token should replace it.
+
+        Half of its lifetime has passed; or the clock was set since, so the token says a wrong time.
+        """
+        passed_s = now - self.now
+        set_s = time_of_day - self.time_of_day - passed_s
+        return passed_s >= lifetime_s / 2 or abs(set_s) > CLOCK_STEP_S
+
+
 def request_digest(request: pb.GenerateRequest, request_id: str) -> bytes:
     """What makes two requests the same: all that is in them, under the id given or assigned."""
     canonical = pb.GenerateRequest()
@@ -122,7 +144,10 @@ def seal(
 
 
 def unseal(token: bytes, keyring: Keyring, *, now: float) -> Claims:
-    """What a genuine token says. Raises RESUME_TOKEN_INVALID or RESUME_TOKEN_EXPIRED."""
+    """What a genuine token says. Raises RESUME_TOKEN_INVALID or RESUME_TOKEN_EXPIRED.
+
+    `now` is the time of day here; the token tells that of the frontend which made it.
+    """
     if not 0 < len(token) <= TOKEN_BYTES_MAX:
         raise invalid()
     outer = resume_token_pb2.ResumeToken()
@@ -146,7 +171,8 @@ def unseal(token: bytes, keyring: Keyring, *, now: float) -> Claims:
             f"expected a resume token of version {VERSION}, got {message.version}",
         )
     expires_at = message.expires_at.ToNanoseconds() / 1e9
-    if now >= expires_at:
+    lifetime_s = expires_at - message.issued_at.ToNanoseconds() / 1e9
+    if now >= expires_at + min(lifetime_s, CLOCK_SLACK_S):
         raise UnbrokenError(Reason.RESUME_TOKEN_EXPIRED, "the resume token has expired")
     return _read(message, expires_at)
 

@@ -193,12 +193,19 @@ ADOPTION_S_MAX = 3.0
 """How long a sidecar, whose link is up, may take to answer an adoption. Longer than any silent or
 deaf link lives: who is merely busy, as this process may be, must not be left for another worker."""
 _OUTBIDS_MAX = 3
-"""How often a resumed stream asks again with a higher epoch. Bounded: two owners could race."""
+"""How often a new owner asks again with a higher epoch. Bounded: two owners could race."""
+_CLOCK_MS_MAX = (1 << 42) - (1 << 20)
+"""The latest time that counts, in the year 2109; what is above it is left for owners after those
+whose clock says so, or that is beyond."""
 
 
 def first_epoch(now_ms: int, *, above: int = 0) -> int:
-    """Where a new owner's epochs begin: later owners later, and above a known epoch anyway."""
-    return max(now_ms, (above >> GENERATION_BITS) + 1) << GENERATION_BITS
+    """Where a new owner's epochs begin: later owners later, and above a known epoch anyway.
+
+    `now_ms` is the time of day, which may be wrong by any amount.
+    """
+    generation = max(min(now_ms, _CLOCK_MS_MAX), (above >> GENERATION_BITS) + 1)
+    return generation << GENERATION_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +316,7 @@ class Stream:
         "_first_offset",
         "_flowing",
         "_is_adopting",
+        "_is_resumed",
         "_is_resuming",
         "_is_stop_hidden",
         "_last_token_at",
@@ -332,6 +340,8 @@ class Stream:
         "_serving",
         "_started_epoch",
         "_stop_token_ids",
+        "_taken_at",
+        "_taken_ms",
         "_tokenizer",
         "_told_again",
         "_unlinked_since",
@@ -355,11 +365,13 @@ class Stream:
         policy: ContinuationPolicy = ContinuationPolicy.PREFER_EXACT,
         limits: Limits | None = None,
         epoch: int = 1,
+        taken_ms: int | None = None,
         past: Past | None = None,
     ) -> None:
         """Begin with a resolved request: seed and max_tokens are set.
 
-        `epoch` is that of the first attempt. Raises `Mismatch` if `past` claims what cannot be.
+        `epoch` is that of the first attempt, and `taken_ms` the time of day by which it was chosen,
+        that of `start`. Raises `Mismatch` if `past` claims what cannot be.
         """
         stopping = original.params.stopping
         assert stopping.max_tokens is not None, "admission resolves max_tokens"
@@ -415,6 +427,9 @@ class Stream:
         self._claimed = range(0)  # Offsets for which there is only the client's word.
         self._contradicted_at = _NONE
         self._num_outbids = 0
+        self._is_resumed = past is not None
+        self._taken_ms = epoch >> GENERATION_BITS if taken_ms is None else taken_ms
+        self._taken_at = 0.0  # The same moment, in monotonic seconds.
         self._was_inexact = False
         if past is not None:
             self._recall(past)
@@ -501,7 +516,7 @@ class Stream:
         """The request was admitted."""
         if self.state is State.DONE:
             return []  # Cancelled before it began, or complete in what its client holds.
-        self._placing_since = self._unlinked_since = now
+        self._placing_since = self._unlinked_since = self._taken_at = now
         if self._is_resuming and self._life is not None:
             self.state = State.UNLINKED
             self.epoch += 1
@@ -741,7 +756,11 @@ class Stream:
         self._num_begun -= 1
         self.accounts.recomputed_prefill_tokens -= self._prefill_tokens
         if kind is FailureKind.FENCED and epoch_known >= epoch:
-            reason = Reason.FENCED if self._num_begun else Reason.REQUEST_EXISTS
+            if self._may_outbid(epoch_known, now):
+                self.epoch = self._outbid(epoch_known) - 1
+                return [self._place_after_refusal()]
+            is_known = self._num_begun or self._is_resumed
+            reason = Reason.FENCED if is_known else Reason.REQUEST_EXISTS
             detail = f"epoch {epoch} is not above epoch {epoch_known}: {detail}"
             return self._fail(UnbrokenError(reason, detail))
         if kind is FailureKind.REJECTED:
@@ -893,16 +912,38 @@ class Stream:
         self, kind: FailureKind, detail: str, epoch_known: int, now: float
     ) -> list[Command]:
         """The worker lives, but the attempt is not to be had there."""
-        is_outbid = kind is FailureKind.FENCED and epoch_known >= self.epoch
-        higher = first_epoch(0, above=epoch_known)
-        if is_outbid and (not self._is_resuming or higher > EPOCH_MAX):
-            return self._fail(UnbrokenError(Reason.FENCED, detail))
-        if is_outbid and self._num_outbids < _OUTBIDS_MAX:
-            # Another reader was here before; the latest that its client sent counts.
-            self._num_outbids += 1
-            self.epoch = higher
-            return self._adopt()
+        if kind is FailureKind.FENCED and epoch_known >= self.epoch:
+            if not self._is_resuming or first_epoch(0, above=epoch_known) > EPOCH_MAX:
+                return self._fail(UnbrokenError(Reason.FENCED, detail))
+            if self._num_outbids < _OUTBIDS_MAX:
+                # Another reader was here before; the latest that its client sent counts.
+                self.epoch = self._outbid(epoch_known)
+                return self._adopt()
         return self._lost(kind, detail, now, is_counted=False)
+
+    def _may_outbid(self, epoch_known: int, now: float) -> bool:
+        """Whether to ask again above an epoch that a worker knows, rather than give way to it.
+
+        By its epoch another owner took the stream at a time of his clock. If that is later than it
+        is now, clocks disagree, and he may well have been here before; if not, he may have
+        overtaken us. Who has had an attempt of his own, and is refused, was overtaken.
+        """
+        has_begun = any(
+            not attempt.is_refused
+            and (not attempt.is_adopted or attempt.end_offset > attempt.first_offset)
+            for attempt in self.attempts
+        )
+        now_ms = self._taken_ms + (now - self._taken_at) * 1000
+        return (
+            not has_begun
+            and self._num_outbids < _OUTBIDS_MAX
+            and epoch_known >> GENERATION_BITS > now_ms
+            and first_epoch(0, above=epoch_known) <= EPOCH_MAX
+        )
+
+    def _outbid(self, epoch_known: int) -> int:
+        self._num_outbids += 1
+        return first_epoch(0, above=epoch_known)
 
     def _verify(self, epoch: int, end_offset: int, origin: Origin, now: float) -> list[Command]:
         """Compare what the client claims with what the worker was given and has produced.

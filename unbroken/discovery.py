@@ -103,3 +103,8 @@ def connect(location: str | Path) -> Discovery:
 def incarnation_now() -> int:
     """Microseconds since 1970."""
     return time.time_ns() // 1000
+
+
+def next_incarnation(now_us: int, *, known: int) -> int:
+    """The time, or more if there was a higher one: a clock can be set back between two lives."""
+    return max(now_us, known + 1)

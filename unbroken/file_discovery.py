@@ -3,6 +3,7 @@
     <root>/workers/<worker_id>.json      protobuf JSON of a WorkerRecord
     <root>/frontends/<frontend_id>.json  protobuf JSON of a FrontendRecord
     <root>/<kind>/.lock                  held for the moment of a change
+    <root>/<kind>/.incarnation           the highest incarnation that has registered there
 
 The kernel keeps the locks: they are gone the moment their owner is, however it ended, and they stay
 while it is merely stopped. So there are no leases to renew and none to expire. Readers *query* the
@@ -27,7 +28,13 @@ from typing import Any, Final, Generic
 from google.protobuf import json_format
 
 from unbroken import log
-from unbroken.discovery import Kind, RecordT, Registration, incarnation_now
+from unbroken.discovery import (
+    Kind,
+    RecordT,
+    Registration,
+    incarnation_now,
+    next_incarnation,
+)
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 
 POLL_INTERVAL_S: Final = 0.1
@@ -39,6 +46,9 @@ _LOCK_RETRY_S: Final = 0.005
 _RECORD_BYTES_MAX: Final = 64 * 1024
 _SUFFIX: Final = ".json"
 _TEMPORARY_SUFFIX: Final = ".tmp"
+_HIGHEST: Final = ".incarnation"
+_HIGHEST_BYTES_MAX: Final = 20
+_INCARNATION_MAX: Final = 2**63
 
 _log = log.get_logger(__name__)
 
@@ -53,9 +63,13 @@ class FileDiscovery:
         self._poll_interval_s = poll_interval_s
 
     async def new_incarnation(self, kind: Kind[Any], instance_id: str) -> int:
-        """As `Discovery.new_incarnation`: the time, or more if the clock was set back."""
-        last = _incarnation_at(kind, _path(self.root / kind.name, instance_id))
-        return max(incarnation_now(), last + 1)
+        """As `Discovery.new_incarnation`: the time, or more if the clock was set back.
+
+        The record of an earlier life may be gone, but those who knew that life go on.
+        """
+        folder = self.root / kind.name
+        last = _incarnation_at(kind, _path(folder, instance_id))
+        return next_incarnation(incarnation_now(), known=max(last, _highest_in(folder)))
 
     async def register(self, kind: Kind[RecordT], record: RecordT) -> Registration[RecordT]:
         """As `Discovery.register`. Also removes what dead owners left behind."""
@@ -150,6 +164,7 @@ class _FileRegistration(Generic[RecordT]):
             text = json_format.MessageToJson(self._record, preserving_proto_field_name=True)
             os.write(fd, text.encode())
             temporary.rename(self._path)
+            _note_highest(self._folder, self._incarnation)
         except BaseException:
             os.close(fd)
             raise
@@ -301,6 +316,29 @@ async def _exclusive(folder: Path) -> AsyncGenerator[None, None]:
 
 def _path(folder: Path, instance_id: str) -> Path:
     return folder / f"{instance_id}{_SUFFIX}"
+
+
+def _highest_in(folder: Path) -> int:
+    """The highest incarnation that has registered in the folder; 0 if that is not known."""
+    try:
+        with (folder / _HIGHEST).open("rb") as file:
+            highest = int(file.read(_HIGHEST_BYTES_MAX))
+    except (OSError, ValueError):
+        return 0
+    return highest if 0 < highest < _INCARNATION_MAX else 0
+
+
+def _note_highest(folder: Path, incarnation: int) -> None:
+    """Remember an incarnation beyond the life of its record. The folder is ours."""
+    if incarnation <= _highest_in(folder):
+        return
+    path = folder / _HIGHEST
+    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+    try:
+        temporary.write_text(f"{incarnation}")
+        temporary.rename(path)
+    except OSError as error:  # It is needed only if a clock is set back.
+        _log.warning("highest incarnation not noted", path=str(path), error=str(error))
 
 
 def _stamp(stat: os.stat_result) -> _Stamp:

@@ -25,6 +25,7 @@ RESUMABLE: Final = frozenset(
         Reason.NOT_IMPLEMENTED,  # By an older frontend.
         Reason.INTERNAL,  # A bug that one frontend met.
         Reason.FENCED,  # If by an earlier call of ours; see `_is_resumable`.
+        Reason.RESUME_TOKEN_EXPIRED,  # By a frontend whose clock is wrong; another's may be right.
     }
 )
 """A stream that ends so may go on with another call."""
@@ -35,7 +36,6 @@ FINAL: Final = frozenset(
         Reason.STREAM_NOT_FOUND,
         Reason.REQUEST_EXISTS,
         Reason.RESUME_TOKEN_INVALID,
-        Reason.RESUME_TOKEN_EXPIRED,
         Reason.RESUME_MISMATCH,
         Reason.NOT_CONTINUABLE,
         Reason.WORKER_LOST,
@@ -183,6 +183,8 @@ class Resumption:
         self._random = random
         self._num_in_vain = 0
         """Calls in a row that ended without output."""
+        self._num_expired = 0
+        """Calls whose frontend took the token for too old, since output last came."""
         self._num_failed = [0] * num_frontends
         """Calls that ended since output last came, by frontend."""
         self._is_taken = False
@@ -210,7 +212,7 @@ class Resumption:
         if self._has_output:
             return
         self._has_output = True
-        self._num_in_vain = 0
+        self._num_in_vain = self._num_expired = 0
         self._num_failed = [0] * self._num_frontends
         if self._is_taken:
             self._is_taken = False
@@ -242,9 +244,14 @@ class Resumption:
         if self.is_finished:
             return False  # An error that follows on the end belongs to it.
         if not self.has_started:
-            return reason in REPEATABLE
+            # It may exist by an earlier call of ours.
+            is_ours = reason is Reason.REQUEST_EXISTS and self._is_in_doubt
+            return reason in REPEATABLE or is_ours
         if reason is Reason.FENCED:
             return self._is_in_doubt  # Else somebody else has the stream now.
+        if reason is Reason.RESUME_TOKEN_EXPIRED:
+            self._num_expired += 1
+            return self._num_expired < self._num_frontends
         return reason in RESUMABLE
 
     def _exhausted(self) -> str:

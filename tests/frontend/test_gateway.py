@@ -484,7 +484,7 @@ def test_a_refusal_that_holds_everywhere_ends_the_stream_with_its_reason(
     kind: worker_pb2.FailureKind.ValueType, reason: Reason
 ) -> None:
     async def scenario() -> None:
-        refused = attempt_pb2.AttemptRefused(kind=kind, detail="no", epoch_known=2**63)
+        refused = attempt_pb2.AttemptRefused(kind=kind, detail="no", epoch_known=2**64 - 1)
         async with world(FakeSidecar("w1", refuse=[refused]), FakeSidecar("w2")) as it:
             stream = it.client.generate(token_ids=PROMPT)
             error = await failure_of(stream)

@@ -9,9 +9,12 @@ from frontend import resume_keys
 from frontend.continuation import Abilities
 from frontend.resume_keys import LOOK_INTERVAL_S, ResumeKeys, make_once
 from frontend.resume_token import (
+    CLOCK_SLACK_S,
+    CLOCK_STEP_S,
     TOKEN_BYTES_MAX,
     ChoiceClaim,
     Keyring,
+    Minting,
     Resolved,
     check_bound,
     ids_digest,
@@ -132,8 +135,23 @@ def test_claims_without_a_signature_are_not_read() -> None:
 
 
 def test_a_token_expires() -> None:
-    assert unseal(token(lifetime_s=60), KEYS, now=NOW + 59.9)
-    assert reason_of(token(lifetime_s=60), now=NOW + 60) is Reason.RESUME_TOKEN_EXPIRED
+    for lifetime_s, slack_s in ((60.0, 60.0), (3600.0, CLOCK_SLACK_S)):
+        due = NOW + lifetime_s + slack_s
+        assert unseal(token(lifetime_s=lifetime_s), KEYS, now=due - 0.1)
+        assert reason_of(token(lifetime_s=lifetime_s), now=due) is Reason.RESUME_TOKEN_EXPIRED
+
+
+def test_a_token_from_a_clock_that_is_ahead_is_good() -> None:
+    assert unseal(token(), KEYS, now=NOW - 10 * 365 * 86400)
+
+
+def test_a_token_is_replaced_at_half_time_and_when_somebody_has_set_the_clock() -> None:
+    minting = Minting(now=10.0, time_of_day=NOW)
+    assert not minting.is_due(109.0, NOW + 99, 200.0)
+    assert minting.is_due(110.0, NOW + 100, 200.0)
+    for set_s in (-3600, -CLOCK_STEP_S - 1, CLOCK_STEP_S + 1, 3600):
+        assert minting.is_due(20.0, NOW + 10 + set_s, 3600.0)
+    assert not minting.is_due(20.0, NOW + 10 - CLOCK_STEP_S / 2, 3600.0)
 
 
 def test_an_expired_forgery_is_a_forgery() -> None:

@@ -9,6 +9,7 @@ from frontend.failure_detector import DetectorLimits
 from frontend.stream import (
     ADOPTION_S_MAX,
     EPOCH_MAX,
+    GENERATION_BITS,
     Abort,
     Ack,
     Adopt,
@@ -449,9 +450,6 @@ def test_an_engine_of_another_life_is_only_a_refusal() -> None:
 
 
 def test_a_stream_with_a_newer_epoch_elsewhere_is_given_up() -> None:
-    fresh = streaming()
-    fresh.refused(1, FailureKind.FENCED, "old", epoch_known=1, now=2.0)
-    assert reason_of(fresh) is Reason.REQUEST_EXISTS
     moved = streaming([A])
     lose(moved)
     place(moved, W2)
@@ -460,6 +458,45 @@ def test_a_stream_with_a_newer_epoch_elsewhere_is_given_up() -> None:
     revoked = streaming([A])
     revoked.ended(1, 1, FinishReason.UNSPECIFIED, now=2.0, failure=FailureKind.FENCED)
     assert reason_of(revoked) is Reason.FENCED
+
+
+def test_a_new_owner_whose_clock_is_behind_asks_again_above_but_not_for_ever() -> None:
+    stream = Stream(checkpoint(), tokenizer(), epoch=first_epoch(5000), taken_ms=5000)
+    stream.start(10.0)
+    place(stream, W1)
+    for _ in range(3):
+        known = stream.epoch + 10 * (1 << GENERATION_BITS)
+        (place_again,) = stream.refused(
+            stream.epoch, FailureKind.FENCED, "old", epoch_known=known, now=10.005
+        )
+        assert isinstance(place_again, Place)
+        assert place_again == Place(first_epoch(0, above=known), frozenset(), place_again.pause_s)
+        place(stream, W1)
+        assert stream.epoch > known
+    stream.refused(stream.epoch, FailureKind.FENCED, "old", epoch_known=stream.epoch, now=11.0)
+    assert reason_of(stream) is Reason.REQUEST_EXISTS
+
+
+@pytest.mark.parametrize(("past", "reason"), [(None, "REQUEST_EXISTS"), (Past(), "FENCED")])
+def test_who_is_refused_by_an_owner_that_may_have_come_later_gives_way(
+    past: Past | None, reason: str
+) -> None:
+    stream = Stream(checkpoint(), tokenizer(), epoch=first_epoch(5000), taken_ms=5000, past=past)
+    stream.start(10.0)
+    place(stream, W1)
+    known = first_epoch(5020)
+    stream.refused(stream.epoch, FailureKind.FENCED, "taken", epoch_known=known, now=10.03)
+    assert reason_of(stream) is Reason[reason]
+
+
+@pytest.mark.parametrize("now_ms", [-1000, 0, 1_800_000_000_000, 2**42, 2**50])
+def test_no_clock_is_so_wrong_that_there_are_no_epochs_left(now_ms: int) -> None:
+    epoch = first_epoch(now_ms)
+    assert epoch > 0
+    for _ in range(1000):
+        later = first_epoch(now_ms, above=epoch)
+        assert epoch < later <= EPOCH_MAX
+        epoch = later
 
 
 @pytest.mark.parametrize("is_refused", [True, False])

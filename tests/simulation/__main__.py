@@ -3,9 +3,11 @@
     python -m tests.simulation --seeds 100000 --jobs 2
     python -m tests.simulation --seed 17 --trace
     python -m tests.simulation --world fleet --seeds 20000
+    python -m tests.simulation --world all --seeds 100000 --jobs 2
 
-The world of streams is a few whole streams under all that can befall them; that of a fleet is many
-simple jobs, and who is believed to be dead, slow or deadly.
+The world of streams is a few whole streams under all that can befall them, clocks that are set
+included; that of a fleet is many simple jobs, and who is believed to be dead, slow or deadly. "all"
+is both, with one seed of the fleet for every twelve of the streams, as they take longer.
 
 The last line of output is one JSON object; the exit status is 1 if any seed violates a promise.
 """
@@ -23,13 +25,18 @@ from tests.simulation.scenario import Report, quiet
 from tests.simulation.worlds import WORLDS, run_chunk
 
 _CHUNK = 250
+_ALL = "all"
+_STREAMS_PER_FLEET = 12
+"""Seeds; as in the tests."""
 _VIOLATIONS_SHOWN_MAX = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("--world", choices=WORLDS, default="streams", help="what is simulated")
+    parser.add_argument(
+        "--world", choices=[*WORLDS, _ALL], default="streams", help="what is simulated"
+    )
     parser.add_argument("--seed", type=int, help="live through this seed only")
     parser.add_argument("--trace", action="store_true", help="tell what happens in it")
     parser.add_argument("--first", type=int, default=0, help="first of many seeds")
@@ -37,7 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="how many processes")
     options = parser.parse_args(argv)
     started = time.monotonic()
-    if options.seed is not None:
+    if options.world == _ALL:
+        if options.seed is not None:
+            parser.error("--seed is of one world")
+        seeds = range(options.first, options.first + options.seeds)
+        fleet_seeds = seeds[: -(-options.seeds // _STREAMS_PER_FLEET)]
+        worlds = {
+            "streams": summarise(_run_all("streams", seeds, options.jobs)),
+            "fleet": summarise(_run_all("fleet", fleet_seeds, options.jobs)),
+        }
+        summary: dict[str, object] = {"ok": all(one["ok"] for one in worlds.values()), **worlds}
+    elif options.seed is not None:
         with quiet():
             run = WORLDS[options.world]
             reports = [run(options.seed, trace=_say if options.trace else None)]

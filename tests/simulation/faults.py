@@ -40,6 +40,8 @@ class Fault(StrEnum):
     """A frontend let go of attempts that it had left behind on an earlier call."""
     CANCEL = auto()
     DEADLINE = auto()
+    CLOCK_STEP = auto()
+    """The time of day was set on the host of a frontend that had streams, or of a worker."""
 
     CALLED_STALLED = auto()
     """The sidecar noticed by itself that its engine stood still."""
@@ -110,6 +112,15 @@ class Fault(StrEnum):
     """A worker did not give an attempt away."""
     LOST_MESSAGES = auto()
     """A client resumed that had not received all that it was sent."""
+    CLOCK_BEHIND = auto()
+    """A stream was resumed where it was earlier than where its epoch had begun."""
+    OUTBID = auto()
+    """A worker knew a higher epoch of a stream than that of its new owner, who asked above it."""
+    OVERTAKEN = auto()
+    """An owner had to give way to another one who may have come later, or did not; its client
+    resumed again."""
+    EXPIRY = auto()
+    """A clock was so wrong that a resume token seemed to have expired."""
     FORGERY = auto()
     """A client claimed tokens that it never received."""
     FORGERY_FOUND = auto()
@@ -181,7 +192,7 @@ class Trouble:
             if random.random() < 0.35
         }
         num_strikes = random.choice((0, 1, 2, 3, 4, 6))
-        self.strikes = random.choices(STRIKES, k=num_strikes)
+        self.strikes: list[Fault] = random.choices(STRIKES, k=num_strikes)
 
     def happens(self, fault: Fault) -> bool:
         """Whether a mishap happens now; whoever asks counts it once it takes effect."""

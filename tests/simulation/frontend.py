@@ -16,6 +16,7 @@ from frontend.placement import Need, WorkerView, choose
 from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
 from frontend.stream import Life, Limits, Stream
 from sidecar.link import Link
+from tests.simulation.clocks import Clock
 from tests.simulation.faults import Fault, Trouble
 from tests.simulation.queue_watch import QueueWatch
 from tests.simulation.witness import Held, Violation, Witness
@@ -35,6 +36,11 @@ from unbroken.v1 import (
 )
 
 ORPHAN_GRACE_S = 2.0
+TOKEN_LIFETIME_S = 3600.0
+OUTBIDS_ENOUGH = 3
+"""After so many bids an owner may give way to any other."""
+_KEYRING = resume_token.Keyring({"k": b"k" * 32})
+_FOREIGN_KEYRING = resume_token.Keyring({"k": b"f" * 32})
 LOOK_INTERVAL_S = 0.5
 
 
@@ -411,13 +417,17 @@ class Frontend:
         pump: Callable[[Process], None],
         limits: ResumeLimits,
         queue_type: "type[ResumeQueue[Choice]]",
+        clock: Clock,
     ) -> None:
         """`pump` has a sidecar write what it has to say, to all frontends."""
         self.world = world
         self.trouble = trouble
         self.name = name
         self.is_dead = False
+        self.clock = clock
         self.pump = pump
+        self.on_overtaken: Callable[[Choice], None] = lambda _: None
+        """A choice was taken over by another owner, as far as its worker can tell."""
         self.queue = queue_type(limits, Random(1), lambda choice, view: choice.is_able(view))
         self.watch = QueueWatch(self.queue, limits)
         self.processes: dict[str, Process] = {}
@@ -581,17 +591,31 @@ class Choice:
         deadline_s: float | None,
         client_pause_s: float,
         priority: int,
-        epoch: int = 1,
+        taken_ms: int,
+        above: int = 0,
         past: machine.Past | None = None,
         before: "Choice | None" = None,
     ) -> None:
-        """`before` is the choice of another frontend which this one goes on with.
+        """`before` is the choice of another frontend which this one goes on with; `taken_ms` is
+        when this one takes it, by its clock.
 
         Raises `Mismatch`.
         """
         self.stream = stream_type(
-            original, tokenizer(), policy=policy, limits=limits, epoch=epoch, past=past
+            original,
+            tokenizer(),
+            policy=policy,
+            limits=limits,
+            epoch=machine.first_epoch(taken_ms, above=above),
+            taken_ms=taken_ms,
+            past=past,
         )
+        self._taken_ms = taken_ms
+        self._began_at = 0.0
+        self._num_outbids = 0
+        self.is_resumed = before is not None
+        self.is_stolen = False
+        """By a frontend that no client of ours went to."""
         self.name = f"{request_id}/{index}" if before is None else f"{before.name}'"
         self.witness = Witness(
             self.name,
@@ -611,6 +635,7 @@ class Choice:
         self.held: list[Held] = [] if before is None else list(before.held)
         """What the client has after each message."""
         self._num_moves = -1
+        self._minting = resume_token.Minting(0.0, 0.0)
         self._world = frontend.world
         self._trouble = frontend.trouble
         self._request_id = request_id
@@ -637,19 +662,27 @@ class Choice:
         if self._deadline_at is not None:
             self._world.at(self._deadline_at, self.end, Reason.DEADLINE_EXCEEDED)
         self.witness.began_looking(now)
+        self._began_at = now
         self.obey(self.stream.start(now))
         self._hold()
 
     def resumed(self, frontend: Frontend, held: "Held") -> "Choice":
-        """The same choice at another frontend, which its client comes to with what it holds."""
+        """The same choice at another frontend, which its client comes to with what it holds.
+
+        Raises `Mismatch`, or `UnbrokenError` if the frontend refuses to resume.
+        """
         position = inference_service_pb2.ResumePosition(
             token_ids=held.token_ids,
             num_text_bytes=len(held.text.encode()),
             cumulative_logprob=sum(held.logprobs) if held.logprobs else None,
         )
-        past = resume_token.past(held.claim, position)
-        standing = held.claim.standing
-        epoch = machine.first_epoch(int(self._world.now * 1000), above=standing.epoch)
+        clock = frontend.clock
+        _check_foreign(self._token(held, _FOREIGN_KEYRING), clock)
+        claims = resume_token.unseal(self._token(held, _KEYRING), _KEYRING, now=clock.now())
+        (claim,) = claims.choices
+        past = resume_token.past(claim, position)
+        if clock.now_ms() <= claims.epoch >> machine.GENERATION_BITS:
+            self._trouble.took_effect(Fault.CLOCK_BEHIND)
         successor = Choice(
             frontend,
             self._request_id,
@@ -661,7 +694,8 @@ class Choice:
             deadline_s=None,
             client_pause_s=self._client_pause_s,
             priority=self._priority,
-            epoch=epoch,
+            taken_ms=clock.now_ms(),
+            above=claims.epoch,
             past=past,
             before=self,
         )
@@ -670,16 +704,44 @@ class Choice:
         successor.held = [held]
         return successor
 
+    def _token(self, held: Held, keyring: resume_token.Keyring) -> bytes:
+        """The resume token that the client holds."""
+        resolved = resume_token.Resolved(
+            tenant="",
+            request_id=self._request_id,
+            request_digest=b"",
+            model="m",
+            tokenizer_fingerprint="t",
+            prompt_digest=b"",
+            seed=self.original.params.sampling.seed,
+            max_tokens=0,
+            policy=self.policy,
+            migrations_max=self.limits.migrations_max,
+        )
+        return resume_token.seal(
+            resolved,
+            [held.claim],
+            keyring,
+            now=held.minting.time_of_day,
+            lifetime_s=TOKEN_LIFETIME_S,
+        )
+
     def _hold(self) -> None:
         """What the client holds now, if it is told where the stream is."""
-        stream = self.stream
+        stream, now, clock = self.stream, self._world.now, self.frontend.clock
         claim = self.held[-1].claim if self.held else None
-        if claim is None or stream.num_moves != self._num_moves:
+        time_of_day = clock.now()
+        if (
+            claim is None
+            or stream.num_moves != self._num_moves
+            or self._minting.is_due(now, time_of_day, TOKEN_LIFETIME_S)
+        ):
             self._num_moves = stream.num_moves
+            self._minting = resume_token.Minting(now, time_of_day)
             standing = stream.standing
             base = stream.ledger[: standing.base]
             claim = resume_token.ChoiceClaim(standing, resume_token.ids_digest(base))
-        self.held.append(self.witness.held(claim))
+        self.held.append(self.witness.held(claim, self._minting, clock.offset_s))
 
     def end(self, reason: Reason) -> None:
         """The client left, or its time is up."""
@@ -700,6 +762,7 @@ class Choice:
 
     def steal(self, process: Process) -> None:
         """Another frontend takes the stream over on this worker, and then leaves it."""
+        self.is_stolen = True
         self.witness.orders |= {Reason.FENCED, Reason.REQUEST_EXISTS}
         hello = relay_service_pb2.RelayHello(
             frontend_id="thief", incarnation=1, call_number=self._world.num_events
@@ -827,7 +890,9 @@ class Choice:
         """The attempt did not begin."""
         stream = self.stream
         self._world.tell("%s.%d refused: %s", self.name, epoch, kind.name)
-        if kind is FailureKind.FENCED and epoch_known < epoch:
+        is_fenced = kind is FailureKind.FENCED
+        is_overtaken = is_fenced and epoch_known >= epoch
+        if is_fenced and not is_overtaken:
             self._trouble.took_effect(Fault.FENCED)
         self._hear(
             epoch,
@@ -835,7 +900,20 @@ class Choice:
                 epoch, kind, "refused", now=self._world.now, epoch_known=epoch_known
             ),
             is_refusal=True,
+            is_counted=not is_overtaken,
         )
+        if is_overtaken and stream.epoch > epoch_known:
+            self._trouble.took_effect(Fault.OUTBID)
+            self._num_outbids += 1
+        elif is_overtaken and stream.outcome is not None and self._num_outbids < OUTBIDS_ENOUGH:
+            by_ms = (epoch_known >> machine.GENERATION_BITS) - self._now_ms()
+            is_first = all(attempt.is_refused for attempt in stream.attempts)
+            if is_first and by_ms > 1:
+                raise Violation(f"{self.name} gave way to an owner from {by_ms} ms in the future")
+
+    def _now_ms(self) -> int:
+        """The time of day, had nobody set the clock since this frontend took the stream."""
+        return self._taken_ms + int((self._world.now - self._began_at) * 1000)
 
     def _hear(
         self,
@@ -863,6 +941,9 @@ class Choice:
             is_counted=is_counted,
         )
         self.obey(commands)
+        error = None if stream.outcome is None else stream.outcome.error
+        if outcome_before is None and error is not None and error.reason is Reason.FENCED:
+            self.frontend.on_overtaken(self)
 
     # Commands.
 
@@ -1139,3 +1220,13 @@ class Choice:
             self.obey(commands)
         elif self.stream.num_moves != self._num_moves:
             self._hold()
+
+
+def _check_foreign(token: bytes, clock: Clock) -> None:
+    """A token of another mesh is refused as one, whatever the time."""
+    try:
+        resume_token.unseal(token, _KEYRING, now=clock.now())
+    except UnbrokenError as error:
+        if error.reason is Reason.RESUME_TOKEN_INVALID:
+            return
+    raise Violation("a token of another mesh was taken for one of ours")

@@ -11,19 +11,23 @@ from types import MappingProxyType
 
 from frontend.resume_queue import ResumeLimits, ResumeQueue
 from frontend.stream import Limits, Mismatch, Stream
+from tests.simulation.clocks import Clocks
 from tests.simulation.faults import Fault, Trouble
-from tests.simulation.frontend import Call, Choice, Frontend
+from tests.simulation.frontend import TOKEN_LIFETIME_S, Call, Choice, Frontend
 from tests.simulation.model import Personality
 from tests.simulation.witness import Held, Violation
 from tests.simulation.worker import Process
 from tests.support.vocabulary import EOS, PIECES
 from tests.support.world import World
+from unbroken import discovery
 from unbroken.checkpoint import Checkpoint
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import Constraint, GenerationParams, SamplingParams, StopConditions
 from unbroken.outcome import ContinuationPolicy, FailureKind
 
 _PRIORITIES = (0, 0, 1, 0, -1)
+_RESUMES_MAX = 12
+"""Of one choice, with all the frontends that it can lose."""
 EVENTS_MAX = 20_000
 """A world that is not over after so many never will be."""
 
@@ -83,7 +87,14 @@ class Worker:
         self._personality = personality
         self._worker_id = worker_id
         self._num_lives = 0
+        self._incarnation = 0
+        self.clock = mesh.clocks.new()
         self.process = self._new_process()
+
+    @property
+    def name(self) -> str:
+        """Its id."""
+        return self._worker_id
 
     def boot(self) -> None:
         """A new life, which discovery tells the frontend about."""
@@ -140,8 +151,12 @@ class Worker:
     def _new_process(self) -> Process:
         mesh = self._mesh
         self._num_lives += 1
+        known, now_us = self._incarnation, self.clock.now_us()
+        self._incarnation = discovery.next_incarnation(now_us, known=known)
+        if self._incarnation <= known:
+            raise Violation(f"{self._worker_id} begins as {self._incarnation}, after {known}")
         process = Process(
-            mesh.world, mesh.trouble, self._personality, self._worker_id, self._num_lives
+            mesh.world, mesh.trouble, self._personality, self._worker_id, self._incarnation
         )
         process.engine.after_step = partial(mesh.pump, process)
         process.engine.before_goodbye = partial(self._lose_goodbye)
@@ -169,6 +184,10 @@ class Mesh:
         self.trouble = Trouble(world)
         self._limits = _resume_limits(seed)
         self._queue_type = queue_type
+        self.clocks = Clocks(world, seed)
+        moves = sorted(_NEEDS_STANDBY)
+        for _ in range(self.clocks.num_moves):
+            self.trouble.strikes.append(moves[self.clocks.choose(len(moves))])
         self.frontends = [self._frontend("f0")]
         if _NEEDS_STANDBY.intersection(self.trouble.strikes):
             self.frontends.append(self._frontend("f1"))
@@ -182,10 +201,14 @@ class Mesh:
         self.choices: list[Choice] = []
         for index in range(random.choice((2, 3, 4, 6))):
             self._request(f"r{index}", stream_type)
+        if self.clocks.num_moves:
+            self.frontends.insert(0, self._frontend("fx"))  # For clients that ask twice.
         for worker in self.workers:
             worker.boot()
         for fault in self.trouble.strikes:
             world.at(random.uniform(0.05, 0.65), self._strike, fault)
+        for when in self.clocks.steps:
+            world.at(when, self._set_a_clock)
 
     def live(self) -> None:
         """Let everything happen, then compare."""
@@ -204,7 +227,12 @@ class Mesh:
             worker.process.hub.ledger.check()
 
     def _frontend(self, name: str) -> Frontend:
-        return Frontend(self.world, self.trouble, name, self.pump, self._limits, self._queue_type)
+        clock = self.clocks.new()
+        frontend = Frontend(
+            self.world, self.trouble, name, self.pump, self._limits, self._queue_type, clock
+        )
+        frontend.on_overtaken = self._overtaken
+        return frontend
 
     def pump(self, process: Process) -> None:
         """A sidecar writes what it has to say."""
@@ -257,6 +285,7 @@ class Mesh:
                 deadline_s=deadline_s,
                 client_pause_s=client_pause_s,
                 priority=_PRIORITIES[len(self.choices) % len(_PRIORITIES)],
+                taken_ms=self.frontends[0].clock.now_ms() + int(begin_at * 1000),
             )
             self.choices.append(choice)
             world.at(begin_at, choice.begin)
@@ -319,6 +348,19 @@ class Mesh:
         if is_busy:
             trouble.took_effect(fault)
 
+    def _set_a_clock(self) -> None:
+        """The time of day jumps on one host."""
+        hosts: list[Frontend | Worker] = [one for one in self.frontends if not one.is_dead]
+        hosts += self.workers
+        host = hosts[self.clocks.choose(len(hosts))]
+        by_s = self.clocks.set(host.clock)
+        name = host.name
+        self.world.tell("the clock of %s is set by %+.3f s", name, by_s)
+        if isinstance(host, Worker) or any(
+            choice.frontend is host and choice.stream.outcome is None for choice in self.choices
+        ):
+            self.trouble.took_effect(Fault.CLOCK_STEP)
+
     def _lose_frontend(self, *, is_dead: bool) -> None:
         """All clients of a frontend go to another one; or some, although it lives."""
         world, trouble = self.world, self.trouble
@@ -355,7 +397,7 @@ class Mesh:
                 if worker.process.is_alive:
                     world.after(random.uniform(0.0, 0.05), standby.discover, worker.process)
 
-    def _resume(self, choice: Choice) -> None:
+    def _resume(self, choice: Choice, num_expired: int = 0) -> None:
         world, trouble = self.world, self.trouble
         held = choice.held[-1]
         if len(choice.held) > 1 and trouble.happens(Fault.LOST_MESSAGES):
@@ -364,7 +406,10 @@ class Mesh:
         if held.token_ids and trouble.happens(Fault.FORGERY):
             trouble.took_effect(Fault.FORGERY)
             held = _forged(held, world.random)
-        frontend = self.frontends[-1]
+        self._resume_at(self.frontends[-1], choice, held, num_expired)
+
+    def _resume_at(self, frontend: Frontend, choice: Choice, held: Held, num_expired: int) -> None:
+        world, trouble = self.world, self.trouble
         world.tell(
             "%s resumes at %s with %d tokens%s",
             *(choice.name, frontend.name, len(held.token_ids)),
@@ -373,12 +418,62 @@ class Mesh:
         try:
             successor = choice.resumed(frontend, held)
         except (Mismatch, UnbrokenError) as mismatch:
+            if _is_expiry(mismatch):
+                self._expired(choice, held, frontend, num_expired + 1)
+                return
             if not held.is_forged:
                 raise Violation(f"{choice.name}: an honest client is refused: {mismatch}") from None
             trouble.took_effect(Fault.FORGERY_FOUND)
             return
         self.choices.append(successor)
+        if self.clocks.are_wrong:
+            successor.witness.orders.add(Reason.FENCED)  # Then its client resumes again.
         successor.begin()
+        delay_s = self.clocks.breaks_off_after_s()
+        if delay_s is not None and frontend is not self.frontends[0]:
+            world.after(delay_s, self._break_off, choice, successor, held)
+
+    def _break_off(self, choice: Choice, successor: Choice, held: Held) -> None:
+        """A client loses its call before it was answered, and asks elsewhere with what it held."""
+        if successor.is_abandoned or successor.frontend.is_dead:
+            return
+        self.world.tell("%s: the call breaks off", successor.name)
+        successor.is_abandoned = True
+        self.world.after(
+            self.world.random.choice((0.0, 0.01, 0.05)), successor.end, Reason.CANCELLED
+        )
+        self._resume_at(self.frontends[0], choice, held, 0)
+
+    def _overtaken(self, choice: Choice) -> None:
+        """A client whose stream was taken over, by an earlier call of its own for all it knows,
+        resumes again, as the SDK does. By then its frontend is surely later.
+        """
+        if not (choice.is_resumed and self.clocks.are_wrong) or choice.is_abandoned:
+            return
+        if choice.is_stolen:
+            return  # Not by an earlier call.
+        if choice.name.count("'") > _RESUMES_MAX:
+            raise Violation(f"{choice.name} was overtaken again and again")
+        self.trouble.took_effect(Fault.OVERTAKEN)
+        choice.is_abandoned = True
+        self.world.after(0.05, self._resume_again, choice)
+
+    def _resume_again(self, choice: Choice) -> None:
+        """At the same frontend, if it lives: that may be the only one that its client reaches."""
+        frontend = self.frontends[-1] if choice.frontend.is_dead else choice.frontend
+        self._resume_at(frontend, choice, choice.held[-1], 0)
+
+    def _expired(self, choice: Choice, held: Held, frontend: Frontend, num_expired: int) -> None:
+        """A frontend takes a token for too old. The client asks again, as the SDK does."""
+        ahead_s = frontend.clock.offset_s - held.clock_offset_s
+        if ahead_s < TOKEN_LIFETIME_S:
+            raise Violation(
+                f"{choice.name}: a token has expired, {self.world.now - held.minting.now:.1f} s "
+                f"old, where the clock is {ahead_s:.1f} s ahead"
+            )
+        self.trouble.took_effect(Fault.EXPIRY)
+        if num_expired < len(self.frontends):
+            self.world.after(0.1, self._resume, choice, num_expired)
 
     def _break_link(self, worker: Worker, fault: Fault) -> None:
         world = self.world
@@ -407,6 +502,10 @@ class Mesh:
                     # The frontend gives up; the worker goes on, and is heard late.
                     world.after(silence_max_s, call.end, FailureKind.HANG)
                     world.after(silence_max_s + random.uniform(0.0, 1.0), call.sidecar_loses)
+
+
+def _is_expiry(error: Exception) -> bool:
+    return isinstance(error, UnbrokenError) and error.reason is Reason.RESUME_TOKEN_EXPIRED
 
 
 _NEEDS_STANDBY = frozenset({Fault.FRONTEND_DEATH, Fault.CLIENT_MOVES})

@@ -14,7 +14,9 @@ import frontend.stream
 from frontend import resume_queue
 from frontend.continuation import Abilities, next_checkpoint
 from frontend.resume_queue import ResumeQueue, Ticket, Turn
+from frontend.resume_token import Minting
 from frontend.stream import (
+    GENERATION_BITS,
     Ack,
     Command,
     Life,
@@ -32,6 +34,7 @@ from sidecar.watchdog import Recovered, Watchdog, Work
 from tests.simulation.frontend import Choice
 from tests.simulation.scenario import quiet, run_seed
 from tests.support.vocabulary import tokenizer
+from unbroken import discovery
 from unbroken.checkpoint import Checkpoint
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs
@@ -241,9 +244,18 @@ class AdoptsAnyAttempt(Stream):
         return super()._verify(epoch, end_offset, origin, now)
 
 
+class BelievesItsClock(Stream):
+    """A higher epoch is that of a later owner, although it would have come in the future."""
+
+    @override
+    def _may_outbid(self, epoch_known: int, now: float) -> bool:
+        return False
+
+
 @pytest.mark.parametrize(
     "stream_type",
     [
+        BelievesItsClock,
         AdoptsUnderTheOldEpoch,
         BelievesItsClient,
         SendsTextTwice,
@@ -296,12 +308,17 @@ def _always(*_: object) -> bool:
     return True
 
 
+def _by_the_clock_alone(now_ms: int, *, above: int = 0) -> int:  # noqa: ARG001
+    return max(now_ms, 1) << GENERATION_BITS
+
+
 def _below_the_old_epochs(_: int, *, above: int = 0) -> int:
     return max(1, above - 1)
 
 
 _MUTANTS: list[tuple[ModuleType, str, object]] = [
     (frontend.stream, "first_epoch", _below_the_old_epochs),
+    (frontend.stream, "first_epoch", _by_the_clock_alone),
     (frontend.stream, "next_checkpoint", _one_token_short),
     (frontend.continuation, "_obstacle_to_appending", _no_obstacle),
     (frontend.continuation, "_appended_params", _parameters_as_they_were),
@@ -333,6 +350,29 @@ def _never(*_: object) -> bool:
 
 def _at_any_frame(self: Watchdog, now: float, **_: object) -> Recovered | None:
     return _heard(self, now, is_step=True, has_work=True, prefill_tokens=0)
+
+
+def _at_half_time(self: Minting, now: float, _: float, lifetime_s: float) -> bool:
+    return now - self.now >= lifetime_s / 2
+
+
+def _the_time(now_us: int, *, known: int) -> int:  # noqa: ARG001
+    return now_us
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "mutant"),
+    [(Minting, "is_due", _at_half_time), (discovery, "next_incarnation", _the_time)],
+)
+def test_a_bug_with_clocks_is_found(
+    owner: object,
+    name: str,
+    mutant: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(owner, name, mutant)
+    _find(name, Stream, capsys)
 
 
 def _whatever_is_not_read_here(self: Hub, link: Link) -> None:

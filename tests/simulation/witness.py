@@ -9,7 +9,7 @@ P5  nothing of an attempt that is over reaches the ledger
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from frontend.resume_token import ChoiceClaim
+from frontend.resume_token import ChoiceClaim, Minting
 from frontend.stream import Command, Life, Limits, Outcome, Past, Piece, State, Stream
 from tests.simulation.faults import Fault, Trouble
 from tests.simulation.model import Personality, Truth, cut, undisturbed
@@ -47,6 +47,10 @@ class Held:
     text: str
     logprobs: tuple[float, ...]
     claim: ChoiceClaim
+    minting: Minting
+    """When the newest resume token was made, by the clocks of its frontend,"""
+    clock_offset_s: float
+    """and how wrong that clock was when the message was sent."""
     is_forged: bool = False
 
 
@@ -97,10 +101,16 @@ class Witness:
 
     # What the shell tells it.
 
-    def held(self, claim: ChoiceClaim) -> Held:
+    def held(self, claim: ChoiceClaim, minting: Minting, clock_offset_s: float) -> Held:
         """What the client has now."""
         return Held(
-            tuple(self.token_ids), self._text, tuple(self._logprobs), claim, self._is_forged
+            tuple(self.token_ids),
+            self._text,
+            tuple(self._logprobs),
+            claim,
+            minting,
+            clock_offset_s,
+            self._is_forged,
         )
 
     def begin_from(self, held: Held) -> None:

@@ -200,7 +200,36 @@ def test_a_new_incarnation_is_above_the_last_one_even_if_the_clock_went_back(
         with owner(tmp_path, incarnation=future):
             pass
         assert await found.new_incarnation(WORKERS, "w1") == future + 1
-        assert 2**50 < await found.new_incarnation(WORKERS, "w2") < 2**52  # 2005 to 2112.
+        elsewhere = FileDiscovery(tmp_path / "other")
+        assert 2**50 < await elsewhere.new_incarnation(WORKERS, "w1") < 2**52  # 2005 to 2112.
+
+    uvloop.run(scenario())
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"what", b"-7", b"9" * 100])
+def test_a_new_incarnation_is_above_the_last_one_even_if_its_record_is_gone(
+    tmp_path: Path, damage: bytes | None
+) -> None:
+    async def scenario() -> None:
+        found = FileDiscovery(tmp_path)
+        future = 2**60
+        async with watching(tmp_path) as watched:
+            registration = await found.register(WORKERS, worker(incarnation=future))
+            await watched.until(lambda members: "w1" in members)
+            await registration.close()
+            await watched.until(lambda members: "w1" not in members)
+            highest = tmp_path / "workers" / ".incarnation"
+            assert highest.read_bytes() == b"%d" % future
+            if damage is not None:
+                highest.write_bytes(damage)
+            incarnation = await found.new_incarnation(WORKERS, "w1")
+            if damage is not None:
+                assert 2**50 < incarnation < 2**52  # 2005 to 2112.
+                return
+            assert incarnation == future + 1
+            again = await found.register(WORKERS, worker(incarnation=incarnation))
+            await watched.until(lambda members: "w1" in members)
+            await again.close()
 
     uvloop.run(scenario())
 
@@ -215,7 +244,7 @@ def test_the_next_registrar_removes_what_dead_owners_left(tmp_path: Path) -> Non
             (tmp_path / "workers" / "notes.json").write_text("keep me")
             registration = await FileDiscovery(tmp_path).register(WORKERS, worker())
             names = {path.name for path in (tmp_path / "workers").iterdir()}
-            assert names == {".lock", "notes.json", "stopped.json", "w1.json"}
+            assert names == {".incarnation", ".lock", "notes.json", "stopped.json", "w1.json"}
             await registration.close()
 
     uvloop.run(scenario())

@@ -96,6 +96,23 @@ def test_after_the_end_an_error_of_the_stream_is_its_error() -> None:
         assert stream.call_ended(CallEnded(reason), 0, now=1.0) == GiveUp("")
 
 
+def test_a_request_that_exists_by_an_earlier_call_of_ours_is_asked_for_again() -> None:
+    exists = CallEnded(Reason.REQUEST_EXISTS)
+    stream = a_stream()
+    stream.call_ended(BROKEN, 0, now=1.0)
+    assert stream.call_ended(exists, 1, now=1.1) == GoOn(0.0, is_resume=False)
+    assert isinstance(stream.call_ended(exists, 0, now=1.2), GiveUp)
+
+
+def test_a_token_has_expired_when_as_many_calls_say_so_as_there_are_frontends() -> None:
+    expired = CallEnded(Reason.RESUME_TOKEN_EXPIRED)
+    stream = begun(num_frontends=3)
+    for frontend in (0, 1):
+        assert isinstance(stream.call_ended(expired, frontend, now=1.0), GoOn)
+    assert stream.call_ended(expired, 2, now=2.0) == GiveUp("")
+    assert begun(num_frontends=1).call_ended(expired, 0, now=1.0) == GiveUp("")
+
+
 def test_without_a_token_nothing_is_resumed() -> None:
     stream = begun()
     stream.has_token = False
