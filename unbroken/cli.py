@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Coroutine, Sequence
+from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -29,13 +30,16 @@ from unbroken.demo import play
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.terminal import Output
+from unbroken.tls import ClientTls
 from unbroken.v1 import inference_service_pb2 as pb
 
 DISCOVERY_DEFAULT: Final = Path(".run") / "mesh"
 
+_tls: ContextVar[ClientTls | None] = ContextVar("tls", default=None)
+"""How this command line speaks with frontends; None: in the clear."""
+
 app = typer.Typer(
     name="unbroken",
-    help="Keeps LLM token streams going when anything under them dies.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -81,6 +85,36 @@ FrontendOption = Annotated[
     typer.Option("--frontend", help="host:port of a frontend, instead of discovery; repeatable."),
 ]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Text for people, or JSON.")]
+
+
+@app.callback()
+def connection(
+    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS with frontends.")] = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option(envvar="UNBROKEN_CA", help="PEM file of the authorities to trust; TLS."),
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(envvar="UNBROKEN_CERTIFICATE", help="PEM file to show to frontends; TLS."),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(envvar="UNBROKEN_KEY", help="PEM file with its private key.")
+    ] = None,
+    server_name: Annotated[
+        str | None,
+        typer.Option(
+            envvar="UNBROKEN_SERVER_NAME",
+            help="Whom their certificates name, if not the host; TLS.",
+        ),
+    ] = None,
+) -> None:
+    """Keeps LLM token streams going when anything under them dies."""
+    if tls or any(given is not None for given in (ca, certificate, key, server_name)):
+        try:
+            _tls.set(ClientTls(ca, certificate, key, server_name))
+        except ValueError as error:
+            raise typer.BadParameter(f"{error}") from None
 
 
 @app.command()
@@ -457,7 +491,10 @@ async def _connect(frontends: Sequence[str] | None, directory: Path) -> Client:
             Reason.UNREACHABLE,
             f"expected a frontend in {directory}, found none; start one with: unbroken up",
         )
-    return Client(*frontends)
+    try:
+        return Client(*frontends, tls=_tls.get())
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}") from None
 
 
 def _run(scenario: Coroutine[Any, Any, None], output: Output) -> None:

@@ -34,6 +34,7 @@ from unbroken.outcome import FinishReason
 from unbroken.received import Received
 from unbroken.request import GenerateOptions, request_to_proto
 from unbroken.resumption import ResumeBudget, ResumePolicy, Resumption
+from unbroken.tls import ClientTls
 from unbroken.transport import CLIENT_KEEPALIVE, Keepalive
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import admin_service_pb2_grpc as admin_grpc
@@ -183,7 +184,10 @@ class GenerationStream:
 
     async def __anext__(self) -> Piece:
         while not self._is_over:
-            response = await self._read()
+            try:
+                response = await self._read()
+            except UnbrokenError as error:
+                raise await self._frontends.explained(error, self._frontend) from error.__cause__
             if response is not None and (response.token_ids or response.text):
                 return Piece(
                     response.choice_index,
@@ -353,14 +357,16 @@ class Client:
         resume_policy: ResumePolicy | None = None,
         resume_budget: ResumeBudget | None = None,
         keepalive: Keepalive = CLIENT_KEEPALIVE,
+        tls: ClientTls | None = None,
     ) -> None:
         """`addresses` are "host:port", at least one. Connections are made when needed.
 
-        `resume_budget` can be shared by several clients.
+        `resume_budget` can be shared by several clients. Without `tls`, everything is in the clear;
+        raises ValueError if its files are wrong.
         """
         if not addresses:
             raise ValueError("expected the address of a frontend, got none")
-        self.frontends = Frontends(addresses, keepalive)
+        self.frontends = Frontends(addresses, keepalive, tls)
         self.is_closed = False
         self._call_timeout_s = call_timeout_s
         self._policy = resume_policy or ResumePolicy()
@@ -450,9 +456,11 @@ class Client:
 
     async def list_models(self) -> Sequence[pb.ModelInfo]:
         """The models that workers serve now or served before, by name."""
-        stub = self.frontends.stub(await self.frontends.first())
-        request = pb.ListModelsRequest()
-        return (await _answer(stub.ListModels(request, timeout=self._call_timeout_s))).models
+        index = await self.frontends.first()
+        call = self.frontends.stub(index).ListModels(
+            pb.ListModelsRequest(), timeout=self._call_timeout_s
+        )
+        return (await self._answer(index, call)).models
 
     async def get_stream(self, request_id: str, *, tenant: str = "") -> pb.StreamInfo:
         """One request, of whichever frontend knows it; raises `STREAM_NOT_FOUND`.
@@ -477,7 +485,8 @@ class Client:
             request = pb.ListStreamsRequest(page_size=_STREAMS_PAGE_SIZE)
             while True:
                 try:
-                    page = await _answer(stub.ListStreams(request, timeout=self._call_timeout_s))
+                    call = stub.ListStreams(request, timeout=self._call_timeout_s)
+                    page = await self._answer(index, call)
                 except UnbrokenError as failure:
                     if failure.reason is not Reason.UNREACHABLE:
                         raise
@@ -494,9 +503,11 @@ class Client:
 
     async def list_workers(self) -> Sequence[admin_pb.WorkerInfo]:
         """The workers as a frontend sees them, by name."""
-        stub = admin_grpc.AdminServiceStub(await self.channel())
-        request = admin_pb.ListWorkersRequest()
-        return (await _answer(stub.ListWorkers(request, timeout=self._call_timeout_s))).workers
+        index = await self.frontends.first()
+        call = admin_grpc.AdminServiceStub(self.frontends.channel(index)).ListWorkers(
+            admin_pb.ListWorkersRequest(), timeout=self._call_timeout_s
+        )
+        return (await self._answer(index, call)).workers
 
     async def channel(self) -> grpc.aio.Channel:
         """The channel for the next call; for services that this class does not know.
@@ -507,7 +518,7 @@ class Client:
 
     async def _ask_all(self, ask: Callable[[InferenceServiceStub], Awaitable[_T]]) -> Sequence[_T]:
         """The answers of all frontends that have one; raises what one said if none has."""
-        asked = [_answer(ask(self.frontends.stub(i))) for i in range(len(self.frontends))]
+        asked = [self._answer(i, ask(self.frontends.stub(i))) for i in range(len(self.frontends))]
         results = await asyncio.gather(*asked, return_exceptions=True)
         answers = [result for result in results if not isinstance(result, BaseException)]
         if not answers:
@@ -515,12 +526,13 @@ class Client:
             raise min(errors, key=lambda error: error.reason is Reason.UNREACHABLE)
         return answers
 
-
-async def _answer(call: Awaitable[_T]) -> _T:
-    try:
-        return await call
-    except grpc.RpcError as error:
-        raise status.from_rpc_error(error) from error
+    async def _answer(self, index: int, call: Awaitable[_T]) -> _T:
+        """What a frontend answers; raises `UnbrokenError`."""
+        try:
+            return await call
+        except grpc.RpcError as error:
+            failure = status.from_rpc_error(error)
+            raise await self.frontends.explained(failure, index) from error
 
 
 def _explained(error: UnbrokenError, detail: str) -> UnbrokenError:

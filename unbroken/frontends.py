@@ -9,6 +9,7 @@ import grpc.aio
 
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.resumption import Readiness
+from unbroken.tls import ClientTls
 from unbroken.transport import Keepalive, open_channel
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
@@ -30,9 +31,14 @@ _READINESS: Final = {
 class Frontends:
     """Some frontends, in order of preference. Connections are made when needed."""
 
-    def __init__(self, addresses: Sequence[str], keepalive: Keepalive) -> None:
+    def __init__(
+        self, addresses: Sequence[str], keepalive: Keepalive, tls: ClientTls | None = None
+    ) -> None:
+        """In the clear, unless `tls` says how. Raises ValueError if its files are wrong."""
         self.addresses = tuple(addresses)
         self._keepalive = keepalive
+        self._tls = tls
+        self._credentials = None if tls is None else tls.credentials()
         self._channels: list[grpc.aio.Channel | None] = [None] * len(addresses)
         self._stubs: list[InferenceServiceStub | None] = [None] * len(addresses)
 
@@ -50,7 +56,12 @@ class Frontends:
         """The channel to one of them."""
         channel = self._channels[index]
         if channel is None:
-            channel = open_channel(self.addresses[index], keepalive=self._keepalive)
+            channel = open_channel(
+                self.addresses[index],
+                keepalive=self._keepalive,
+                credentials=self._credentials,
+                server_name=None if self._tls is None else self._tls.server_name,
+            )
             self._channels[index] = channel
         return channel
 
@@ -69,6 +80,17 @@ class Frontends:
             for index in range(len(self.addresses))
         ]
 
+    async def explained(self, error: UnbrokenError, index: int) -> UnbrokenError:
+        """`error` of a call to one of them; if TLS is why it is UNREACHABLE, it says so."""
+        if error.reason is not Reason.UNREACHABLE or self._tls is None:
+            return error
+        address = self.addresses[index]
+        if not (why := await self._tls.explain(address)):
+            return error
+        return UnbrokenError(
+            error.reason, f"no TLS with {address}: {why}", metadata={**error.metadata, "tls": why}
+        )
+
     async def first(self) -> int:
         """The first that can be reached; raises `UNREACHABLE` if none can."""
         if len(self.addresses) == 1:
@@ -77,10 +99,10 @@ class Frontends:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 while Readiness.CONNECTED not in (ready := self.readiness()):
                     if all(state is Readiness.FAILING for state in ready):
-                        raise self._unreachable()
+                        raise await self.explained(self._unreachable(), 0)
                     await self._connect_one()
         except TimeoutError:
-            raise self._unreachable() from None
+            raise await self.explained(self._unreachable(), 0) from None
         return ready.index(Readiness.CONNECTED)
 
     async def _connect_one(self) -> None:

@@ -33,6 +33,7 @@ from unbroken.discovery import FRONTENDS, WORKERS
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
 from unbroken.restart import RestartPolicy, Restarts
+from unbroken.tls import ClientTls
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import worker_pb2 as pb
 
@@ -72,6 +73,7 @@ class LocalMesh:
         frontend_listen: str = "127.0.0.1:0",
         flags_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
         wrap_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        client_tls: ClientTls | None = None,
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         """Discovery lives in `directory`, logs in `directory`/logs.
@@ -91,6 +93,8 @@ class LocalMesh:
         self._frontend_flags = tuple(frontend_flags)
         self._flags_of = flags_of
         self._wrap_of = wrap_of
+        self._client_tls = client_tls
+        """How the frontends are asked whether they serve, if their flags say TLS."""
         self._ready_timeout_s = ready_timeout_s
         self._discovery = FileDiscovery(directory)
         self._mark = secrets.token_hex(8)
@@ -291,7 +295,7 @@ class LocalMesh:
         while (record := self._frontends.get(frontend_id)) is None or record.pid != pid:
             self._check_running([frontend_id])
             await asyncio.sleep(_POLL_S)
-        async with Client(record.address) as client:
+        async with Client(record.address, tls=self._client_tls) as client:
             while True:
                 self._check_running([frontend_id, *worker_ids])
                 try:

@@ -117,12 +117,20 @@ def open_channel(
     *,
     receive_bytes_max: int = RECEIVE_BYTES_MAX,
     keepalive: Keepalive = MESH_KEEPALIVE,
+    credentials: grpc.ChannelCredentials | None = None,
+    server_name: str | None = None,
 ) -> grpc.aio.Channel:
     """A channel to "host:port" or "unix:path", with a connection of its own.
 
-    The caller closes it.
+    With `credentials` it speaks TLS; the server's certificate has to name `server_name`, or else
+    the host. The caller closes it.
     """
-    return grpc.aio.insecure_channel(address, options=channel_options(receive_bytes_max, keepalive))
+    options = [*channel_options(receive_bytes_max, keepalive)]
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    if server_name is not None:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def server_options(receive_bytes_max: int, keepalive: Keepalive) -> Options:
