@@ -93,7 +93,9 @@ async def _measure(seconds: float) -> list[Row]:
     return rows
 
 
-def stamping_mesh(directory: Path, edge: str, step_ms: float) -> LocalMesh:
+def stamping_mesh(
+    directory: Path, edge: str, step_ms: float, frontend_flags: Sequence[str] = ()
+) -> LocalMesh:
     """One frontend, one sidecar, an engine of stamps."""
     socket = directory / "engine.sock"
     engine = f"{sys.executable} -m benchmarks.stamping --socket {socket} --step-ms {step_ms}"
@@ -102,7 +104,7 @@ def stamping_mesh(directory: Path, edge: str, step_ms: float) -> LocalMesh:
         num_workers=1,
         engine=None,
         sidecar_flags=("--engine-socket", str(socket), "--engine-command", engine),
-        frontend_flags=("--edge", edge),
+        frontend_flags=("--edge", edge, *frontend_flags),
     )
 
 

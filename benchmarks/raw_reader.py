@@ -163,10 +163,10 @@ ASKS: Final[Mapping[str, type[GrpcStream | OpenAiStream]]] = {
 class Connection(asyncio.Protocol):
     """One connection with some streams."""
 
-    def __init__(self, seen: Seen, indexes: range, asks: str) -> None:
+    def __init__(self, seen: Seen, indexes: range, asks: type[GrpcStream | OpenAiStream]) -> None:
         self._seen = seen
         self._indexes = indexes
-        self._asks = ASKS[asks]
+        self._asks = asks
         self._buffer = b""
         self._streams: dict[int, Stream] = {}
         self._transport: asyncio.Transport | None = None
@@ -236,7 +236,7 @@ async def read(
     for number in range(connections):
         indexes = range(number * share, (number + 1) * share)
         await loop.create_connection(
-            lambda indexes=indexes: Connection(seen, indexes, asks), host, port
+            lambda indexes=indexes: Connection(seen, indexes, ASKS[asks]), host, port
         )
     try:
         async with asyncio.timeout(_WARM_UP_S_MAX):

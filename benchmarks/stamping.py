@@ -4,18 +4,19 @@
     python -m benchmarks.stamping --listen ADDRESS  InferenceService itself, over grpc.aio
 
 Both make one token per stream and step, paced without drift; 0 ms is as fast as the reader allows.
+For a sidecar, streams whose prompt begins with IDLE_ID get one token and then none, for ever.
 """
 
 import argparse
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 import uvloop
 from typing_extensions import override
 
-from benchmarks.stamps import stamp
+from benchmarks.stamps import NUM_IDS, stamp
 from unbroken import framing
 from unbroken.tokenizer import asset_to_proto
 from unbroken.transport import listen, make_server
@@ -27,6 +28,10 @@ from unbroken.v1.inference_service_pb2_grpc import (
 )
 from worker import simulated_tokenizer
 
+IDLE_ID: Final = NUM_IDS - 1
+_HEARTBEAT_S: Final = 0.1
+"""How often there is a step if no stream has a token: an engine that makes none is a hung one."""
+
 
 class StampingEngine:
     """Speaks engine.proto to one sidecar."""
@@ -36,6 +41,9 @@ class StampingEngine:
         self._num_frames = 0
         self._streams: dict[int, list[int]] = {}
         """Slot: next offset, offset after the last, window, acknowledged offset."""
+        self._to_be_idle: set[int] = set()
+        self._idle: dict[int, list[int]] = {}
+        """As `_streams`; kept apart, so that they cost nothing here."""
 
     async def serve(self, path: str) -> None:
         """Run until cancelled."""
@@ -45,6 +53,8 @@ class StampingEngine:
             while True:
                 connection = await connected.get()
                 self._streams.clear()
+                self._to_be_idle.clear()
+                self._idle.clear()
                 self._num_frames = 0
                 stepping = asyncio.create_task(self._step(connection))
                 while batch := await connection.receive():
@@ -65,11 +75,15 @@ class StampingEngine:
                 first = start.checkpoint.first_offset
                 end = first + start.checkpoint.params.stopping.max_tokens
                 self._streams[start.slot] = [first, end, start.window_tokens, first]
+                if list(start.checkpoint.prompt_token_ids[:1]) == [IDLE_ID]:
+                    self._to_be_idle.add(start.slot)
             case "abort":
-                stream = self._streams.pop(request.abort.slot, None)
+                slot = request.abort.slot
+                self._to_be_idle.discard(slot)
+                stream = self._streams.pop(slot, None) or self._idle.pop(slot, None)
                 if stream is not None:
                     ended = attempt_pb2.AttemptEnded(
-                        slot=request.abort.slot,
+                        slot=slot,
                         end_offset=stream[0],
                         finish_reason=generation_pb2.FINISH_REASON_CANCELLED,
                     )
@@ -92,7 +106,7 @@ class StampingEngine:
 
     async def _step(self, connection: framing.Connection[engine_pb2.EngineRequest]) -> None:
         loop = asyncio.get_running_loop()
-        due = loop.time()
+        due = stepped_at = loop.time()
         while True:
             moving = [
                 (slot, stream)
@@ -115,8 +129,15 @@ class StampingEngine:
                             finish_reason=generation_pb2.FINISH_REASON_LENGTH,
                         )
                         del self._streams[slot]
+                    elif slot in self._to_be_idle:
+                        self._to_be_idle.remove(slot)
+                        self._idle[slot] = self._streams.pop(slot)
                 self._send(connection, frame)
                 await connection.drain()
+                stepped_at = loop.time()
+            elif self._idle and loop.time() > stepped_at + _HEARTBEAT_S:
+                self._send(connection, attempt_pb2.StepFrame())
+                stepped_at = loop.time()
             if moving:
                 due = max(due + self._step_s, loop.time() - self._step_s)
                 await asyncio.sleep(max(0.0, due - loop.time()))

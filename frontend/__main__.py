@@ -14,6 +14,7 @@ from frontend.service import serve
 from unbroken import log
 from unbroken.config import load
 from unbroken.errors import UnbrokenError
+from unbroken.files_limit import raise_files_limit
 
 
 def main() -> None:
@@ -22,6 +23,11 @@ def main() -> None:
     log.configure("frontend", config.log_level, config.log_format)
     logger = log.get_logger(__name__)
     logger.info("configuration", **config.effective())
+    files = raise_files_limit()
+    if config.edge == "native" and files < config.edge_connections_max:
+        logger.warning(
+            "fewer files than connections allowed", files=files, limit=config.edge_connections_max
+        )
     try:
         if config.processes > 1:
             sys.exit(uvloop.run(parent.serve(config, sys.argv[1:])))

@@ -140,6 +140,8 @@ class FrontendConfig(ProcessConfig):
     """Native edge: a connection with more waiting in its socket is closed."""
     edge_ping_idle_interval_s: float = Field(_EDGE.ping_idle_interval_s, gt=0, le=3600)
     """Native edge: as client_ping_interval_s, for connections without streams."""
+    edge_pings_per_s_max: float = Field(_EDGE.pings_per_s_max, gt=0)
+    """Native edge: signs of life asked for in all; with more clients, each is asked less often."""
     deadline_margin_s: float = Field(0.02, ge=0, le=1)
     """So long before its client's deadline a stream ends, so that the client still hears why."""
     shutdown_grace_s: float = Field(30.0, ge=0, le=3600)

@@ -172,6 +172,8 @@ class Connection:
             )
         )
         """What is to be sent; whoever sends it takes it with `take_outbound`."""
+        self.ping_interval_min_s = 0.0
+        """Less often than the limits say, because there are so many other connections."""
         if limits.connection_window > frames.WINDOW_DEFAULT:
             increment = limits.connection_window - frames.WINDOW_DEFAULT
             self.outbound += frames.window_update(0, increment)
@@ -763,6 +765,7 @@ class Connection:
         else:
             is_idle = not self._streams
             interval_s = limits.ping_idle_interval_s if is_idle else limits.ping_interval_s
+            interval_s = max(interval_s, self.ping_interval_min_s)
             dues.append((self._heard_at + interval_s, "ping"))
         if self._partial_since is not None:
             dues.append((self._partial_since + limits.header_timeout_s, "header"))

@@ -164,6 +164,11 @@ class EdgeServer:
             for client in list(self.clients):
                 client.abort()
 
+    @property
+    def ping_interval_min_s(self) -> float:
+        """How long a connection may be silent, whatever the limits say of one alone."""
+        return len(self.clients) / self.limits.pings_per_s_max
+
     def call(self, client: "ClientConnection", event: RequestReceived) -> Call:
         """What is to happen on a new stream. Raises `Refused`."""
         request = event.request
@@ -350,6 +355,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _keep_time(self) -> None:
         """Have the timer fire when the connection wants it, or before."""
+        self.connection.ping_interval_min_s = self._server.ping_interval_min_s
         due = self.connection.deadline()
         if due is None or (self._timer is not None and due >= self._timer_at):
             return
@@ -360,6 +366,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _look(self) -> None:
         self._timer = None
+        self.connection.ping_interval_min_s = self._server.ping_interval_min_s
         try:
             self._handle(self.connection.handle_timeout(self._server.clock()))
         except Exception:

@@ -289,6 +289,16 @@ def test_an_idle_connection_is_asked_less_often() -> None:
     assert [frame.kind for frame in peer.heard()] == [FrameType.PING]
 
 
+def test_among_many_connections_each_is_asked_less_often() -> None:
+    peer = Peer()
+    peer.open(1)
+    peer.connection.ping_interval_min_s = 5.0
+    peer.wait(4.9)
+    assert peer.heard() == []
+    peer.wait(0.2)
+    assert [frame.kind for frame in peer.heard()] == [FrameType.PING]
+
+
 def test_who_looks_late_gives_the_answer_another_chance() -> None:
     peer = Peer()
     peer.open(1)

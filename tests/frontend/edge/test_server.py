@@ -4,6 +4,7 @@ import asyncio
 import gc
 import gzip
 from collections.abc import Iterable
+from contextlib import AsyncExitStack
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -478,6 +479,22 @@ def test_a_client_that_takes_nothing_for_too_long_is_cut_off() -> None:
                 assert frames.parse_u32(told[-1].payload) == ErrorCode.CANCEL
             await it.until(lambda: it.num_running() == 0)
             assert metric(it.frontend, "edge_limits_total", limit="stall") == 1
+
+    run(scenario())
+
+
+def test_all_connections_together_are_asked_for_so_many_signs_of_life() -> None:
+    async def scenario() -> None:
+        settings = {**NATIVE, "edge_pings_per_s_max": 0.5}
+        async with world(FakeSidecar("w1"), **settings) as it, AsyncExitStack() as stack:
+            edge = it.frontend.edge
+            assert edge is not None
+            for _ in range(3):
+                client = await stack.enter_async_context(connect(it.frontend.address))
+                client.generate(1, REQUEST_OF_TEN)
+                await client.frames_until(FrameType.HEADERS)
+            asked_every = max(one.connection.ping_interval_min_s for one in edge.clients)
+            assert asked_every == 2.0 * len(edge.clients)
 
     run(scenario())
 
