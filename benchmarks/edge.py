@@ -94,7 +94,11 @@ async def _measure(seconds: float) -> list[Row]:
 
 
 def stamping_mesh(
-    directory: Path, edge: str, step_ms: float, frontend_flags: Sequence[str] = ()
+    directory: Path,
+    edge: str,
+    step_ms: float,
+    frontend_flags: Sequence[str] = (),
+    sidecar_flags: Sequence[str] = (),
 ) -> LocalMesh:
     """One frontend, one sidecar, an engine of stamps."""
     socket = directory / "engine.sock"
@@ -103,7 +107,7 @@ def stamping_mesh(
         directory / "mesh",
         num_workers=1,
         engine=None,
-        sidecar_flags=("--engine-socket", str(socket), "--engine-command", engine),
+        sidecar_flags=("--engine-socket", str(socket), "--engine-command", engine, *sidecar_flags),
         frontend_flags=("--edge", edge, *frontend_flags),
     )
 

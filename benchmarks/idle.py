@@ -7,10 +7,10 @@ step are read by the bare client, three times:
     beside    so many streams that got one token each and wait for their next are open
     after     those have gone
 
-and the idle ones are asked for their state in the end: all of them must still be open. Told are the
-memory of the frontend and the sidecar, the cost a token, and the latency; the ratios are of
-"beside" to "before", the worse of each percentile's promise decides. Files are limited per process:
-the limit is raised as far as this user may, and the number of connections lowered to what is left.
+All idle ones must still be open when they are closed. Told are the memory of the frontend, the cost
+a token, and the latency; the ratio is that of "beside" to the mean of "before" and "after". Files
+are limited per process: the limit is raised as far as this user may, and the number of connections
+lowered to what is left.
 
     python -m benchmarks.idle [--streams 24000] [--connections 10000] [--seconds 5]
 """
@@ -20,7 +20,8 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Final
 
@@ -45,10 +46,10 @@ OPENING_AT_ONCE: Final = 100
 OPEN_S_MAX: Final = 180.0
 SETTLE_S: Final = 3.0
 """Between the last stream and the measurement, so that all are pinged as in the long run."""
-P50_RATIO_MAX: Final = 1.5
-P99_RATIO_MAX: Final = 1.5
-SLACK_MS: Final = 2.0
-"""A difference below it is none: the machine's own jitter is larger."""
+RATIO_MAX: Final = 1.5
+"""Of p50 and p99, both with the slack added."""
+SLACK_MS: Final = 1.0
+"""A machine's own jitter: without it, the ratio of two small numbers says nothing."""
 
 
 class IdleStream(GrpcStream):
@@ -141,7 +142,9 @@ async def measure(num_streams: int, num_connections: int, seconds: float) -> dic
     """Read the active streams before, beside and after the idle ones."""
     with tempfile.TemporaryDirectory() as name:
         flags = ("--requests-running-max", str(2 * num_streams + 1000))
-        async with stamping_mesh(Path(name), "native", STEP_MS, flags) as mesh:
+        # What is measured is the edge: an engine that gets no CPU for a second is no hung one.
+        patient = ("--engine-stall-min-s", "30")
+        async with stamping_mesh(Path(name), "native", STEP_MS, flags, patient) as mesh:
             (worker,) = mesh.workers.values()
             hop = Hop("native", mesh.frontend_address, mesh.frontend_pid, worker.sidecar_pid)
             before = await read(hop, ACTIVE, seconds, is_flood=False)
@@ -157,13 +160,29 @@ async def measure(num_streams: int, num_connections: int, seconds: float) -> dic
             idle.close()
             await asyncio.sleep(SETTLE_S)
             after = await read(hop, ACTIVE, seconds, is_flood=False)
-    return _figures([before, beside, after], num_streams, num_connections) | {
-        "ok": _is_ok(before, beside) and not lost and not ended,
+    ratios = _ratios(before, beside, after)
+    figures: dict[str, object] = {
+        "ok": not lost and not ended and all(ratio <= RATIO_MAX for ratio in ratios.values()),
+        "idle_streams": num_streams,
+        "connections": num_connections,
         "idle_lost": lost,
         "idle_ended": ended,
         "open_s": round(open_s, 1),
         "idle_frontend_cores": round(idle_cpu, 3),
+        "frontend_kb_per_idle_stream": round(
+            (beside.rss_mb - before.rss_mb) * 1024 / max(1, num_streams), 2
+        ),
+        **{f"ratio_{name}": round(ratio, 2) for name, ratio in ratios.items()},
     }
+    for name, row in (("before", before), ("beside", beside), ("after", after)):
+        figures[name] = {
+            "latency_ms_p50": row.latency_ms_p50,
+            "latency_ms_p99": row.latency_ms_p99,
+            "cpu_us": round(row.cpu_us, 2),
+            "tokens_per_s": round(row.tokens_per_s),
+            "rss_mb": round(row.rss_mb, 1),
+        }
+    return figures
 
 
 async def _idle_cpu(mesh: LocalMesh, seconds: float) -> float:
@@ -173,37 +192,15 @@ async def _idle_cpu(mesh: LocalMesh, seconds: float) -> float:
     return clock.elapsed_s() / seconds
 
 
-def _is_ok(before: Row, beside: Row) -> bool:
-    pairs = (
-        (before.latency_ms_p50, beside.latency_ms_p50, P50_RATIO_MAX),
-        (before.latency_ms_p99, beside.latency_ms_p99, P99_RATIO_MAX),
-    )
-    return all(
-        a is not None and b is not None and b <= max(a * ratio_max, a + SLACK_MS)
-        for a, b, ratio_max in pairs
-    )
-
-
-def _figures(rows: Sequence[Row], num_streams: int, num_connections: int) -> dict[str, object]:
-    before, beside, _ = rows
-    figures: dict[str, object] = {"idle_streams": num_streams, "connections": num_connections}
-    for name, row in zip(("before", "beside", "after"), rows, strict=True):
-        figures[name] = {
-            "latency_ms_p50": row.latency_ms_p50,
-            "latency_ms_p99": row.latency_ms_p99,
-            "cpu_us": round(row.cpu_us, 2),
-            "tokens_per_s": round(row.tokens_per_s),
-            "rss_mb": round(row.rss_mb, 1),
-        }
-    figures["frontend_kb_per_idle_stream"] = round(
-        (beside.rss_mb - before.rss_mb) * 1024 / max(1, num_streams), 2
-    )
-    for percentile, a, b in (
-        ("p50", before.latency_ms_p50, beside.latency_ms_p50),
-        ("p99", before.latency_ms_p99, beside.latency_ms_p99),
-    ):
-        figures[f"ratio_{percentile}"] = None if not a or not b else round(b / a, 2)
-    return figures
+def _ratios(before: Row, beside: Row, after: Row) -> Mapping[str, float]:
+    """Latency beside the idle streams to that without them; infinite if streams did not keep up."""
+    ratios: dict[str, float] = {}
+    for name in ("latency_ms_p50", "latency_ms_p99"):
+        first, there, last = (getattr(row, name) for row in (before, beside, after))
+        without = [ms for ms in (first, last) if ms is not None]
+        mean = sum(without) / len(without) if without else 0.0
+        ratios[name] = (there + SLACK_MS) / (mean + SLACK_MS) if there and mean else inf
+    return ratios
 
 
 if __name__ == "__main__":

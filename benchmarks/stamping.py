@@ -39,6 +39,7 @@ class StampingEngine:
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
         self._num_frames = 0
+        self._num_heartbeats = 0
         self._streams: dict[int, list[int]] = {}
         """Slot: next offset, offset after the last, window, acknowledged offset."""
         self._to_be_idle: set[int] = set()
@@ -136,7 +137,9 @@ class StampingEngine:
                 await connection.drain()
                 stepped_at = loop.time()
             elif self._idle and loop.time() > stepped_at + _HEARTBEAT_S:
-                self._send(connection, attempt_pb2.StepFrame())
+                self._num_heartbeats += 1
+                load = worker_pb2.LoadReport(engine_steps_total=self._num_heartbeats)
+                self._send(connection, attempt_pb2.StepFrame(load=load))
                 stepped_at = loop.time()
             if moving:
                 due = max(due + self._step_s, loop.time() - self._step_s)
