@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss bench bench-edge bench-peers bench-idle lock clean
+.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss bench bench-edge bench-peers bench-idle bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -85,6 +85,9 @@ bench-peers: .venv/.bench ## Both edges beside Envoy, SMG and Dynamo, which it i
 
 bench-idle: .venv/.dev ## 24,000 idle streams over 10,000 connections: what they take from the active ones
 	$(BIN)/python -m benchmarks.idle
+
+bench-relay-hop: .venv/.dev ## What a step costs between sidecar and frontend, over grpc.aio and over our HTTP/2
+	$(BIN)/python -m benchmarks.relay_hop
 
 lock: ## Choose versions anew (needs uv)
 	requirements/lock.sh

@@ -1,6 +1,7 @@
 """A frontend in this process, fake sidecars, and a client that checks the contract."""
 
 import asyncio
+import os
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -79,8 +80,8 @@ class World:
         )
 
 
-edge = "grpcio"
-"""What serves clients, unless a world says; see the fixture `each_edge`."""
+edge = os.environ.get("UNBROKEN_FRONTEND_EDGE", "grpcio")
+"""What serves clients, unless a world says; see the fixture `each_edge`, and `make test-native`."""
 
 
 @asynccontextmanager

@@ -25,9 +25,9 @@ MARGIN_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
+def world(each_edge: str, tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
     with real_mesh(
-        tmp_path_factory.mktemp("mesh"),
+        tmp_path_factory.mktemp(each_edge),
         num_workers=2,
         num_frontends=2,
         engine_options="--step-base-ms 10",

@@ -31,9 +31,9 @@ SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": NUM_TOKE
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
+def world(each_edge: str, tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
     with real_mesh(
-        tmp_path_factory.mktemp("mesh"),
+        tmp_path_factory.mktemp(each_edge),
         num_workers=len(WORKER_IDS),
         engine_options=ENGINE_OPTIONS,
         # Engines that are killed one after the other under a stream look like its doing.
