@@ -94,7 +94,9 @@ async def _measure(trials: int, what: Target) -> Totals:
             undisturbed = await _streams(client)
             for trial in range(trials):
                 victim = f"w{trial % 2 + 1}"
-                await _trial(mesh, client, victim, what, undisturbed, totals)
+                # Where in a step the kill falls decides much; over the trials it falls everywhere.
+                phase_s = STEP_S * (trial + 0.5) / trials
+                await _trial(mesh, client, victim, what, phase_s, undisturbed, totals)
                 await mesh.restart(victim)
     return totals
 
@@ -104,12 +106,13 @@ async def _trial(
     client: Client,
     victim: str,
     what: Target,
+    phase_s: float,
     undisturbed: list[History],
     totals: Totals,
 ) -> None:
     probing = asyncio.create_task(_probe(client, totals))
     running = asyncio.create_task(_streams(client))
-    await asyncio.sleep(MAX_TOKENS * STEP_S * 0.4)  # Somewhere in the middle; any moment will do.
+    await asyncio.sleep(MAX_TOKENS * STEP_S * 0.4 + phase_s)  # Somewhere in the middle.
     mesh.kill(victim, what)
     seen = await running
     probing.cancel()

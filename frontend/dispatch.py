@@ -35,6 +35,9 @@ from unbroken.generation import params_to_proto
 from unbroken.outcome import ContinuationClass, FailureKind
 from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2
 
+MOVE_TOLD_S: Final = 0.05
+"""A client is told where its stream has gone with the next token, or so much later: when an engine
+dies, all its streams move, and telling everybody would hold up the moves themselves."""
 TURNS_AT_ONCE: Final = 256
 """Placements tried before other work gets a turn; each takes about 50 µs."""
 
@@ -171,11 +174,12 @@ def nobody() -> None:
 class News:
     """Whether there is something new for whoever reads a request; he is told once."""
 
-    __slots__ = ("is_set", "tell")
+    __slots__ = ("_timer", "is_set", "tell")
 
     def __init__(self) -> None:
         self.is_set = False
         self.tell: Callable[[], None] = nobody
+        self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
         """There is something new."""
@@ -183,9 +187,18 @@ class News:
             self.is_set = True
             self.tell()
 
+    def set_soon(self) -> None:
+        """There is something that can wait for `MOVE_TOLD_S`, and for something more urgent."""
+        if self._timer is None and not self.is_set:
+            self._timer = asyncio.get_running_loop().call_later(MOVE_TOLD_S, self._time)
+
     def clear(self) -> None:
         """Whoever reads has seen it."""
         self.is_set = False
+
+    def _time(self) -> None:
+        self._timer = None
+        self.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +299,13 @@ class Choice:
         if not self._news.is_set:
             self._news.set()
 
+    def _wake_after(self) -> None:
+        """As `wake`, after commands that may only have moved the stream."""
+        if self.stream.has_output or self.stream.outcome is not None:
+            self.wake()
+        else:
+            self._news.set_soon()
+
     def begin(self) -> None:
         """The request was admitted."""
         self.obey(self.stream.start(self._dispatcher.clock()))
@@ -309,7 +329,7 @@ class Choice:
             self._obey(commands)
         except Exception:
             self.crashed()
-        self.wake()
+        self._wake_after()
 
     def _obey(self, commands: Sequence[machine.Command]) -> None:
         queue = deque(commands)
@@ -366,7 +386,7 @@ class Choice:
             self._obey(stream.placed(stream.epoch, view.life, view.abilities))
         except Exception:
             self.crashed()
-        self.wake()
+        self._wake_after()
 
     def link_changed(self) -> None:
         """The link that the stream waits for may have come up, or be gone. Raises nothing."""
