@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +12,28 @@ from typing import Any
 import pytest
 
 from frontend.config import FrontendConfig
+from tests.frontend.edge.certificates import make_certificates, tls_settings
 from tests.integration.test_frontend_processes import FLAGS, LONG, begun, client_of_each
 from tests.integration.worlds import real_mesh
 from tests.sidecar.processes import no_process_left, until
 from unbroken.chaos import processes
-from unbroken.config import ConfigError, merge
+from unbroken.client import Client
+from unbroken.config import ConfigError, merge, split_address
 from unbroken.discovery import FRONTENDS
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
+from unbroken.tls import ClientTls
 
 pytestmark = pytest.mark.xdist_group("integration")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificates")
+    directory = tmp_path_factory.mktemp("certificates")
+    make_certificates(directory)
+    return directory
 
 
 class Life:
@@ -107,6 +120,41 @@ def test_running_streams_are_finished_or_with_a_second_signal_handed_over(
                     else:
                         assert isinstance(end, UnbrokenError)
                         assert end.reason is Reason.DRAINING
+
+        world.run(scenario())
+
+
+def test_connections_over_tls_are_handed_over_and_those_that_fail_are_not_counted(
+    certificates: Path, tmp_path: Path
+) -> None:
+    files = tls_settings(certificates)
+    flags = [f"--{name.replace('_', '-')}={path}" for name, path in files.items()]
+    tls = ClientTls(ca=certificates / "ca.pem")
+    with real_mesh(
+        tmp_path,
+        num_workers=1,
+        engine_options="--step-base-ms 10",
+        frontend_flags=[*FLAGS, *flags],
+        client_tls=tls,
+    ) as world:
+
+        async def scenario() -> None:
+            address = world.mesh.frontend_address
+            for _ in range(5):  # In the clear, which fails, one after the other.
+                async with Client(address) as client:
+                    with pytest.raises(UnbrokenError):
+                        await client.list_models()
+            host, port = split_address(address)
+            for _ in range(5):  # An odd number for one process, without a word.
+                _, writer = await asyncio.open_connection(host, port)
+                writer.close()
+            clients = [Client(address, tls=tls) for _ in range(4)]
+            try:
+                names = [await begun(client.generate(**LONG)) for client in clients]
+            finally:
+                for client in clients:
+                    await client.close()
+            assert sorted(names) == ["f1.1", "f1.1", "f1.2", "f1.2"]
 
         world.run(scenario())
 

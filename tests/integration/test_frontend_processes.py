@@ -302,5 +302,6 @@ def test_a_stopped_process_is_replaced_and_its_streams_go_on(world: World) -> No
             seen = await reading
             assert seen.difference(expected).is_none
             assert await life_of(world, name, but=pid) != pid
+            assert stream.resumes[0].gap_s < 10
 
     world.run(scenario())
