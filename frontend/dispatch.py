@@ -174,10 +174,12 @@ def nobody() -> None:
 class News:
     """Whether there is something new for whoever reads a request; he is told once."""
 
-    __slots__ = ("_timer", "is_set", "tell")
+    __slots__ = ("_timer", "is_set", "is_to_be_polled", "tell")
 
     def __init__(self) -> None:
         self.is_set = False
+        self.is_to_be_polled = False
+        """With the next output something else is to be done."""
         self.tell: Callable[[], None] = nobody
         self._timer: asyncio.TimerHandle | None = None
 
@@ -296,8 +298,10 @@ class Choice:
         """Let the client's side look at the stream."""
         if self._is_computing and self.stream.is_prefilled:
             self._computed()
-        if not self._news.is_set:
-            self._news.set()
+        news = self._news
+        if not news.is_set:  # As `News.set`, which is called for every token.
+            news.is_set = True
+            news.tell()
 
     def _wake_after(self) -> None:
         """As `wake`, after commands that may only have moved the stream."""

@@ -21,15 +21,19 @@ from frontend.dispatch import Choice, nobody
 from frontend.metrics import FrontendMetrics
 from frontend.requests import Request, Requests
 from frontend.resume_token import Keyring, Minting
-from frontend.stream import Command, Piece
+from frontend.stream import Command, Piece, Stream
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.metrics import PlainCounter
 from unbroken.outcome import FailureKind
+from unbroken.tokenizer import Tokenizer
 from unbroken.v1 import inference_service_pb2 as pb
 
 REQUEST_ID_KEY: Final = "unbroken-request-id"
 CLASS_KEY: Final = "unbroken-continuation-class"
 """Initial metadata of `Generate` and `Resume`."""
+QUICK_MAX: Final = 64
+"""Tokens of a stream that are polled singly before `poll` is asked again: a second of output."""
 
 _log = log.get_logger(__name__)
 
@@ -62,6 +66,11 @@ class Reading(Protocol):
 
     @property
     def is_done(self) -> bool: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    def poll_one(self) -> tuple[int, int] | None: ...
 
     def poll(self) -> Sequence[Output | pb.GenerateResponse]: ...
 
@@ -127,9 +136,10 @@ class Readers:
         """A request that arrived then has its first output."""
         self._metrics.ttft_s.observe(self._clock() - arrived_at)
 
-    def delivered(self, num_tokens: int) -> None:
-        """So many tokens went to a client."""
-        self._metrics.tokens_delivered.value += num_tokens
+    @property
+    def delivered(self) -> PlainCounter:
+        """Tokens that went to clients."""
+        return self._metrics.tokens_delivered
 
     def left(self, request: Request) -> None:
         """Its reader has gone."""
@@ -220,10 +230,16 @@ class Reader:
 
     __slots__ = (
         "_arrived_at",
+        "_delivered",
         "_is_first",
         "_is_started",
         "_leaving",
+        "_news",
+        "_num_moves",
         "_number",
+        "_on_news",
+        "_only",
+        "_quick_left",
         "_readers",
         "_tokens",
         "error",
@@ -249,6 +265,14 @@ class Reader:
         self._number = request.take_over(on_news)
         self._is_first = self._number == 1
         self._is_started = False
+        self._on_news = on_news
+        self._news = request.news
+        self._only: Stream | None = None
+        """The stream of the only choice, once its first output was polled."""
+        self._num_moves = 0
+        self._quick_left = 0
+        """Tokens that may still be polled singly before `poll` sees whether there is more."""
+        self._delivered = readers.delivered
         self._tokens = _Tokens(readers, request)
         self._leaving: list[tuple[Choice, int, Sequence[Command]]] = []
         # Where a worker is ready, the first token already says which one it is.
@@ -272,6 +296,34 @@ class Reader:
     def is_done(self) -> bool:
         """Whether the request has ended."""
         return self.request.is_done
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the tokens that `poll_one` tells; None if it tells none."""
+        return self.request.admitted.model.tokenizer
+
+    def poll_one(self) -> tuple[int, int] | None:
+        """What is new after most steps: the offset and the id of one token whose text is its own.
+
+        It counts as sent. None if anything else is to be told, or nothing: then `poll` tells. What
+        `poll` returned before MUST have been `sent`.
+        """
+        news, stream = self._news, self._only
+        if (
+            stream is None
+            or not self._quick_left
+            or stream.outcome is not None
+            or stream.num_moves != self._num_moves
+            or news.tell is not self._on_news  # Somebody else reads now.
+            or news.is_to_be_polled
+        ):
+            return None
+        one = stream.take_one()
+        if one is not None:
+            news.is_set = False
+            self._quick_left -= 1
+            self._delivered.value += 1
+        return one
 
     def poll(self) -> list[Output | pb.GenerateResponse]:
         """All that is new, in its order. What it returned before MUST have been `sent`."""
@@ -297,6 +349,9 @@ class Reader:
             if self._is_first:
                 self._is_first = False
                 self._readers.first_output(self._arrived_at)
+            if len(request.choices) == 1:
+                self._only, self._quick_left = stream, QUICK_MAX
+                self._num_moves = stream.num_moves
             piece, commands = stream.take()
             found.append(Output(choice.index, piece, token))
             token = b""
@@ -318,7 +373,7 @@ class Reader:
         if request.reader != self._number:
             return
         for choice, num_tokens, commands in leaving:
-            self._readers.delivered(num_tokens)
+            self._delivered.value += num_tokens
             if commands:
                 choice.obey(commands)
             request.has_sent(choice)

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final, Protocol, TypeAlias, cast
 from weakref import WeakValueDictionary
 
@@ -128,8 +127,10 @@ class _Seat:
 
     owner: Owner
     epoch: int
-    token: Callable[[int, int, int, float], Sequence[Command]]
-    """The stream's method, bound once: the hot path calls it for every token."""
+    stream: Stream
+    """That of the owner, which does not change: the hot path asks for it with every token."""
+    is_silent: bool
+    """It was started and has said nothing yet."""
     wants_logprobs: bool
     started_at: float
     num_prefill_tokens: int
@@ -215,6 +216,9 @@ class RelayCall:
         self._on_welcome = on_welcome
         self._clock = clock
         self._seats: dict[int, _Seat] = {}
+        self._slots_seen: list[int] = []
+        self._seats_seen: list[_Seat | None] = []
+        """Behind those slots, as long as nobody comes or goes."""
         self._next_slot = 1
         self._num_with_logprobs = 0
         self._vocab_size = 0
@@ -271,7 +275,8 @@ class RelayCall:
         seat = _Seat(
             owner,
             request.start.epoch,
-            partial(self._first_token, slot),
+            owner.stream,
+            True,
             wants_logprobs,
             self._clock(),
             num_prefill_tokens,
@@ -291,10 +296,12 @@ class RelayCall:
     ) -> int:
         """Take over the attempt `request.adopt`, whose slot is filled in and returned."""
         slot = request.adopt.slot = self._next_slot
-        token = owner.stream.token  # How fast it begins says nothing about the worker.
         epoch, now = request.adopt.epoch, self._clock()
         engine = request.adopt.engine_incarnation
-        seat = _Seat(owner, epoch, token, wants_logprobs, now, 0, engine, is_adopting=True)
+        # How fast it begins says nothing about the worker: it is not heard as one that was silent.
+        seat = _Seat(
+            owner, epoch, owner.stream, False, wants_logprobs, now, 0, engine, is_adopting=True
+        )
         self._sit(seat, vocab_size)
         self._enqueue(request)
         return slot
@@ -642,14 +649,14 @@ class RelayCall:
         orders: list[tuple[Owner, Sequence[Command]]],
     ) -> None:
         """The hot path: one token a row, no log probabilities."""
-        seat_of = self._seats.get
-        rows = zip(frame.slots, frame.offsets, frame.token_ids, strict=True)
-        for slot, offset, token_id in rows:
-            seat = seat_of(slot)
+        seats = self._seats_of(frame.slots[:])
+        for seat, offset, token_id in zip(seats, frame.offsets, frame.token_ids, strict=True):
             if seat is None:
                 continue  # Late news of an attempt that is over.
+            if seat.is_silent:
+                self._hear_first(seat, now)
             try:
-                commands = seat.token(seat.epoch, offset, token_id, now)
+                commands = seat.stream.token(seat.epoch, offset, token_id, now)
             except Exception:
                 seat.owner.crashed()  # One stream's bug is not the others' loss.
                 continue
@@ -657,6 +664,17 @@ class RelayCall:
                 orders.append((seat.owner, commands))
             else:
                 seat.owner.wake()
+
+    def _seats_of(self, slots: list[int]) -> list[_Seat | None]:
+        """Who is meant by a column of slots; most often it is that of the frame before."""
+        if slots != self._slots_seen:
+            self._slots_seen = slots
+            self._seats_seen = [self._seats.get(slot) for slot in slots]
+        return self._seats_seen
+
+    def _forget_rows(self) -> None:
+        """Somebody came or went."""
+        self._slots_seen, self._seats_seen = [], []
 
     def _rows_of_many(
         self,
@@ -677,7 +695,7 @@ class RelayCall:
             seat = self._seats.get(slot)
             if seat is None:
                 continue
-            if isinstance(seat.token, partial):
+            if seat.is_silent:
                 self._hear_first(seat, now)
             beside = no_logprobs
             if seat.wants_logprobs:
@@ -705,16 +723,8 @@ class RelayCall:
 
     # How fast the worker is.
 
-    def _first_token(
-        self, slot: int, epoch: int, offset: int, token_id: int, now: float
-    ) -> Sequence[Command]:
-        """Stands in for the stream's method until it is called once."""
-        seat = self._seats[slot]
-        self._hear_first(seat, now)
-        return seat.token(epoch, offset, token_id, now)
-
     def _hear_first(self, seat: _Seat, now: float) -> None:
-        seat.token = seat.owner.stream.token
+        seat.is_silent = False
         self._outliers.first_token(
             self._worker.worker_id, now - seat.started_at, seat.num_prefill_tokens, now
         )
@@ -751,6 +761,7 @@ class RelayCall:
         self._next_slot += 1
         self._vocab_size = vocab_size
         self._seats[slot] = seat
+        self._forget_rows()
         self._num_with_logprobs += seat.wants_logprobs
         if slot == SLOT_MAX:
             self.end(FailureKind.PARTITION, "all slots of the call have been used", is_break=True)
@@ -759,6 +770,7 @@ class RelayCall:
         seat = self._seats.pop(slot, None)
         if seat is not None:
             self._acks.pop(slot, None)
+            self._forget_rows()
             self._num_with_logprobs -= seat.wants_logprobs
         return seat
 

@@ -224,7 +224,7 @@ class Request:
     def cancel_softly(self, error: UnbrokenError) -> None:
         """End each choice after its next output, and all soon."""
         if not self._is_cancelled_softly:
-            self._is_cancelled_softly = True
+            self._is_cancelled_softly = self.news.is_to_be_polled = True
             self._end_at(SOFT_CANCEL_S_MAX, error)
         for choice in self.choices:
             if choice.stream.state is not machine.State.RUNNING:

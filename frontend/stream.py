@@ -25,7 +25,7 @@ the ledger, so a worker that dies after its last token but before its goodbye co
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, TypeAlias
 
@@ -289,15 +289,28 @@ _NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN})
 """A worker that had no room, or that leaves in good order, has not failed the stream."""
 
 
-@dataclass(slots=True)
-class _Output:
-    """What happened since the client was last sent something."""
+class _Flow:
+    """What each token touches. Slots of a base class lie first and together: with hundreds of
+    streams none of this is in a cache when the next step comes, so every line of it is waited for.
+    """
 
-    sent: int = 0
-    texts: list[str] = field(default_factory=list[str])
+    __slots__ = (
+        "_ack_due",
+        "_flowing",
+        "_last_token_at",
+        "_max_tokens",
+        "_num_decoded",
+        "_sent",
+        "_stop_token_ids",
+        "_texts_apart",
+        "_unsent_text",
+        "ledger",
+        "num_moves",
+        "outcome",
+    )
 
 
-class Stream:
+class Stream(_Flow):
     """One choice of one request, from admission to its outcome.
 
     The owner calls `start`, then the event methods as things happen, obeys the commands they
@@ -305,7 +318,8 @@ class Stream:
     """
 
     __slots__ = (
-        "_acked",
+        "_ack_stride",
+        "_attempts",
         "_avoid",
         "_base",
         "_began_with",
@@ -314,24 +328,19 @@ class Stream:
         "_contradicted_at",
         "_detokenizer",
         "_first_offset",
-        "_flowing",
         "_is_adopting",
         "_is_resumed",
         "_is_resuming",
         "_is_stop_hidden",
-        "_last_token_at",
         "_life",
         "_limits",
         "_logprob_sum",
         "_logprobs",
-        "_max_tokens",
         "_min_tokens",
         "_num_begun",
-        "_num_decoded",
         "_num_losses",
         "_num_outbids",
         "_num_refusals",
-        "_output",
         "_placing_since",
         "_policy",
         "_prefill_tokens",
@@ -339,7 +348,6 @@ class Stream:
         "_said_from",
         "_serving",
         "_started_epoch",
-        "_stop_token_ids",
         "_taken_at",
         "_taken_ms",
         "_tokenizer",
@@ -348,12 +356,8 @@ class Stream:
         "_was_inexact",
         "_way",
         "accounts",
-        "attempts",
         "epoch",
-        "ledger",
-        "num_moves",
         "original",
-        "outcome",
         "state",
     )
 
@@ -385,7 +389,7 @@ class Stream:
         self.num_moves = 0
         """How often an attempt was placed: a resume token from before is out of date."""
         self.ledger = array("I")
-        self.attempts: list[Attempt] = []
+        self._attempts: list[Attempt] = []
         self.accounts = Accounts()
         self.outcome: Outcome | None = None
         self._policy = policy
@@ -393,14 +397,19 @@ class Stream:
         self._max_tokens = stopping.max_tokens
         self._min_tokens = stopping.min_tokens
         eos = frozenset[int]() if stopping.ignore_eos else tokenizer.asset.eos_token_ids
-        self._stop_token_ids = stopping.stop_token_ids | eos
+        # The same set for all streams that name no ids of their own: it stays in the cache.
+        self._stop_token_ids = stopping.stop_token_ids | eos if stopping.stop_token_ids else eos
         self._tokenizer = tokenizer
         self._detokenizer = self._new_detokenizer()
+        self._texts_apart = self._detokenizer.texts_apart
         self._bytes = tokenizer.pieces
-        self._output = _Output()
+        self._sent = 0  # Tokens that the client was sent,
+        self._unsent_text = ""  # and the text that it was not.
         self._num_decoded = 0  # Tokens of the ledger that the detokenizer has seen.
         self._flowing = _NONE  # Epoch of an attempt whose next token needs no more than `token`.
-        self._acked = 0
+        window = self._limits.window_tokens
+        self._ack_stride = max(1, window // 2) if window else self._max_tokens + 1
+        self._ack_due = self._ack_stride  # Where the worker is to be told to go on.
         self._avoid: frozenset[Life] = frozenset()
         self._serving: Abilities | None = None  # Of the current attempt's engine.
         self._began_with: Abilities | None = None  # Of the engine that delivered the first token.
@@ -408,8 +417,8 @@ class Stream:
         self._num_losses = 0
         self._num_refusals = 0
         self._prefill_tokens = 0  # What the current attempt added to the accounts.
-        self._said = 0  # Offset after the last token that the current attempt said,
-        self._said_from = 0  # and that of its first.
+        self._said = 0  # Offset after the last token that the current attempt said, and that of
+        self._said_from = 0  # its first. As long as it flows, the first is settled by `_settle`.
         self._logprob_sum: float | None = 0.0
         self._logprobs: list[TokenLogprobs] = []  # Of the last tokens in the ledger; all of ours.
         self._placing_since = 0.0
@@ -437,14 +446,20 @@ class Stream:
     # Questions.
 
     @property
+    def attempts(self) -> list[Attempt]:
+        """All so far, the current or latest last."""
+        self._settle()
+        return self._attempts
+
+    @property
     def has_output(self) -> bool:
         """Whether `take` would return something worth sending."""
-        return self._output.sent < len(self.ledger) or bool(self._output.texts)
+        return self._sent < len(self.ledger) or bool(self._unsent_text)
 
     @property
     def num_sent(self) -> int:
         """Tokens that the client was sent."""
-        return self._output.sent
+        return self._sent
 
     @property
     def has_begun(self) -> bool:
@@ -454,7 +469,8 @@ class Stream:
     @property
     def is_prefilled(self) -> bool:
         """Whether the current attempt has said a token: what it had to compute before is there."""
-        return self.state is State.RUNNING and self._said > self._said_from
+        is_flowing = self._flowing != _NONE
+        return self.state is State.RUNNING and (is_flowing or self._said > self._said_from)
 
     @property
     def continued(self) -> Continued:
@@ -548,7 +564,7 @@ class Stream:
         self._life, self._way, self._base = life, way, resumed
         self._started_epoch = epoch
         self._said = self._said_from = self._first_offset = checkpoint.first_offset
-        self._acked = checkpoint.first_offset
+        self._ack_due = checkpoint.first_offset + self._ack_stride
         self._told_again = 0
         self.attempts.append(Attempt(epoch, life, way, resumed, resumed))
         window = self._limits.window_tokens
@@ -568,7 +584,6 @@ class Stream:
         ):
             return self.tokens(epoch, offset, (token_id,), now)
         self.ledger.append(token_id)
-        self._said = self.attempts[-1].end_offset = offset + 1
         self._last_token_at = now
         return ()
 
@@ -583,6 +598,7 @@ class Stream:
         """The attempt produced tokens, the first of which stands at `offset`."""
         if epoch != self.epoch or self.state is not State.RUNNING:
             return ()  # Late news of an epoch that is over.
+        self._settle()
         if self._is_adopting:
             return self.lost(epoch, FailureKind.PROTOCOL, "tokens before the adoption", now)
         if offset != self._said:
@@ -674,7 +690,7 @@ class Stream:
         attempt = self.attempts[-1]
         attempt.failure, attempt.detail = FailureKind.PARTITION, detail
         self.state = State.UNLINKED
-        self._flowing = _NONE
+        self._flow_no_more()
         self._unlinked_since = now
         return [Relink(epoch, attempt.life)]
 
@@ -808,16 +824,38 @@ class Stream:
     def take(self) -> tuple[Piece, Sequence[Command]]:
         """All output that the client has not been sent; it counts as sent from now on."""
         self._decode()
-        output = self._output
+        sent = self._sent
         piece = Piece(
-            offset=output.sent,
-            token_ids=self.ledger[output.sent :],
-            text="".join(output.texts),
-            logprobs=self._logprobs[self._logprobs_from(output.sent) :] if self._logprobs else (),
+            offset=sent,
+            token_ids=self.ledger[sent:],
+            text=self._unsent_text,
+            logprobs=self._logprobs[self._logprobs_from(sent) :] if self._logprobs else (),
         )
-        output.sent = len(self.ledger)
-        output.texts.clear()
+        self._sent = len(self.ledger)
+        self._unsent_text = ""
         return piece, self._ack()
+
+    def take_one(self) -> tuple[int, int] | None:
+        """As `take` after most steps: the offset and the id of one token whose text is its own.
+
+        None, and nothing is taken, if there is more to it: several tokens, text that was held back
+        or is incomplete, log probabilities, or a window that has to move. Then `take` has it.
+        """
+        offset, ledger, texts = self._sent, self.ledger, self._texts_apart
+        end = offset + 1
+        if (
+            end != len(ledger)
+            or offset != self._num_decoded  # It did not come by the short way.
+            or end >= self._ack_due
+            or self._unsent_text
+            or not texts
+        ):
+            return None
+        token_id = ledger[offset]
+        if texts[token_id] is None:
+            return None
+        self._sent = self._num_decoded = end
+        return offset, token_id
 
     def can_rewind(self, offset: int) -> bool:
         """Whether all from this offset on can be told again: some log probabilities cannot."""
@@ -842,11 +880,11 @@ class Stream:
         if is_complete and num_held == len(self.ledger):
             certain, rest = certain + rest, ""
         unsent = _after_bytes(certain, num_text_bytes) + rest
-        self._output = _Output(sent=num_held, texts=[unsent] if unsent else [])
+        self._sent, self._unsent_text = num_held, unsent
 
     def check(self) -> None:
         """Assert what is always true."""
-        assert self._output.sent <= len(self.ledger) <= self._max_tokens, "the budget holds"
+        assert self._sent <= len(self.ledger) <= self._max_tokens, "the budget holds"
         assert (self.outcome is not None) == (self.state is State.DONE), "one outcome, at the end"
         epochs = [attempt.epoch for attempt in self.attempts]
         assert epochs == sorted(set(epochs)), "each attempt has an epoch of its own"
@@ -881,9 +919,8 @@ class Stream:
             raise Mismatch(f"expected no token after the end at {len(self.ledger)}")
         if outcome is not None:
             self._done(outcome)
-        certain = "".join(self._output.texts)
-        unsent = _after_bytes(certain, past.num_text_bytes)
-        self._output = _Output(sent=num_held, texts=[unsent] if unsent else [])
+        self._unsent_text = _after_bytes(self._unsent_text, past.num_text_bytes)
+        self._sent = num_held
         self._life, self._way, self._base = past.life, past.way, past.base
         self._started_epoch = past.started_epoch
         self._first_offset = self._said = past.first_offset
@@ -903,7 +940,7 @@ class Stream:
         assert life is not None, "what is adopted is somewhere"
         self.state = State.RUNNING
         self._is_adopting = True
-        self._acked = self._said
+        self._ack_due = self._said + self._ack_stride
         self.attempts.append(Attempt(self.epoch, life, self._way, size, size, is_adopted=True))
         adopt = Adopt(life, self.epoch, self._said, self._limits.window_tokens)
         return [adopt, *self._ack()]
@@ -977,6 +1014,7 @@ class Stream:
         if num_held < len(given):
             said = self._said
             commands = self._append(self.attempts[-1], given[num_held:], ())
+            self._flowing = _NONE  # What it says next is not new.
             self._said = said
             return [*commands]
         return []
@@ -1013,9 +1051,18 @@ class Stream:
 
     def _place(self, pause_s: float = 0.0) -> Place:
         self.state = State.PLACING
+        self._flow_no_more()
         self.epoch += 1
-        self._flowing = _NONE
         return Place(self.epoch, self._avoid, pause_s)
+
+    def _settle(self) -> None:
+        """Write down how far the attempt got, which the short way of `token` leaves out."""
+        if self._flowing != _NONE:
+            self._said = self._attempts[-1].end_offset = len(self.ledger)
+
+    def _flow_no_more(self) -> None:
+        self._settle()
+        self._flowing = _NONE
 
     def _append(
         self, attempt: Attempt, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
@@ -1048,6 +1095,7 @@ class Stream:
         )
         # The text of a stop token is not part of the output.
         text = self._detokenizer.push(token_ids[:-1] if is_stop_token else token_ids)
+        self._texts_apart = self._detokenizer.texts_apart
         stopped = self._detokenizer.stopped
         if stopped is not None:
             token_ids = token_ids[: stopped.num_tokens]
@@ -1058,8 +1106,7 @@ class Stream:
             if self._logprob_sum is not None:
                 self._logprob_sum += sum(entry.logprob for entry in logprobs)
             self._logprobs.extend(logprobs)
-        if text:
-            self._output.texts.append(text)
+        self._unsent_text += text
         if stopped is not None:
             return Outcome(FinishReason.STOP, stop=stopped.stop)
         if is_stop_token:
@@ -1074,10 +1121,9 @@ class Stream:
         if self._num_decoded < len(self.ledger):
             waiting = self.ledger[self._num_decoded :]
             push_all, push_one = self._detokenizer.push, self._detokenizer.push_one
-            text = push_one(waiting[0]) if len(waiting) == 1 else push_all(waiting)
+            self._unsent_text += push_one(waiting[0]) if len(waiting) == 1 else push_all(waiting)
+            self._texts_apart = self._detokenizer.texts_apart
             self._num_decoded = len(self.ledger)
-            if text:
-                self._output.texts.append(text)
 
     def _until_stop_token(self, token_ids: Sequence[int]) -> Sequence[int]:
         """The ids up to the first stop token that may end the output."""
@@ -1092,11 +1138,10 @@ class Stream:
         """Let the worker go on, in strides: an acknowledgement per token would cost a message."""
         if self.state is not State.RUNNING:
             return ()
-        sent = self._output.sent
-        window = self._limits.window_tokens
-        if not window or sent - self._acked < max(1, window // 2):
+        sent = self._sent
+        if sent < self._ack_due:
             return ()
-        self._acked = sent
+        self._ack_due = sent + self._ack_stride
         return (Ack(self.epoch, sent),)
 
     def _delivered_bytes(self) -> bytes:
@@ -1109,16 +1154,14 @@ class Stream:
         assert self.outcome is None, "a settled stream stays settled"
         if outcome.error is None:
             self._decode()
-            text = self._detokenizer.flush()
-            if text:
-                self._output.texts.append(text)
+            self._unsent_text += self._detokenizer.flush()
             stopped = self._detokenizer.stopped
             if stopped is not None:
                 # Perhaps only now: what is left of a character can complete a stop string.
                 outcome = Outcome(FinishReason.STOP, stop=stopped.stop)
         self.state = State.DONE
         self._is_adopting = False
-        self._flowing = _NONE
+        self._flow_no_more()
         self.outcome = outcome
         return [Finish()]
 

@@ -163,10 +163,10 @@ class Tokenizer:
 
     def detokenizer(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> "Detokenizer":
         """A fresh `Detokenizer` for one stream, which shows no special tokens."""
-        return Detokenizer(self.pieces, stop, include_stop, self.special_ids, self._texts)
+        return Detokenizer(self.pieces, stop, include_stop, self.special_ids, self.texts)
 
     @cached_property
-    def _texts(self) -> Sequence[str | None]:
+    def texts(self) -> Sequence[str | None]:
         """What each id says by itself; None if that depends on its neighbours."""
         return ["" if i in self.special_ids else _text(p) for i, p in enumerate(self.pieces)]
 
@@ -409,6 +409,14 @@ class Detokenizer:
             if text is not None:
                 return text
         return self.push((token_id,))
+
+    @property
+    def texts_apart(self) -> Sequence[str | None]:
+        """For each id the text that it gives if it is pushed next, and None if it depends on more.
+
+        Empty while all depend on what was before. Who sends such a text need not push its id.
+        """
+        return () if self._tail else self._texts
 
     def flush(self) -> str:
         """The rest of the text, when no more ids will come; an incomplete character is U+FFFD."""

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from frontend import summaries
 from frontend.edge import encoding
+from frontend.edge.connection import HttpStream
 from frontend.edge.frames import ErrorCode
 from frontend.edge.headers import Fields, Request
 from frontend.edge.messages import (
@@ -45,8 +46,10 @@ class StreamingCall:
 
     __slots__ = (
         "_answers_resume",
+        "_bodies",
         "_body",
         "_deadline_at",
+        "_http_stream",
         "_is_leaving",
         "_message",
         "_num_held",
@@ -83,6 +86,8 @@ class StreamingCall:
         self._num_held = 0
         self._task: asyncio.Task[None] | None = None
         self._reader: Reading | None = None
+        self._bodies: encoding.TokenBodies | None = None
+        self._http_stream: HttpStream | None = None
         self._is_leaving = False
         """What was polled last waits for the client's window."""
 
@@ -116,41 +121,61 @@ class StreamingCall:
             remaining_s = max(0.0, self._deadline_at - self._server.clock())
         connection, stream_id = self.client.connection, self.stream_id
         try:
-            reader = await self._open(message, remaining_s, self._has_news)
+            reader = await self._open(message, remaining_s, self._wake)
         except DecodeError as error:
             self._end(status.undecodable(message, error))
         except Exception as error:
             self._end(status.translated(error, self._path))
         else:
             self._reader = reader
+            self._http_stream = connection.stream(stream_id)
+            if reader.tokenizer is not None:
+                self._bodies = self._server.bodies(
+                    reader.tokenizer, answers_resume=self._answers_resume
+                )
             fields = [*ANSWER_FIELDS, *fields_of(tuple(reader.initial_metadata))]
             connection.send_headers(stream_id, fields)
-            self._has_news()
+            self._wake()
         self._server.touch(self.client)
 
     # The answer.
 
-    def _has_news(self) -> None:
-        self._server.wake(self)
+    def _wake(self) -> None:
+        """There is news. What `EdgeServer.wake` does, without the call: it is for every token."""
+        server = self._server
+        server.awake[self] = None
+        if not server.is_scheduled:
+            server.schedule()
 
     def writable(self) -> None:
         """What was sent has left, and there is room for more."""
         if self._is_leaving and self._reader is not None:
             self._is_leaving = False
             self._reader.sent()
-        self._has_news()
+        self._wake()
 
     def pump(self, now: float) -> None:
         """Send what is new, as far as it can leave."""
         reader = self._reader
         if reader is None or self._is_leaving:
             return
-        connection, stream_id = self.client.connection, self.stream_id
-        is_held_up = self.client.is_paused or not connection.has_room(stream_id)
+        client, stream, bodies = self.client, self._http_stream, self._bodies
+        connection = client.connection
+        if (
+            bodies is not None
+            and stream is not None
+            and not client.is_paused
+            and (one := reader.poll_one()) is not None
+        ):
+            if not connection.send_on(stream, bodies.body(*one), now):
+                self._is_leaving = True
+            return
+        stream_id = self.stream_id
+        is_held_up = client.is_paused or not connection.has_room(stream_id)
         # An end is sent at once: it frees all but what the client has not read.
         if is_held_up and not reader.is_done and reader.is_current:
-            if self.client.is_paused:
-                self.client.waiting[self] = None
+            if client.is_paused:
+                client.waiting[self] = None
             else:
                 connection.want_room(stream_id, now)
             return

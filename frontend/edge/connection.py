@@ -118,11 +118,12 @@ class _Fault(Exception):  # noqa: N818 - what the peer did.
         self.limit = limit
 
 
-class _Stream:
-    """One stream that is not closed."""
+class HttpStream:
+    """One stream, until it is closed; only the connection looks inside."""
 
     __slots__ = (
         "body_left",
+        "is_closed",
         "is_remote_closed",
         "pending",
         "receive",
@@ -136,6 +137,7 @@ class _Stream:
         self.stream_id = stream_id
         self.send = SendWindow(send_window)
         self.receive = ReceiveWindow(receive_window)
+        self.is_closed = False
         self.is_remote_closed = False
         self.body_left: int | None = None
         """What is to come of a body of announced length."""
@@ -178,7 +180,7 @@ class Connection:
             increment = limits.connection_window - frames.WINDOW_DEFAULT
             self.outbound += frames.window_update(0, increment)
         self.is_over = False
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, HttpStream] = {}
         self._closed: OrderedDict[int, _End] = OrderedDict()
         self._last_stream_id = 0
         self._decoder = Decoder(HEADER_LIST_HARD_FACTOR * limits.header_list_bytes_max)
@@ -205,6 +207,8 @@ class Connection:
         self._settings = Allowance(limits.settings_burst, limits.settings_per_s, now)
         self._resets = Allowance(limits.resets_burst, limits.resets_per_s, now)
         self._control = Allowance(limits.control_burst, limits.control_per_s, now)
+        self._num_data_sent = 0
+        """DATA frames for which the allowance has not been raised yet."""
         self._events: list[Event] = []
 
     @property
@@ -444,7 +448,7 @@ class Connection:
             self._refuse(stream_id, ErrorCode.PROTOCOL_ERROR)
             return
         limits = self._limits
-        stream = _Stream(stream_id, self._peer_initial_window, limits.stream_window)
+        stream = HttpStream(stream_id, self._peer_initial_window, limits.stream_window)
         stream.body_left = request.content_length
         self._streams[stream_id] = stream
         if ends:
@@ -456,7 +460,7 @@ class Connection:
             self._events.append(LimitHit("header_bytes"))
         self._events.append(RequestReceived(stream_id, request, ends, is_too_large))
 
-    def _request_trailers(self, stream: _Stream, fields: Fields, *, ends: bool) -> None:
+    def _request_trailers(self, stream: HttpStream, fields: Fields, *, ends: bool) -> None:
         if stream.is_remote_closed:
             self._stream_error(stream, ErrorCode.STREAM_CLOSED)
             return
@@ -553,6 +557,8 @@ class Connection:
             self._serve(stream, now)
 
     def _spend_control(self, now: float, amount: float = 1.0) -> None:
+        self._control.earn(_DATA_EARNS * self._num_data_sent)
+        self._num_data_sent = 0
         if not self._control.spend(now, amount):
             raise _Fault(
                 ErrorCode.ENHANCE_YOUR_CALM, "too many frames that bring nothing", "control"
@@ -592,19 +598,32 @@ class Connection:
         stream = self._streams.get(stream_id)
         if stream is None:
             return True
-        size = len(data)
+        return self.send_on(stream, data, now)
+
+    def stream(self, stream_id: int) -> HttpStream | None:
+        """For `send_on`, if it is not closed."""
+        return self._streams.get(stream_id)
+
+    def send_on(self, stream: HttpStream, data: bytes, now: float) -> bool:
+        """As `send_data`. The hot path."""
+        size, send, connection_send = len(data), stream.send, self._send
         if (
-            size <= stream.send.left
-            and size <= self._send.left
+            size <= send.left
+            and size <= connection_send.left
             and size <= frames.FRAME_BYTES_MAX
             and not stream.pending
+            and not stream.is_closed
         ):
-            stream.send.left -= size
-            self._send.left -= size
-            self._control.earn(_DATA_EARNS)
-            self.outbound += frames.data_header(stream_id, size)
-            self.outbound += data
+            send.left -= size
+            connection_send.left -= size
+            self._num_data_sent += 1
+            outbound = self.outbound
+            outbound += frames.data_header(stream.stream_id, size)
+            outbound += data
             return True
+        if stream.is_closed:
+            return True
+        stream_id = stream.stream_id
         stream.pending += data
         self._send_pending(stream)
         if stream.pending:
@@ -649,7 +668,7 @@ class Connection:
         outbound, self.outbound = self.outbound, bytearray()
         return bytes(outbound)
 
-    def _send_pending(self, stream: _Stream) -> None:
+    def _send_pending(self, stream: HttpStream) -> None:
         """As much as the windows take."""
         pending = stream.pending
         size = min(len(pending), stream.send.left, self._send.left)
@@ -659,7 +678,7 @@ class Connection:
         self._send.left -= size
         for begin in range(0, size, frames.FRAME_BYTES_MAX):
             part = pending[begin : min(begin + frames.FRAME_BYTES_MAX, size)]
-            self._control.earn(_DATA_EARNS)
+            self._num_data_sent += 1
             self.outbound += frames.data_header(stream.stream_id, len(part))
             self.outbound += part
         del pending[:size]
@@ -670,7 +689,7 @@ class Connection:
                 return
             self._serve(self._streams[stream_id], now)
 
-    def _serve(self, stream: _Stream, now: float) -> None:
+    def _serve(self, stream: HttpStream, now: float) -> None:
         """A window opened for a stream that waits."""
         before = len(stream.pending)
         self._send_pending(stream)
@@ -688,18 +707,18 @@ class Connection:
 
     # Ends.
 
-    def _remote_closed(self, stream: _Stream) -> None:
+    def _remote_closed(self, stream: HttpStream) -> None:
         stream.is_remote_closed = True
         self._uploads.pop(stream.stream_id, None)
 
-    def _local_closed(self, stream: _Stream) -> None:
+    def _local_closed(self, stream: HttpStream) -> None:
         if stream.is_remote_closed:
             self._close(stream, _End.ENDED)
         else:  # The rest of the request is of no interest (RFC 9113, section 8.1).
             self.outbound += frames.reset(stream.stream_id, ErrorCode.NO_ERROR)
             self._close(stream, _End.RESET_BY_US)
 
-    def _stream_error(self, stream: _Stream, code: ErrorCode) -> None:
+    def _stream_error(self, stream: HttpStream, code: ErrorCode) -> None:
         self.outbound += frames.reset(stream.stream_id, code)
         self._close(stream, _End.RESET_BY_US)
         self._events.append(StreamLost(stream.stream_id, code, is_by_peer=False))
@@ -709,9 +728,10 @@ class Connection:
         self.outbound += frames.reset(stream_id, code)
         self._remember(stream_id, _End.RESET_BY_US)
 
-    def _close(self, stream: _Stream, how: _End) -> None:
+    def _close(self, stream: HttpStream, how: _End) -> None:
         stream_id = stream.stream_id
         del self._streams[stream_id]
+        stream.is_closed = True
         self._blocked.pop(stream_id, None)
         self._uploads.pop(stream_id, None)
         if stream.unconsumed:

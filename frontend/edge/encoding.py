@@ -6,6 +6,7 @@ costs about a microsecond more for each.
 
 from collections.abc import Sequence
 
+from frontend.edge.messages import PREFIX
 from unbroken.generation import TokenLogprobs, logprobs_to_proto
 
 _CHOICE_INDEX = b"\x08"
@@ -62,3 +63,52 @@ def generate_response(
 def resume_response(generate_response: bytes) -> bytes:
     """The same as a ResumeResponse."""
     return _RESPONSE + varint(len(generate_response)) + generate_response
+
+
+class TokenBodies:
+    """What lies in a body for one token of a vocabulary, whose text depends on no other token.
+
+    After most steps that is all a stream has to say, so all that returns is made once: per token
+    id its fields, per offset its field, per size what stands before the message.
+    """
+
+    def __init__(self, texts: Sequence[str | None], *, answers_resume: bool) -> None:
+        """`texts` has what each id says by itself."""
+        self._texts = texts
+        self._answers_resume = answers_resume
+        self._fields: dict[int, bytes] = {}
+        self._prefixes: dict[int, bytes] = {}
+
+    def body(self, offset: int, token_id: int) -> bytes:
+        """The message, as it lies in the body."""
+        try:
+            fields = self._fields[token_id]
+        except KeyError:
+            fields = self._fields_of(token_id)
+        if offset < _NUM_OFFSETS:
+            message = _OFFSETS[offset] + fields
+        else:
+            message = _OFFSET + varint(offset) + fields
+        size = len(message)
+        try:
+            return self._prefixes[size] + message
+        except KeyError:
+            return self._prefix_of(size) + message
+
+    def _fields_of(self, token_id: int) -> bytes:
+        fields = generate_response(0, 0, (token_id,), self._texts[token_id] or "")
+        self._fields[token_id] = fields
+        return fields
+
+    def _prefix_of(self, size: int) -> bytes:
+        """What stands before a message of that size."""
+        prefix = b""
+        if self._answers_resume:
+            prefix = _RESPONSE + varint(size)
+        prefix = PREFIX.pack(0, len(prefix) + size) + prefix
+        self._prefixes[size] = prefix
+        return prefix
+
+
+_NUM_OFFSETS = 4096
+_OFFSETS = [b"", *(_OFFSET + varint(offset) for offset in range(1, _NUM_OFFSETS))]

@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import grpc.aio
 from typing_extensions import override
@@ -28,6 +29,7 @@ from frontend.edge.connection import (
     StreamLost,
     Writable,
 )
+from frontend.edge.encoding import TokenBodies
 from frontend.edge.forwarding import ForwardedCall
 from frontend.edge.frames import ErrorCode
 from frontend.edge.limits import EdgeLimits
@@ -36,6 +38,7 @@ from frontend.gateway import Inference
 from frontend.reading import Reading
 from unbroken import log
 from unbroken.config import split_address
+from unbroken.tokenizer import Tokenizer
 from unbroken.v1 import inference_service_pb2 as pb
 
 GENERATE: Final = b"/unbroken.v1.InferenceService/Generate"
@@ -109,9 +112,11 @@ class EdgeServer:
         self._tls = tls
         self.num_held = 0
         """Bytes of requests that have come in part."""
-        self._awake: dict[StreamingCall, None] = {}
+        self.awake: dict[StreamingCall, None] = {}
+        """Calls that have news."""
         self._touched: dict[ClientConnection, None] = {}
-        self._is_scheduled = False
+        self.is_scheduled = False
+        self._bodies: WeakKeyDictionary[Tokenizer, dict[bool, TokenBodies]] = WeakKeyDictionary()
         self._server: asyncio.Server | None = None
 
     async def start(self, address: str) -> str:
@@ -196,6 +201,13 @@ class EdgeServer:
         request = pb.ResumeRequest.FromString(message)
         return self._gateway.resume(request, remaining_s, on_news)
 
+    def bodies(self, tokenizer: Tokenizer, *, answers_resume: bool) -> TokenBodies:
+        """What all calls share that read tokens of this vocabulary."""
+        made = self._bodies.setdefault(tokenizer, {})
+        if answers_resume not in made:
+            made[answers_resume] = TokenBodies(tokenizer.texts, answers_resume=answers_resume)
+        return made[answers_resume]
+
     def hold(self, num_bytes: int) -> bool:
         """Hold so much more of unfinished requests, or less; False if that is too much."""
         if num_bytes > 0 and self.num_held + num_bytes > self.limits.held_bytes_max:
@@ -206,34 +218,32 @@ class EdgeServer:
 
     # Writing.
 
-    def wake(self, call: StreamingCall) -> None:
-        """The call has news."""
-        self._awake[call] = None
-        if not self._is_scheduled:
-            self._schedule()
-
     def touch(self, client: "ClientConnection") -> None:
         """The connection has something to send."""
         self._touched[client] = None
-        if not self._is_scheduled:
-            self._schedule()
+        if not self.is_scheduled:
+            self.schedule()
 
-    def _schedule(self) -> None:
-        self._is_scheduled = True
+    def schedule(self) -> None:
+        """Write in the next turn of the loop."""
+        self.is_scheduled = True
         asyncio.get_running_loop().call_soon(self._write)
 
     def _write(self) -> None:
         """One pass over all that has news, one write for each connection."""
-        self._is_scheduled = False
+        self.is_scheduled = False
         now = self.clock()
-        awake, self._awake = self._awake, {}
+        awake, self.awake = self.awake, {}
         touched, self._touched = self._touched, {}
+        client = None
         for call in awake:
             try:
                 call.pump(now)
             except Exception as error:
                 call.crashed(error)  # One call's bug is not the others' loss.
-            touched[call.client] = None
+            if call.client is not client:
+                client = call.client
+                touched[client] = None
         for client in touched:
             client.write()
 

@@ -22,6 +22,7 @@ from frontend.reading import Output, Reading
 from frontend.requests import PAGE_SIZE_DEFAULT, page_token_after
 from unbroken import status
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.tokenizer import Tokenizer
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -230,6 +231,15 @@ class PassedOn:
     def is_done(self) -> bool:
         """Whether no more will come."""
         return self._task is not None and self._task.done()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None: whole messages come."""
+        return None
+
+    def poll_one(self) -> tuple[int, int] | None:
+        """None: see `tokenizer`."""
+        return None
 
     def poll(self) -> Sequence[Output | pb.GenerateResponse]:
         """All that has come."""

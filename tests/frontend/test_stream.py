@@ -121,6 +121,74 @@ def test_a_single_token_is_taken_as_a_row_of_one() -> None:
     assert by_row.take()[0] == one_by_one.take()[0]
 
 
+@given(
+    token_ids=st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_size=40),
+    stop=st.sampled_from([(), ("no",)]),
+    window_tokens=st.sampled_from([0, 1, 5, 1024]),
+    polls=st.lists(st.sampled_from(["one", "all", "none"]), min_size=40, max_size=40),
+)
+def test_tokens_taken_singly_are_what_would_be_taken_in_pieces(
+    token_ids: list[int], stop: tuple[str, ...], window_tokens: int, polls: list[str]
+) -> None:
+    limits = Limits(window_tokens=window_tokens)
+    single, pieces = (streaming(max_tokens=100, stop=stop, limits=limits) for _ in range(2))
+    ids, text, other_text = list[int](), "", ""
+    commands, other_commands = list[Command](), list[Command]()
+    for offset, (token_id, poll) in enumerate(zip(token_ids, polls, strict=False)):
+        assert single.token(1, offset, token_id, 1.0) == pieces.token(1, offset, token_id, 1.0)
+        if poll == "none":
+            continue
+        one = single.take_one() if poll == "one" else None
+        if one is not None:
+            assert one[0] == len(ids)
+            ids.append(one[1])
+            text += tokenizer().texts[one[1]] or "-"
+        else:
+            piece, acks = single.take()
+            assert piece.offset == len(ids)
+            ids += piece.token_ids
+            text += piece.text
+            commands += acks
+        piece, acks = pieces.take()
+        other_text += piece.text
+        other_commands += acks
+        assert text == other_text
+        assert ids == single.ledger.tolist() == pieces.ledger.tolist()
+        assert commands == other_commands
+    single.check()
+
+
+def test_one_token_is_taken_singly_and_two_or_half_a_character_are_not() -> None:
+    stream = streaming([A])
+    assert stream.take_one() is None
+    stream.take()
+    stream.token(1, 1, B, 1.0)
+    assert stream.take_one() == (1, B)
+    assert stream.take_one() is None
+    stream.token(1, 2, A, 1.0)
+    stream.token(1, 3, B, 1.0)
+    assert stream.take_one() is None
+    assert list(stream.take()[0].token_ids) == [A, B]
+    half = PIECES.index(b"\xc3")
+    for offset, token_id in ((4, half), (5, half + 1)):
+        stream.token(1, offset, token_id, 1.0)
+        assert stream.take_one() is None
+        assert stream.take()[0].text == ("" if token_id == half else "é")
+
+
+def test_how_far_an_attempt_got_is_known_at_any_time() -> None:
+    stream = streaming([A])
+    for offset in (1, 2):
+        stream.token(1, offset, B, 1.0)
+        assert stream.attempts[0].end_offset == offset + 1
+    assert stream.is_prefilled
+    stream.token(1, 3, C, 1.0)
+    lose(stream)
+    place(stream, W2)
+    assert [attempt.end_offset for attempt in stream.attempts] == [4, 4]
+    stream.check()
+
+
 def test_a_loss_that_is_reported_twice_counts_once() -> None:
     stream = streaming([A], limits=Limits(migrations_max=1))
     lose(stream)

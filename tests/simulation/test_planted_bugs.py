@@ -110,7 +110,7 @@ class DeliversStopTokens(Stream):
     def _done(self, outcome: Outcome) -> list[Command]:
         commands = super()._done(outcome)
         if outcome.stop_token_id is not None:
-            self._output.texts.append(tokenizer().pieces[outcome.stop_token_id].decode("latin-1"))
+            self._unsent_text += tokenizer().pieces[outcome.stop_token_id].decode("latin-1")
         return commands
 
 

@@ -5,7 +5,8 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.edge.encoding import generate_response, resume_response, varint
+from frontend.edge.encoding import TokenBodies, generate_response, resume_response, varint
+from frontend.edge.messages import PREFIX
 from unbroken.generation import TokenLogprobs, logprobs_to_proto
 from unbroken.v1 import inference_service_pb2 as pb
 
@@ -48,6 +49,27 @@ def test_a_response_is_what_protobuf_writes(
     assert written == expected.SerializeToString()
     resumed = pb.ResumeResponse(response=expected).SerializeToString()
     assert resume_response(written) == resumed
+
+
+@given(
+    offset=u32 | st.sampled_from([4095, 4096]),
+    texts=st.lists(st.text(max_size=300), min_size=1, max_size=4),
+    token_id=st.integers(0, 3),
+    answers_resume=st.booleans(),
+)
+def test_what_is_kept_for_a_token_is_what_protobuf_writes(
+    offset: int, texts: list[str], token_id: int, *, answers_resume: bool
+) -> None:
+    token_id %= len(texts)
+    bodies = TokenBodies(texts, answers_resume=answers_resume)
+    response = pb.GenerateResponse(offset=offset, token_ids=[token_id], text=texts[token_id])
+    expected = (
+        pb.ResumeResponse(response=response) if answers_resume else response
+    ).SerializeToString()
+    for _ in range(2):  # The second time from what is kept.
+        body = bodies.body(offset, token_id)
+        assert PREFIX.unpack_from(body) == (0, len(expected))
+        assert body[PREFIX.size :] == expected
 
 
 @given(st.integers(0, 2**64 - 1))
