@@ -21,7 +21,7 @@ from typing_extensions import override
 from benchmarks.stamps import NUM_IDS, stamp
 from frontend.edge.calls import ANSWER_FIELDS
 from frontend.edge.connection import Connection, DataReceived, Over, RequestReceived, StreamLost
-from frontend.edge.encoding import generate_response, varint
+from frontend.edge.encoding import varint
 from frontend.edge.limits import EdgeLimits
 from frontend.edge.messages import Code, trailers
 
@@ -41,7 +41,8 @@ def _field(number: int, value: bytes | int) -> bytes:
 
 
 def _ours(offset: int, token_id: int) -> bytes:
-    return generate_response(0, offset, (token_id,), "word ")
+    """GenerateResponse of unbroken.v1."""
+    return _field(2, offset) + _field(3, varint(token_id)) + _field(4, b"word ")
 
 
 def _vllms(offset: int, token_id: int) -> bytes:

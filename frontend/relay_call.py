@@ -9,7 +9,7 @@ that breaks the contract loses the call: what it says after the breach is worth 
 
 import asyncio
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias, cast
@@ -618,6 +618,8 @@ class RelayCall:
         orders: list[tuple[Owner, Sequence[Command]]] = []
         if counts or self._num_with_logprobs:
             self._rows_of_many(frame, now, orders)
+        elif num_rows > len(self._seats):
+            self._rows_of_steps(frame, now, orders)
         elif num_rows:
             self._rows_of_one(frame, now, orders)
         ends = [
@@ -664,6 +666,42 @@ class RelayCall:
                 orders.append((seat.owner, commands))
             else:
                 seat.owner.wake()
+
+    def _rows_of_steps(
+        self,
+        frame: attempt_pb2.StepFrame,
+        now: float,
+        orders: list[tuple[Owner, Sequence[Command]]],
+    ) -> None:
+        """One token a row, but more rows than attempts: what several steps brought at once.
+
+        Each stream gets what it was brought in one piece.
+        """
+        rows_of: defaultdict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for slot, offset, token_id in zip(frame.slots, frame.offsets, frame.token_ids, strict=True):
+            offsets, token_ids = rows_of[slot]
+            offsets.append(offset)
+            token_ids.append(token_id)
+        for slot, (offsets, token_ids) in rows_of.items():
+            seat = self._seats.get(slot)
+            if seat is None:
+                continue
+            if seat.is_silent:
+                self._hear_first(seat, now)
+            first = offsets[0]
+            pieces = [(first, token_ids)]
+            if offsets != list(range(first, first + len(offsets))):
+                # The stream says at which of them it is wrong.
+                pieces = [(o, [i]) for o, i in zip(offsets, token_ids, strict=True)]
+            try:
+                for offset, piece in pieces:
+                    commands = seat.stream.tokens(seat.epoch, offset, piece, now)
+                    if commands:
+                        orders.append((seat.owner, commands))
+            except Exception:
+                seat.owner.crashed()
+                continue
+            seat.owner.wake()
 
     def _seats_of(self, slots: list[int]) -> list[_Seat | None]:
         """Who is meant by a column of slots; most often it is that of the frame before."""

@@ -596,6 +596,16 @@ class Stream(_Flow):
         logprobs: Sequence[TokenLogprobs] = (),
     ) -> Sequence[Command]:
         """The attempt produced tokens, the first of which stands at `offset`."""
+        if (
+            epoch == self._flowing
+            and offset == len(self.ledger)
+            and offset + len(token_ids) < self._max_tokens
+            and not logprobs
+            and self._stop_token_ids.isdisjoint(token_ids)
+        ):  # As in `token`.
+            self.ledger.extend(token_ids)
+            self._last_token_at = now
+            return ()
         if epoch != self.epoch or self.state is not State.RUNNING:
             return ()  # Late news of an epoch that is over.
         self._settle()

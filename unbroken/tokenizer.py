@@ -391,6 +391,11 @@ class Detokenizer:
         if self.stopped is not None:
             return ""
         pieces, special_ids, tail = self._pieces, self._special_ids, self._tail
+        if self._texts and not tail:
+            try:
+                return "".join(map(cast("Sequence[str]", self._texts).__getitem__, token_ids))
+            except TypeError:
+                pass  # One has no text of its own.
         if len(token_ids) == 1:  # One step of the engine; worth not building a list.
             token_id = token_ids[0]
             data = tail if token_id in special_ids else tail + pieces[token_id]

@@ -17,7 +17,6 @@ from frontend.edge.connection import HttpStream
 from frontend.edge.frames import ErrorCode
 from frontend.edge.headers import Fields, Request
 from frontend.edge.messages import (
-    PREFIX,
     Code,
     MessageReader,
     Refused,
@@ -193,19 +192,15 @@ class StreamingCall:
         body: list[bytes] = []
         for output in outputs:
             if isinstance(output, pb.GenerateResponse):
-                self._add(body, output.SerializeToString())
-                continue
-            index, piece, resume_token = output
-            for part in summaries.parts(piece):
-                self._add(body, encoding.generate_response(index, *part, resume_token))
-                resume_token = b""
+                messages = [output]
+            else:
+                index, piece, resume_token = output
+                messages = summaries.messages(index, piece, resume_token=resume_token)
+            body += [
+                encoding.body(message.SerializeToString(), answers_resume=self._answers_resume)
+                for message in messages
+            ]
         return b"".join(body)
-
-    def _add(self, body: list[bytes], message: bytes) -> None:
-        if self._answers_resume:
-            message = encoding.resume_response(message)
-        body.append(PREFIX.pack(0, len(message)))
-        body.append(message)
 
     # The end.
 

@@ -468,3 +468,59 @@ def test_a_stream_whose_link_was_reset_adopts_its_attempt_if_the_sidecar_lives(
                 assert end.attempts[0].failure == worker_pb2.FAILURE_KIND_CRASH
 
     run(scenario())
+
+
+def spread_over_rows(frame: attempt_pb2.StepFrame) -> None:
+    """Tell the same one token a row, as a sidecar does that had to wait for some steps."""
+    end, rows = 0, list[tuple[int, int, int, int]]()
+    for slot, offset, count in zip(frame.slots, frame.offsets, frame.token_counts, strict=True):
+        begin, end = end, end + count
+        rows += [(i, slot, offset + i, frame.token_ids[begin + i]) for i in range(count)]
+    rows.sort(key=lambda row: row[0])
+    del frame.token_counts[:]
+    frame.slots[:] = [slot for _, slot, _, _ in rows]
+    frame.offsets[:] = [offset for _, _, offset, _ in rows]
+    frame.token_ids[:] = [token_id for _, _, _, token_id in rows]
+
+
+def test_several_steps_in_one_frame_are_told_apart() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", tokens_per_step=3, on_step=spread_over_rows)
+        async with world(sidecar) as it:
+            streams = [
+                it.client.generate(token_ids=PROMPT, max_tokens=num, seed=7, timeout_s=20)
+                for num in (20, 50, 80)
+            ]
+            told = await asyncio.gather(*(read(stream) for stream in streams))
+            for (ids, text), num in zip(told, (20, 50, 80), strict=True):
+                assert ids == reference(PROMPT, num, seed=7)
+                assert text == bytes(ids).decode()
+
+    run(scenario())
+
+
+def test_steps_in_one_frame_that_leave_a_token_out_cost_the_attempt_and_nothing_else() -> None:
+    async def scenario() -> None:
+        frames: list[attempt_pb2.StepFrame] = []
+
+        def leave_out(frame: attempt_pb2.StepFrame) -> None:
+            spread_over_rows(frame)
+            frames.append(frame)
+            if len(frames) == 5:
+                assert len(frame.slots) == 3, "there is a row between two"
+                for column in (frame.slots, frame.offsets, frame.token_ids):
+                    del column[1]
+
+        near, far = FakeSidecar("w1", tokens_per_step=3, on_step=leave_out), FakeSidecar("w2")
+        async with world(near) as it:
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=60, seed=7, timeout_s=20)
+            ids = [i for piece in await read_some(stream, 1) for i in piece.token_ids]
+            await it.add(far)
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 60, seed=7)
+            end = stream.finished
+            assert end is not None
+            assert end.attempts[0].failure == worker_pb2.FAILURE_KIND_PROTOCOL
+            assert end.attempts[0].end_offset == 13, "what came before the gap counts"
+
+    run(scenario())

@@ -189,6 +189,29 @@ def test_how_far_an_attempt_got_is_known_at_any_time() -> None:
     stream.check()
 
 
+@given(
+    token_ids=st.lists(st.integers(0, EOS), min_size=1, max_size=40),
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    stop=st.sampled_from([(), ("no",)]),
+    max_tokens=st.integers(1, 45),
+)
+def test_tokens_that_come_in_pieces_are_those_that_come_one_by_one(
+    token_ids: list[int], cuts: list[int], stop: tuple[str, ...], max_tokens: int
+) -> None:
+    pieces, single = (streaming(max_tokens=max_tokens, stop=stop) for _ in range(2))
+    offset = 0
+    while offset < len(token_ids) and pieces.outcome is None:
+        piece = token_ids[offset : offset + cuts[offset % len(cuts)]]
+        pieces.tokens(1, offset, piece, 1.0)
+        for index, token_id in enumerate(piece):
+            single.token(1, offset + index, token_id, 1.0)
+        offset += len(piece)
+    assert pieces.outcome == single.outcome
+    assert pieces.attempts == single.attempts
+    assert pieces.take() == single.take()
+    pieces.check()
+
+
 def test_a_loss_that_is_reported_twice_counts_once() -> None:
     stream = streaming([A], limits=Limits(migrations_max=1))
     lose(stream)

@@ -1,54 +1,23 @@
 """What is encoded by hand is what protobuf writes."""
 
-from array import array
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.edge.encoding import TokenBodies, generate_response, resume_response, varint
+from frontend.edge.encoding import TokenBodies, body, varint
 from frontend.edge.messages import PREFIX
-from unbroken.generation import TokenLogprobs, logprobs_to_proto
 from unbroken.v1 import inference_service_pb2 as pb
 
 u32 = st.integers(0, 2**32 - 1) | st.sampled_from([0, 127, 128, 16383, 16384, 2**21, 2**28])
-f32 = st.floats(width=32)
-logprobs = st.builds(
-    TokenLogprobs,
-    logprob=f32,
-    top_token_ids=st.lists(u32, max_size=3).map(tuple),
-    top_logprobs=st.lists(f32, max_size=3).map(tuple),
-)
 
 
-@given(
-    choice_index=u32,
-    offset=u32,
-    token_ids=st.lists(u32, max_size=200),
-    text=st.text(max_size=300),
-    logprobs=st.lists(logprobs, max_size=3),
-    resume_token=st.binary(max_size=300),
-)
-def test_a_response_is_what_protobuf_writes(
-    choice_index: int,
-    offset: int,
-    token_ids: list[int],
-    text: str,
-    logprobs: list[TokenLogprobs],
-    resume_token: bytes,
-) -> None:
-    expected = pb.GenerateResponse(
-        choice_index=choice_index,
-        offset=offset,
-        token_ids=token_ids,
-        text=text,
-        logprobs=map(logprobs_to_proto, logprobs),
-        resume_token=resume_token,
-    )
-    ids = array("I", token_ids)
-    written = generate_response(choice_index, offset, ids, text, logprobs, resume_token)
-    assert written == expected.SerializeToString()
-    resumed = pb.ResumeResponse(response=expected).SerializeToString()
-    assert resume_response(written) == resumed
+@given(text=st.text(max_size=300), offset=u32)
+def test_a_body_is_what_protobuf_writes_after_its_length(text: str, offset: int) -> None:
+    response = pb.GenerateResponse(offset=offset, text=text)
+    for expected in (response, pb.ResumeResponse(response=response)):
+        answers_resume = expected is not response
+        written = body(response.SerializeToString(), answers_resume=answers_resume)
+        assert PREFIX.unpack_from(written) == (0, expected.ByteSize())
+        assert written[PREFIX.size :] == expected.SerializeToString()
 
 
 @given(
@@ -67,9 +36,9 @@ def test_what_is_kept_for_a_token_is_what_protobuf_writes(
         pb.ResumeResponse(response=response) if answers_resume else response
     ).SerializeToString()
     for _ in range(2):  # The second time from what is kept.
-        body = bodies.body(offset, token_id)
-        assert PREFIX.unpack_from(body) == (0, len(expected))
-        assert body[PREFIX.size :] == expected
+        written = bodies.body(offset, token_id)
+        assert PREFIX.unpack_from(written) == (0, len(expected))
+        assert written[PREFIX.size :] == expected
 
 
 @given(st.integers(0, 2**64 - 1))
