@@ -47,8 +47,8 @@ landed-protos: .venv/.dev ## Record the contract as landed; part of a release, n
 simulate: .venv/.dev ## 100,000 seeds of the simulated world of streams, 8,334 of the fleet's
 	$(BIN)/python -m tests.simulation --world all --seeds 100000 --jobs 2
 
-fuzz: .venv/.dev ## Bytes and frames that no client should send, a million of them
-	$(BIN)/python -m tests.frontend.edge.fuzz
+fuzz: .venv/.dev ## Bytes and frames that no client should send, a million of them (or FRAMES=10000000)
+	$(BIN)/python -m tests.frontend.edge.fuzz $(if $(FRAMES),--frames $(FRAMES)) $(if $(SEED),--seed $(SEED))
 
 matrix: .venv/.dev ## Every feature, killed at many offsets, on both engines
 	$(BIN)/python -m benchmarks.continuation
@@ -80,7 +80,7 @@ bench: .venv/.bench ## Cost and latency of each hop, beside the direct path and 
 bench-edge: .venv/.bench ## The native edge beside grpcio's and Envoy
 	$(BIN)/python -m benchmarks.edge
 
-bench-peers: .venv/.bench ## Both edges beside Envoy, SMG and Dynamo, which it installs into .peers
+bench-peers: .venv/.bench ## Both edges beside Envoy, SMG and Dynamo, installed into .peers (SHORT=1: one load)
 	$(BIN)/python -m benchmarks.peers $(if $(SHORT),--short)
 
 bench-idle: .venv/.dev ## 24,000 idle streams over 10,000 connections: what they take from the active ones
