@@ -27,6 +27,7 @@ from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self, TypeVar
 
 from unbroken import log, tether
+from unbroken.chaos.processes import is_alive
 from unbroken.client import Client
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, WORKERS
@@ -186,12 +187,13 @@ class LocalMesh:
     async def stop(self) -> None:
         """End everything: kindly at first, then whatever is left. Idempotent."""
         running = [p for p in self._processes.values() if p.returncode is None]
+        marked = _marked_processes(self._mark)
         for process in running:
             process.terminate()
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_GRACE_S):
                 await asyncio.gather(*(process.wait() for process in running))
-        await self._sweep(self._mark)
+        await self._sweep(self._mark, marked)
         await asyncio.gather(*(process.wait() for process in running))
         self._processes.clear()
         self._known_frontends.clear()
@@ -280,14 +282,16 @@ class LocalMesh:
     ) -> None:
         """Wait until the frontends (those that run, if not told) can send work to the workers.
 
-        Raises `MeshError` if one of them has ended.
+        Raises `MeshError` if one that was told has ended, or all have.
         """
-        if frontend_ids is None:
-            frontend_ids = [name for name in self._listen if self._is_running(name)]
-            if not frontend_ids:
-                raise MeshError("expected a frontend, all have ended")
-        for frontend_id in frontend_ids:
-            await self._until_reaching(frontend_id, worker_ids)
+        for frontend_id in self._listen if frontend_ids is None else frontend_ids:
+            try:
+                await self._until_reaching(frontend_id, worker_ids)
+            except MeshError:
+                if frontend_ids is not None or self._is_running(frontend_id):
+                    raise  # Else it was killed just now, perhaps: that is known a moment later.
+        if not self.is_serving:
+            raise MeshError("expected a frontend, all have ended")
 
     async def _until_reaching(self, frontend_id: str, worker_ids: Sequence[str]) -> None:
         """Wait until the frontend can send work to the workers."""
@@ -418,16 +422,25 @@ class LocalMesh:
                 lines = path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
                 raise MeshError("\n".join([f"{name} ended with status {status}:", *lines]))
 
-    async def _sweep(self, mark: str) -> None:
-        """SIGKILL every process whose mark begins so, until there is none."""
+    async def _sweep(self, mark: str, dying: Sequence[int] = ()) -> None:
+        """SIGKILL every process whose mark begins so, until there is none, nor any of the dying.
+
+        A process that is about to end shows no mark any more, but may still hold what it had.
+        """
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + _SWEEP_TIMEOUT_S
-        while pids := _marked_processes(mark):
-            for pid in pids:
+        seen = set(dying)
+        while True:
+            marked = _marked_processes(mark)
+            for pid in marked:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            seen.update(marked)
+            seen = {pid for pid in seen if is_alive(pid)}
+            if not (marked or seen):
+                return
             if loop.time() > give_up_at:
-                raise MeshError(f"expected processes to die, still there: {pids}")
+                raise MeshError(f"expected processes to die, still there: {sorted(seen)}")
             await asyncio.sleep(_SWEEP_POLL_S)
 
     def _known_frontend(self, frontend_id: str) -> pb.FrontendRecord:
