@@ -11,7 +11,7 @@
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from frontend.placement import WorkerView, standing
 from frontend.resume_queue import TURN_S, ResumeLimits, ResumeQueue, Ticket, Work
@@ -28,6 +28,10 @@ class _Waiting:
     ticket: Ticket
     is_able: Callable[[WorkerView], bool]
     since: float
+
+
+_Ables: TypeAlias = list[tuple[_Waiting, set[Life]]]
+"""All who wait, and the workers that each may have."""
 
 
 class QueueWatch:
@@ -112,10 +116,13 @@ class QueueWatch:
     def check(self, now: float) -> None:
         """Everybody who had a turn has used it."""
         busy = {life for life, _ in self._computing.values()}
-        is_contended = self._is_contended
-        is_holding = self._limits.is_on and self._note_holding()
-        for waiting in self._waiting.values():
-            able = self._able(waiting)
+        if not self._waiting:
+            self._held = False
+            return
+        ables = self._ables()
+        is_contended = _is_contended(ables)
+        is_holding = self._limits.is_on and self._note_holding(ables)
+        for waiting, able in ables:
             if waiting.ticket.work is Work.NEW or not self._limits.is_on:
                 _expect(is_holding or not able, f"{waiting.name} waits for nothing")
                 if is_contended or not is_holding:
@@ -140,17 +147,18 @@ class QueueWatch:
 
     # Inside.
 
-    @property
-    def _is_contended(self) -> bool:
-        return any(
-            one.ticket.work is Work.RESUME and self._able(one) for one in self._waiting.values()
-        )
+    def _ables(self) -> _Ables:
+        return [(one, self._able(one)) for one in self._waiting.values()]
 
-    def _note_holding(self) -> bool:
+    def _note_holding(self, ables: _Ables | None = None) -> bool:
         """While somebody waits to resume, and until those who were held back have gone."""
-        new = [one for one in self._waiting.values() if one.ticket.work is Work.NEW]
-        waits_on = bool(new) and (not self._views or any(self._able(one) for one in new))
-        self._held = self._is_contended or (self._held and waits_on)
+        if not self._waiting:
+            self._held = False
+            return False
+        ables = self._ables() if ables is None else ables
+        new = [able for one, able in ables if one.ticket.work is Work.NEW]
+        waits_on = bool(new) and (not self._views or any(new))
+        self._held = _is_contended(ables) or (self._held and waits_on)
         return self._held
 
     def _able(self, waiting: _Waiting) -> set[Life]:
@@ -172,6 +180,10 @@ class QueueWatch:
                 and life in self._able(other)
             )
             _expect(not goes_first, f"{mine.name} was admitted before {other.name}")
+
+
+def _is_contended(ables: _Ables) -> bool:
+    return any(able and one.ticket.work is Work.RESUME for one, able in ables)
 
 
 def _expect(is_so: bool, otherwise: str) -> None:

@@ -198,6 +198,8 @@ class Mesh:
             Worker(self, f"w{index}", personality)
             for index, personality in enumerate(personalities)
         ]
+        # Now and then new work comes when much has happened already.
+        self._late_s = 0.3 if Random(seed ^ 0x1A7E).random() < 0.2 else 0.0
         self.choices: list[Choice] = []
         for index in range(random.choice((2, 3, 4, 6))):
             self._request(f"r{index}", stream_type)
@@ -239,7 +241,7 @@ class Mesh:
         if process.is_alive:
             for frontend in self.frontends:
                 for call in frontend.calls.get(process.worker_id, ()):
-                    if call.process is process:
+                    if call.link is not None and call.process is process:
                         call.pump()
 
     def calls_to(self, process: Process) -> list[Call]:
@@ -255,6 +257,8 @@ class Mesh:
         world = self.world
         random = world.random
         begin_at = random.choice((0.1, 0.1 + 0.2 * random.random()))
+        if request_id != "r0":
+            begin_at += self._late_s
         original = _original(random)
         policy = random.choices(
             (
@@ -565,7 +569,7 @@ def _resume_limits(seed: int) -> ResumeLimits:
         share=random.choice((0.2, 0.5, 1.0)),
         burst_tokens=random.choice((1, 8, 20, 40, 4096)),
         prefill_tokens_per_s=random.choice((50.0, 300.0, 5000.0)),
-        fleet_loss_share=random.choice((0.3, 0.5, 1.0)),
+        fleet_loss_share=random.choice((0.1, 0.2, 0.3, 1.0)),
     )
 
 
