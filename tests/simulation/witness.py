@@ -278,7 +278,7 @@ class Witness:
         self._check_ledger()
         self._check_accounts()
         begun = [a for a in stream.attempts if a.epoch not in self._refused and not a.is_adopted]
-        num_begun = len(begun) + (self._past.num_begun if self._past is not None else 0)
+        num_begun = len(begun) + self._num_begun_before
         is_interrupted = num_begun > 1
         if self._is_forged:
             self._check_forgery(outcome)
@@ -317,9 +317,17 @@ class Witness:
 
     # Inside.
 
+    @property
+    def _num_begun_before(self) -> int:
+        """Attempts at the frontend before, but for such as were adopted and refused only then."""
+        num_begun = self._past.num_begun if self._past is not None else 0
+        return num_begun - len(self._adopted & self._refused)
+
     def _check_forgery(self, outcome: Outcome) -> None:
         """What a worker knows is compared with what a client claims."""
         stream = self._stream
+        if self._before is not None and self._before._is_forged:
+            return  # What the worker knows may be the same lie, told at the frontend before.
         is_told = bool(stream.attempts) and all(
             attempt.epoch in self._adopted for attempt in stream.attempts
         )
@@ -435,7 +443,7 @@ class Witness:
         """Work done again is metered, each attempt that began once."""
         stream = self._stream
         begun = [epoch for epoch in self._prefills if epoch not in self._refused]
-        if self._past is not None and self._past.num_begun:
+        if self._num_begun_before:
             begun.insert(0, 0)  # At the frontend before.
         cached = self._cached.get(begun[0], 0) if begun else 0
         self._expect(stream.accounts.cached_prompt_tokens == cached, "cached prompt tokens")
