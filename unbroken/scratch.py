@@ -25,8 +25,11 @@ class Scratch:
         """Raises OSError."""
         _remove_abandoned(prefix)
         self.path = Path(tempfile.mkdtemp(prefix=prefix))
-        self._lock = os.open(self.path / OWNER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Locked before it has its name: who finds a lock that nobody holds removes everything.
+        begun = self.path / f".{OWNER}"
+        self._lock = os.open(begun, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        begun.rename(self.path / OWNER)
 
     def close(self) -> None:
         """Remove it. Idempotent."""

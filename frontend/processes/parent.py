@@ -96,6 +96,8 @@ class Parent:
         self._is_stopping = asyncio.Event()
         self._is_accepting = False
         self._children: list[Child] = []
+        self._asked: list[Child] = []
+        """Those that served when all were asked to stop: the status is theirs."""
         self._tasks: list[asyncio.Task[None]] = []
         self._sums = Sums()
         self._registry = metrics.new_registry()
@@ -153,7 +155,8 @@ class Parent:
         if self._registration is not None:
             await self._registration.close()
             self._registration = None
-        statuses = await asyncio.gather(*(child.until_stopped() for child in self._children))
+        await asyncio.gather(*(child.until_stopped() for child in self._children))
+        statuses = [child.status for child in self._asked]
         _log.info("frontend stopped", statuses=statuses)
         return EXIT_NOT_IN_ORDER if any(statuses) else 0
 
@@ -174,7 +177,9 @@ class Parent:
     def asked_to_stop(self) -> None:
         """A signal came: pass it on. The second one means at once."""
         _log.info("frontend is asked to stop", grace_s=self._config.shutdown_grace_s)
-        self._is_stopping.set()
+        if not self._is_stopping.is_set():
+            self._is_stopping.set()
+            self._asked = [child for child in self._children if child.is_ready]
         for child in self._children:
             child.signal(signal.SIGTERM)
 
@@ -357,23 +362,18 @@ class Child:
             self._ready_at = None
             await self.start()
 
-    async def until_stopped(self) -> int:
-        """Wait until it has stopped, as it was asked to; its status. Who takes too long is killed.
-
-        0 if it did not run.
-        """
+    async def until_stopped(self) -> None:
+        """Wait until it has stopped, as it was asked to. Who takes too long is killed."""
         process = self._process
         if process is None:
-            return 0
-        was_running = process.returncode is None
+            return
         try:
             async with asyncio.timeout(self._parent.stop_timeout_s):
-                status = await process.wait()
+                await process.wait()
         except TimeoutError:
             _log.error("a process does not stop and is killed", number=self.number)
             process.kill()
-            status = await process.wait()
-        return status if was_running else 0
+            await process.wait()
 
     async def kill(self) -> None:
         """End it now, if it runs."""

@@ -52,7 +52,7 @@ async def client_of_each(world: World) -> AsyncGenerator[dict[str, Client]]:
     found: dict[str, Client] = {}
     clients: list[Client] = []
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(45):
             while len(found) < 2:
                 client = Client(world.mesh.frontend_address, resume_policy=NO_RESUME)
                 clients.append(client)
@@ -66,7 +66,7 @@ async def client_of_each(world: World) -> AsyncGenerator[dict[str, Client]]:
 
 async def life_of(world: World, name: str, *, but: int = 0) -> int:
     """The process id of a process, or of the one after that of the id `but`."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(45):
         while (record := world.mesh.frontends.get(name)) is None or record.pid == but:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     return record.pid
@@ -86,7 +86,7 @@ def test_each_process_gets_every_other_connection(world: World) -> None:
         assert sorted(names).count("f1.1") in (2, 3, 4), names
         assert set(names) == {"f1.1", "f1.2"}
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_streams_of_a_killed_process_go_on_at_its_sibling_exactly(world: World) -> None:
@@ -95,7 +95,7 @@ def test_streams_of_a_killed_process_go_on_at_its_sibling_exactly(world: World) 
         try:
             expected = await record(clients[0].generate(**OPTIONS))
             histories = [History() for _ in clients]
-            streams = [client.generate(timeout_s=20, **OPTIONS) for client in clients]
+            streams = [client.generate(timeout_s=40, **OPTIONS) for client in clients]
             reading = [
                 asyncio.create_task(record(stream, history))
                 for stream, history in zip(streams, histories, strict=True)
@@ -116,7 +116,7 @@ def test_streams_of_a_killed_process_go_on_at_its_sibling_exactly(world: World) 
             assert history.finished.usage.recomputed_decode_tokens == 0, "it was adopted"
         assert await life_of(world, "f1.1", but=pid) != pid
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_the_equal_request_at_a_sibling_joins_and_the_call_before_it_ends(world: World) -> None:
@@ -136,7 +136,7 @@ def test_the_equal_request_at_a_sibling_joins_and_the_call_before_it_ends(world:
             again = await record(clients["f1.2"].generate(request_id="twice", **OPTIONS))
             assert again.difference(expected).is_none, "it is told again for a while"
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_one_of_two_equal_requests_at_the_same_moment_is_joined(world: World) -> None:
@@ -155,7 +155,7 @@ def test_one_of_two_equal_requests_at_the_same_moment_is_joined(world: World) ->
                 failures = [end for end in ends if isinstance(end, UnbrokenError)]
                 assert [failure.reason for failure in failures] == [Reason.FENCED]
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_another_request_under_a_siblings_id_is_refused(world: World) -> None:
@@ -169,7 +169,7 @@ def test_another_request_under_a_siblings_id_is_refused(world: World) -> None:
             assert caught.value.reason is Reason.REQUEST_EXISTS
             await first.cancel()
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_resume_at_a_sibling_goes_on_where_the_stream_runs(world: World) -> None:
@@ -184,7 +184,7 @@ def test_resume_at_a_sibling_goes_on_where_the_stream_runs(world: World) -> None
             assert rest.started is not None
             assert rest.started.frontend_id == "f1.1"
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_cancel_reaches_a_sibling_and_what_is_below_in_any_process(world: World) -> None:
@@ -210,7 +210,7 @@ def test_cancel_reaches_a_sibling_and_what_is_below_in_any_process(world: World)
             assert not await clients["f1.2"].cancel("tree-0"), "it has ended"
             await bystander.cancel()
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_streams_are_found_and_listed_whichever_process_is_asked(world: World) -> None:
@@ -253,7 +253,7 @@ def test_streams_are_found_and_listed_whichever_process_is_asked(world: World) -
             for stream in streams:
                 await stream.cancel()
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_metrics_are_those_of_the_whole_and_never_fall(world: World) -> None:
@@ -285,14 +285,14 @@ def test_metrics_are_those_of_the_whole_and_never_fall(world: World) -> None:
             fallen = [one for one in counted if last[one] < after[one]]
             assert fallen == []
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)
 
 
 def test_a_stopped_process_is_replaced_and_its_streams_go_on(world: World) -> None:
     async def scenario() -> None:
         async with Client(world.mesh.frontend_address) as client:
             expected = await record(client.generate(**OPTIONS))
-            stream, history = client.generate(timeout_s=25, **OPTIONS), History()
+            stream, history = client.generate(timeout_s=40, **OPTIONS), History()
             reading = asyncio.create_task(record(stream, history))
             await until(lambda: history.num_tokens > NUM_TOKENS // 3)
             assert stream.started is not None
@@ -302,6 +302,6 @@ def test_a_stopped_process_is_replaced_and_its_streams_go_on(world: World) -> No
             seen = await reading
             assert seen.difference(expected).is_none
             assert await life_of(world, name, but=pid) != pid
-            assert stream.resumes[0].gap_s < 10
+            assert stream.resumes[0].gap_s < 20, "5 to 7 s where there is room"
 
-    world.run(scenario())
+    world.run(scenario(), limit_s=80)

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from unbroken.scratch import BEGUN_S, Scratch
+from unbroken.scratch import OWNER as OWNER_FILE
 
 OWNER = """
 import sys
@@ -60,3 +62,14 @@ def test_one_that_has_just_been_made_is_left_alone_though_it_has_no_lock_yet(
     Scratch("unbroken-test-").close()
     assert begun.exists()
     assert not old.exists()
+
+
+def test_of_many_that_begin_at_once_none_takes_anothers_away() -> None:
+    def begin(_: int) -> bool:
+        scratch = Scratch("unbroken-test-")
+        is_there = (scratch.path / OWNER_FILE).exists()
+        scratch.close()
+        return is_there
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(begin, range(800)))
