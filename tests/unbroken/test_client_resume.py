@@ -443,18 +443,9 @@ def test_a_frontend_that_is_down_hides_no_request_of_the_others() -> None:
 REST_OF_SILENT: Script = [tokens(1, 2, text="b"), finished(2)]
 
 
-@pytest.mark.parametrize(
-    ("number", "kind", "noticed_s"),
-    [
-        (signal.SIGKILL, "silent", 0.15),
-        (signal.SIGKILL, "deaf", 0.15),
-        (signal.SIGSTOP, "silent", 2.6),
-        (signal.SIGSTOP, "deaf", 2.6),
-    ],
-)
-def test_a_frontend_that_dies_or_hangs_is_noticed(
-    number: signal.Signals, kind: str, noticed_s: float
-) -> None:
+@pytest.mark.parametrize("kind", ["silent", "deaf"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_frontend_that_dies_or_hangs_is_noticed(number: signal.Signals, kind: str) -> None:
     async def scenario() -> None:
         second = FakeFrontend(
             [started(), tokens(0, 1, text="a"), tokens(1, 2, text="b"), finished(2)], REST_OF_SILENT
@@ -471,14 +462,11 @@ def test_a_frontend_that_dies_or_hangs_is_noticed(
                     await asyncio.sleep(0.005)
             await asyncio.sleep(0.1)
             assert not text.done()
-            began_at = time.monotonic()
             os.kill(process.pid, number)
             if number is signal.SIGSTOP:
                 while not is_stopped(process.pid):  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
             assert await text == "ab"
-            took_s = time.monotonic() - began_at
-            assert took_s < noticed_s + 0.5, "the machine may be busy"
             if number is signal.SIGSTOP:
                 assert is_stopped(process.pid), "it would have been cut by the end of the process"
             assert len(stream.resumes) == (kind == "silent")
