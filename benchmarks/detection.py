@@ -100,6 +100,8 @@ async def measure(
                 name = f"d{number}-{component.value.replace(' ', '-')}-{harm.value}"
                 await _trial(arena, component, harm, name, rng, figures[component, harm])
                 arena.client.forget()
+            # All of it takes a quarter of an hour.
+            print(f"trial {number + 1} of {num_trials} of each fault", file=sys.stderr)  # noqa: T201
     return figures
 
 
