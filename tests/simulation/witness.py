@@ -94,6 +94,7 @@ class Witness:
         self._prefills: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._num_again = 0
+        self._num_undone_before = 0
         self.orders: set[Reason] = set()
         """Why the stream may end: somebody asked for it, or took it over."""
         self._outcome: Outcome | None = None
@@ -224,6 +225,8 @@ class Witness:
             )
             if is_refusal:
                 self._refused.add(epoch)
+                if epoch in self._adopted:
+                    self._undo(stream.standing.started_epoch)
             else:
                 self._expect(epoch not in self._losses, f"epoch {epoch} was lost twice")
                 self._losses[epoch] = failure
@@ -319,9 +322,16 @@ class Witness:
 
     @property
     def _num_begun_before(self) -> int:
-        """Attempts at the frontend before, but for such as were adopted and refused only then."""
+        """Attempts at the frontend before, but for one that was adopted and refused only then."""
         num_begun = self._past.num_begun if self._past is not None else 0
-        return num_begun - len(self._adopted & self._refused)
+        return num_begun - self._num_undone_before
+
+    def _undo(self, began: int) -> None:
+        """The attempt of that epoch was refused after it was adopted: it did nothing."""
+        if began in self._prefills:
+            self._refused.add(began)
+        else:
+            self._num_undone_before += 1
 
     def _check_forgery(self, outcome: Outcome) -> None:
         """What a worker knows is compared with what a client claims."""
