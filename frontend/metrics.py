@@ -257,3 +257,17 @@ class FrontendMetrics:
         """Tokens were computed again."""
         if num_tokens:
             self.recomputed_tokens.labels(phase).inc(num_tokens)
+
+
+class ParentMetrics:
+    """What the parent of a frontend of several processes adds to what those count."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.restarts = Counter(
+            f"{_PREFIX}_process_restarts_total",
+            "Times that a process of this frontend was started again.",
+            registry=registry,
+        )
+        self.processes = Gauge(
+            f"{_PREFIX}_processes", "Processes of this frontend that serve.", registry=registry
+        )

@@ -74,21 +74,30 @@ class HubCollector(Collector):
         )
 
     def _ranks(self, load: worker_pb2.LoadReport) -> Iterator[Metric]:
-        for name, help_text in _RANK_GAUGES.items():
+        for field, (name, help_text) in _RANK_GAUGES.items():
             family = GaugeMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["rank"])
             for rank in load.ranks:
-                family.add_metric([str(rank.rank)], getattr(rank, name))
+                family.add_metric([str(rank.rank)], getattr(rank, field))
             yield family
+        preemptions = CounterMetricFamily(
+            f"{_PREFIX}_preemptions",
+            "Times that a stream lost its KV blocks to another, in this life of the engine.",
+            labels=["rank"],
+        )
+        for rank in load.ranks:
+            preemptions.add_metric([str(rank.rank)], rank.preemptions_total)
+        yield preemptions
 
 
 _RANK_GAUGES = {
-    "kv_blocks_total": "KV blocks of the pool.",
-    "kv_blocks_used": "KV blocks held by running streams.",
-    "kv_blocks_cached": "KV blocks that hold reusable prefixes only.",
-    "requests_running": "Streams in the batch.",
-    "requests_waiting": "Streams waiting for a place in the batch.",
-    "prefill_tokens_queued": "Prompt tokens not yet computed.",
+    "kv_blocks_total": ("kv_blocks", "KV blocks of the pool."),
+    "kv_blocks_used": ("kv_blocks_used", "KV blocks held by running streams."),
+    "kv_blocks_cached": ("kv_blocks_cached", "KV blocks that hold reusable prefixes only."),
+    "requests_running": ("requests_running", "Streams in the batch."),
+    "requests_waiting": ("requests_waiting", "Streams waiting for a place in the batch."),
+    "prefill_tokens_queued": ("prefill_tokens_queued", "Prompt tokens not yet computed."),
 }
+"""By the field of `RankLoad`, the name and the meaning: only counters are called a total."""
 
 
 def _gauge(name: str, help_text: str, value: Callable[[], float]) -> GaugeMetricFamily:

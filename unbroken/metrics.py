@@ -1,8 +1,8 @@
 """Prometheus metrics of one process: its own registry and the endpoint that serves it.
 
 Names start with `unbroken_` and the process, end with a base unit (`_seconds`, `_bytes`, `_tokens`)
-and, for counters, `_total`: `unbroken_frontend_ttft_seconds`. Labels have few values: never a
-request's id.
+and, for counters and for nothing else, `_total`: `unbroken_frontend_ttft_seconds`. Labels have few
+values: never a request's id. docs/METRICS.md names them all.
 """
 
 import threading
@@ -15,6 +15,7 @@ from prometheus_client import (
     GCCollector,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     start_http_server,
 )
 from prometheus_client.core import CounterMetricFamily
@@ -61,6 +62,7 @@ class MetricsServer:
 
 def new_registry() -> CollectorRegistry:
     """A registry that has memory, CPU, descriptors and garbage collection of this process."""
+    disable_created_metrics()  # Each would be a second series of its counter, which nobody reads.
     registry = CollectorRegistry(auto_describe=True)
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)

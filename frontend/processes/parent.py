@@ -19,13 +19,14 @@ from typing import Final, cast
 
 import grpc
 import grpc.aio
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from frontend.config import FrontendConfig
 from frontend.edge.server import BACKLOG
+from frontend.metrics import ParentMetrics
 from frontend.processes.child import CLOSED, READY, TAKEN_AT_ONCE, Place
 from frontend.processes.siblings import Siblings, ask_metrics, families_of, socket_of
 from frontend.processes.sums import Sums
@@ -101,17 +102,10 @@ class Parent:
         self._tasks: list[asyncio.Task[None]] = []
         self._sums = Sums()
         self._registry = metrics.new_registry()
-        self._restarts = Counter(
-            "unbroken_frontend_process_restarts_total",
-            "Times that a process of this frontend was started again.",
-            registry=self._registry,
+        self._counted = ParentMetrics(self._registry)
+        self._counted.processes.set_function(
+            lambda: sum(child.is_ready for child in self._children)
         )
-        running = Gauge(
-            "unbroken_frontend_processes",
-            "Processes of this frontend that serve.",
-            registry=self._registry,
-        )
-        running.set_function(lambda: sum(child.is_ready for child in self._children))
 
     async def start(self) -> None:
         """Start all processes, wait until they serve, and join the mesh. Raises OSError."""
@@ -208,7 +202,7 @@ class Parent:
     def child_began(self, *, is_again: bool) -> None:
         """A process serves."""
         if is_again:
-            self._restarts.inc()
+            self._counted.restarts.inc()
         self._accept_more()
 
     def child_ended(self, pid: int) -> None:

@@ -32,6 +32,7 @@ VIEWS: Final = frozenset(
         "python_info",
         "unbroken_frontend_fleet_losses",
         "unbroken_frontend_models_panicking",
+        "unbroken_frontend_processes",
         "unbroken_frontend_workers",
         "unbroken_frontend_workers_ejected",
     }

@@ -194,12 +194,13 @@ def test_metrics_have_the_names_that_are_documented(tmp_path: Path) -> None:
                 assert ranks == {
                     f"unbroken_sidecar_{name}"
                     for name in (
-                        "kv_blocks_total",
+                        "kv_blocks",
                         "kv_blocks_used",
                         "kv_blocks_cached",
                         "requests_running",
                         "requests_waiting",
                         "prefill_tokens_queued",
+                        "preemptions_total",
                     )
                 }
 
