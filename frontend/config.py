@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from frontend.busy import PREFILL_SHARE_MAX, PREFILL_TOKENS_MAX
 from frontend.edge.limits import EdgeLimits
 from unbroken.config import Address, ProcessConfig
 from unbroken.transport import TlsFiles
@@ -63,6 +64,13 @@ class FrontendConfig(ProcessConfig):
     made in the discovery directory."""
     resume_token_lifetime_s: float = Field(3600.0, ge=1, le=604800)
     """How long a resume token can be used; streams that run longer get newer ones."""
+    busy_kv_blocks_share: float | None = Field(None, ge=0, le=1)
+    """A worker is busy when more of the KV blocks of each of its ranks are held, or about to be;
+    if all are, new requests are refused (docs/decisions/thresholds.md)."""
+    busy_prefill_tokens: int | None = Field(None, ge=0, le=PREFILL_TOKENS_MAX)
+    """A worker is busy when each of its ranks has more prompt tokens to compute."""
+    busy_prefill_share: float | None = Field(None, ge=0, le=PREFILL_SHARE_MAX)
+    """As busy_prefill_tokens, as a multiple of what a rank can compute in one step."""
     requests_running_max: int = Field(10_000, ge=1)
     """More requests at once are refused."""
     client_ping_interval_s: float = Field(1.0, ge=0.1, le=3600)

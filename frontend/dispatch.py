@@ -18,6 +18,7 @@ from typing import Final, assert_never
 
 from frontend import stream as machine
 from frontend.admission import Envelope, Model
+from frontend.busy import Shedder, Thresholds
 from frontend.continuation import Abilities
 from frontend.links import Fate, Links
 from frontend.mesh_view import MeshView, Worker
@@ -55,18 +56,22 @@ class Dispatcher:
         quarantine: Quarantine,
         *,
         limits: ResumeLimits | None = None,
+        thresholds: Thresholds | None = None,
         random: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`thresholds` are those of models that have none of their own; none, unless given."""
+        random = random or Random()
         self.mesh = mesh
         self.links = links
         self.metrics = metrics
         self.quarantine = quarantine
         self.queue = ResumeQueue[Choice](
             limits or ResumeLimits(),
-            random or Random(),
+            random,
             lambda choice, view: choice.could_take(view),
         )
+        self.shedder = Shedder(thresholds or Thresholds(), random)
         self.clock = clock
         self._is_giving_turns = False
         self._is_room_news = False
@@ -86,6 +91,36 @@ class Dispatcher:
     def num_waiting(self) -> int:
         """Choices that wait for a worker."""
         return self.queue.num_waiting
+
+    @property
+    def num_busy(self) -> int:
+        """Workers that have too much; safe in any thread."""
+        workers = list(self.mesh.workers.values())
+        return sum(
+            view.is_ready and self.shedder.is_busy(view)
+            for worker in workers
+            if (view := worker.view) is not None
+        )
+
+    def reason_to_shed(
+        self, model: str, could_take: Callable[[WorkerView], bool] = lambda _: True
+    ) -> UnbrokenError | None:
+        """Why new work for a model is refused now, if it is; counts it.
+
+        `could_take` tells which workers it could go to at all.
+        """
+        if self.shedder.thresholds_of(model).is_off:
+            return None
+        eligible = (
+            view
+            for view in self.mesh.views()
+            if view.is_ready and view.model == model and could_take(view)
+        )
+        error = self.shedder.refusal(model, eligible, self.clock())
+        if error is not None:
+            for threshold in error.metadata["thresholds"].split(","):
+                self.metrics.requests_shed.labels(threshold).inc()
+        return error
 
     def line_up(self, choice: "Choice", ticket: Ticket) -> UnbrokenError | None:
         """Place the choice as soon as it has its turn, perhaps now; an error if it gets none."""
@@ -117,6 +152,7 @@ class Dispatcher:
 
     def _mesh_changed(self) -> None:
         self.queue.workers(self.mesh.views(), self.clock())
+        self.shedder.workers(self.mesh.views())
         self._give_turns_soon()
 
     def _room_changed(self) -> None:
@@ -132,6 +168,8 @@ class Dispatcher:
     def _load_reported(self, worker: Worker) -> None:
         if worker.view is not None and worker.load is not None:
             self.queue.reported(worker.view.life, worker.load, worker.load_at)
+            if not self.shedder.thresholds_of(worker.view.model).is_off:
+                self.shedder.reported(worker.view.life, worker.load, worker.load_at)
             self._give_turns_soon()
 
     def _give_turns_soon(self) -> None:
@@ -165,6 +203,11 @@ class Dispatcher:
             if handle is not None:
                 handle.cancel()
         self._soon = self._due = None
+
+
+def _never(_: WorkerView) -> bool:
+    """Placement of what was admitted before looks at no thresholds."""
+    return False
 
 
 def nobody() -> None:
@@ -224,6 +267,7 @@ class Choice:
         "_fingerprint",
         "_hashes",
         "_is_computing",
+        "_is_new",
         "_life",
         "_model",
         "_news",
@@ -246,8 +290,11 @@ class Choice:
         model: Model,
         news: News,
         deadline_at: float | None,
+        is_new: bool = True,
     ) -> None:
-        """`deadline_at` is the client's, monotonic seconds; `news` is set when there is some."""
+        """`deadline_at` is the client's, monotonic seconds; `news` is set when there is some;
+        `is_new`: no choice of the request has ever been at a worker.
+        """
         self.stream = stream
         self.index = index
         self._dispatcher = dispatcher
@@ -259,6 +306,7 @@ class Choice:
         self._hashes: dict[tuple[str, int], list[int]] = {}
         self._fingerprint: Fingerprint | None = None
         self._is_computing = False  # The resume queue has it on a worker's account.
+        self._is_new = is_new
         self._life: Life | None = None  # Where the last attempt was begun, until it is over.
         self._params: generation_pb2.GenerationParams | None = None
         self._seat: _Seat | None = None
@@ -375,12 +423,15 @@ class Choice:
         try:
             refusal = dispatcher.quarantine.verdict(self)
             if refusal is not None:
-                self._stop_waiting()
-                self._obey(stream.unplaceable(stream.epoch, refusal))
+                self._refuse(refusal)
                 return
             view = self._choose(lives)
             if view is None:
                 dispatcher.queue.passed_over(self, lives)
+                return
+            overload = self._reason_to_shed(view)
+            if overload is not None:
+                self._refuse(overload)
                 return
             waited_s = dispatcher.queue.admitted(self, view.life, dispatcher.clock())
             self._is_computing = True
@@ -391,6 +442,12 @@ class Choice:
         except Exception:
             self.crashed()
         self._wake_after()
+
+    def _refuse(self, error: UnbrokenError) -> None:
+        """It had its turn in vain."""
+        self._stop_waiting()
+        self._obey(self.stream.unplaceable(self.stream.epoch, error))
+        self.wake()
 
     def link_changed(self) -> None:
         """The link that the stream waits for may have come up, or be gone. Raises nothing."""
@@ -441,10 +498,29 @@ class Choice:
         self._timer = asyncio.get_running_loop().call_later(wait_s, self.place_again)
         return ()
 
+    @property
+    def _is_resume(self) -> bool:
+        return self.stream.has_begun or bool(self.stream.attempts)
+
+    def _reason_to_shed(self, chosen: WorkerView) -> UnbrokenError | None:
+        """Why it is refused instead of placed where was chosen, if it is.
+
+        New work only, and a request as a whole, which its first choice speaks for. Most are refused
+        by the gateway; others waited for a turn, or only some workers could take them.
+        """
+        dispatcher, quarantine = self._dispatcher, self._dispatcher.quarantine
+        if not self._is_new or self.index or self._is_resume:
+            return None
+        if not dispatcher.shedder.is_busy(chosen):
+            return None
+        return dispatcher.reason_to_shed(
+            self._model.name,
+            lambda view: quarantine.may_start(self, view.life) and self._could_go_on(view),
+        )
+
     def _ticket(self, deadline: float) -> Ticket:
-        stream = self.stream
         give_up_at = deadline if self._deadline_at is None else min(deadline, self._deadline_at)
-        is_resume = stream.has_begun or bool(stream.attempts)
+        is_resume = self._is_resume
         return Ticket(
             model=self._model.name,
             work=Work.RESUME if is_resume else Work.NEW,
@@ -499,7 +575,10 @@ class Choice:
             )
 
         need = Need(model=model.name, num_tokens=self._num_tokens, avoid=self._avoid)
-        return choose(mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes)
+        is_busy = _never if self._is_resume else self._dispatcher.shedder.is_busy
+        return choose(
+            mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes, is_busy=is_busy
+        )
 
     def _block_hashes(self, view: WorkerView) -> Sequence[int]:
         """Of the prompt: what was delivered since is seldom cached elsewhere."""
@@ -547,6 +626,8 @@ class Choice:
         self._seat = _Seat(call, slot, order.epoch, view)
         self._life = order.life
         view.placed(num_tokens, num_cached)
+        if len(stream.attempts) == 1:
+            dispatcher.shedder.placed(view.model, num_tokens)
         dispatcher.quarantine.started(self, order.life)
         return ()
 

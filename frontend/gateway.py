@@ -215,6 +215,10 @@ class Gateway:
             return joined
         self._requests.check_room()
         model = await self._wait_for_model(envelope, arrived_at, deadline_at)
+        # Before anything is tokenised: a refusal must not take the capacity that it protects.
+        overload = self._dispatcher.reason_to_shed(model.name)
+        if overload is not None:
+            raise overload
         if admission.num_text_bytes(request) > LONG_TEXT_BYTES:
             admitted = await asyncio.to_thread(
                 admission.admit, request, envelope, model, self._random

@@ -12,7 +12,7 @@ from typing import get_args
 from frontend.admission import Model
 from frontend.continuation import Abilities
 from frontend.failure_detector import Liveness
-from frontend.placement import WorkerView
+from frontend.placement import RankState, WorkerView
 from frontend.stream import Life
 from unbroken.checkpoint import Checkpoint
 from unbroken.generation import ConstraintKind, GenerationParams
@@ -152,8 +152,15 @@ class MeshView:
         if worker.view is None:
             return
         worker.view.reported(
-            sum(rank.kv_blocks_used for rank in load.ranks),
-            sum(rank.prefill_tokens_queued for rank in load.ranks),
+            [
+                RankState(
+                    kv_blocks_total=rank.kv_blocks_total,
+                    kv_blocks_used=rank.kv_blocks_used,
+                    prefill_tokens_queued=rank.prefill_tokens_queued,
+                    requests_waiting=rank.requests_waiting,
+                )
+                for rank in load.ranks
+            ]
         )
         for callback in self.on_load:
             callback(worker)
@@ -172,6 +179,8 @@ class MeshView:
                 abilities=abilities_of(description),
                 block_size=description.block_size,
                 context_length=description.context_length,
+                num_ranks=max(1, description.num_ranks),
+                prefill_tokens_max=description.prefill_tokens_max,
                 is_ready=False,
             )
             worker.cached_blocks.clear()

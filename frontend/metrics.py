@@ -42,6 +42,12 @@ class FrontendMetrics:
             ["reason"],
             registry=registry,
         )
+        self.requests_shed = Counter(
+            f"{_PREFIX}_requests_shed_total",
+            "New requests refused because all workers were busy, by threshold; some by several.",
+            ["threshold"],
+            registry=registry,
+        )
         self.requests_finished = Counter(
             f"{_PREFIX}_requests_finished_total",
             "Requests that ended, by reason: OK or one of docs/ERRORS.md.",
@@ -151,6 +157,11 @@ class FrontendMetrics:
             ["action"],
             registry=registry,
         )
+        self._busy = Gauge(
+            f"{_PREFIX}_workers_busy",
+            "Workers that take requests and have more than a threshold allows.",
+            registry=registry,
+        )
         self._ejected = Gauge(
             f"{_PREFIX}_workers_ejected", "Workers kept out of placement.", registry=registry
         )
@@ -197,6 +208,7 @@ class FrontendMetrics:
         num_waiting: Callable[[], int],
         queue: QueueFigures,
         num_links_up: Callable[[], int],
+        num_busy: Callable[[], int],
         outliers: Outliers,
         workers_by_liveness: Callable[[], Mapping[Liveness, int]],
     ) -> None:
@@ -208,6 +220,7 @@ class FrontendMetrics:
         self._resume_tokens_outstanding.set_function(lambda: queue.tokens_outstanding)
         self._fleet_losses.set_function(lambda: queue.num_fleet_losses)
         self._links_up.set_function(num_links_up)
+        self._busy.set_function(num_busy)
         self._ejected.set_function(lambda: outliers.num_ejected)
         self._panicking.set_function(lambda: outliers.num_panicking)
         for liveness in Liveness:

@@ -10,9 +10,20 @@ same worker, each view also carries what this frontend has placed there since.
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from frontend.continuation import Abilities
 from frontend.stream import Life
+
+
+class RankState(NamedTuple):
+    """What a data-parallel rank reported last; a tuple, because reports come with every step."""
+
+    kv_blocks_total: int = 0
+    """0 if it does not say."""
+    kv_blocks_used: int = 0
+    prefill_tokens_queued: int = 0
+    requests_waiting: int = 0
 
 
 @dataclass(slots=True)
@@ -30,7 +41,13 @@ class WorkerView:
     """It is silent for longer than it was used to be: taken only if there is no other."""
     is_ejected: bool = False
     """It fails or is slow: taken only if there is no other but suspects."""
+    num_ranks: int = 1
+    prefill_tokens_max: int = 0
+    """Prompt tokens that one step of all ranks computes; 0 if that is not known."""
+    ranks: tuple[RankState, ...] = ()
+    """Empty before the first report."""
     kv_blocks_used: int = 0
+    """Of all ranks."""
     prefill_tokens_queued: int = 0
     blocks_placed: int = 0
     """KV blocks of attempts placed here since the last report."""
@@ -45,10 +62,11 @@ class WorkerView:
         self.prefill_tokens_placed += num_tokens - num_tokens_cached
         self.blocks_placed += -(-num_tokens // self.block_size)
 
-    def reported(self, kv_blocks_used: int, prefill_tokens_queued: int) -> None:
+    def reported(self, ranks: Sequence[RankState]) -> None:
         """Replace the guesses by the truth."""
-        self.kv_blocks_used = kv_blocks_used
-        self.prefill_tokens_queued = prefill_tokens_queued
+        self.ranks = tuple(ranks)
+        self.kv_blocks_used = sum(rank.kv_blocks_used for rank in ranks)
+        self.prefill_tokens_queued = sum(rank.prefill_tokens_queued for rank in ranks)
         self.blocks_placed = 0
         self.prefill_tokens_placed = 0
 
@@ -70,13 +88,15 @@ def choose(
     *,
     is_able: Callable[[WorkerView], bool],
     block_hashes: Callable[[WorkerView], Sequence[int]],
+    is_busy: Callable[[WorkerView], bool] = lambda _: False,
 ) -> WorkerView | None:
     """The cheapest worker that is ready and able; None if there is none now.
 
     `is_able` tells whether the stream could go on there at all. `block_hashes` are the chained
     hashes of the tokens to compute, in the worker's block size. A worker that failed this stream
     is a last resort rather than taboo: with one worker left, waiting helps nobody. One that is
-    ejected is a resort after that, and one that may be dead the very last.
+    ejected is a resort after that, and one that may be dead the very last. Among those of one kind,
+    one that is busy is taken only if all are.
     """
     candidates = [
         worker
@@ -86,7 +106,7 @@ def choose(
         and worker.context_length > need.num_tokens
         and is_able(worker)
     ]
-    ranks = [standing(worker, need.avoid) for worker in candidates]
+    ranks = [(standing(worker, need.avoid), is_busy(worker)) for worker in candidates]
     best = min(ranks, default=None)
     return min(
         [worker for worker, rank in zip(candidates, ranks, strict=True) if rank == best],

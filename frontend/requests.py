@@ -107,6 +107,7 @@ class Request:
                 model=admitted.model,
                 news=self.news,
                 deadline_at=deadline_at,
+                is_new=not any(past.num_begun or past.token_ids for past in pasts or ()),
             )
             for index, checkpoint in enumerate(admitted.checkpoints)
         )
@@ -172,6 +173,9 @@ class Request:
             self._has_begun = True
             for choice in self.choices:
                 choice.begin()
+                if choice.stream.outcome is not None and self.error is not None:
+                    break  # Refused at once, so that the others never begin.
+            self.fail_together()
 
     def take_over(self, on_news: Callable[[], None]) -> int:
         """Another call reads it from now on; returns the number of that reader."""

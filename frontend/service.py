@@ -11,6 +11,7 @@ from random import SystemRandom
 
 from frontend import resume_keys
 from frontend.admin import Admin
+from frontend.busy import Thresholds
 from frontend.config import FrontendConfig
 from frontend.dispatch import Choice, Dispatcher
 from frontend.edge.native import NativeEdge
@@ -142,6 +143,11 @@ class Frontend:
                 prefill_tokens_per_s=config.prefill_tokens_per_s,
                 fleet_loss_share=config.fleet_loss_share,
             ),
+            thresholds=Thresholds(
+                kv_blocks_share=config.busy_kv_blocks_share,
+                prefill_tokens=config.busy_prefill_tokens,
+                prefill_share=config.busy_prefill_share,
+            ),
             random=random,
             clock=self._clock,
         )
@@ -185,6 +191,7 @@ class Frontend:
             num_waiting=lambda: dispatcher.num_waiting,
             queue=dispatcher.queue,
             num_links_up=lambda: self._links.num_up,
+            num_busy=lambda: dispatcher.num_busy,
             outliers=outliers,
             workers_by_liveness=self._links.num_workers_by_liveness,
         )

@@ -2,7 +2,8 @@
 
 A status of ours always carries a `google.rpc.Status` with an `ErrorInfo` (reason, domain
 "unbroken", metadata). `RetryInfo` and the trailer `grpc-retry-pushback-ms` come with errors that
-know when to come back, `BadRequest` with those about a field. docs/ERRORS.md is the callers' page.
+know when to come back, `BadRequest` with those about a field, `QuotaFailure` with those that name
+thresholds. docs/ERRORS.md is the callers' page.
 """
 
 import math
@@ -138,6 +139,15 @@ def to_status(error: UnbrokenError) -> rpc_status_pb2.Status:
             field=metadata["field"], description=detail, reason=error.reason.value
         )
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.reason is Reason.OVERLOADED and "thresholds" in metadata:
+        quota = error_details_pb2.QuotaFailure()
+        for name in metadata["thresholds"].split(","):
+            quota.violations.add(
+                subject=f"model:{metadata.get('model', '')}",
+                description=metadata.get(name, name),
+                quota_id=name,
+            )
+        status.details.add().Pack(quota)
     return status
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.placement import Need, WorkerView, choose, cost, num_cached_tokens
+from frontend.placement import Need, RankState, WorkerView, choose, cost, num_cached_tokens
 from frontend.stream import Life
 from tests.support.streams import NATIVE, W1, W2, W3
 
@@ -92,7 +92,7 @@ def test_placements_since_the_last_report_count_until_the_next() -> None:
     first.placed(64, 16)
     assert (first.num_attempts, first.prefill_tokens_placed, first.blocks_placed) == (1, 48, 4)
     assert chosen(first, second) == W2
-    first.reported(0, 0)
+    first.reported([RankState()])
     assert chosen(first, second) == W1
     assert first.num_attempts == 1
 

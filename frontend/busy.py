@@ -1,0 +1,395 @@
+"""When workers have enough, so that new work is refused instead of placed: no I/O.
+
+    load report of each rank ──┐
+    placed here since then ────┴──▶ over a threshold? ──▶ a worker is busy when all its ranks are
+                                                              │
+    new work ──▶ to a worker that is not busy, while there is one; else refused, and told when to
+                 come back
+
+Only new work is refused. What resumes, or tries again, was admitted before, and the resume queue
+has a budget for it. docs/decisions/thresholds.md says what each threshold counts, and why.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from math import exp, isfinite
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from frontend.placement import RankState, WorkerView, standing
+from frontend.stream import Life
+from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.v1 import worker_pb2
+
+if TYPE_CHECKING:
+    from random import Random
+
+PREFILL_TOKENS_MAX: Final = 2**53
+"""More cannot be told exactly in JSON."""
+PREFILL_SHARE_MAX: Final = 1000.0
+RETRY_AFTER_S_MIN: Final = 0.1
+RETRY_AFTER_S_MAX: Final = 30.0
+RETRY_AFTER_S_UNKNOWN: Final = 1.0
+"""Told when nothing is known of how fast a worker gets rid of what it has."""
+RETRY_SPREAD: Final = 0.5
+"""Those who are refused are told to come back over so much longer a time, not all at one moment."""
+MEMORY_S: Final = 10.0
+"""What was measured so long ago counts a third."""
+
+
+class Threshold(StrEnum):
+    """What may be limited. The names are those of the fields of `Thresholds`."""
+
+    KV_BLOCKS_SHARE = "kv_blocks_share"
+    PREFILL_TOKENS = "prefill_tokens"
+    PREFILL_SHARE = "prefill_share"
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """What a data-parallel rank may have before it is busy: more than any of them. None is off."""
+
+    kv_blocks_share: float | None = None
+    """Of its KV blocks that running streams hold, or waiting ones are about to; 0 to 1."""
+    prefill_tokens: int | None = None
+    """Prompt tokens that it has not computed yet."""
+    prefill_share: float | None = None
+    """The same, in prompt tokens that it can compute in one step."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is ever busy."""
+        return (
+            self.kv_blocks_share is None
+            and self.prefill_tokens is None
+            and self.prefill_share is None
+        )
+
+    def check(self) -> None:
+        """Raises `InvalidField`, which names the field."""
+        for field in fields(self):
+            highest = _HIGHEST[field.name]
+            value: float | None = getattr(self, field.name)
+            if value is not None and not (isfinite(value) and 0 <= value <= highest):
+                raise InvalidField(f"thresholds.{field.name}", f"0 to {highest:g}", value)
+
+
+_HIGHEST: Final[Mapping[str, float]] = MappingProxyType(
+    {
+        "kv_blocks_share": 1.0,
+        "prefill_tokens": PREFILL_TOKENS_MAX,
+        "prefill_share": PREFILL_SHARE_MAX,
+    }
+)
+
+OFF: Final = Thresholds()
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """One rank has more of something than it may."""
+
+    threshold: Threshold
+    rank: int
+    seen: float
+    """In the unit of the threshold: a share, or tokens."""
+    limit: float
+    amount: float
+    """What has to go until the rank is not busy by it: KV blocks, or tokens."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times the limit it is."""
+        return self.seen / self.limit if self.limit else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a worker has too much of: a tuple for each rank, empty if it takes work."""
+
+    ranks: tuple[tuple[Excess, ...], ...]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether every rank has too much of something."""
+        return all(self.ranks)
+
+    @property
+    def nearest(self) -> tuple[Excess, ...]:
+        """The excesses of the rank that is least beyond its limits; empty unless busy."""
+        return min(self.ranks, key=_farthest) if self.is_busy else ()
+
+
+def _farthest(excesses: Sequence[Excess]) -> float:
+    return max(excess.ratio for excess in excesses)
+
+
+def judge(view: WorkerView, thresholds: Thresholds) -> Verdict:
+    """Which of a worker's ranks are beyond which thresholds.
+
+    What was placed since the last report counts for the ranks that have least, since engines
+    balance them. A threshold whose measure the engine does not tell is not exceeded.
+    """
+    num_ranks = max(1, view.num_ranks)
+    states: Sequence[RankState] = view.ranks or (RankState(),) * num_ranks
+    tokens = shared_out([rank.prefill_tokens_queued for rank in states], view.prefill_tokens_placed)
+    blocks = shared_out([_blocks(rank, view.block_size) for rank in states], view.blocks_placed)
+    batch = view.prefill_tokens_max / num_ranks
+    return Verdict(
+        tuple(
+            tuple(_excesses(index, thresholds, state, tokens[index], blocks[index], batch))
+            for index, state in enumerate(states)
+        )
+    )
+
+
+def _excesses(
+    index: int,
+    thresholds: Thresholds,
+    state: RankState,
+    tokens: float,
+    blocks: float,
+    batch: float,
+) -> Iterable[Excess]:
+    limit: float | None = thresholds.kv_blocks_share
+    total = state.kv_blocks_total
+    if limit is not None and total and blocks > limit * total:
+        amount = blocks - limit * total
+        yield Excess(Threshold.KV_BLOCKS_SHARE, index, blocks / total, limit, amount)
+    limit = thresholds.prefill_tokens
+    if limit is not None and tokens > limit:
+        yield Excess(Threshold.PREFILL_TOKENS, index, tokens, limit, tokens - limit)
+    limit = thresholds.prefill_share
+    if limit is not None and batch and tokens > limit * batch:
+        amount = tokens - limit * batch
+        yield Excess(Threshold.PREFILL_SHARE, index, tokens / batch, limit, amount)
+
+
+def _blocks(rank: RankState, block_size: int) -> float:
+    """KV blocks that are held, or are about to be.
+
+    Streams that wait for a place in the batch hold none yet. Without them, a pool that is nearly
+    full would look the same however many stand before it.
+    """
+    if not rank.requests_waiting:
+        return rank.kv_blocks_used
+    return rank.kv_blocks_used + rank.prefill_tokens_queued / block_size
+
+
+def shared_out(held: Sequence[float], more: float) -> Sequence[float]:
+    """What each has after `more` went to those who held least, up to one level."""
+    if not more:
+        return held
+    if len(held) == 1:
+        return [held[0] + more]
+    rising = sorted(held)
+    level = rising[0]
+    for num, following in enumerate([*rising[1:], float("inf")], start=1):
+        room = num * (following - level)
+        if more <= room:
+            level += more / num
+            break
+        more -= room
+        level = following
+    return [max(amount, level) for amount in held]
+
+
+class _Outflow:
+    """How fast something goes, over the time in which there was some."""
+
+    def __init__(self) -> None:
+        self._gone = 0.0
+        self._elapsed_s = 0.0
+        self._last_at: float | None = None
+
+    @property
+    def per_s(self) -> float | None:
+        """None while unknown."""
+        return self._gone / self._elapsed_s if self._gone and self._elapsed_s else None
+
+    def reported(self, gone: float, *, was_some: bool, now: float) -> None:
+        """So much went since the last report, if there was something then."""
+        last_at, self._last_at = self._last_at, now
+        if last_at is None or not was_some:
+            return
+        elapsed_s = max(0.0, now - last_at)
+        kept = exp(-elapsed_s / MEMORY_S)
+        self._gone = self._gone * kept + max(0.0, gone)
+        self._elapsed_s = self._elapsed_s * kept + elapsed_s
+
+
+@dataclass(slots=True)
+class _Known:
+    """How fast one life of a worker gets rid of what it has."""
+
+    blocks: _Outflow
+    tokens: _Outflow
+    num_blocks: int = 0
+    num_tokens: int = 0
+    tokens_total: int = 0
+
+    def reported(self, load: worker_pb2.LoadReport, now: float) -> None:
+        blocks = sum(rank.kv_blocks_used for rank in load.ranks)
+        tokens = sum(rank.prefill_tokens_queued for rank in load.ranks)
+        # What comes hides what goes, unless the engine counts what it computes.
+        gone = self.num_tokens - tokens
+        if load.prefill_tokens_total and self.tokens_total:
+            gone = load.prefill_tokens_total - self.tokens_total
+        self.tokens.reported(gone, was_some=self.num_tokens > 0, now=now)
+        self.blocks.reported(self.num_blocks - blocks, was_some=self.num_blocks > 0, now=now)
+        self.num_blocks, self.num_tokens = blocks, tokens
+        self.tokens_total = load.prefill_tokens_total
+
+    def per_s(self, threshold: Threshold) -> float | None:
+        flow = self.blocks if threshold is Threshold.KV_BLOCKS_SHARE else self.tokens
+        return flow.per_s
+
+
+@dataclass(slots=True)
+class _Fleet:
+    """The new work of one model."""
+
+    tokens_mean: float = 0.0
+    """Prompt tokens of one attempt that was placed; 0 while unknown."""
+    due: float = 0.0
+    """When there is room for whoever was refused last."""
+
+
+class Shedder:
+    """Says which workers are busy, and refuses new work when all are. Times are monotonic seconds.
+
+    Those who are refused stand in a line that nobody keeps: each is told to come back when the
+    workers will have got rid of the excess and of what those before him bring.
+    """
+
+    def __init__(self, default: Thresholds, random: "Random") -> None:
+        """`default` is for models that have no thresholds of their own."""
+        self._default = default
+        self._random = random
+        self._by_model: Mapping[str, Thresholds] = MappingProxyType({})
+        self._known: dict[Life, _Known] = {}
+        self._fleets: dict[str, _Fleet] = {}
+
+    # Questions.
+
+    @property
+    def default(self) -> Thresholds:
+        """Of models that have none of their own."""
+        return self._default
+
+    def thresholds_of(self, model: str) -> Thresholds:
+        """Those that count for a model."""
+        return self._by_model.get(model, self._default)
+
+    def verdict(self, view: WorkerView) -> Verdict:
+        """What the worker has too much of."""
+        return judge(view, self.thresholds_of(view.model))
+
+    def is_busy(self, view: WorkerView) -> bool:
+        """Whether new work goes there only for want of another worker."""
+        thresholds = self.thresholds_of(view.model)
+        return not thresholds.is_off and judge(view, thresholds).is_busy
+
+    def refusal(self, model: str, views: Iterable[WorkerView], now: float) -> UnbrokenError | None:
+        """Why new work is refused that these workers could take; None if one of them is to take it.
+
+        Workers that may be dead, or fail, are no place for what the others cannot bear: they count
+        only where there are no others.
+        """
+        thresholds = self.thresholds_of(model)
+        if thresholds.is_off:
+            return None
+        eligible = list(views)
+        best = min((standing(view, ()) for view in eligible), default=None)
+        busy: list[tuple[WorkerView, Verdict]] = []
+        for view in eligible:
+            if standing(view, ()) == best:
+                verdict = judge(view, thresholds)
+                if not verdict.is_busy:
+                    return None
+                busy.append((view, verdict))
+        return self._overloaded(model, busy, now) if busy else None
+
+    # Events.
+
+    def changed(self, by_model: Mapping[str, Thresholds]) -> None:
+        """Models have these thresholds from now on; others have the default."""
+        self._by_model = MappingProxyType(dict(by_model))
+
+    def placed(self, model: str, num_tokens: int) -> None:
+        """New work with so many prompt tokens went to a worker."""
+        fleet = self._fleets.setdefault(model, _Fleet())
+        fleet.tokens_mean += (num_tokens - fleet.tokens_mean) / (10 if fleet.tokens_mean else 1)
+
+    def reported(self, life: Life, load: worker_pb2.LoadReport, now: float) -> None:
+        """A worker told its load."""
+        known = self._known.get(life)
+        if known is None:
+            known = self._known[life] = _Known(_Outflow(), _Outflow())
+        known.reported(load, now)
+
+    def workers(self, views: Iterable[WorkerView]) -> None:
+        """All workers that are known now."""
+        lives: set[Life] = set()
+        models: set[str] = set()
+        for view in views:
+            lives.add(view.life)
+            models.add(view.model)
+        for life in self._known.keys() - lives:
+            del self._known[life]
+        for model in self._fleets.keys() - models:
+            del self._fleets[model]
+
+    # Inside.
+
+    def _overloaded(
+        self, model: str, busy: Sequence[tuple[WorkerView, Verdict]], now: float
+    ) -> UnbrokenError:
+        waits = [self._wait_s(view, verdict.nearest) for view, verdict in busy]
+        view, verdict = min(
+            zip(waits, busy, strict=True), key=lambda item: (item[0], item[1][0].life)
+        )[1]
+        fleet = self._fleets.setdefault(model, _Fleet())
+        fleet.due = max(fleet.due, now + min(waits)) + self._turn_s(fleet, busy)
+        fleet.due = min(fleet.due, now + RETRY_AFTER_S_MAX)
+        spread = 1 + RETRY_SPREAD * self._random.random()
+        wait_s = max(RETRY_AFTER_S_MIN, (fleet.due - now) * spread)
+        workers = "1 worker is" if len(busy) == 1 else f"all {len(busy)} workers are"
+        told = {excess.threshold.value: _in_words(excess) for excess in verdict.nearest}
+        return UnbrokenError(
+            Reason.OVERLOADED,
+            f"{workers} busy; {view.life.worker_id}: {', '.join(told.values())}",
+            metadata={"model": model, "thresholds": ",".join(told), **told},
+            retry_after_s=wait_s,
+        )
+
+    def _wait_s(self, view: WorkerView, excesses: Sequence[Excess]) -> float:
+        """How long until the worker is not busy."""
+        return max(self._gone_in_s(view.life, one.threshold, one.amount) for one in excesses)
+
+    def _gone_in_s(self, life: Life, threshold: Threshold, amount: float) -> float:
+        known = self._known.get(life)
+        per_s = known.per_s(threshold) if known is not None else None
+        return amount / per_s if per_s else RETRY_AFTER_S_UNKNOWN
+
+    def _turn_s(self, fleet: _Fleet, busy: Sequence[tuple[WorkerView, Verdict]]) -> float:
+        """How long the workers together take to get rid of what one request brings."""
+        per_s = 0.0  # Requests.
+        for view, verdict in busy:
+            known = self._known.get(view.life)
+            paces: list[float] = []
+            for excess in verdict.nearest:
+                gone_per_s = known.per_s(excess.threshold) if known is not None else None
+                if gone_per_s is None or not fleet.tokens_mean:
+                    return 0.0
+                is_blocks = excess.threshold is Threshold.KV_BLOCKS_SHARE
+                need = fleet.tokens_mean / (view.block_size if is_blocks else 1)
+                paces.append(gone_per_s / need)
+            per_s += min(paces)
+        return 1 / per_s
+
+
+def _in_words(excess: Excess) -> str:
+    name = excess.threshold.value
+    return f"{name} of rank {excess.rank} is {excess.seen:.4g}, above {excess.limit:.4g}"

@@ -1,0 +1,209 @@
+"""Thresholds over real gRPC: who is placed where, who is refused, and what is told."""
+
+import asyncio
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc import error_details_pb2  # pyright: ignore[reportMissingTypeStubs]
+from google.rpc import status_pb2 as rpc_status_pb2  # pyright: ignore[reportMissingTypeStubs]
+
+from tests.frontend.fakes import MODEL, FakeSidecar, reference
+from tests.frontend.worlds import World, failure_of, read, read_some, run, world
+from unbroken.client import Client
+from unbroken.errors import Reason
+from unbroken.resumption import ResumePolicy
+from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import relay_service_pb2, worker_pb2
+from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+pytestmark = pytest.mark.usefixtures("each_edge")
+
+PROMPT = list(b"once upon a time")
+
+
+async def report(it: World, sidecar: FakeSidecar, used: int, queued: int = 0) -> None:
+    """Both ranks of a worker have this much; returns when the frontend knows."""
+    ranks = [
+        worker_pb2.RankLoad(
+            rank=rank, kv_blocks_total=100, kv_blocks_used=used, prefill_tokens_queued=queued
+        )
+        for rank in range(2)
+    ]
+    load = worker_pb2.LoadReport(ranks=ranks)
+    heartbeat = relay_service_pb2.Heartbeat(sequence=1, load=load)
+    sidecar.say(relay_service_pb2.RelayResponse(heartbeat=heartbeat))
+    view = it.frontend.mesh.workers[sidecar.worker_id].view
+    assert view is not None
+    known = [(used, queued)] * 2
+    await it.until(
+        lambda: [(r.kv_blocks_used, r.prefill_tokens_queued) for r in view.ranks] == known
+    )
+
+
+def count_of(it: World, name: str, **labels: str) -> float:
+    """A metric now."""
+    return it.frontend.registry.get_sample_value(f"unbroken_frontend_{name}", labels) or 0.0
+
+
+def test_a_busy_worker_gets_no_new_work_while_another_is_not() -> None:
+    async def scenario() -> None:
+        sidecars = FakeSidecar("w1"), FakeSidecar("w2")
+        async with world(*sidecars, busy_kv_blocks_share=0.5, busy_prefill_tokens=10_000) as it:
+            await report(it, sidecars[0], used=51)
+            await report(it, sidecars[1], used=50, queued=5000)
+            for _ in range(5):
+                await read(it.client.generate(token_ids=PROMPT, max_tokens=2))
+            assert (len(sidecars[0].starts), len(sidecars[1].starts)) == (0, 5)
+            assert count_of(it, "workers_busy") == 1
+
+    run(scenario())
+
+
+def test_when_all_are_busy_a_request_is_refused_and_told_why_and_when_to_come_back() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_kv_blocks_share=0.5, busy_prefill_tokens=100) as it:
+            await report(it, sidecar, used=60, queued=101)
+            stub = InferenceServiceStub(await it.client.channel())
+            call = stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            trailers = dict(caught.value.trailing_metadata() or ())
+            details = trailers["grpc-status-details-bin"]
+            assert isinstance(details, bytes)
+            status = rpc_status_pb2.Status.FromString(details)
+            quota = error_details_pb2.QuotaFailure()
+            retry = error_details_pb2.RetryInfo()
+            assert sum(one.Unpack(quota) for one in status.details) == 1
+            assert sum(one.Unpack(retry) for one in status.details) == 1
+            names = {one.quota_id: one for one in quota.violations}
+            assert set(names) == {"kv_blocks_share", "prefill_tokens"}
+            assert names["kv_blocks_share"].subject == f"model:{MODEL}"
+            assert "0.6, above 0.5" in names["kv_blocks_share"].description
+            told_ms = retry.retry_delay.ToMilliseconds()
+            assert told_ms > 0
+            assert trailers["grpc-retry-pushback-ms"] == str(told_ms)
+            assert not sidecar.starts
+            assert count_of(it, "requests_refused_total", reason="OVERLOADED") == 1
+            for threshold in names:
+                assert count_of(it, "requests_shed_total", threshold=threshold) == 1
+
+    run(scenario())
+
+
+def test_what_is_not_tokenised_is_refused_nevertheless() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_share=0.0) as it:
+            await report(it, sidecar, used=1, queued=1)
+            # A text that is invalid only once it is tokenised: it is too long for the model.
+            error = await failure_of(it.client.generate("x" * 5000, max_tokens=2))
+            assert error.reason is Reason.OVERLOADED
+            await report(it, sidecar, used=1, queued=0)
+            error = await failure_of(it.client.generate("x" * 5000, max_tokens=2))
+            assert error.reason is Reason.INVALID_FIELD
+
+    run(scenario())
+
+
+def test_a_burst_between_two_reports_stops_at_the_threshold() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            await report(it, sidecar, used=0)
+            # Two ranks take 100 each and not more: 13 prompts of 16 tokens are above.
+            streams = [it.client.generate(token_ids=PROMPT, max_tokens=2) for _ in range(40)]
+            readings = [asyncio.create_task(read(stream)) for stream in streams]
+            refused = it.frontend.requests
+            await it.until(lambda: sum(one.done() for one in readings) == 27)
+            assert refused.num_running == 13
+            await sidecar.until(lambda: len(sidecar.starts) == 13)
+            errors = [one.exception() for one in readings if one.done()]
+            assert {getattr(error, "reason", None) for error in errors} == {Reason.OVERLOADED}
+            await report(it, sidecar, used=0)
+            while sidecar.step():
+                pass
+            await asyncio.gather(*readings, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_what_was_admitted_goes_on_though_all_are_busy() -> None:
+    async def scenario() -> None:
+        sidecars = FakeSidecar("w1", step_s=0.005), FakeSidecar("w2", step_s=0.005)
+        async with world(*sidecars, busy_kv_blocks_share=0.5) as it:
+            stream = it.client.generate(
+                token_ids=PROMPT, max_tokens=60, temperature=0, request_id="r"
+            )
+            ids = [i for piece in await read_some(stream, 3) for i in piece.token_ids]
+            for sidecar in sidecars:
+                await report(it, sidecar, used=99)
+            await it.sidecar_of("r").die()
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 60)
+            error = await failure_of(it.client.generate(token_ids=PROMPT))
+            assert error.reason is Reason.OVERLOADED
+
+    run(scenario())
+
+
+def test_a_request_that_waited_for_a_worker_is_refused_if_it_comes_back_busy() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        once = ResumePolicy(resumes_max=0)
+        async with (
+            world(sidecar, busy_kv_blocks_share=0.5) as it,
+            Client(it.frontend.address, resume_policy=once) as client,
+        ):
+            sidecar.say_state(worker_pb2.ENGINE_STATE_STARTING)
+            await it.until_ready(0)
+            await report(it, sidecar, used=99)
+            waiting = asyncio.create_task(failure_of(client.generate(token_ids=PROMPT)))
+            await it.until(lambda: it.num_running() == 1)
+            sidecar.say_state(worker_pb2.ENGINE_STATE_SERVING)
+            async with asyncio.timeout(5):
+                error = await waiting
+            assert error.reason is Reason.OVERLOADED
+            assert not sidecar.starts
+
+    run(scenario())
+
+
+def test_a_request_is_refused_or_admitted_with_all_its_choices() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_tokens=10) as it:
+            await report(it, sidecar, used=0)
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=2, num_choices=4)
+            await read(stream)
+            assert stream.finished is not None
+            assert len(stream.finished.choices) == 4
+            assert len(sidecar.starts) == 4
+            await report(it, sidecar, used=0, queued=11)
+            error = await failure_of(it.client.generate(token_ids=PROMPT, num_choices=4))
+            assert error.reason is Reason.OVERLOADED
+            assert len(sidecar.starts) == 4
+
+    run(scenario())
+
+
+def test_an_equal_request_joins_the_one_that_runs_though_all_are_busy() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with world(sidecar, busy_kv_blocks_share=0.5) as it:
+            first = it.client.generate(token_ids=PROMPT, max_tokens=5, seed=1, request_id="r")
+            reading = asyncio.create_task(read(first))
+            await sidecar.until(lambda: sidecar.starts)
+            await report(it, sidecar, used=99)
+            other = it.another_client()
+            again = other.generate(token_ids=PROMPT, max_tokens=5, seed=1, request_id="r")
+            joining = asyncio.create_task(read(again))
+            await it.until(lambda: count_of(it, "requests_resumed_total", how="joined") == 1)
+            while sidecar.step():
+                pass
+            assert (await joining)[0] == reference(PROMPT, 5, seed=1)
+            await asyncio.gather(reading, return_exceptions=True)
+
+    run(scenario())
