@@ -7,9 +7,11 @@ from typing import Any, cast
 import grpc.aio
 from typing_extensions import override
 
+from frontend.busy import Shedder
 from frontend.links import Links
 from frontend.mesh_view import LinkState, MeshView, Worker
 from frontend.outliers import Outliers
+from frontend.thresholds import MeshThresholds
 from unbroken.v1 import admin_service_pb2 as pb
 from unbroken.v1 import admin_service_pb2_grpc as pb_grpc
 
@@ -24,12 +26,16 @@ class Admin(pb_grpc.AdminServiceServicer):
         mesh: MeshView,
         links: Links,
         outliers: Outliers,
+        shedder: Shedder,
+        thresholds: MeshThresholds,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mesh = mesh
         self._links = links
         self._outliers = outliers
+        self._shedder = shedder
+        self._thresholds = thresholds
         self._clock = clock
 
     @override
@@ -38,6 +44,18 @@ class Admin(pb_grpc.AdminServiceServicer):
     ) -> pb.ListWorkersResponse:
         workers = sorted(self._mesh.workers.items())
         return pb.ListWorkersResponse(workers=[self._info(worker) for _, worker in workers])
+
+    @override
+    async def GetThresholds(
+        self, request: pb.GetThresholdsRequest, context: _Context
+    ) -> pb.GetThresholdsResponse:
+        return self._thresholds.get(request)
+
+    @override
+    async def SetThresholds(
+        self, request: pb.SetThresholdsRequest, context: _Context
+    ) -> pb.SetThresholdsResponse:
+        return await self._thresholds.set(request)
 
     def _info(self, worker: Worker) -> pb.WorkerInfo:
         info = pb.WorkerInfo(
@@ -62,6 +80,8 @@ class Admin(pb_grpc.AdminServiceServicer):
                 info.ejection.remaining.FromNanoseconds(int(left_s * 1e9))
         if worker.view is None or not worker.view.is_ready:
             info.detail = worker.detail or _why_not_ready(worker)
+        else:
+            info.busy = self._shedder.detail(worker.view)
         return info
 
 

@@ -72,7 +72,7 @@ class Thresholds:
             highest = _HIGHEST[field.name]
             value: float | None = getattr(self, field.name)
             if value is not None and not (isfinite(value) and 0 <= value <= highest):
-                raise InvalidField(f"thresholds.{field.name}", f"0 to {highest:g}", value)
+                raise InvalidField(f"thresholds.{field.name}", f"0 to {highest:.16g}", value)
 
 
 _HIGHEST: Final[Mapping[str, float]] = MappingProxyType(
@@ -282,9 +282,16 @@ class Shedder:
         """Those that count for a model."""
         return self._by_model.get(model, self._default)
 
-    def verdict(self, view: WorkerView) -> Verdict:
-        """What the worker has too much of."""
-        return judge(view, self.thresholds_of(view.model))
+    def has_own(self, model: str) -> bool:
+        """Whether they are not the default."""
+        return model in self._by_model
+
+    def detail(self, view: WorkerView) -> str:
+        """What the worker has too much of, for people; empty unless it is busy."""
+        if not self.is_busy(view):
+            return ""
+        verdict = judge(view, self.thresholds_of(view.model))
+        return ", ".join(map(_in_words, verdict.nearest))
 
     def is_busy(self, view: WorkerView) -> bool:
         """Whether new work goes there only for want of another worker."""

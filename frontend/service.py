@@ -31,6 +31,7 @@ from frontend.requests import Requests
 from frontend.resume_keys import ResumeKeys
 from frontend.resume_queue import ResumeLimits
 from frontend.stream import Attempt, Life, Limits
+from frontend.thresholds import MeshThresholds
 from unbroken import discovery, log, metrics
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, Discovery, Registration
@@ -79,6 +80,7 @@ class Frontend:
         self._registration: Registration[worker_pb2.FrontendRecord] | None = None
         self._following: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._tuning: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serve, then join the mesh. Raises OSError if an address is taken."""
@@ -199,7 +201,15 @@ class Frontend:
             keepalive=Keepalive(config.client_ping_interval_s, config.client_ping_timeout_s)
         )
         served: Inference = self._gateway
-        admin = served_admin = Admin(self.mesh, self._links, outliers, clock=self._clock)
+        thresholds = MeshThresholds(self._discovery, self.mesh, dispatcher.shedder)
+        admin = served_admin = Admin(
+            self.mesh,
+            self._links,
+            outliers,
+            dispatcher.shedder,
+            thresholds,
+            clock=self._clock,
+        )
         if family is not None:
             served, served_admin = family.whole(self._gateway), family.whole_admin(admin)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
@@ -235,6 +245,7 @@ class Frontend:
             self._links.follow(self._discovery), name="follow discovery"
         )
         self._watching = asyncio.create_task(self._watch.run(), name="watch outliers")
+        self._tuning = asyncio.create_task(thresholds.run(), name="follow thresholds")
         self._registration = await self._discovery.register(FRONTENDS, self._record(identity))
         if family is not None:
             family.receive(self._take)
@@ -244,7 +255,8 @@ class Frontend:
         """Until it cannot go on: raises what ended it. Only a bug does."""
         assert self._following is not None, "started before"
         assert self._watching is not None, "started before"
-        tasks = (self._following, self._watching)
+        assert self._tuning is not None, "started before"
+        tasks = (self._following, self._watching, self._tuning)
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
@@ -270,7 +282,7 @@ class Frontend:
         if self._family is not None:
             await self._family.stop()
         await self._server.stop(None)
-        for task in (self._following, self._watching):
+        for task in (self._following, self._watching, self._tuning):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

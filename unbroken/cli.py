@@ -32,6 +32,7 @@ from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.terminal import Output
 from unbroken.tls import ClientTls
 from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import worker_pb2
 
 DISCOVERY_DEFAULT: Final = Path(".run") / "mesh"
 
@@ -295,6 +296,55 @@ def models(
 
 
 @app.command()
+def thresholds(
+    model: Annotated[str, typer.Argument(help="Name of a model; all, unless given.")] = "",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="kv_blocks_share, prefill_tokens or prefill_share; off to end it. Repeatable.",
+        ),
+    ] = None,
+    default: Annotated[
+        bool, typer.Option("--default", help="Let the model have none of its own.")
+    ] = False,
+    version: Annotated[
+        int | None, typer.Option(min=0, help="Change only what has this version.")
+    ] = None,
+    frontend: FrontendOption = None,
+    directory: DiscoveryOption = DISCOVERY_DEFAULT,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Say, or change, when workers are busy. New requests are refused when all workers are."""
+    if changes and default:
+        raise typer.BadParameter("expected at most one of --set, --default")
+
+    async def scenario() -> None:
+        async with await _connect(frontend, directory) as client:
+            found = await client.get_thresholds(model)
+            if not (changes or default):
+                terminal.show_thresholds(output, found.models, found.version)
+                return
+            if len(found.models) > 1:
+                names = ", ".join(info.model for info in found.models)
+                raise typer.BadParameter(f"MODEL: expected one of {names}")
+            wanted: worker_pb2.BusyThresholds | None = None
+            if changes:
+                wanted = worker_pb2.BusyThresholds()
+                for info in found.models:
+                    wanted.CopyFrom(info.thresholds)
+                for change in changes:
+                    _apply(change, wanted)
+            answer = await client.set_thresholds(
+                wanted, model=model, version=found.version if version is None else version
+            )
+            terminal.show_thresholds(output, [answer.thresholds], answer.version)
+
+    _run(scenario(), output)
+
+
+@app.command()
 def kill(
     name: Annotated[str, typer.Argument(help="Name of a worker or a frontend.")],
     what: Annotated[
@@ -516,6 +566,30 @@ def _parse_token_ids(text: str) -> list[int]:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise typer.BadParameter(f"expected ids separated by commas, got {text[:80]!r}") from None
+
+
+def _apply(change: str, thresholds: worker_pb2.BusyThresholds) -> None:
+    """Make a change given as NAME=VALUE."""
+    name, equals, value = change.partition("=")
+    name = name.strip().replace("-", "_")
+    try:
+        if not equals:
+            raise ValueError
+        if name == "kv_blocks_share":
+            thresholds.kv_blocks_share = 0.0 if value == "off" else float(value)
+        elif name == "prefill_tokens":
+            thresholds.prefill_tokens = 0 if value == "off" else int(value)
+        elif name == "prefill_share":
+            thresholds.prefill_share = 0.0 if value == "off" else float(value)
+        else:
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(
+            "--set: expected kv_blocks_share, prefill_tokens or prefill_share, then = and a "
+            f"number or off; got {change[:80]!r}"
+        ) from None
+    if value == "off":
+        thresholds.ClearField(name)
 
 
 def _continuation_to_proto(continuation: Continuation) -> pb.ContinuationPolicy.ValueType:

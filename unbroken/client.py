@@ -39,6 +39,7 @@ from unbroken.transport import CLIENT_KEEPALIVE, Keepalive
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import admin_service_pb2_grpc as admin_grpc
 from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import worker_pb2
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 if TYPE_CHECKING:  # Generic classes in the stubs only.
@@ -508,6 +509,32 @@ class Client:
             admin_pb.ListWorkersRequest(), timeout=self._call_timeout_s
         )
         return (await self._answer(index, call)).workers
+
+    async def get_thresholds(self, model: str = "") -> admin_pb.GetThresholdsResponse:
+        """When workers are busy: of one model, or of all; raises `MODEL_NOT_FOUND`."""
+        index = await self.frontends.first()
+        call = admin_grpc.AdminServiceStub(self.frontends.channel(index)).GetThresholds(
+            admin_pb.GetThresholdsRequest(model=model), timeout=self._call_timeout_s
+        )
+        return await self._answer(index, call)
+
+    async def set_thresholds(
+        self,
+        thresholds: worker_pb2.BusyThresholds | None,
+        *,
+        model: str = "",
+        version: int | None = None,
+    ) -> admin_pb.SetThresholdsResponse:
+        """Give a model these, or (None) the defaults again; an empty name is the only model's.
+
+        Raises `VERSION_MISMATCH` if there is another version than the one given.
+        """
+        index = await self.frontends.first()
+        call = admin_grpc.AdminServiceStub(self.frontends.channel(index)).SetThresholds(
+            admin_pb.SetThresholdsRequest(model=model, thresholds=thresholds, version=version),
+            timeout=self._call_timeout_s,
+        )
+        return await self._answer(index, call)
 
     async def channel(self) -> grpc.aio.Channel:
         """The channel for the next call; for services that this class does not know.

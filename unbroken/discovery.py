@@ -17,6 +17,7 @@ from unbroken.v1 import worker_pb2 as pb
 INSTANCE_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """What names of workers and frontends look like."""
 
+SettingT = TypeVar("SettingT", bound=pb.ThresholdsRecord)
 RecordT = TypeVar("RecordT", pb.WorkerRecord, pb.FrontendRecord)
 _RecordT_contra = TypeVar("_RecordT_contra", pb.WorkerRecord, pb.FrontendRecord, contravariant=True)
 
@@ -48,6 +49,20 @@ WORKERS: Final = Kind(
 FRONTENDS: Final = Kind(
     "frontends", pb.FrontendRecord, lambda record: (record.frontend_id, record.incarnation)
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Setting(Generic[SettingT]):
+    """A record that the whole mesh shares and that outlives its processes.
+
+    It has a version, which grows by one with every change.
+    """
+
+    name: str
+    record_type: type[SettingT]
+
+
+THRESHOLDS: Final = Setting("thresholds", pb.ThresholdsRecord)
 
 
 class Registration(Protocol[_RecordT_contra]):
@@ -90,6 +105,22 @@ class Discovery(Protocol):
         Never ends and never fails. A slow reader misses what lay between. Treat records as
         read-only.
         """
+        ...
+
+    async def setting(self, setting: Setting[SettingT]) -> SettingT:
+        """What is set; empty, of version 0, if nothing ever was."""
+        ...
+
+    async def change(self, setting: Setting[SettingT], record: SettingT) -> None:
+        """Set it, if the record's version is above the one that is there.
+
+        Raises VERSION_MISMATCH otherwise, `InvalidField` if the record is too large, and
+        UNREACHABLE if it cannot be kept.
+        """
+        ...
+
+    def watch_setting(self, setting: Setting[SettingT]) -> AsyncGenerator[SettingT, None]:
+        """What is set, and again whenever that changes, as `watch`. Versions only grow."""
         ...
 
 

@@ -41,6 +41,8 @@ class Reason(Enum):
     """No room; come back after the given delay."""
     DRAINING = "DRAINING"
     """This process takes no new work."""
+    VERSION_MISMATCH = "VERSION_MISMATCH"
+    """What the caller wants to change has changed meanwhile; metadata `version` says to which."""
     FENCED = "FENCED"
     """A newer epoch or incarnation exists; whoever receives this has lost ownership."""
     CANCELLED = "CANCELLED"

@@ -2,6 +2,7 @@
 
     <root>/workers/<worker_id>.json      protobuf JSON of a WorkerRecord
     <root>/frontends/<frontend_id>.json  protobuf JSON of a FrontendRecord
+    <root>/settings/<name>.json          protobuf JSON of what the whole mesh shares
     <root>/<kind>/.lock                  held for the moment of a change
     <root>/<kind>/.incarnation           the highest incarnation that has registered there
 
@@ -32,6 +33,8 @@ from unbroken.discovery import (
     Kind,
     RecordT,
     Registration,
+    Setting,
+    SettingT,
     incarnation_now,
     next_incarnation,
 )
@@ -46,6 +49,7 @@ _LOCK_RETRY_S: Final = 0.005
 _RECORD_BYTES_MAX: Final = 64 * 1024
 _SUFFIX: Final = ".json"
 _TEMPORARY_SUFFIX: Final = ".tmp"
+_SETTINGS: Final = "settings"
 _HIGHEST: Final = ".incarnation"
 _HIGHEST_BYTES_MAX: Final = 20
 _INCARNATION_MAX: Final = 2**63
@@ -98,6 +102,63 @@ class FileDiscovery:
                 await asyncio.sleep(self._poll_interval_s)
         finally:
             reader.close()
+
+    async def setting(self, setting: Setting[SettingT]) -> SettingT:
+        """As `Discovery.setting`. What cannot be read counts as not set."""
+        return _read_setting(setting, _path(self.root / _SETTINGS, setting.name))
+
+    async def change(self, setting: Setting[SettingT], record: SettingT) -> None:
+        """As `Discovery.change`."""
+        text = json_format.MessageToJson(record, preserving_proto_field_name=True).encode()
+        if len(text) > _RECORD_BYTES_MAX:
+            raise InvalidField(setting.name, f"at most {_RECORD_BYTES_MAX} bytes", len(text))
+        folder = self.root / _SETTINGS
+        path = _path(folder, setting.name)
+        try:
+            async with _exclusive(folder):
+                seen = _read_setting(setting, path).version
+                if record.version <= seen:
+                    raise UnbrokenError(
+                        Reason.VERSION_MISMATCH,
+                        f"{setting.name}: expected version {record.version - 1}, got {seen}",
+                        metadata={"version": str(seen)},
+                    )
+                temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+                temporary.write_bytes(text)
+                temporary.rename(path)
+        except OSError as error:
+            raise UnbrokenError(Reason.UNREACHABLE, f"{path}: {error}") from error
+
+    async def watch_setting(self, setting: Setting[SettingT]) -> AsyncGenerator[SettingT, None]:
+        """As `Discovery.watch_setting`."""
+        path = _path(self.root / _SETTINGS, setting.name)
+        stamp: _Stamp | None = None
+        last: SettingT | None = None
+        while True:
+            now = _stamp_at(path)
+            if last is None or now != stamp:
+                stamp = now
+                record = _read_setting(setting, path)
+                if last is None or record.version > last.version:
+                    last = record
+                    yield record
+            await asyncio.sleep(self._poll_interval_s)
+
+
+def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT:
+    """What is in a file; empty if nothing can be read there."""
+    record = setting.record_type()
+    try:
+        with path.open("rb") as file:
+            text = file.read(_RECORD_BYTES_MAX + 1)
+        if len(text) > _RECORD_BYTES_MAX:
+            raise ValueError(f"expected at most {_RECORD_BYTES_MAX} bytes")
+        return json_format.Parse(text, setting.record_type(), ignore_unknown_fields=True)
+    except FileNotFoundError:
+        return record
+    except (OSError, ValueError, json_format.ParseError, RecursionError) as error:
+        _log.warning("setting skipped", path=str(path), error=str(error))
+        return record
 
 
 class _FileRegistration(Generic[RecordT]):

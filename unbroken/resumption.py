@@ -41,6 +41,7 @@ FINAL: Final = frozenset(
         Reason.WORKER_LOST,
         Reason.MIGRATIONS_EXHAUSTED,
         Reason.QUERY_OF_DEATH,
+        Reason.VERSION_MISMATCH,
         Reason.CANCELLED,
         Reason.DEADLINE_EXCEEDED,
         Reason.REJECTED_BY_ENGINE,

@@ -215,6 +215,21 @@ def show_list(output: Output, messages: Sequence[MessageT], table: Table[Message
     if output is Output.JSON:
         print(json.dumps([_to_dict(message) for message in messages]))  # noqa: T201
         return
+    _print_table(messages, table)
+
+
+def show_thresholds(
+    output: Output, models: Sequence[admin_pb.ThresholdsInfo], version: int
+) -> None:
+    """Show thresholds, and the version that they have."""
+    if output is Output.JSON:
+        facts = {"version": version, "models": [_to_dict(model) for model in models]}
+        print(json.dumps(facts))  # noqa: T201
+        return
+    _print_table(models, THRESHOLDS)
+
+
+def _print_table(messages: Sequence[MessageT], table: Table[MessageT]) -> None:
     rows = [table.columns.split(), *(list(map(str, table.row(m))) for m in messages)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
@@ -263,6 +278,7 @@ def _engine_row(worker: admin_pb.WorkerInfo, engine: str) -> str:
         for name, is_so in (
             ("draining", worker.is_draining),
             ("ejected", worker.HasField("ejection")),
+            ("busy", bool(worker.busy)),
         )
         if is_so
     ]
@@ -304,6 +320,17 @@ def _model_row(model: pb.ModelInfo) -> Sequence[object]:
     )
 
 
+def _thresholds_row(info: admin_pb.ThresholdsInfo) -> Sequence[object]:
+    own = info.thresholds
+    return (
+        info.model,
+        f"{own.kv_blocks_share:g}" if own.HasField("kv_blocks_share") else "off",
+        own.prefill_tokens if own.HasField("prefill_tokens") else "off",
+        f"{own.prefill_share:g}" if own.HasField("prefill_share") else "off",
+        "default" if info.is_default else "own",
+    )
+
+
 WORKERS: Final = Table(
     "WORKER MODEL LINK LIVENESS ENGINE ATTEMPTS KV-BLOCKS WAITING SIDECAR ENGINE-PGID ADDRESS",
     _worker_row,
@@ -312,6 +339,7 @@ STREAMS: Final = Table(
     "REQUEST MODEL CLASS STATE WORKERS TOKENS SENT MIGRATIONS ADMITTED", _stream_row
 )
 MODELS: Final = Table("MODEL WORKERS CONTEXT CHAT", _model_row)
+THRESHOLDS: Final = Table("MODEL KV-BLOCKS-SHARE PREFILL-TOKENS PREFILL-SHARE SET", _thresholds_row)
 
 
 def show_error(output: Output, error: UnbrokenError | MeshError) -> None:

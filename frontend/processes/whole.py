@@ -298,6 +298,19 @@ class WholeAdmin(Admin):
         self._siblings = siblings
 
     @override
+    async def GetThresholds(
+        self, request: admin_pb.GetThresholdsRequest, context: _Context
+    ) -> admin_pb.GetThresholdsResponse:
+        """As any process tells them: all follow one record."""
+        return await self._own.GetThresholds(request, context)
+
+    @override
+    async def SetThresholds(
+        self, request: admin_pb.SetThresholdsRequest, context: _Context
+    ) -> admin_pb.SetThresholdsResponse:
+        return await self._own.SetThresholds(request, context)
+
+    @override
     async def ListWorkers(
         self, request: admin_pb.ListWorkersRequest, context: _Context
     ) -> admin_pb.ListWorkersResponse:

@@ -15,7 +15,8 @@ from typing import Any
 import grpc.aio
 from typing_extensions import override
 
-from unbroken.discovery import Discovery, Kind, Registration
+from unbroken.discovery import Discovery, Kind, Registration, Setting
+from unbroken.errors import Reason, UnbrokenError
 from unbroken.tokenizer import Tokenizer, TokenizerAsset
 from unbroken.transport import listen, make_server
 from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2, worker_pb2
@@ -518,6 +519,9 @@ class FakeDiscovery(Discovery):
         self._members: Mapping[str, Any] = MappingProxyType({})
         self._changed = asyncio.Event()
         self.registered: list[Any] = []
+        self.settings: dict[str, Any] = {}
+        """What is set, by name; shared by those that were given the same."""
+        self._set = asyncio.Event()
 
     def announce(self, *records: worker_pb2.WorkerRecord) -> None:
         """These are the workers from now on."""
@@ -547,3 +551,25 @@ class FakeDiscovery(Discovery):
             self._changed.clear()
             yield self._members
             await self._changed.wait()
+
+    @override
+    async def setting(self, setting: Setting[Any]) -> Any:
+        """What is set."""
+        return self.settings.get(setting.name) or setting.record_type()
+
+    @override
+    async def change(self, setting: Setting[Any], record: Any) -> None:
+        """Set it, unless it is old."""
+        seen = (await self.setting(setting)).version
+        if record.version <= seen:
+            raise UnbrokenError(Reason.VERSION_MISMATCH, "changed", metadata={"version": str(seen)})
+        self.settings[setting.name] = record
+        self._set.set()
+
+    @override
+    async def watch_setting(self, setting: Setting[Any]) -> AsyncGenerator[Any, None]:
+        """What is set, whenever it changes."""
+        while True:
+            self._set.clear()
+            yield await self.setting(setting)
+            await self._set.wait()

@@ -152,3 +152,24 @@ def test_a_worker_that_is_not_there_cannot_be_killed(world: World) -> None:
     assert result.status == 1
     (error,) = result.values
     assert (error["event"], error["reason"]) == ("error", "NO_WORKER")
+
+
+def test_thresholds_are_set_shown_and_taken_back(world: World) -> None:
+    change = unbroken(world, "thresholds", "simulated", "--set", "kv_blocks_share=0")
+    result = world.run(change)
+    assert result.status == 0, result.stderr
+    (changed,) = result.values
+    assert changed["models"] == [
+        {"model": "simulated", "thresholds": {"kv_blocks_share": 0.0}, "is_default": False}
+    ]
+    (shown,) = world.run(unbroken(world, "thresholds")).values
+    assert shown == changed
+    stale = unbroken(world, "thresholds", "--set", "prefill_tokens=1", "--version", "0")
+    (refused,) = world.run(stale).values
+    assert refused["reason"] == "VERSION_MISMATCH"
+    wrong = unbroken(world, "thresholds", "--set", "kv_blocks_share=2")
+    (refused,) = world.run(wrong).values
+    assert refused["metadata"] == {"field": "thresholds.kv_blocks_share"}
+    (back,) = world.run(unbroken(world, "thresholds", "--default")).values
+    assert back["version"] == changed["version"] + 1
+    assert back["models"][0]["is_default"]

@@ -23,7 +23,7 @@ from sidecar.service import RELAY_SERVICE, Sidecar, launch_of
 from tests.sidecar.fakes import ScriptedEngine, engine_up
 from tests.sidecar.processes import until
 from tests.sidecar.worlds import connected, run, running
-from unbroken.discovery import WORKERS, Discovery, Kind, Registration
+from unbroken.discovery import WORKERS, Discovery, Kind, Registration, Setting
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
 from unbroken.transport import open_channel
@@ -242,6 +242,18 @@ class UnwillingDiscovery(Discovery):
 
     @override
     def watch(self, kind: Kind[Any]) -> Any:
+        raise NotImplementedError
+
+    @override
+    async def setting(self, setting: Setting[Any]) -> Any:
+        raise NotImplementedError
+
+    @override
+    async def change(self, setting: Setting[Any], record: Any) -> None:
+        raise NotImplementedError
+
+    @override
+    def watch_setting(self, setting: Setting[Any]) -> Any:
         raise NotImplementedError
 
 

@@ -42,6 +42,11 @@ class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServ
         """A call was left by its client while it hung."""
         self.cancels: list[pb.CancelRequest] = []
         self.streams = [pb.StreamInfo(request_id=f"r{i}") for i in range(3)]
+        self.thresholds = admin_pb.ThresholdsInfo(model="smol")
+        self.thresholds.thresholds.prefill_tokens = 1000
+        self.thresholds.thresholds.prefill_share = 2.0
+        self.version = 4
+        self.set_thresholds: list[admin_pb.SetThresholdsRequest] = []
 
     @override
     async def Generate(
@@ -119,6 +124,21 @@ class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServ
         worker = admin_pb.WorkerInfo()
         worker.record.identity.worker_id = "w1"
         return admin_pb.ListWorkersResponse(workers=[worker])
+
+    @override
+    async def GetThresholds(
+        self, request: admin_pb.GetThresholdsRequest, context: Context
+    ) -> admin_pb.GetThresholdsResponse:
+        return admin_pb.GetThresholdsResponse(models=[self.thresholds], version=self.version)
+
+    @override
+    async def SetThresholds(
+        self, request: admin_pb.SetThresholdsRequest, context: Context
+    ) -> admin_pb.SetThresholdsResponse:
+        self.set_thresholds.append(request)
+        self.thresholds.thresholds.CopyFrom(request.thresholds)
+        self.version += 1
+        return admin_pb.SetThresholdsResponse(thresholds=self.thresholds, version=self.version)
 
 
 def started(**fields: Any) -> pb.GenerateResponse:

@@ -244,6 +244,54 @@ def test_lists_are_tables_or_json() -> None:
     assert [line.split()[0] for line in run.out.splitlines()] == ["MODEL", "smol"]
 
 
+def test_thresholds_are_shown_as_a_table_or_json_with_their_version() -> None:
+    run, frontend = run_against((), "thresholds")
+    assert run.status == 0
+    assert [line.split() for line in run.out.splitlines()] == [
+        ["MODEL", "KV-BLOCKS-SHARE", "PREFILL-TOKENS", "PREFILL-SHARE", "SET"],
+        ["smol", "off", "1000", "2", "own"],
+    ]
+    run, frontend = run_against((), "thresholds", "smol", "-o", "json")
+    assert json.loads(run.out) == {
+        "version": 4,
+        "models": [
+            {
+                "model": "smol",
+                "thresholds": {"prefill_tokens": "1000", "prefill_share": 2.0},
+                "is_default": False,
+            }
+        ],
+    }
+    assert not frontend.set_thresholds
+
+
+def test_a_changed_threshold_leaves_the_others_and_names_its_version() -> None:
+    run, frontend = run_against(
+        (),
+        *("thresholds", "--set", "kv-blocks-share=0.9", "--set", "prefill_tokens=off"),
+        *("-o", "json"),
+    )
+    assert run.status == 0, run.err
+    assert json.loads(run.out)["version"] == 5
+    (request,) = frontend.set_thresholds
+    wanted = worker_pb2.BusyThresholds(kv_blocks_share=0.9, prefill_share=2.0)
+    assert request.thresholds == wanted
+    assert request.version == 4
+    _, frontend = run_against((), "thresholds", "smol", "--default", "--version", "3")
+    (request,) = frontend.set_thresholds
+    assert not request.HasField("thresholds")
+    assert (request.model, request.version) == ("smol", 3)
+
+
+@pytest.mark.parametrize(
+    "change", ["kv_blocks_share", "kv_blocks_share=much", "prefill_tokens=-1", "speed=1"]
+)
+def test_a_change_that_is_none_is_wrong_usage(change: str) -> None:
+    run, frontend = run_against((), "thresholds", "--set", change)
+    assert run.status == 2
+    assert not frontend.set_thresholds
+
+
 def test_cancel_tells_whether_there_was_something_to_cancel() -> None:
     assert run_against((), "cancel", "r0")[0].out == "cancelled r0\n"
     run, _ = run_against((), "cancel", "r9", "-o", "json")

@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
 import uvloop
 
 from unbroken import discovery
-from unbroken.discovery import FRONTENDS, WORKERS
+from unbroken.discovery import FRONTENDS, THRESHOLDS, WORKERS
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
 from unbroken.v1 import worker_pb2 as pb
@@ -442,5 +442,73 @@ def test_watching_leaves_no_descriptors_open(tmp_path: Path) -> None:
                 await watched.until(lambda members: "w1" in members)
             await registration.close()
         assert len(os.listdir("/proc/self/fd")) == before
+
+    uvloop.run(scenario())
+
+
+# What the whole mesh shares.
+
+
+def thresholds(version: int, tokens: int = 7) -> pb.ThresholdsRecord:
+    entry = pb.ModelThresholds(model="m", thresholds=pb.BusyThresholds(prefill_tokens=tokens))
+    return pb.ThresholdsRecord(version=version, models=[entry])
+
+
+def test_a_setting_is_empty_then_what_was_set_and_outlives_who_set_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        found = FileDiscovery(tmp_path)
+        assert await found.setting(THRESHOLDS) == pb.ThresholdsRecord()
+        await found.change(THRESHOLDS, thresholds(1))
+        assert await FileDiscovery(tmp_path).setting(THRESHOLDS) == thresholds(1)
+
+    uvloop.run(scenario())
+
+
+def test_of_two_changes_of_one_version_one_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        changes = [
+            FileDiscovery(tmp_path).change(THRESHOLDS, thresholds(1, tokens)) for tokens in range(8)
+        ]
+        results = await asyncio.gather(*changes, return_exceptions=True)
+        errors = [result for result in results if result is not None]
+        assert len(errors) == 7
+        for error in errors:
+            assert isinstance(error, UnbrokenError)
+            assert error.reason is Reason.VERSION_MISMATCH
+            assert error.metadata == {"version": "1"}
+        winner = results.index(None)
+        assert await FileDiscovery(tmp_path).setting(THRESHOLDS) == thresholds(1, winner)
+
+    uvloop.run(scenario())
+
+
+def test_a_watcher_of_a_setting_sees_changes_and_never_goes_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        found = FileDiscovery(tmp_path, poll_interval_s=POLL_S)
+        path = tmp_path / "settings" / "thresholds.json"
+        watch = found.watch_setting(THRESHOLDS)
+        async with asyncio.timeout(5), aclosing(watch):
+            assert await anext(watch) == pb.ThresholdsRecord()
+            await found.change(THRESHOLDS, thresholds(5))
+            assert await anext(watch) == thresholds(5)
+            following = asyncio.ensure_future(anext(watch))
+            for harm in ("no JSON", '{"version": "4"}', None):
+                path.write_text(harm) if harm is not None else path.unlink()
+                await asyncio.sleep(5 * POLL_S)
+                assert not following.done()
+            await found.change(THRESHOLDS, thresholds(6))
+            assert await following == thresholds(6)
+
+    uvloop.run(scenario())
+
+
+def test_a_setting_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        record = pb.ThresholdsRecord(
+            version=1, models=[pb.ModelThresholds(model="m" * 1000) for _ in range(100)]
+        )
+        with pytest.raises(InvalidField):
+            await FileDiscovery(tmp_path).change(THRESHOLDS, record)
+        assert await FileDiscovery(tmp_path).setting(THRESHOLDS) == pb.ThresholdsRecord()
 
     uvloop.run(scenario())

@@ -187,6 +187,18 @@ def test_a_wrong_field_is_a_bad_request() -> None:
     assert violation.description == "params.sampling.top_p: expected above 0, up to 1, got 7"
 
 
+def test_busy_workers_are_a_failure_of_each_quota_that_is_named() -> None:
+    told = {"model": "m", "thresholds": "a,b", "a": "a is 2, above 1", "b": "b is 4, above 3"}
+    sent = UnbrokenError(Reason.OVERLOADED, "busy", metadata=told, retry_after_s=1.0)
+    quota = error_details_pb2.QuotaFailure()
+    assert any(detail.Unpack(quota) for detail in status.to_status(sent).details)
+    shown = [(one.subject, one.quota_id, one.description) for one in quota.violations]
+    assert shown == [("model:m", "a", "a is 2, above 1"), ("model:m", "b", "b is 4, above 3")]
+    assert status.from_rpc_error(uvloop.run(failure_of(sent, unary))).metadata == told
+    other = UnbrokenError(Reason.OVERLOADED, "full")
+    assert not any(detail.Unpack(quota) for detail in status.to_status(other).details)
+
+
 def test_the_longest_error_still_arrives() -> None:
     sent = InvalidField("f" * 100_000, "é" * 100_000, "x")
     got = status.from_rpc_error(uvloop.run(failure_of(sent, stream)))
