@@ -148,20 +148,15 @@ class MeshView:
 
     def report_load(self, worker: Worker, load: worker_pb2.LoadReport, now: float) -> None:
         """Count what a worker says about its load."""
+        view = worker.view
+        is_repeated = view is not None and bool(view.ranks) and load == worker.load
         worker.load, worker.load_at = load, now
-        if worker.view is None:
+        if view is None:
             return
-        worker.view.reported(
-            [
-                RankState(
-                    kv_blocks_total=rank.kv_blocks_total,
-                    kv_blocks_used=rank.kv_blocks_used,
-                    prefill_tokens_queued=rank.prefill_tokens_queued,
-                    requests_waiting=rank.requests_waiting,
-                )
-                for rank in load.ranks
-            ]
-        )
+        if is_repeated:
+            view.repeated()
+        else:
+            view.reported([_rank_state(rank) for rank in load.ranks])
         for callback in self.on_load:
             callback(worker)
 
@@ -234,6 +229,15 @@ class MeshView:
     def _notify(self) -> None:
         for callback in self.on_change:
             callback()
+
+
+def _rank_state(load: worker_pb2.RankLoad) -> RankState:
+    return RankState(
+        kv_blocks_total=load.kv_blocks_total,
+        kv_blocks_used=load.kv_blocks_used,
+        prefill_tokens_queued=load.prefill_tokens_queued,
+        requests_waiting=load.requests_waiting,
+    )
 
 
 def _honours(able: worker_pb2.EngineCapabilities, params: GenerationParams) -> bool:

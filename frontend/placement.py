@@ -5,15 +5,20 @@ that are queued before it or are its own, less what a prefix cache saves, plus t
 others. It is counted in KV blocks, so both halves have one unit.
 
 Reports are always a little old. So that many placements between two reports do not all pick the
-same worker, each view also carries what this frontend has placed there since.
+same worker, each view also carries what this frontend has placed there since. Heartbeats repeat the
+last report, which shows nothing of that.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from frontend.continuation import Abilities
 from frontend.stream import Life
+
+REPEATS_BELIEVED: Final = 5
+"""A report that is told so often after a placement does show it: the attempt was refused, or ended
+before the engine saw it."""
 
 
 class RankState(NamedTuple):
@@ -52,6 +57,8 @@ class WorkerView:
     blocks_placed: int = 0
     """KV blocks of attempts placed here since the last report."""
     prefill_tokens_placed: int = 0
+    num_repeats: int = 0
+    """Times that the last report was repeated since the last placement."""
     num_attempts: int = 0
     cached_blocks: set[int] = field(default_factory=set[int])
     """Hashes of the prefix blocks it can reuse."""
@@ -61,6 +68,14 @@ class WorkerView:
         self.num_attempts += 1
         self.prefill_tokens_placed += num_tokens - num_tokens_cached
         self.blocks_placed += -(-num_tokens // self.block_size)
+        self.num_repeats = 0
+
+    def repeated(self) -> None:
+        """The last report was told again. What was placed is not in there, unless it has gone."""
+        self.num_repeats += 1
+        if self.num_repeats == REPEATS_BELIEVED:
+            self.blocks_placed = 0
+            self.prefill_tokens_placed = 0
 
     def reported(self, ranks: Sequence[RankState]) -> None:
         """Replace the guesses by the truth."""

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.placement import Need, RankState, WorkerView, choose, cost, num_cached_tokens
+from frontend.placement import (
+    REPEATS_BELIEVED,
+    Need,
+    RankState,
+    WorkerView,
+    choose,
+    cost,
+    num_cached_tokens,
+)
 from frontend.stream import Life
 from tests.support.streams import NATIVE, W1, W2, W3
 
@@ -95,6 +103,19 @@ def test_placements_since_the_last_report_count_until_the_next() -> None:
     first.reported([RankState()])
     assert chosen(first, second) == W1
     assert first.num_attempts == 1
+
+
+def test_a_report_that_is_repeated_shows_nothing_of_what_was_placed_since() -> None:
+    view = worker(W1)
+    view.reported([RankState()])
+    for _ in range(REPEATS_BELIEVED):
+        view.repeated()
+    view.placed(64, 16)
+    for _ in range(REPEATS_BELIEVED - 1):
+        view.repeated()
+        assert (view.prefill_tokens_placed, view.blocks_placed) == (48, 4)
+    view.repeated()
+    assert (view.prefill_tokens_placed, view.blocks_placed) == (0, 0), "it came to nothing"
 
 
 def test_prefill_that_was_placed_weighs_beside_its_blocks() -> None:

@@ -51,7 +51,7 @@ def test_a_busy_worker_gets_no_new_work_while_another_is_not() -> None:
         sidecars = FakeSidecar("w1"), FakeSidecar("w2")
         async with world(*sidecars, busy_kv_blocks_share=0.5, busy_prefill_tokens=10_000) as it:
             await report(it, sidecars[0], used=51)
-            await report(it, sidecars[1], used=50, queued=5000)
+            await report(it, sidecars[1], used=40, queued=5000)
             for _ in range(5):
                 await read(it.client.generate(token_ids=PROMPT, max_tokens=2))
             assert (len(sidecars[0].starts), len(sidecars[1].starts)) == (0, 5)
@@ -99,10 +99,10 @@ def test_what_is_not_tokenised_is_refused_nevertheless() -> None:
         async with world(sidecar, busy_prefill_share=0.0) as it:
             await report(it, sidecar, used=1, queued=1)
             # A text that is invalid only once it is tokenised: it is too long for the model.
-            error = await failure_of(it.client.generate("x" * 5000, max_tokens=2))
+            error = await failure_of(it.client.generate(prompt="x" * 5000, max_tokens=2))
             assert error.reason is Reason.OVERLOADED
             await report(it, sidecar, used=1, queued=0)
-            error = await failure_of(it.client.generate("x" * 5000, max_tokens=2))
+            error = await failure_of(it.client.generate(prompt="x" * 5000, max_tokens=2))
             assert error.reason is Reason.INVALID_FIELD
 
     run(scenario())
@@ -122,6 +122,29 @@ def test_a_burst_between_two_reports_stops_at_the_threshold() -> None:
             await sidecar.until(lambda: len(sidecar.starts) == 13)
             errors = [one.exception() for one in readings if one.done()]
             assert {getattr(error, "reason", None) for error in errors} == {Reason.OVERLOADED}
+            while sidecar.step():
+                pass
+            await asyncio.gather(*readings, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_a_heartbeat_that_repeats_the_last_report_hides_nothing_of_a_burst() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            await report(it, sidecar, used=0)
+            worker = it.frontend.mesh.workers["w1"]
+            readings: list[asyncio.Task[tuple[list[int], str]]] = []
+            for number in range(1, 14):  # Both ranks take 100 tokens and not more: 13 prompts.
+                stream = it.client.generate(token_ids=PROMPT, max_tokens=2)
+                readings.append(asyncio.create_task(read(stream)))
+                await sidecar.until(lambda n=number: len(sidecar.starts) == n)
+                told_at = worker.load_at
+                await report(it, sidecar, used=0)
+                await it.until(lambda at=told_at: worker.load_at > at)
+            error = await failure_of(it.client.generate(token_ids=PROMPT, max_tokens=2))
+            assert error.reason is Reason.OVERLOADED
             while sidecar.step():
                 pass
             await asyncio.gather(*readings, return_exceptions=True)
