@@ -192,9 +192,17 @@ class Request:
         )
 
     def rewind(self, positions: Sequence[pb.ResumePosition], *, deadline_at: float | None) -> None:
-        """The next reader holds this much of each choice. Raises `machine.Mismatch`."""
-        for choice, position in zip(self.choices, positions, strict=True):
-            choice.stream.rewind(position.token_ids, position.num_text_bytes)
+        """The next reader holds this much of each choice.
+
+        Raises `machine.Mismatch`, and then changes nothing: somebody else may be reading.
+        """
+        streams = [choice.stream for choice in self.choices]
+        texts = [
+            stream.text_after(position.token_ids, position.num_text_bytes)
+            for stream, position in zip(streams, positions, strict=True)
+        ]
+        for choice, position, text in zip(self.choices, positions, texts, strict=True):
+            choice.stream.rewind(len(position.token_ids), text)
         if not self.is_settled:
             self._set_deadline(deadline_at)
 

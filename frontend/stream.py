@@ -871,17 +871,16 @@ class Stream(_Flow):
         """Whether all from this offset on can be told again: some log probabilities cannot."""
         return self._logprob_base <= offset or self.original.params.num_top_logprobs is None
 
-    def rewind(self, token_ids: Sequence[int], num_text_bytes: int) -> None:
-        """Somebody reads on who holds these tokens and so much text: the rest is told again.
+    def text_after(self, token_ids: Sequence[int], num_text_bytes: int) -> str:
+        """The text that somebody lacks who holds these tokens and so much text.
 
-        Raises `Mismatch` if that is not what was sent, and then changes nothing.
+        Raises `Mismatch` if that is not what was sent.
         """
         num_held = len(token_ids)
         if num_held > len(self.ledger):
             raise Mismatch(f"expected at most {len(self.ledger)} tokens, got {num_held}")
         if (wrong := _first_difference(token_ids, self.ledger)) is not None:
             raise Mismatch(f"the token at offset {wrong} is another one")
-        self._decode()  # What has been decoded then is all there is, and is replaced here.
         detokenizer = self._new_detokenizer()
         is_complete = self.outcome is not None and self.outcome.error is None
         certain = detokenizer.push(self._shown(0, num_held))
@@ -889,8 +888,12 @@ class Stream(_Flow):
         rest += detokenizer.flush() if is_complete else ""
         if is_complete and num_held == len(self.ledger):
             certain, rest = certain + rest, ""
-        unsent = _after_bytes(certain, num_text_bytes) + rest
-        self._sent, self._unsent_text = num_held, unsent
+        return _after_bytes(certain, num_text_bytes) + rest
+
+    def rewind(self, num_held: int, unsent_text: str) -> None:
+        """Somebody reads on who holds so many tokens, and lacks that text: the rest is told again."""
+        self._decode()  # What has been decoded then is all there is, and is replaced here.
+        self._sent, self._unsent_text = num_held, unsent_text
 
     def check(self) -> None:
         """Assert what is always true."""

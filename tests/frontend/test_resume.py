@@ -258,6 +258,32 @@ def test_a_false_claim_does_not_take_a_running_request_over() -> None:
     run(scenario())
 
 
+def test_a_false_claim_about_one_choice_tells_the_reader_of_the_others_nothing_twice() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1", step_s=0.005)) as it:
+            message = request()
+            message.num_choices = 2
+            seen = Recording(message)
+            async with Caller(it.frontend.address) as caller:
+                reading = asyncio.create_task(caller.generate(seen))
+                await it.until(
+                    lambda: (
+                        len(seen.choices) == 2
+                        and all(len(one.token_ids) >= 5 for one in seen.choices.values())
+                    )
+                )
+                claim = seen.resume_request()
+                by_choice = {one.choice_index: one for one in claim.positions}
+                del by_choice[0].token_ids[2:]
+                by_choice[0].num_text_bytes = 2
+                by_choice[1].token_ids[2] += 1
+                assert await reason_of(caller.stub.Resume(claim)) is Reason.RESUME_MISMATCH
+                assert await reading  # `Recording` sees to the offsets.
+            assert [len(seen.choices[index].token_ids) for index in (0, 1)] == [40, 40]
+
+    run(scenario())
+
+
 def test_a_claim_that_nobody_can_check_changes_only_the_claimants_own_stream() -> None:
     async def scenario() -> None:
         async with world(FakeSidecar("w1")) as it:
