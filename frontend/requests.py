@@ -202,7 +202,9 @@ class Request:
             for stream, position in zip(streams, positions, strict=True)
         ]
         for choice, position, text in zip(self.choices, positions, texts, strict=True):
-            choice.stream.rewind(len(position.token_ids), text)
+            commands = choice.stream.rewind(len(position.token_ids), text)
+            if commands:
+                choice.obey(commands)
         if not self.is_settled:
             self._set_deadline(deadline_at)
 

@@ -890,10 +890,17 @@ class Stream(_Flow):
             certain, rest = certain + rest, ""
         return _after_bytes(certain, num_text_bytes) + rest
 
-    def rewind(self, num_held: int, unsent_text: str) -> None:
-        """Somebody reads on who holds so many tokens, and lacks that text: the rest is told again."""
+    def rewind(self, num_held: int, unsent_text: str) -> Sequence[Command]:
+        """Somebody reads on who holds so many tokens, and lacks that text: the rest is told again.
+
+        Who read before may have gone before all that he took had left, so that its acknowledgement
+        was never sent. The window begins where the new reader is, at least.
+        """
         self._decode()  # What has been decoded then is all there is, and is replaced here.
         self._sent, self._unsent_text = num_held, unsent_text
+        if self._limits.window_tokens:
+            self._ack_due = num_held
+        return self._ack()
 
     def check(self) -> None:
         """Assert what is always true."""

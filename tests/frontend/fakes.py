@@ -399,7 +399,8 @@ class FakeSidecar(RelayServiceServicer):
                     for slot, offset in pairs:
                         self.acks.append((slot, offset))
                         if slot in self.running:
-                            self.running[slot].acked = offset
+                            running = self.running[slot]
+                            running.acked = max(running.acked, offset)
                 case "heartbeat":
                     self.heartbeats.append(request.heartbeat)
                     self._heartbeat_seen = request.heartbeat.sequence

@@ -7,6 +7,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from frontend.reading import Reader
 from tests.frontend.fakes import FakeSidecar, reference
 from tests.frontend.worlds import World, run, world
 from tests.integration.plain import Caller, Recording
@@ -280,6 +281,37 @@ def test_a_false_claim_about_one_choice_tells_the_reader_of_the_others_nothing_t
                 assert await reason_of(caller.stub.Resume(claim)) is Reason.RESUME_MISMATCH
                 assert await reading  # `Recording` sees to the offsets.
             assert [len(seen.choices[index].token_ids) for index in (0, 1)] == [40, 40]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("by", ["Generate", "Resume"])
+def test_a_reader_that_leaves_before_what_it_took_is_sent_stops_no_engine(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Reader.sent
+
+    def send_unless_first(reader: Reader) -> None:
+        if reader.request.reader > 1:
+            send(reader)
+
+    monkeypatch.setattr(Reader, "sent", send_unless_first)
+
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1"), window_tokens=16) as it:
+            message = request()
+            message.reader_grace.CopyFrom(Duration(seconds=20))
+            seen = Recording(message)
+            async with Caller(it.frontend.address) as caller:
+                assert not await caller.generate(seen, until=16)
+            async with Caller(it.frontend.address) as caller:
+                if by == "Resume":
+                    assert await caller.resume(seen)
+                else:
+                    seen = Recording(message)  # It is told everything.
+                    assert await caller.generate(seen)
+            assert_whole(seen)
+            assert len(it.sidecars[0].starts) == 1, "it was joined"
 
     run(scenario())
 

@@ -738,6 +738,30 @@ def test_no_window_ever_stands_still(window: int, takes: list[int], cut: int) ->
     assert len(stream.ledger) == 40
 
 
+@pytest.mark.parametrize("num_taken", range(1, 9))
+@pytest.mark.parametrize("num_held", range(9))
+def test_no_window_stands_still_because_a_reader_left_with_what_it_took(
+    num_taken: int, num_held: int
+) -> None:
+    stream = streaming(max_tokens=40, limits=Limits(window_tokens=8))
+    for offset in range(8):
+        stream.token(1, offset, A, 1.0)
+        if offset + 1 == num_taken:
+            stream.take()  # What it acknowledges is never heard.
+    acks = [*stream.rewind(num_held, stream.text_after([A] * num_held, num_held))]
+    acked = 0
+    while stream.outcome is None:
+        acks += stream.take()[1]
+        for command in acks:
+            assert isinstance(command, Ack)
+            acked = max(acked, command.offset)
+        offset = len(stream.ledger)
+        assert offset < acked + 8, "the worker goes on"
+        stream.token(1, offset, A, 1.0)
+    assert len(stream.ledger) == 40
+    stream.check()
+
+
 def test_acknowledgements_come_in_strides() -> None:
     stream = streaming(max_tokens=40, limits=Limits(window_tokens=8))
     acks: list[Command] = []
