@@ -32,8 +32,9 @@ from unbroken.v1 import inference_service_pb2 as pb
 REQUEST_ID_KEY: Final = "unbroken-request-id"
 CLASS_KEY: Final = "unbroken-continuation-class"
 """Initial metadata of `Generate` and `Resume`."""
-QUICK_MAX: Final = 64
-"""Tokens of a stream that are polled singly before `poll` is asked again: a second of output."""
+QUICK_S: Final = 1.0
+"""How long tokens of a stream are polled singly before `poll` is asked again, which sees to resume
+tokens."""
 
 _log = log.get_logger(__name__)
 
@@ -70,7 +71,7 @@ class Reading(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None: ...
 
-    def poll_one(self) -> tuple[int, int] | None: ...
+    def poll_one(self, now: float, /) -> tuple[int, int] | None: ...
 
     def poll(self) -> Sequence[Output | pb.GenerateResponse]: ...
 
@@ -127,6 +128,10 @@ class Readers:
             self._keys(), now=minting.time_of_day, lifetime_s=self._token_lifetime_s
         )
         return token, minting
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self._clock()
 
     def is_due(self, minting: Minting) -> bool:
         """Whether the token that was made then should be replaced."""
@@ -239,7 +244,7 @@ class Reader:
         "_number",
         "_on_news",
         "_only",
-        "_quick_left",
+        "_quick_until",
         "_readers",
         "_tokens",
         "error",
@@ -270,8 +275,8 @@ class Reader:
         self._only: Stream | None = None
         """The stream of the only choice, once its first output was polled."""
         self._num_moves = 0
-        self._quick_left = 0
-        """Tokens that may still be polled singly before `poll` sees whether there is more."""
+        self._quick_until = 0.0
+        """When `poll` has to see again whether there is more than a token."""
         self._delivered = readers.delivered
         self._tokens = _Tokens(readers, request)
         self._leaving: list[tuple[Choice, int, Sequence[Command]]] = []
@@ -302,16 +307,16 @@ class Reader:
         """Of the tokens that `poll_one` tells; None if it tells none."""
         return self.request.admitted.model.tokenizer
 
-    def poll_one(self) -> tuple[int, int] | None:
+    def poll_one(self, now: float, /) -> tuple[int, int] | None:
         """What is new after most steps: the offset and the id of one token whose text is its own.
 
         It counts as sent. None if anything else is to be told, or nothing: then `poll` tells. What
-        `poll` returned before MUST have been `sent`.
+        `poll` returned before MUST have been `sent`. `now` is in monotonic seconds.
         """
         news, stream = self._news, self._only
         if (
             stream is None
-            or not self._quick_left
+            or now >= self._quick_until
             or stream.outcome is not None
             or stream.num_moves != self._num_moves
             or news.tell is not self._on_news  # Somebody else reads now.
@@ -321,7 +326,6 @@ class Reader:
         one = stream.take_one()
         if one is not None:
             news.is_set = False
-            self._quick_left -= 1
             self._delivered.value += 1
         return one
 
@@ -350,8 +354,8 @@ class Reader:
                 self._is_first = False
                 self._readers.first_output(self._arrived_at)
             if len(request.choices) == 1:
-                self._only, self._quick_left = stream, QUICK_MAX
-                self._num_moves = stream.num_moves
+                self._only, self._num_moves = stream, stream.num_moves
+                self._quick_until = self._readers.now() + QUICK_S
             piece, commands = stream.take()
             found.append(Output(choice.index, piece, token))
             token = b""

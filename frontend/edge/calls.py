@@ -164,7 +164,7 @@ class StreamingCall:
             bodies is not None
             and stream is not None
             and not client.is_paused
-            and (one := reader.poll_one()) is not None
+            and (one := reader.poll_one(now)) is not None
         ):
             if not connection.send_on(stream, bodies.body(*one), now):
                 self._is_leaving = True

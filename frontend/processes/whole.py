@@ -237,7 +237,7 @@ class PassedOn:
         """None: whole messages come."""
         return None
 
-    def poll_one(self) -> tuple[int, int] | None:
+    def poll_one(self, _now: float, /) -> tuple[int, int] | None:
         """None: see `tokenizer`."""
         return None
 

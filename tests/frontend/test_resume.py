@@ -125,6 +125,18 @@ def test_a_later_call_takes_the_request_over(by: str) -> None:
     run(scenario())
 
 
+def test_a_slow_stream_gets_another_token_before_its_last_one_expires() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=0.03)
+        async with world(sidecar, edge="native", resume_token_lifetime_s=1) as it:
+            seen = Recording(request(max_tokens=100))
+            async with Caller(it.frontend.address) as caller:
+                assert not await caller.generate(seen, until=55)
+            assert seen.num_tokens_received > 1
+
+    run(scenario())
+
+
 def test_a_request_repeated_after_its_end_is_told_again() -> None:
     async def scenario() -> None:
         async with world(FakeSidecar("w1")) as it:
