@@ -1,7 +1,8 @@
 """The shell around `query_of_death`: tells it of attempts, keeps suspects apart, refuses who kills.
 
-Nothing here costs anything while no engine has died: requests are fingerprinted when one dies under
-them, and looked up only while somebody is on file.
+While no engine has died, all this costs is a fingerprint of each request, made when it begins: when
+an engine dies, those of all its requests are needed at one moment. They are looked up only while
+somebody is on file.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Generate and Resume on one stream: a request in, and then what is new after each engine step.
 
 A call that has news is pumped once, however many tokens came. It takes what is new from the
-ledger only when it can leave: what a slow client has not been sent stays there, becomes one larger
-message, and is bounded by the window of the worker.
+ledger only when all that it took before has left: what a slow client has not been sent stays there,
+becomes one larger message, and is bounded by the window of the worker.
 """
 
 import asyncio
@@ -140,7 +140,7 @@ class StreamingCall:
     # The answer.
 
     def _wake(self) -> None:
-        """There is news. What `EdgeServer.wake` does, without the call: it is for every token."""
+        """There is news: have `pump` called. It is for every token, so the server is not called."""
         server = self._server
         server.awake[self] = None
         if not server.is_scheduled:
