@@ -73,8 +73,10 @@ class QueueWatch:
         _expect(error.reason is Reason.OVERLOADED, f"refused with {error.reason}")
         _expect(bool(error.retry_after_s), "refused without a time to come back")
         # Whether a worker that has just come is able to take a resume turns out with its turn.
+        # And those who were held back meanwhile go at the same pace, before whoever comes now.
         is_right = any(one.ticket.work is Work.RESUME for one in self._waiting.values())
-        _expect(is_right, f"refused at {now:.3f} though nobody waits to resume")
+        is_right = is_right or self._note_holding()
+        _expect(is_right, f"refused at {now:.3f} though nobody waits to resume or was held back")
 
     def admitted(self, key: Hashable, life: Life, now: float) -> None:
         """It goes to this worker; the queue has not counted it yet."""
