@@ -117,7 +117,9 @@ def next_checkpoint(
         case ContinuationClass.REGENERATE:
             return original
         case ContinuationClass.NATIVE | ContinuationClass.RESTORE:
-            return replace(original, output_token_ids=tuple(delivered), first_offset=len(delivered))
+            return Checkpoint(
+                original.prompt_token_ids, original.params, tuple(delivered), len(delivered)
+            )
         case ContinuationClass.APPEND | ContinuationClass.INEXACT:
             return replace(
                 original,

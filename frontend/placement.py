@@ -121,12 +121,13 @@ def choose(
         and worker.context_length > need.num_tokens
         and is_able(worker)
     ]
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
     ranks = [(standing(worker, need.avoid), is_busy(worker)) for worker in candidates]
-    best = min(ranks, default=None)
+    best = min(ranks)
     return min(
         [worker for worker, rank in zip(candidates, ranks, strict=True) if rank == best],
         key=lambda worker: (cost(worker, need, block_hashes(worker)), worker.life),
-        default=None,
     )
 
 
