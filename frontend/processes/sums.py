@@ -34,6 +34,7 @@ VIEWS: Final = frozenset(
         "unbroken_frontend_models_panicking",
         "unbroken_frontend_processes",
         "unbroken_frontend_workers",
+        "unbroken_frontend_workers_busy",
         "unbroken_frontend_workers_ejected",
     }
 )

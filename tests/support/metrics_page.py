@@ -40,6 +40,7 @@ LABELS = {
     "rank": "data-parallel rank of the engine, from 0",
     "reason": "`OK` or a reason of docs/ERRORS.md",
     "result": "`good` or `bad`",
+    "threshold": "a name in the table of docs/decisions/thresholds.md",
     "way": "continuation class, as `NATIVE`: docs/CONTINUATION.md",
 }
 
