@@ -271,11 +271,11 @@ class Frontend:
         self.health.set("liveness", is_serving=True)
         if self._registration is not None:
             await self._registration.close()
-        if not await self.requests.until_none(grace_s):
+        if not await self._until_none(grace_s):
             self.cut_short()
-            await self.requests.until_none(CANCELLED_GRACE_S)
+            await self._until_none(CANCELLED_GRACE_S)
         if self._family is not None:
-            await self._family.until_none(CANCELLED_GRACE_S)
+            self._family.end_passed_on()
         await self._gateway.close()
         if self.edge is not None:
             await self.edge.stop()
@@ -297,6 +297,17 @@ class Frontend:
     def cut_short(self) -> None:
         """End all running streams; their clients are told why."""
         self.requests.hand_over_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
+        if self._family is not None:  # Siblings say the same of theirs, if they answer.
+            asyncio.get_running_loop().call_later(CANCELLED_GRACE_S, self._family.end_passed_on)
+
+    async def _until_none(self, timeout_s: float) -> bool:
+        """Wait until no client of this process is served any more; False if one still is."""
+        give_up_at = time.monotonic() + timeout_s
+        has_ended = await self.requests.until_none(timeout_s)
+        if self._family is not None:  # What a sibling has goes on as long as what is here.
+            left_s = max(0.0, give_up_at - time.monotonic())
+            has_ended = await self._family.until_none(left_s) and has_ended
+        return has_ended
 
     async def _take(self, connection: socket.socket) -> asyncio.Future[None]:
         """Serve a connection that the parent accepted; what is done when it is closed."""

@@ -36,6 +36,8 @@ READY: Final = b"ready\n"
 CLOSED: Final = b"closed"
 """What a process tells its parent of a connection."""
 TAKEN_AT_ONCE: Final = 64
+LAST_WORDS_S: Final = 1.0
+"""How long siblings may take to read the ends of what they pass on, when this process stops."""
 
 _log = log.get_logger(__name__)
 
@@ -99,17 +101,20 @@ class Family:
         """Serve the connections that come from now on."""
         self._inbound.start(take)
 
-    async def until_none(self, timeout_s: float) -> None:
-        """Wait until nothing is passed on any more."""
+    async def until_none(self, timeout_s: float) -> bool:
+        """Wait until nothing is passed on any more; False if something still is."""
+        return self._whole is None or await self._whole.until_none(timeout_s)
+
+    def end_passed_on(self) -> None:
+        """Pass nothing on any more. Idempotent."""
         if self._whole is not None:
-            await self._whole.until_none(timeout_s)
             self._whole.close()
 
     async def stop(self) -> None:
         """Be one of them no more."""
         await self._inbound.stop()
         await self._siblings.close()
-        await self._server.stop(None)
+        await self._server.stop(LAST_WORDS_S)
         self.claims.close()
 
 

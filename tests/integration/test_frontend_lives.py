@@ -127,6 +127,31 @@ def test_running_streams_are_finished_or_with_a_second_signal_handed_over(
         world.run(scenario(), limit_s=60)
 
 
+def test_a_stream_that_is_passed_on_is_finished_as_well(tmp_path: Path) -> None:
+    with real_mesh(
+        tmp_path,
+        num_workers=1,
+        engine_options="--step-base-ms 10",
+        frontend_flags=[*FLAGS, "--shutdown-grace-s", "20"],
+    ) as world:
+
+        async def scenario() -> None:
+            async with client_of_each(world) as clients:
+                options: dict[str, Any] = {**LONG, "max_tokens": 300}
+                expected = await clients["f1.1"].generate(**options).text()
+                first = clients["f1.1"].generate(request_id="passed on", **options)
+                assert await begun(first) == "f1.1"
+                stream = clients["f1.2"].generate(request_id="passed on", **options)
+                piece = await anext(stream)
+                assert stream.started is not None
+                assert stream.started.frontend_id == "f1.1"
+                os.kill(world.mesh.frontend_pid, signal.SIGTERM)
+                assert piece.text + await stream.text() == expected
+                assert await world.mesh.until_one_ends() == ("f1", 0)
+
+        world.run(scenario(), limit_s=60)
+
+
 def test_connections_over_tls_are_handed_over_and_those_that_fail_are_not_counted(
     certificates: Path, tmp_path: Path
 ) -> None:
