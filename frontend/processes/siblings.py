@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -110,6 +111,7 @@ def families_of(registry: CollectorRegistry) -> list[Family]:
 
 def add_siblings(server: grpc.aio.Server, requests: Requests, registry: CollectorRegistry) -> None:
     """Serve what only siblings and the parent may ask."""
+    counting = ThreadPoolExecutor(1, thread_name_prefix="metrics")
 
     async def cancel(message: bytes, _: _Context) -> bytes:
         order = json.loads(message)
@@ -122,8 +124,10 @@ def add_siblings(server: grpc.aio.Server, requests: Requests, registry: Collecto
         return json.dumps(sorted(doomed)).encode()
 
     async def metrics(_: bytes, __: _Context) -> bytes:
-        # In a thread, as where a scraper asks: it takes some milliseconds.
-        families = await asyncio.to_thread(families_of, registry)
+        # In a thread, as where a scraper asks: it takes some milliseconds. In one of its own, since
+        # the parent kills who does not answer, and long prompts may keep all others busy.
+        loop = asyncio.get_running_loop()
+        families = await loop.run_in_executor(counting, families_of, registry)
         return json.dumps(sums.to_json(families)).encode()
 
     made: Any = grpc.unary_unary_rpc_method_handler  # For handlers of `grpc`, says its stub.
