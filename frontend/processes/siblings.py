@@ -51,10 +51,15 @@ class Siblings:
 
     async def others(self) -> Mapping[int, grpc.aio.Channel]:
         """Channels to all others, by process id."""
+        return {pid: self.channel(pid) for pid in sorted(await self.forget_gone())}
+
+    async def forget_gone(self) -> Set[int]:
+        """Close the channels to processes that are gone; returns the ids of the others."""
         pids = {int(path.stem) for path in self._directory.glob("*.sock")} - {os.getpid()}
-        for pid in self._channels.keys() - pids:
-            await self._channels.pop(pid).close()
-        return {pid: self.channel(pid) for pid in sorted(pids)}
+        # Taken all at once: who calls this meanwhile must not meet them.
+        gone = [self._channels.pop(pid) for pid in self._channels.keys() - pids]
+        await asyncio.gather(*(channel.close() for channel in gone))
+        return pids
 
     def channel(self, pid: int) -> grpc.aio.Channel:
         """A channel to one of them."""
@@ -85,6 +90,12 @@ class Siblings:
         message = json.dumps(order).encode()
         answers = await self.ask_all(lambda channel: _call(channel, "Cancel", message))
         return {(tenant, name) for answer in answers for tenant, name in json.loads(answer)}
+
+
+def has_been_cancelled() -> bool:
+    """Whether this task was cancelled, and not merely a call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def ask_metrics(channel: grpc.aio.Channel) -> list[Family]:
@@ -147,6 +158,10 @@ async def _answer(pid: int, asked: Awaitable[T]) -> T | None:
     """None from one that is gone, or goes while it is asked."""
     try:
         return await asked
+    except asyncio.CancelledError:
+        if has_been_cancelled():
+            raise
+        return None  # Somebody else here has seen that it is gone, and closed the channel.
     except grpc.aio.AioRpcError as error:
         failure = status.from_rpc_error(error)
         if failure.reason is Reason.UNREACHABLE:

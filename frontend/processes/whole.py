@@ -17,7 +17,7 @@ from typing_extensions import override
 from frontend.admin import Admin
 from frontend.gateway import Gateway, check_request_id
 from frontend.processes.claims import Elsewhere
-from frontend.processes.siblings import CALL_TIMEOUT_S, Key, Siblings
+from frontend.processes.siblings import CALL_TIMEOUT_S, Key, Siblings, has_been_cancelled
 from frontend.reading import Output, Reading
 from frontend.requests import PAGE_SIZE_DEFAULT, page_token_after
 from unbroken import status
@@ -219,6 +219,13 @@ class PassedOn:
                 ) from None
             if (message := await self._read()) is None:
                 raise UnbrokenError(Reason.WORKER_LOST, "expected `started`, got an end")
+        except asyncio.CancelledError:
+            if has_been_cancelled():
+                raise
+            # Somebody else here has seen that it is gone, and closed the channel.
+            raise UnbrokenError(
+                Reason.UNREACHABLE, "the process that had the request is gone"
+            ) from None
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc_error(error) from error
         self.initial_metadata = tuple(
