@@ -42,7 +42,9 @@ POLL_INTERVAL_S: Final = 1.0
 SILENT_S: Final = 2.5
 """A process that does not answer for so long gets no connections while others do."""
 HUNG_S: Final = 5.0
-"""A process that does not answer for so long is killed."""
+"""A process that does not answer for so long is killed, if"""
+MISSES_MIN: Final = 3
+"""it has missed so many looks in a row: one can have been missed because the parent stood still."""
 START_TIMEOUT_S: Final = 60.0
 STOP_MARGIN_S: Final = 10.0
 """Beyond its grace, how long a process may take to stop."""
@@ -248,24 +250,27 @@ class Parent:
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
-            await self.ask_all()
+            for child, pid in await self.ask_all():
+                child.missed(pid)
+            await self._siblings.forget_gone()
 
-    async def ask_all(self) -> None:
-        """Have every process report what it has counted."""
-        await asyncio.gather(*(self._ask(child) for child in self._children if child.is_ready))
+    async def ask_all(self) -> Sequence[tuple["Child", int]]:
+        """Have every process report what it has counted; returns those that do not answer."""
+        asked = [(child, child.pid) for child in self._children if child.is_ready]
+        answers = await asyncio.gather(*(self._ask(child, pid) for child, pid in asked))
+        return [one for one, has_answered in zip(asked, answers, strict=True) if not has_answered]
 
-    async def _ask(self, child: "Child") -> None:
-        pid = child.pid
+    async def _ask(self, child: "Child", pid: int) -> bool:
         try:
             families = await ask_metrics(self._siblings.channel(pid))
         except grpc.RpcError as error:
             code = cast("grpc.aio.AioRpcError", error).code()
             _log.warning("a process does not answer", pid=pid, code=code.name)
-            child.kill_if_hung()
-            return
+            return False
         if child.pid == pid and child.is_ready:
             child.answered()
             self._sums.report(pid, families)
+        return True
 
     def collect(self) -> Iterable[Metric]:
         """What the metrics page shows, from the newest reports."""
@@ -289,6 +294,8 @@ class Child:
         self._channel: socket.socket | None = None
         self._ready_at: float | None = None
         self._answered_at = 0.0
+        self._num_missed = 0
+        """Looks in a row that it has not answered."""
 
     @property
     def pid(self) -> int:
@@ -328,7 +335,8 @@ class Child:
             await self._process.wait()
             self._ended()
             return
-        self._ready_at = self._answered_at = loop.time()
+        self.answered()
+        self._ready_at = loop.time()
         self.is_ready = True
 
     async def keep(self) -> None:
@@ -397,11 +405,16 @@ class Child:
     def answered(self) -> None:
         """It has given a sign of life."""
         self._answered_at = asyncio.get_running_loop().time()
+        self._num_missed = 0
 
-    def kill_if_hung(self) -> None:
-        """It has not answered; if it has not for long, it never will."""
-        if asyncio.get_running_loop().time() - self._answered_at > HUNG_S:
-            _log.error("a process hangs and is killed", number=self.number, pid=self.pid)
+    def missed(self, pid: int) -> None:
+        """The process of that id has not answered; if it has not for long, it never will."""
+        if pid != self.pid or not self.is_ready:
+            return  # It has ended, and another may have begun.
+        self._num_missed += 1
+        silent_s = asyncio.get_running_loop().time() - self._answered_at
+        if self._num_missed >= MISSES_MIN and silent_s > HUNG_S:
+            _log.error("a process hangs and is killed", number=self.number, pid=pid)
             self.signal(signal.SIGKILL)
 
     def _read(self, channel: socket.socket) -> None:
