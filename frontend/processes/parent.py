@@ -46,6 +46,9 @@ HUNG_S: Final = 5.0
 MISSES_MIN: Final = 3
 """it has missed so many looks in a row: one can have been missed because the parent stood still."""
 START_TIMEOUT_S: Final = 60.0
+"""A process that does not serve by then is killed."""
+START_PAUSE_S: Final = 1.0
+"""Between two tries to start a process where none can be started."""
 STOP_MARGIN_S: Final = 10.0
 """Beyond its grace, how long a process may take to stop."""
 ACCEPT_PAUSE_S: Final = 0.1
@@ -117,8 +120,7 @@ class Parent:
             registry.register(_Whole(self))
             self._metrics_server = metrics.serve(registry, *split_address(config.metrics_listen))
         self._children = [Child(self, number + 1) for number in range(config.processes)]
-        async with asyncio.timeout(START_TIMEOUT_S):
-            await asyncio.gather(*(child.start() for child in self._children))
+        await asyncio.gather(*(child.start() for child in self._children))
         for child in self._children:
             if not child.is_ready and not self._is_stopping.is_set():
                 raise OSError(f"process {child.number} ended with status {child.status}")
@@ -312,32 +314,48 @@ class Child:
         return asyncio.get_running_loop().time() - self._answered_at > SILENT_S
 
     async def start(self) -> None:
-        """Start it; returns when it serves or has ended."""
+        """Start it; returns when it serves or has ended. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
             place = self._parent.place(self.number, theirs.fileno())
-            self._process = await asyncio.create_subprocess_exec(
-                *self._parent.command(place),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C in the terminal is for the parent alone.
-            )
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._parent.command(place),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C in the terminal is for the parent alone.
+                )
+            except BaseException:
+                ours.close()
+                raise
         self._channel = ours
         self.num_connections = 0
         if self._parent.is_stopping:
             self.signal(signal.SIGTERM)
         loop = asyncio.get_running_loop()
         loop.add_reader(ours.fileno(), self._read, ours)
-        assert self._process.stdout is not None, "it is a pipe"
-        if await self._process.stdout.readline() != READY:
-            await self._process.wait()
+        if not await self._becomes_ready(self._process):
             self._ended()
             return
         self.answered()
         self._ready_at = loop.time()
         self.is_ready = True
+
+    async def _becomes_ready(self, process: asyncio.subprocess.Process) -> bool:
+        """Wait until it serves; False if it has ended."""
+        assert process.stdout is not None, "it is a pipe"
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                if await process.stdout.readline() == READY:
+                    return True
+                await process.wait()
+        except TimeoutError:
+            _log.error("a process does not start and is killed", number=self.number)
+            self.signal(signal.SIGKILL)
+            await process.wait()
+        return False
 
     async def keep(self) -> None:
         """Start it again whenever it ends, until it is given up or all stop."""
@@ -362,7 +380,18 @@ class Child:
                 return
             is_again = True
             self._ready_at = None
-            await self.start()
+            await self._start_again()
+
+    async def _start_again(self) -> None:
+        """Start it, if not now then later: that there is no memory for it may pass."""
+        while not self._parent.is_stopping:
+            try:
+                await self.start()
+            except OSError as error:
+                _log.error("a process cannot be started", number=self.number, detail=str(error))
+                await asyncio.sleep(START_PAUSE_S)
+            else:
+                return
 
     async def until_stopped(self) -> None:
         """Wait until it has stopped, as it was asked to. Who takes too long is killed."""
