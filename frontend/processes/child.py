@@ -124,6 +124,8 @@ class Inbound:
     def __init__(self, descriptor: int) -> None:
         self._channel = socket.socket(fileno=descriptor)
         self._channel.setblocking(False)
+        self._num_untold = 0
+        """Closed connections of which the parent does not know yet."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._take: Callable[[socket.socket], Awaitable[asyncio.Future[None]]] | None = None
 
@@ -136,6 +138,7 @@ class Inbound:
         """Take no more. Idempotent."""
         if self._channel.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            asyncio.get_running_loop().remove_writer(self._channel.fileno())
             self._channel.close()
         for task in self._tasks:
             task.cancel()
@@ -150,6 +153,9 @@ class Inbound:
             if not data:  # The parent is gone, and so is this process in a moment.
                 asyncio.get_running_loop().remove_reader(self._channel.fileno())
                 return
+            if not descriptors:  # The kernel has closed it.
+                _log.warning("a connection was lost: too many open files")
+                self._tell_closed()
             for descriptor in descriptors:
                 task = asyncio.create_task(self._serve(socket.socket(fileno=descriptor)))
                 self._tasks.add(task)
@@ -168,11 +174,22 @@ class Inbound:
             closed.add_done_callback(lambda _: self._tell_closed())
 
     def _tell_closed(self) -> None:
+        self._num_untold += 1
+        if self._channel.fileno() >= 0:
+            self._tell()
+
+    def _tell(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            if self._channel.fileno() >= 0:
+            while self._num_untold:
                 self._channel.send(CLOSED)
-        except OSError as error:  # The parent counts one too many until this process ends.
-            _log.debug("parent not told of a closed connection", detail=str(error))
+                self._num_untold -= 1
+        except BlockingIOError:  # Many at once: the rest as the parent takes them.
+            loop.add_writer(self._channel.fileno(), self._tell)
+            return
+        except OSError as error:  # The parent is gone, and so is this process in a moment.
+            _log.debug("parent not told of closed connections", detail=str(error))
+        loop.remove_writer(self._channel.fileno())
 
 
 def main() -> None:
