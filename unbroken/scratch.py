@@ -25,6 +25,10 @@ class Scratch:
         """Raises OSError."""
         _remove_abandoned(prefix)
         self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        # systemd-tmpfiles leaves alone what is in a directory with such a lock. Else it removes
+        # files that nobody has written to for 10 days, and ours are never written to.
+        self._open = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._open, fcntl.LOCK_SH)
         # Locked before it has its name: who finds a lock that nobody holds removes everything.
         begun = self.path / f".{OWNER}"
         self._lock = os.open(begun, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -36,6 +40,7 @@ class Scratch:
         if self._lock >= 0:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
+            os.close(self._open)
             self._lock = -1
 
 

@@ -1,5 +1,6 @@
 """Directories that are removed even if their owner is killed."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -49,6 +50,17 @@ def test_what_a_killed_owner_left_is_removed_by_the_next_and_what_lives_is_not(
     second.close()
     second.close()
     assert list(directory.iterdir()) == []
+
+
+def test_cleaners_of_old_files_leave_it_alone() -> None:
+    """As tmpfiles.d(5) has it: they skip a directory that is locked."""
+    scratch = Scratch("unbroken-test-")
+    cleaner = os.open(scratch.path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    scratch.close()
+    fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(cleaner)
 
 
 def test_one_that_has_just_been_made_is_left_alone_though_it_has_no_lock_yet(
