@@ -174,7 +174,7 @@ class GenerationStream:
         if not was_over and self.started is not None and self._request.HasField("reader_grace"):
             # A reader that merely leaves is waited for; only this ends the generation.
             with suppress(UnbrokenError):
-                await self._client.cancel(self.request_id)
+                await self._client.cancel(self.request_id, tenant=self._request.tenant)
 
     def interrupt(self) -> None:
         """End a pause: the client was closed."""

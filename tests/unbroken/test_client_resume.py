@@ -364,10 +364,10 @@ def test_a_reader_that_would_be_waited_for_says_when_it_cancels() -> None:
         async with a_client(frontend) as client:
             async with client.generate(prompt="x") as stream:
                 await anext(stream)
-            async with client.generate(prompt="x", reader_grace_s=5.0) as stream:
+            async with client.generate(prompt="x", reader_grace_s=5.0, tenant="t") as stream:
                 await anext(stream)
             (cancel,) = frontend.cancels
-            assert cancel.request_id == stream.request_id
+            assert (cancel.tenant, cancel.request_id) == ("t", stream.request_id)
 
     run(scenario())
 
