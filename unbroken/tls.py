@@ -66,9 +66,10 @@ class ClientTls:
 
     def credentials(self) -> grpc.ChannelCredentials:
         """For gRPC. Raises ValueError as `context`."""
-        self.context()  # gRPC notices wrong files at the first call, and does not say which.
+        # gRPC notices wrong files at the first call, and does not say which.
+        context = self.context()
         return grpc.ssl_channel_credentials(
-            root_certificates=_content(self.ca),
+            root_certificates=_content(self.ca) or _of_this_machine(context),
             private_key=_content(self.key),
             certificate_chain=_content(self.certificate),
         )
@@ -102,6 +103,12 @@ class ClientTls:
         if self.certificate is None:
             return "the server closes at once; it seems to want a certificate of its clients"
         return "the server closes at once; it seems not to take the certificate that it is shown"
+
+
+def _of_this_machine(context: ssl.SSLContext) -> bytes | None:
+    """Certificates of the authorities that it trusts; gRPC alone trusts a list that it brings."""
+    found = context.get_ca_certs(binary_form=True)
+    return "".join(map(ssl.DER_cert_to_PEM_cert, found)).encode() or None
 
 
 def _content(path: Path | None) -> bytes | None:

@@ -84,6 +84,22 @@ def test_the_name_that_the_certificate_has_can_be_told(certificates: Path) -> No
     run(scenario())
 
 
+@pytest.mark.usefixtures("each_edge")
+def test_unless_told_a_client_trusts_whom_its_machine_trusts(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))  # Of OpenSSL.
+
+    async def scenario() -> None:
+        async with (
+            world(FakeSidecar("w1"), **tls_settings(certificates)) as it,
+            Client(it.frontend.address, tls=ClientTls()) as client,
+        ):
+            assert [model.model for model in await client.list_models()] == [MODEL]
+
+    run(scenario())
+
+
 REFUSALS = {
     "an authority that is not trusted": ("server", "stranger", None, "local issuer certificate"),
     "another name": ("elsewhere", "ca", None, "mismatch"),
