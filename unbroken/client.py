@@ -549,8 +549,8 @@ class Client:
         results = await asyncio.gather(*asked, return_exceptions=True)
         answers = [result for result in results if not isinstance(result, BaseException)]
         if not answers:
-            errors = [result for result in results if isinstance(result, UnbrokenError)]
-            raise min(errors, key=lambda error: error.reason is Reason.UNREACHABLE)
+            errors = [result for result in results if isinstance(result, BaseException)]
+            raise min(errors, key=_is_unreachable)
         return answers
 
     async def _answer(self, index: int, call: Awaitable[_T]) -> _T:
@@ -560,6 +560,15 @@ class Client:
         except grpc.RpcError as error:
             failure = status.from_rpc_error(error)
             raise await self.frontends.explained(failure, index) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self.is_closed or (task is not None and task.cancelling()):
+                raise
+            raise UnbrokenError(Reason.CANCELLED, "the client was closed") from None
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    return isinstance(error, UnbrokenError) and error.reason is Reason.UNREACHABLE
 
 
 def _explained(error: UnbrokenError, detail: str) -> UnbrokenError:

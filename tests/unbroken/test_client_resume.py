@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 import uvloop
+from typing_extensions import override
 
 from tests.unbroken.fake_frontend import (
     FakeFrontend,
@@ -416,6 +417,34 @@ def test_requests_are_found_at_whichever_frontend_has_them() -> None:
             assert raised.value.reason is Reason.STREAM_NOT_FOUND
             assert await client.cancel("r0")
             assert first.cancels == second.cancels
+
+    run(scenario())
+
+
+class Mute(FakeFrontend):
+    """A frontend that answers no call about a request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked = asyncio.Event()
+
+    @override
+    async def GetStream(self, request: pb.GetStreamRequest, context: Any) -> pb.GetStreamResponse:
+        self.is_asked.set()
+        await asyncio.Event().wait()
+        return pb.GetStreamResponse()
+
+
+def test_calls_under_way_when_their_client_is_closed_say_so() -> None:
+    async def scenario() -> None:
+        mute = Mute()
+        async with a_client(mute) as client:
+            asking = asyncio.create_task(client.get_stream("r0"))
+            await mute.is_asked.wait()
+            await client.close()
+            with pytest.raises(UnbrokenError) as raised:
+                await asking
+            assert raised.value.reason is Reason.CANCELLED
 
     run(scenario())
 
