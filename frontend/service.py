@@ -342,16 +342,23 @@ async def serve(
     place: Place | None = None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a frontend until SIGTERM or SIGINT; a second signal cuts the streams short."""
+    """Run a frontend until SIGTERM or SIGINT; a second signal cuts the streams short.
+
+    One of several processes may get SIGTERM from its parent and from systemd, which sends it to
+    all: there only SIGINT means a second signal.
+    """
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
     again = asyncio.Event()
 
-    def receive() -> None:
-        (again if signalled.is_set() else signalled).set()
+    def receive(number: signal.Signals) -> None:
+        is_second = signalled.is_set() if place is None else number is signal.SIGINT
+        signalled.set()
+        if is_second:
+            again.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, receive)
+        loop.add_signal_handler(number, receive, number)
     frontend = Frontend(config, place=place)
     await frontend.start()
     on_ready()

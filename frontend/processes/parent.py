@@ -175,11 +175,12 @@ class Parent:
     def asked_to_stop(self) -> None:
         """A signal came: pass it on. The second one means at once."""
         _log.info("frontend is asked to stop", grace_s=self._config.shutdown_grace_s)
-        if not self._is_stopping.is_set():
+        is_second = self._is_stopping.is_set()
+        if not is_second:
             self._is_stopping.set()
             self._asked = [child for child in self._children if child.is_ready]
         for child in self._children:
-            child.signal(signal.SIGTERM)
+            child.signal(signal.SIGINT if is_second else signal.SIGTERM)
 
     # What children need.
 

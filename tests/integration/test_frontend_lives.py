@@ -87,10 +87,12 @@ def test_its_port_is_refused_to_any_other_frontend_and_sigterm_ends_it_in_order(
         asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("num_signals", [1, 2])
+@pytest.mark.parametrize("to", ["parent", "all", "parent twice"])
 def test_running_streams_are_finished_or_with_a_second_signal_handed_over(
-    tmp_path: Path, num_signals: int
+    tmp_path: Path, to: str
 ) -> None:
+    is_twice = to == "parent twice"
+
     with real_mesh(
         tmp_path,
         num_workers=1,
@@ -102,15 +104,17 @@ def test_running_streams_are_finished_or_with_a_second_signal_handed_over(
             async with client_of_each(world) as clients:
                 options: dict[str, Any] = {
                     **LONG,
-                    "max_tokens": 200 if num_signals == 1 else 2000,
+                    "max_tokens": 2000 if is_twice else 200,
                 }
                 streams = [client.generate(**options) for client in clients.values()]
                 for stream in streams:
                     await begun(stream)
                 parent = world.mesh.frontend_pid
-                os.kill(parent, signal.SIGTERM)
+                pids = [record.pid for record in world.mesh.frontends.values()]
+                for pid in pids if to == "all" else [parent]:  # To all, as systemd does.
+                    os.kill(pid, signal.SIGTERM)
                 await until(lambda: "f1" not in world.mesh.frontends)  # It has taken the first.
-                if num_signals == 2:
+                if is_twice:
                     os.kill(parent, signal.SIGTERM)
                 ends = await asyncio.gather(
                     *(stream.text() for stream in streams), return_exceptions=True
@@ -118,11 +122,11 @@ def test_running_streams_are_finished_or_with_a_second_signal_handed_over(
                 name, status = await world.mesh.until_one_ends()
                 assert (name, status) == ("f1", 0)
                 for end in ends:
-                    if num_signals == 1:
-                        assert isinstance(end, str)
-                    else:
+                    if is_twice:
                         assert isinstance(end, UnbrokenError)
                         assert end.reason is Reason.DRAINING
+                    else:
+                        assert isinstance(end, str), end
 
         world.run(scenario(), limit_s=60)
 
