@@ -1,10 +1,11 @@
-"""`python -m sidecar`: exits with 0 after SIGTERM, with 1 if it or its engine cannot go on."""
+"""`python -m sidecar`: exits with a status of `drain.ExitStatus`, as docs/OPERATIONS.md says."""
 
 import sys
 
 import uvloop
 
 from sidecar.config import SidecarConfig
+from sidecar.drain import ExitStatus
 from sidecar.service import serve
 from unbroken import log
 from unbroken.config import load
@@ -21,7 +22,7 @@ def main() -> int:
         return uvloop.run(serve(config))
     except (OSError, UnbrokenError) as error:
         logger.error("sidecar cannot start", detail=str(error))
-        return 1
+        return ExitStatus.FAILED
 
 
 if __name__ == "__main__":

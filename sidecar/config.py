@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from sidecar.drain import Policy
 from unbroken.config import Address, ProcessConfig
 
 
@@ -50,6 +51,10 @@ class SidecarConfig(ProcessConfig):
     """How long an attempt goes on without its frontend, unless its request says."""
     retention_s: float = Field(300.0, ge=0, le=86400)
     """How long the tokens of an attempt that ended are kept."""
+    drain_policy: Policy = Policy.HAND_OVER
+    """What becomes of running streams after SIGTERM: they end here, move at once, or at budget."""
+    drain_budget_s: float = Field(30.0, ge=0, le=86400)
+    """With drain policy budget: how long streams run on before they move to other workers."""
 
     @model_validator(mode="after")
     def _silence_is_noticed(self) -> "SidecarConfig":

@@ -62,6 +62,12 @@ class Hub(EngineListener):
         self.load: worker_pb2.LoadReport | None = None
         """Of that life, the latest."""
         self.is_draining = False
+        self.hand_over_at: float | None = None
+        """While it drains: when what still runs is handed over; None: it may finish."""
+        self.num_drained = 0
+        """Attempts that came to their own end while the worker drained."""
+        self.num_handed_over = 0
+        """Attempts that the drain ended."""
         self.num_tokens = 0
         """Tokens relayed since the start."""
         self.num_engine_failures = 0
@@ -69,6 +75,8 @@ class Hub(EngineListener):
         self.watchdog = Watchdog(watchdog_policy)
         self.on_change: list[Callable[[], None]] = []
         """Called when the engine comes or goes."""
+        self.on_over: list[Callable[[], None]] = []
+        """Called while it drains, when an attempt may have been the last one left."""
         self._engine = engine
         self._orphan_grace_s = orphan_grace_s
         self._clock = clock
@@ -83,11 +91,18 @@ class Hub(EngineListener):
         self._verdict = pb.EngineVerdict(state=worker_pb2.ENGINE_STATE_STARTING)
         self._cached_blocks: dict[int, set[int]] = {}  # By rank.
         self._ticked_at = clock()
+        self._has_handed_over = False
 
     @property
     def takes_work(self) -> bool:
         """Whether attempts are begun here now."""
         return self.up is not None and not self.is_draining and not self.watchdog.is_stalled
+
+    @property
+    def num_left(self) -> int:
+        """Attempts that somebody waits for: they run, or their reader has yet to be told more."""
+        running = {attempt.slot for attempt in self.ledger if attempt.given_up is None}
+        return len(running | self._replaying.keys())
 
     @property
     def verdict(self) -> pb.EngineVerdict:
@@ -127,6 +142,7 @@ class Hub(EngineListener):
             for begin in range(0, max(1, len(hashes)), _KV_HASHES_MAX):
                 stored = hashes[begin : begin + _KV_HASHES_MAX]
                 link.kv_events(worker_pb2.KvEvents(reset=begin == 0, rank=rank, stored=stored))
+        self._mark_drain(self._verdict)
         return self._verdict
 
     def leave(self, link: Link) -> None:
@@ -138,6 +154,7 @@ class Hub(EngineListener):
             self._replaying.pop(attempt.slot, None)
         self.ledger.orphan(link.by_slot.values(), self._clock())
         link.by_slot.clear()
+        self._over()
 
     def start(self, link: Link, message: attempt_pb2.StartAttempt) -> None:
         """Begin an attempt, or refuse it."""
@@ -211,7 +228,7 @@ class Hub(EngineListener):
         """Give an attempt to another reader and tell it again what that one lacks."""
         if not self._take_slot(link, message.slot):
             return
-        if self.is_draining:
+        if self._has_handed_over:  # Before that, whoever adopts waits for what runs here anyway.
             _refuse(link, message.slot, FailureKind.DRAIN, "the worker drains")
             return
         before = self.ledger.peek(message.stream)
@@ -459,13 +476,24 @@ class Hub(EngineListener):
         """On the hub's clock."""
         return self._clock()
 
-    def drain(self) -> None:
-        """Take nothing new and hand every stream over, at exact offsets."""
+    def drain(self, budget_s: float | None = 0.0) -> None:
+        """Take nothing new, and tell the frontends when what runs will be handed over.
+
+        None: it may finish. 0: every stream is handed over now, at its exact offset.
+        """
+        if self._has_handed_over:
+            return
         self.is_draining = True
+        self.hand_over_at = None if budget_s is None else self._clock() + budget_s
+        self._has_handed_over = budget_s == 0
         verdict = pb.EngineVerdict()
         verdict.CopyFrom(self._verdict)
         self._say(verdict)
-        for attempt in [*self.ledger, *self._replaying.values()]:
+        if not self._has_handed_over:
+            return
+        left = {attempt.slot: attempt for attempt in self.ledger} | self._replaying
+        for attempt in left.values():
+            self.num_handed_over += attempt.given_up is None
             self._give_up(attempt, FailureKind.DRAIN, "the worker drains")
 
     def accounted_blocks(self) -> int:
@@ -578,6 +606,7 @@ class Hub(EngineListener):
             detail = "the engine keeps to the deadline of an earlier reader"
             ended = _failed(attempt.slot, attempt.end_offset, FailureKind.DRAIN, detail)
         self.ledger.end(attempt, ended, now)
+        self.num_drained += self.is_draining and not ended.failure
         if attempt.replay is None or is_cancelled or ended.failure:
             self._tell_end(attempt, ended)
 
@@ -587,6 +616,12 @@ class Hub(EngineListener):
             attempt.link.end(attempt.link_slot, ended, attempt.sent)
         attempt.detach()
         self._replaying.pop(attempt.slot, None)
+        self._over()
+
+    def _over(self) -> None:
+        if self.is_draining:
+            for callback in self.on_over:
+                callback()
 
     def _replay(self, attempt: Attempt) -> None:
         """Send who adopted it what there is and what its window has room for."""
@@ -614,14 +649,20 @@ class Hub(EngineListener):
             del self._replaying[attempt.slot]
 
     def _say(self, verdict: pb.EngineVerdict) -> None:
-        if self.is_draining:
-            verdict.is_draining = True
-            verdict.drain_budget.SetInParent()  # None: streams are handed over at once.
+        self._mark_drain(verdict)
         self._verdict = verdict
         for link in self._links:
             link.tell(pb.RelayResponse(verdict=verdict))
         for callback in self.on_change:
             callback()
+
+    def _mark_drain(self, verdict: pb.EngineVerdict) -> None:
+        verdict.is_draining = self.is_draining
+        verdict.ClearField("drain_budget")
+        if self.hand_over_at is not None:
+            verdict.drain_budget.SetInParent()  # Present even if nothing is left of it.
+            left_s = max(0.0, self.hand_over_at - self._clock())
+            verdict.drain_budget.FromNanoseconds(round(left_s * 1e9))
 
 
 def _enter_by_link(

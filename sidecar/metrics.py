@@ -27,6 +27,7 @@ class HubCollector(Collector):
         yield _gauge("links", "Open Relay calls of frontends.", lambda: len(hub.links))
         yield _gauge("attempts_running", "Attempts on the engine.", lambda: len(hub.ledger.running))
         yield _gauge("engine_up", "1 while the engine takes work.", lambda: hub.takes_work)
+        yield _gauge("draining", "1 while the worker takes no new work.", lambda: hub.is_draining)
         yield _gauge(
             "kv_blocks_accounted",
             "KV blocks of running attempts by the sidecar's own account, prefixes not shared.",
@@ -34,6 +35,16 @@ class HubCollector(Collector):
         )
         yield CounterMetricFamily(
             f"{_PREFIX}_tokens", "Tokens relayed from the engine.", value=hub.num_tokens
+        )
+        yield CounterMetricFamily(
+            f"{_PREFIX}_attempts_drained",
+            "Attempts that came to their own end while the worker drained.",
+            value=hub.num_drained,
+        )
+        yield CounterMetricFamily(
+            f"{_PREFIX}_attempts_handed_over",
+            "Attempts that a drain ended, for other workers to go on.",
+            value=hub.num_handed_over,
         )
         yield CounterMetricFamily(
             f"{_PREFIX}_engine_failures",

@@ -1,16 +1,22 @@
 """A sidecar as a process: what it is made of, how it starts, how it stops."""
 
 import asyncio
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any, assert_never
 
+import grpc.aio
+
+from sidecar import drain
 from sidecar.config import SidecarConfig
+from sidecar.drain import Drain, Plan
 from sidecar.engines.base import Engine
 from sidecar.engines.native import Launch, NativeEngine
 from sidecar.hub import Hub
@@ -22,7 +28,7 @@ from unbroken import discovery, log, metrics
 from unbroken.config import split_address
 from unbroken.discovery import WORKERS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.health import add_health
+from unbroken.health import HealthServicer, add_health
 from unbroken.transport import listen, make_server
 from unbroken.v1 import relay_service_pb2_grpc, worker_pb2
 
@@ -60,15 +66,23 @@ class Sidecar:
             ),
             clock=clock,
         )
+        self.drain = Drain(Plan(config.drain_policy, config.drain_budget_s))
+        self.stop_wanted = asyncio.Event()
+        """It is time for `stop`."""
+        self.hurry_wanted = asyncio.Event()
+        """And that waits for nobody."""
         self.address = ""
         """host:port of RelayService, once started."""
         self._model = ""
         """Of the engine's latest life."""
+        self._server: grpc.aio.Server | None = None
+        self._health: HealthServicer | None = None
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: Registration[worker_pb2.WorkerRecord] | None = None
         self._engine_task: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
+        self._over = asyncio.Event()
 
     async def start(self) -> None:
         """Serve and join the mesh; the engine starts meanwhile. Raises OSError."""
@@ -79,7 +93,7 @@ class Sidecar:
         self._identity = worker_pb2.WorkerIdentity(
             worker_id=config.worker_id, incarnation=incarnation
         )
-        self._server = make_server()
+        server = self._server = make_server()
         relay = Relay(
             self.hub,
             self._identity,
@@ -87,22 +101,24 @@ class Sidecar:
             write_max_s=config.link_write_max_s,
             clock=self._clock,
         )
-        relay_service_pb2_grpc.add_RelayServiceServicer_to_server(relay, self._server)
-        self._health = add_health(self._server, [RELAY_SERVICE])
-        self._health.set("liveness", is_serving=True)
-        self._health.set("readiness", is_serving=False)
-        self.address = listen(self._server, config.listen)
+        relay_service_pb2_grpc.add_RelayServiceServicer_to_server(relay, server)
+        health = self._health = add_health(server, [RELAY_SERVICE])
+        health.set("liveness", is_serving=True)
+        health.set("readiness", is_serving=False)
+        self.address = listen(server, config.listen)
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
             self._metrics_server = metrics.serve(registry, host, port)
-        await self._server.start()
+        await server.start()
         self.hub.on_change.append(self._changed.set)
+        self.hub.on_over.append(self._over.set)
         self._registration = await self._discovery.register(WORKERS, self._record())
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
         self._tasks = [
             asyncio.create_task(self._tick(), name="heartbeats"),
             asyncio.create_task(self._watch(), name="watchdog"),
             asyncio.create_task(self._follow_engine(), name="follow engine"),
+            asyncio.create_task(self._follow_drain(), name="follow drain"),
         ]
         _log.info("sidecar serves", address=self.address, incarnation=incarnation)
 
@@ -117,22 +133,71 @@ class Sidecar:
         for task in done:
             task.result()
 
+    def tell_drain(self, event: drain.Event) -> None:
+        """Something happened that may begin a drain, or make it more urgent."""
+        now = self._clock()
+        self._obey(self.drain.handle(event, now))
+        self._obey(self.drain.handle(self._seen(), now))
+        self._over.set()  # There may be another deadline now.
+
     async def stop(self) -> None:
-        """Hand every stream over, end the engine, leave the mesh."""
+        """Hand over what still runs, have it read, end the engine, leave the mesh."""
         self.hub.drain()
         self._set_health()
-        await self._flush()
-        await self._engine.stop()
-        tasks = [task for task in (self._engine_task, *self._tasks) if task is not None]
-        for task in self._tasks:
+        hurry = asyncio.create_task(self.hurry_wanted.wait(), name="hurry")
+        flush = asyncio.create_task(self._flush(), name="flush")
+        await asyncio.wait((flush, hurry), return_when=asyncio.FIRST_COMPLETED)
+        stop_engine = asyncio.create_task(self._engine.stop(), name="stop engine")
+        await asyncio.wait((stop_engine, hurry), return_when=asyncio.FIRST_COMPLETED)
+        if not stop_engine.done():
+            self._engine.kill()
+        await stop_engine
+        tasks: list[asyncio.Task[Any]] = [hurry, flush, *self._tasks]
+        for task in tasks:
             task.cancel()
+        if self._engine_task is not None:
+            tasks.append(self._engine_task)
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._registration is not None:
             await self._registration.close()
-        await self._server.stop(None)
+        if self._server is not None:
+            await self._server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         _log.info("sidecar stopped")
+
+    def _obey(self, commands: Sequence[drain.Command]) -> None:
+        for command in commands:
+            match command:
+                case drain.Announce(budget_s=budget_s):
+                    _log.info("worker drains", budget_s=budget_s, num_attempts=self.hub.num_left)
+                    self.hub.drain(budget_s)
+                    self._set_health()
+                case drain.HandOver():
+                    _log.info("streams are handed over", num_attempts=self.hub.num_left)
+                    self.hub.drain()
+                    self._set_health()
+                case drain.Stop():
+                    self.stop_wanted.set()
+                case drain.Hurry():
+                    self.hurry_wanted.set()
+                case _:
+                    assert_never(command)
+
+    def _seen(self) -> drain.Seen:
+        return drain.Seen(self.hub.num_left, is_engine_up=self.hub.up is not None)
+
+    async def _follow_drain(self) -> None:
+        """See attempts come to their end, and the budget too."""
+        while True:
+            self._over.clear()
+            now = self._clock()
+            self._obey(self.drain.handle_timeout(now))
+            self._obey(self.drain.handle(self._seen(), now))
+            due_at = self.drain.deadline()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if due_at is None else max(0.0, due_at - now)):
+                    await self._over.wait()
 
     async def _tick(self) -> None:
         interval_s, loop = self._config.heartbeat_interval_s, asyncio.get_running_loop()
@@ -167,6 +232,8 @@ class Sidecar:
                 _log.warning("record not updated", detail=str(error))
 
     def _set_health(self) -> None:
+        if self._health is None:
+            return  # It has yet to start.
         up = self.hub.up
         if up is not None:
             self._model = up.description.model
@@ -198,29 +265,37 @@ class Sidecar:
 
 
 async def serve(config: SidecarConfig) -> int:
-    """Run a sidecar until SIGTERM or SIGINT (returns 0) or until its engine is given up (1).
+    """Run a sidecar until it has drained, or cannot go on; returns its exit status.
 
-    Raises OSError if it cannot start, and as `Sidecar.wait`.
+    SIGTERM and SIGINT begin a drain, a second one ends it. Raises OSError if it cannot start, and
+    as `Sidecar.wait`.
     """
-    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     with tempfile.TemporaryDirectory(prefix="unbroken-") as directory:
         sidecar = Sidecar(config, NativeEngine(launch_of(config, Path(directory))))
-        await sidecar.start()
-        stopping = asyncio.create_task(stop.wait())
-        life = asyncio.create_task(sidecar.wait())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, sidecar.tell_drain, drain.Signalled())
         try:
-            await asyncio.wait((stopping, life), return_when=asyncio.FIRST_COMPLETED)
-            if life.done():
-                life.result()
+            await first_of(sidecar.start(), sidecar.hurry_wanted.wait())
+            if not sidecar.hurry_wanted.is_set():
+                await first_of(sidecar.wait(), sidecar.stop_wanted.wait())
+            sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
         finally:
             await sidecar.stop()
-            for task in (stopping, life):
-                task.cancel()
-            await asyncio.gather(stopping, life, return_exceptions=True)
-    return 0 if stop.is_set() else 1
+    return sidecar.drain.exit_status
+
+
+async def first_of(*waiting: Coroutine[Any, Any, object]) -> None:
+    """Run them until one is done, and cancel the others. Raises what that one raised."""
+    tasks = [asyncio.create_task(one) for one in waiting]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def launch_of(config: SidecarConfig, directory: Path) -> Launch:

@@ -91,3 +91,7 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """End the engine and everything it started. Idempotent."""
         ...
+
+    def kill(self) -> None:
+        """Let `stop` wait no longer for the engine to end by itself."""
+        ...

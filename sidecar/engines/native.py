@@ -125,6 +125,11 @@ class NativeEngine(Engine):
         if self._has_run:
             await self._finished.wait()
 
+    def kill(self) -> None:
+        """Let `stop` wait no longer for the engine to end by itself."""
+        if self._life is not None and self._life.process is not None:
+            self._life.process.kill()
+
     def _send(self, request: engine_pb2.EngineRequest) -> None:
         if self._life is not None and self._life.is_serving:
             self._life.send(request)

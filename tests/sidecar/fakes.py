@@ -66,6 +66,7 @@ class ScriptedEngine(Engine):
         self.causes: list[tuple[FailureKind, float]] = []
         """Of those failures, and for how long the engine had been of no use."""
         self.listener: EngineListener | None = None
+        self.is_killed = False
         self._stopped = asyncio.Event()
 
     @override
@@ -101,6 +102,10 @@ class ScriptedEngine(Engine):
     @override
     async def stop(self) -> None:
         self._stopped.set()
+
+    @override
+    def kill(self) -> None:
+        self.is_killed = True
 
 
 class Reader:

@@ -722,6 +722,71 @@ def test_a_drain_hands_every_stream_over_exactly_and_takes_nothing_new() -> None
     desk.check()
 
 
+def test_a_drain_with_time_lets_what_runs_go_on_and_be_adopted() -> None:
+    desk = Desk()
+    frontend, other = desk.frontend("f"), desk.frontend("other")
+    slot = frontend.start("r")
+    desk.hub.drain(None)
+    late = frontend.start("late")
+    adopted = other.adopt("r", epoch=5)
+    desk.step({1: 7})
+    frontend.read()
+    other.read()
+    assert frontend.verdicts[-1].is_draining
+    assert not frontend.verdicts[-1].HasField("drain_budget"), "it may finish"
+    assert frontend.refused[late].kind == worker_pb2.FAILURE_KIND_DRAIN
+    assert frontend.ended[slot].failure == worker_pb2.FAILURE_KIND_FENCED
+    assert other.tokens == {adopted: [7]}
+    assert desk.hub.num_left == 1
+    desk.end(finished(1, 1))
+    assert (desk.hub.num_left, desk.hub.num_drained, desk.hub.num_handed_over) == (0, 1, 0)
+    desk.check()
+
+
+def test_frontends_are_told_how_much_of_the_budget_is_left() -> None:
+    desk = Desk()
+    early = desk.frontend("early")
+    slot = early.start()
+    desk.hub.drain(5.0)
+    desk.now += 2
+    late = desk.frontend("late")
+    early.read()
+    assert early.verdicts[-1].drain_budget.ToMilliseconds() == 5000
+    assert late.welcome.is_draining
+    assert late.welcome.drain_budget.ToMilliseconds() == 3000
+    assert desk.hub.num_left == 1
+    desk.hub.drain()
+    early.read()
+    assert early.verdicts[-1].drain_budget.ToMilliseconds() == 0
+    assert early.ended[slot].failure == worker_pb2.FAILURE_KIND_DRAIN
+    assert (desk.hub.num_left, desk.hub.num_drained, desk.hub.num_handed_over) == (0, 0, 1)
+    desk.hub.drain(None)
+    early.read()
+    assert early.verdicts[-1].HasField("drain_budget"), "what was handed over stays so"
+    desk.check()
+
+
+def test_whoever_drains_hears_of_each_attempt_that_is_over() -> None:
+    desk = Desk()
+    frontend, other = desk.frontend("f"), desk.frontend("other")
+    left: list[int] = []
+    desk.hub.on_over.append(lambda: left.append(desk.hub.num_left))
+    for index in range(3):
+        frontend.start(f"r{index}")
+    desk.end(finished(1, 0))
+    assert left == [], "nobody drains"
+    desk.hub.drain(None)
+    other.adopt("r1", epoch=5, window_tokens=1)
+    desk.step({2: [7, 8], 3: 7})
+    desk.end(finished(2, 2))
+    assert desk.hub.num_left == 2, "its reader lacks tokens"
+    desk.hub.leave(other.link)
+    assert left[-1] == 1
+    desk.down()
+    assert left[-1] == 0
+    desk.check()
+
+
 def test_a_heartbeat_is_sent_every_tick_whatever_else_is() -> None:
     desk = Desk()
     frontend = desk.frontend()

@@ -188,7 +188,9 @@ def test_metrics_have_the_names_that_are_documented(tmp_path: Path) -> None:
                 for name in ("links", "attempts_running", "engine_up"):
                     assert float(samples[f"unbroken_sidecar_{name}"]) == 1, name
                 assert float(samples["unbroken_sidecar_tokens_total"]) > 20
-                assert float(samples["unbroken_sidecar_engine_failures_total"]) == 0
+                for name in ("engine_failures", "attempts_drained", "attempts_handed_over"):
+                    assert float(samples[f"unbroken_sidecar_{name}_total"]) == 0, name
+                assert float(samples["unbroken_sidecar_draining"]) == 0
                 assert float(samples["unbroken_sidecar_kv_blocks_accounted"]) >= 2
                 ranks = {name.split("{")[0] for name in samples if '{rank="0"}' in name}
                 assert ranks == {

@@ -41,14 +41,16 @@ class Client(Reader):
         self._hearing = asyncio.create_task(self._hear_all())
         return response.welcome
 
-    async def start(self, number: int) -> list[int]:
-        """Begin so many streams that do not end; returns their slots."""
+    async def start(self, number: int, *, max_tokens: int | None = None) -> list[int]:
+        """Begin so many streams, which do not end unless told when; returns their slots."""
         slots = list(range(self._slot + 1, self._slot + number + 1))
         self._slot += number
         for slot in slots:
             start = start_of(slot, f"r{slot}", prompt=[5, slot])
             start.checkpoint.params.sampling.temperature = 0
             start.checkpoint.params.stopping.ignore_eos = True
+            if max_tokens is not None:
+                start.checkpoint.params.stopping.max_tokens = max_tokens
             await self.call.write(pb.RelayRequest(start=start))
         return slots
 

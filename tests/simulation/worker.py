@@ -255,6 +255,10 @@ class Engine:
         """Not in virtual time."""
         raise NotImplementedError
 
+    def kill(self) -> None:
+        """Not in virtual time."""
+        raise NotImplementedError
+
     def fail(
         self,
         detail: str,

@@ -1,0 +1,201 @@
+"""When a worker that is to stop tells its frontends, hands its streams over, and stops.
+
+    SERVING ──asked, or a signal──▶ FINISHING ──nothing left, or the budget is over──▶ STOPPING
+       │                                                                                  ▲
+       └────── asked to hand over at once, a second signal, an engine that is lost ───────┘
+
+A drain never becomes less urgent: who asks again can only have streams handed over earlier. The
+first signal asks as the configuration says, the second one means: at once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum, StrEnum, auto
+from typing import TypeAlias, assert_never
+
+
+class Policy(StrEnum):
+    """What becomes of streams that run."""
+
+    FINISH = "finish"
+    """They go on to their end, however long that takes."""
+    HAND_OVER = "hand_over"
+    """They go on at other workers, at once."""
+    BUDGET = "budget"
+    """They go on here until the budget is over, then elsewhere."""
+
+
+class Phase(Enum):
+    """Where a worker stands."""
+
+    SERVING = auto()
+    FINISHING = auto()
+    """It takes nothing new, and what runs goes on."""
+    STOPPING = auto()
+    """Nothing runs here any more; the engine is stopped."""
+
+
+class ExitStatus(IntEnum):
+    """How the process ends; 2 is wrong usage."""
+
+    DRAINED = 0
+    """It was asked to stop, and did all that it had promised."""
+    FAILED = 1
+    """It could not start or go on, or its engine was lost, before the drain or in it."""
+    CUT_SHORT = 4
+    """A second signal came before it had stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to drain."""
+
+    policy: Policy
+    budget_s: float
+    """Counts for BUDGET only."""
+
+    def hand_over_at(self, now: float) -> float:
+        """When what still runs is handed over, if the plan begins now."""
+        match self.policy:
+            case Policy.FINISH:
+                return math.inf
+            case Policy.HAND_OVER:
+                return now
+            case Policy.BUDGET:
+                return now + self.budget_s
+            case _:
+                assert_never(self.policy)
+
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An operator asked for a drain."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """SIGTERM or SIGINT came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What runs at present; the shell looks after each command and whenever an attempt is over."""
+
+    num_left: int
+    """Attempts that somebody waits for."""
+    is_engine_up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The sidecar cannot go on: its engine is given up, or another process took its id."""
+
+
+Event: TypeAlias = Asked | Signalled | Seen | Failed
+
+
+# Commands.
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Take nothing new, and tell the frontends so."""
+
+    budget_s: float | None
+    """Until what runs is handed over; None: it may finish."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Take nothing new, and end every attempt at its exact offset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Have everything read, stop the engine, leave the mesh, exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hurry:
+    """Wait for nobody: kill the engine."""
+
+
+Command: TypeAlias = Announce | HandOver | Stop | Hurry
+
+
+class Drain:
+    """One worker on its way out. Times are monotonic seconds."""
+
+    def __init__(self, plan: Plan) -> None:
+        """`plan` is what a signal means."""
+        self.phase = Phase.SERVING
+        self.exit_status = ExitStatus.DRAINED
+        self._plan = plan
+        self._hand_over_at = math.inf
+        self._num_signals = 0
+        self._had_engine = False  # Since the drain began.
+
+    def handle(self, event: Event, now: float) -> Sequence[Command]:
+        """Apply one event, seen at `now`."""
+        match event:
+            case Asked(plan=plan):
+                return self._ask(plan, now)
+            case Signalled():
+                self._num_signals += 1
+                if self._num_signals == 1:
+                    return self._ask(self._plan, now)
+                return self._hurry() if self._num_signals == 2 else []
+            case Seen(num_left=num_left, is_engine_up=is_engine_up):
+                return self._look(num_left, is_engine_up)
+            case Failed():
+                return self._stop(ExitStatus.FAILED)
+            case _:
+                assert_never(event)
+
+    def deadline(self) -> float | None:
+        """When `handle_timeout` is due if nothing happens before."""
+        if self.phase is not Phase.FINISHING or math.isinf(self._hand_over_at):
+            return None
+        return self._hand_over_at
+
+    def handle_timeout(self, now: float) -> Sequence[Command]:
+        """The budget may be over."""
+        deadline = self.deadline()
+        return self._stop() if deadline is not None and now >= deadline else []
+
+    def _ask(self, plan: Plan, now: float) -> Sequence[Command]:
+        if self.phase is Phase.STOPPING:
+            return []
+        hand_over_at = plan.hand_over_at(now)
+        if hand_over_at <= now:
+            return self._stop()
+        if self.phase is Phase.FINISHING and hand_over_at >= self._hand_over_at:
+            return []
+        self.phase, self._hand_over_at = Phase.FINISHING, hand_over_at
+        return [Announce(None if math.isinf(hand_over_at) else hand_over_at - now)]
+
+    def _look(self, num_left: int, is_engine_up: bool) -> Sequence[Command]:
+        if self.phase is not Phase.FINISHING:
+            return []
+        if self._had_engine and not is_engine_up:  # Another life of it would get no work.
+            return self._stop(ExitStatus.FAILED)
+        self._had_engine = is_engine_up
+        return [] if num_left else self._stop()
+
+    def _stop(self, status: ExitStatus = ExitStatus.DRAINED) -> Sequence[Command]:
+        if self.phase is Phase.STOPPING:
+            return []
+        self.phase, self.exit_status = Phase.STOPPING, status
+        return [HandOver(), Stop()]
+
+    def _hurry(self) -> Sequence[Command]:
+        commands = self._stop()
+        if self.exit_status is ExitStatus.DRAINED:
+            self.exit_status = ExitStatus.CUT_SHORT
+        return [*commands, Hurry()]
