@@ -15,6 +15,7 @@ from typing import Any, assert_never
 import grpc.aio
 
 from sidecar import drain
+from sidecar.admin import Admin
 from sidecar.config import SidecarConfig
 from sidecar.drain import Drain, Plan
 from sidecar.engines.base import Engine
@@ -30,9 +31,10 @@ from unbroken.discovery import WORKERS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import HealthServicer, add_health
 from unbroken.transport import listen, make_server
-from unbroken.v1 import relay_service_pb2_grpc, worker_pb2
+from unbroken.v1 import relay_service_pb2_grpc, sidecar_service_pb2_grpc, worker_pb2
 
 RELAY_SERVICE = "unbroken.v1.RelayService"
+SIDECAR_SERVICE = "unbroken.v1.SidecarService"
 FLUSH_TIMEOUT_S = 1.0
 """How long frontends may take to read where their streams were cut."""
 
@@ -66,7 +68,8 @@ class Sidecar:
             ),
             clock=clock,
         )
-        self.drain = Drain(Plan(config.drain_policy, config.drain_budget_s))
+        self._drain_plan = Plan(config.drain_policy, config.drain_budget_s)
+        self.drain = Drain(self._drain_plan)
         self.stop_wanted = asyncio.Event()
         """It is time for `stop`."""
         self.hurry_wanted = asyncio.Event()
@@ -76,6 +79,7 @@ class Sidecar:
         self._model = ""
         """Of the engine's latest life."""
         self._server: grpc.aio.Server | None = None
+        self._admin: Admin | None = None
         self._health: HealthServicer | None = None
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: Registration[worker_pb2.WorkerRecord] | None = None
@@ -102,8 +106,17 @@ class Sidecar:
             clock=self._clock,
         )
         relay_service_pb2_grpc.add_RelayServiceServicer_to_server(relay, server)
-        health = self._health = add_health(server, [RELAY_SERVICE])
+        self._admin = Admin(
+            self.hub,
+            self.drain,
+            self._drain_plan,
+            self._identity,
+            ask=lambda plan: self.tell_drain(drain.Asked(plan)),
+        )
+        sidecar_service_pb2_grpc.add_SidecarServiceServicer_to_server(self._admin, server)
+        health = self._health = add_health(server, [RELAY_SERVICE, SIDECAR_SERVICE])
         health.set("liveness", is_serving=True)
+        health.set(SIDECAR_SERVICE, is_serving=True)  # Whatever the engine does.
         health.set("readiness", is_serving=False)
         self.address = listen(server, config.listen)
         if config.metrics_listen is not None:
@@ -244,13 +257,17 @@ class Sidecar:
             self._health.set(service, is_serving=self.hub.takes_work)
 
     async def _flush(self) -> None:
-        """Wait until the links have been handed all they are to be told."""
+        """Wait until the links, and who asked for the drain, have been told all they are to be."""
         try:
             async with asyncio.timeout(FLUSH_TIMEOUT_S):
-                while not all(link.is_idle for link in self.hub.links):  # noqa: ASYNC110 - Rare.
+                while not self._is_idle():  # noqa: ASYNC110 - Rare.
                     await asyncio.sleep(0.005)
         except TimeoutError:
             _log.warning("frontends do not read the end of their streams")
+
+    def _is_idle(self) -> bool:
+        is_told = self._admin is None or self._admin.is_idle
+        return is_told and all(link.is_idle for link in self.hub.links)
 
     def _record(self) -> worker_pb2.WorkerRecord:
         up = self.hub.up

@@ -27,11 +27,13 @@ from unbroken.chaos.play import play as play_faults
 from unbroken.chaos.schedule import ScheduleError, from_lines, plan, to_lines
 from unbroken.client import Client, GenerateOptions
 from unbroken.demo import play
+from unbroken.drain import drain_worker
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.terminal import Output
 from unbroken.tls import ClientTls
 from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import sidecar_service_pb2 as sidecar_pb
 from unbroken.v1 import worker_pb2
 
 DISCOVERY_DEFAULT: Final = Path(".run") / "mesh"
@@ -67,6 +69,14 @@ class KillTarget(StrEnum):
     ENGINE = "engine"
     SIDECAR = "sidecar"
     HOST = "host"
+
+
+class DrainPolicy(StrEnum):
+    """What becomes of the streams of a worker that is drained."""
+
+    FINISH = "finish"
+    HAND_OVER = "hand-over"
+    BUDGET = "budget"
 
 
 class Continuation(StrEnum):
@@ -382,6 +392,48 @@ def kill(
 
 
 @app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Name of the worker.")],
+    policy: Annotated[
+        DrainPolicy | None,
+        typer.Option(help="What becomes of its streams, if not what it is configured for."),
+    ] = None,
+    budget_s: Annotated[
+        float | None,
+        typer.Option(min=0, max=86_400, help="With budget: seconds until they are handed over."),
+    ] = None,
+    directory: DiscoveryOption = DISCOVERY_DEFAULT,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Take a worker out of service without hurting a stream; ends when it has left the mesh."""
+    if budget_s is not None and policy is not DrainPolicy.BUDGET:
+        raise typer.BadParameter("--budget-s belongs to --policy budget")
+
+    async def scenario() -> None:
+        drained = await drain_worker(
+            discovery.connect(directory),
+            worker,
+            policy=_drain_policy_to_proto(policy),
+            budget_s=budget_s,
+            tell=terminal.DrainNotes(worker),
+        )
+        facts = {
+            "worker": worker,
+            "incarnation": drained.incarnation,
+            "finished": drained.num_finished,
+            "handed_over": drained.num_handed_over,
+            "took_s": round(drained.took_s, 3),
+        }
+        text = (
+            f"drained {worker}: {drained.num_finished} streams finished there, "
+            f"{drained.num_handed_over} were handed over"
+        )
+        terminal.show_result(output, facts, text)
+
+    _run(scenario(), output)
+
+
+@app.command()
 def cancel(
     request_id: Annotated[str, typer.Argument(help="Identity of the request.")],
     soft: Annotated[bool, typer.Option("--soft", help="Deliver the current step.")] = False,
@@ -590,6 +642,11 @@ def _apply(change: str, thresholds: worker_pb2.BusyThresholds) -> None:
         ) from None
     if value == "off":
         thresholds.ClearField(name)
+
+
+def _drain_policy_to_proto(policy: DrainPolicy | None) -> sidecar_pb.DrainPolicy.ValueType:
+    name = "UNSPECIFIED" if policy is None else policy.name
+    return sidecar_pb.DrainPolicy.Value(f"DRAIN_POLICY_{name}")
 
 
 def _continuation_to_proto(continuation: Continuation) -> pb.ContinuationPolicy.ValueType:

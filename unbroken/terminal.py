@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,9 +18,11 @@ from unbroken.errors import UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import sidecar_service_pb2 as sidecar_pb
 from unbroken.v1 import worker_pb2
 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
+_DRAIN_NOTE_INTERVAL_S: Final = 1.0
 
 
 class Output(StrEnum):
@@ -175,6 +178,23 @@ def migration_notes(finished: pb.StreamFinished) -> list[str]:
             f"at token {attempt.first_offset}{gap}, {_short(pb.Continued, result.continued)}"
         )
     return notes
+
+
+class DrainNotes:
+    """Says every now and then how many streams a worker has left."""
+
+    def __init__(self, worker_id: str) -> None:
+        self._worker_id = worker_id
+        self._due_at = 0.0
+
+    def __call__(self, progress: sidecar_pb.DrainResponse) -> None:
+        now = time.monotonic()
+        if progress.phase != sidecar_pb.DRAIN_PHASE_FINISHING or now < self._due_at:
+            return
+        self._due_at = now + _DRAIN_NOTE_INTERVAL_S
+        left = f", {progress.budget_left.ToMilliseconds() / 1000:.1f} s left"
+        until = left if progress.HasField("budget_left") else ""
+        note(f"{self._worker_id} drains: {progress.num_attempts} streams run{until}")
 
 
 def show_mesh(mesh: LocalMesh, output: Output) -> None:

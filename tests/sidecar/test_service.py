@@ -5,8 +5,7 @@ import os
 import signal
 import sys
 import urllib.request
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +16,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import ValidationError
 from typing_extensions import override
 
-from sidecar.config import SidecarConfig
-from sidecar.engines.base import EngineDown, EngineListener
-from sidecar.service import RELAY_SERVICE, Sidecar, launch_of
-from tests.sidecar.fakes import ScriptedEngine, engine_up
+from sidecar.engines.base import EngineDown
+from sidecar.service import RELAY_SERVICE, SIDECAR_SERVICE, launch_of
+from tests.sidecar.fakes import engine_up
 from tests.sidecar.processes import until
-from tests.sidecar.worlds import connected, run, running
+from tests.sidecar.worlds import config_of, connected, run, running, scripted
 from unbroken.discovery import WORKERS, Discovery, Kind, Registration, Setting
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
@@ -56,7 +54,7 @@ def test_a_sidecar_registers_and_says_how_it_is(tmp_path: Path) -> None:
             assert record.identity.incarnation > 1_700_000_000_000_000
             assert os.getpgid(record.engine_pgid) == record.engine_pgid
             health = cast("Any", health_pb2_grpc.HealthStub(world.channel))
-            names = ["", RELAY_SERVICE, "liveness", "readiness", "model/simulated"]
+            names = ["", RELAY_SERVICE, SIDECAR_SERVICE, "liveness", "readiness", "model/simulated"]
             assert await statuses(world.channel) == dict.fromkeys(names, SERVING)
             for name in names:
                 response = await health.Check(health_pb2.HealthCheckRequest(service=name))
@@ -71,6 +69,7 @@ def test_a_sidecar_registers_and_says_how_it_is(tmp_path: Path) -> None:
             services = (await call.read()).list_services_response.service
             assert {service.name for service in services} >= {
                 RELAY_SERVICE,
+                SIDECAR_SERVICE,
                 "grpc.health.v1.Health",
             }
             call.cancel()
@@ -209,10 +208,6 @@ def test_metrics_have_the_names_that_are_documented(tmp_path: Path) -> None:
     run(scenario)
 
 
-def config_of(**settings: object) -> SidecarConfig:
-    return SidecarConfig.model_validate({"worker_id": "w", "discovery": "d"} | settings)
-
-
 # In this process, with an engine that does what it is told.
 
 
@@ -259,22 +254,6 @@ class UnwillingDiscovery(Discovery):
         raise NotImplementedError
 
 
-@asynccontextmanager
-async def scripted(
-    directory: Path, where: Discovery | None = None
-) -> AsyncGenerator[tuple[Sidecar, ScriptedEngine, EngineListener], None]:
-    config = config_of(worker_id="w1", discovery=directory, engine="simulated")
-    engine = ScriptedEngine()
-    sidecar = Sidecar(config, engine, where=where)
-    await sidecar.start()
-    try:
-        await until(lambda: engine.listener is not None)
-        assert engine.listener is not None
-        yield sidecar, engine, engine.listener
-    finally:
-        await sidecar.stop()
-
-
 def test_health_follows_the_engine_and_stays_down_in_a_drain(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with (
@@ -289,16 +268,17 @@ def test_health_follows_the_engine_and_stays_down_in_a_drain(tmp_path: Path) -> 
                         await asyncio.sleep(0.005)
 
             ours = ["", RELAY_SERVICE, "readiness"]
-            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, NOT_SERVING))
+            always = dict.fromkeys(["liveness", SIDECAR_SERVICE], SERVING)
+            await until_statuses(always | dict.fromkeys(ours, NOT_SERVING))
             ours.append("model/m")
             engine.on_up(engine_up())
-            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, SERVING))
+            await until_statuses(always | dict.fromkeys(ours, SERVING))
             engine.on_down(EngineDown(1, FailureKind.CRASH, "it died"))
-            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, NOT_SERVING))
+            await until_statuses(always | dict.fromkeys(ours, NOT_SERVING))
             engine.on_up(engine_up(2))
-            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, SERVING))
+            await until_statuses(always | dict.fromkeys(ours, SERVING))
             sidecar.hub.drain()
-            await until_statuses({"liveness": SERVING} | dict.fromkeys(ours, NOT_SERVING))
+            await until_statuses(always | dict.fromkeys(ours, NOT_SERVING))
 
     run(scenario)
 

@@ -1,4 +1,4 @@
-"""A sidecar process with a real engine, and a frontend that reads from it."""
+"""A sidecar process with a real engine, and a frontend that reads from it; or one in here."""
 
 import asyncio
 import sys
@@ -10,7 +10,10 @@ from typing import Any
 import grpc.aio
 import uvloop
 
-from tests.sidecar.fakes import Reader, start_of
+from sidecar.config import SidecarConfig
+from sidecar.engines.base import EngineListener
+from sidecar.service import Sidecar
+from tests.sidecar.fakes import Reader, ScriptedEngine, start_of
 from tests.sidecar.processes import no_process_left, until
 from unbroken.discovery import WORKERS, Discovery, connect
 from unbroken.transport import open_channel
@@ -121,6 +124,26 @@ async def running(
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+def config_of(**settings: object) -> SidecarConfig:
+    return SidecarConfig.model_validate({"worker_id": "w", "discovery": "d"} | settings)
+
+
+@asynccontextmanager
+async def scripted(
+    directory: Path, where: Discovery | None = None
+) -> AsyncGenerator[tuple[Sidecar, ScriptedEngine, EngineListener], None]:
+    config = config_of(worker_id="w1", discovery=directory, engine="simulated")
+    engine = ScriptedEngine()
+    sidecar = Sidecar(config, engine, where=where)
+    await sidecar.start()
+    try:
+        await until(lambda: engine.listener is not None)
+        assert engine.listener is not None
+        yield sidecar, engine, engine.listener
+    finally:
+        await sidecar.stop()
 
 
 @asynccontextmanager

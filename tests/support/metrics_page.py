@@ -48,6 +48,7 @@ UNITS = (
     ("_seconds", "seconds"),
     ("_bytes", "bytes"),
     ("_fds", "descriptors"),
+    ("_draining", "0 or 1"),
     ("_engine_up", "0 or 1"),
     ("_info", "always 1"),
     ("_kv_blocks_accounted", "KV blocks"),
