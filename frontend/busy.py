@@ -263,10 +263,15 @@ class Shedder:
     workers will have got rid of the excess and of what those before him bring.
     """
 
-    def __init__(self, default: Thresholds, random: "Random") -> None:
-        """`default` is for models that have no thresholds of their own."""
+    def __init__(
+        self, default: Thresholds, random: "Random", *, prefill_tokens_per_s: float = 20_000.0
+    ) -> None:
+        """`default` is for models that have no thresholds of their own; a worker that was not
+        measured yet is taken to compute so many prompt tokens.
+        """
         self._default = default
         self._random = random
+        self._prefill_tokens_per_s = prefill_tokens_per_s
         self._by_model: Mapping[str, Thresholds] = MappingProxyType({})
         self._known: dict[Life, _Known] = {}
         self._fleets: dict[str, _Fleet] = {}
@@ -376,18 +381,24 @@ class Shedder:
         return max(self._gone_in_s(view.life, one.threshold, one.amount) for one in excesses)
 
     def _gone_in_s(self, life: Life, threshold: Threshold, amount: float) -> float:
+        per_s = self._gone_per_s(life, threshold)
+        return amount / per_s if per_s else RETRY_AFTER_S_UNKNOWN
+
+    def _gone_per_s(self, life: Life, threshold: Threshold) -> float | None:
+        """KV blocks or prompt tokens that a worker gets rid of in a second; None if unknown."""
         known = self._known.get(life)
         per_s = known.per_s(threshold) if known is not None else None
-        return amount / per_s if per_s else RETRY_AFTER_S_UNKNOWN
+        if per_s is None and threshold is not Threshold.KV_BLOCKS_SHARE:
+            return self._prefill_tokens_per_s
+        return per_s
 
     def _turn_s(self, fleet: _Fleet, busy: Sequence[tuple[WorkerView, Verdict]]) -> float:
         """How long the workers together take to get rid of what one request brings."""
         per_s = 0.0  # Requests.
         for view, verdict in busy:
-            known = self._known.get(view.life)
             paces: list[float] = []
             for excess in verdict.nearest:
-                gone_per_s = known.per_s(excess.threshold) if known is not None else None
+                gone_per_s = self._gone_per_s(view.life, excess.threshold)
                 if gone_per_s is None or not fleet.tokens_mean:
                     return 0.0
                 is_blocks = excess.threshold is Threshold.KV_BLOCKS_SHARE

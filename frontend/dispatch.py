@@ -61,17 +61,20 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`thresholds` are those of models that have none of their own; none, unless given."""
+        limits = limits or ResumeLimits()
         random = random or Random()
         self.mesh = mesh
         self.links = links
         self.metrics = metrics
         self.quarantine = quarantine
         self.queue = ResumeQueue[Choice](
-            limits or ResumeLimits(),
+            limits,
             random,
             lambda choice, view: choice.could_take(view),
         )
-        self.shedder = Shedder(thresholds or Thresholds(), random)
+        self.shedder = Shedder(
+            thresholds or Thresholds(), random, prefill_tokens_per_s=limits.prefill_tokens_per_s
+        )
         self.clock = clock
         self._is_giving_turns = False
         self._is_room_news = False

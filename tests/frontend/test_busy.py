@@ -289,6 +289,15 @@ def test_where_nothing_was_measured_it_is_a_second() -> None:
     assert unknown_s <= wait_s <= unknown_s * (1 + busy.RETRY_SPREAD)
 
 
+def test_a_crowd_is_spread_also_before_anything_was_measured() -> None:
+    view = worker(RankState(100, 0, 2000))
+    refusals = Refusals(Thresholds(prefill_tokens=1000), view)
+    refusals.shedder.placed("m", 2000)
+    waits = [refusals.wait_s() for _ in range(50)]
+    # At 20,000 tokens a second: 0.05 s for the excess, 0.1 s for each request.
+    assert 5.0 <= waits[-1] <= 5.1 * (1 + busy.RETRY_SPREAD)
+
+
 def test_the_worker_that_is_free_first_counts() -> None:
     slow, fast = worker(life=W1), worker(life=W2)
     refusals = Refusals(Thresholds(prefill_tokens=1000), slow, fast)
