@@ -93,7 +93,7 @@ lock: ## Choose versions anew (needs uv)
 	requirements/lock.sh
 
 clean: ## Remove what was built and installed
-	rm -rf .venv .peers .run .cache dist unbroken/v1
+	rm -rf .venv .peers .run .cache dist unbroken/v1 unbroken/third_party
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Unbroken needs Python 3.11 or later")'

@@ -1,4 +1,4 @@
-"""Generates the stubs in unbroken/v1/ from protos/ whenever the project is built or installed."""
+"""Generates the stubs of protos/, in unbroken/, whenever the project is built or installed."""
 
 import os
 import subprocess

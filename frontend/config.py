@@ -73,6 +73,8 @@ class FrontendConfig(ProcessConfig):
     """As busy_prefill_tokens, as a multiple of what a rank can compute in one step."""
     requests_running_max: int = Field(10_000, ge=1)
     """More requests at once are refused."""
+    load_trailers: bool = True
+    """Whether the end of each call tells the client how busy this frontend is, as ORCA has it."""
     client_ping_interval_s: float = Field(1.0, ge=0.1, le=3600)
     """A client that was silent for so long is asked for a sign of life."""
     client_ping_timeout_s: float = Field(1.5, ge=0.1, le=3600)

@@ -135,7 +135,7 @@ class Gateway:
         except Elsewhere:
             raise
         except UnbrokenError as error:
-            self._metrics.requests_refused.labels(error.reason.value).inc()
+            self._metrics.request_refused(error.reason, self._clock())
             raise
         return self._readers.open(running, arrived_at=arrived_at, on_news=on_news)
 
@@ -153,7 +153,7 @@ class Gateway:
         except Elsewhere:
             raise
         except UnbrokenError as error:
-            self._metrics.requests_refused.labels(error.reason.value).inc()
+            self._metrics.request_refused(error.reason, self._clock())
             raise
         return self._readers.open(running, arrived_at=arrived_at, on_news=on_news)
 

@@ -7,8 +7,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from frontend.failure_detector import Liveness
 from frontend.outliers import Outliers
+from unbroken.errors import Reason
 from unbroken.metrics import SECONDS_BUCKETS, PlainCounter
 from unbroken.outcome import ContinuationClass, FailureKind
+from unbroken.rate import Rate
+from unbroken.status import MIGRATABLE
 
 _PREFIX = "unbroken_frontend"
 
@@ -36,7 +39,11 @@ class FrontendMetrics:
         self.requests_started = Counter(
             f"{_PREFIX}_requests_started_total", "Requests admitted.", registry=registry
         )
-        self.requests_refused = Counter(
+        self.ended = Rate()
+        """Requests that were refused or ended, for load reports."""
+        self.ended_by_fault = Rate()
+        """Those of them that another frontend might have served."""
+        self._requests_refused = Counter(
             f"{_PREFIX}_requests_refused_total",
             "Requests refused at admission, by reason (docs/ERRORS.md).",
             ["reason"],
@@ -48,7 +55,7 @@ class FrontendMetrics:
             ["threshold"],
             registry=registry,
         )
-        self.requests_finished = Counter(
+        self._requests_finished = Counter(
             f"{_PREFIX}_requests_finished_total",
             "Requests that ended, by reason: OK or one of docs/ERRORS.md.",
             ["reason"],
@@ -228,6 +235,21 @@ class FrontendMetrics:
                 self._workers.labels(liveness.name.lower()).set_function(
                     lambda one=liveness: workers_by_liveness().get(one, 0)
                 )
+
+    def request_refused(self, reason: Reason, now: float) -> None:
+        """A request was not admitted."""
+        self._requests_refused.labels(reason.value).inc()
+        self._count_end(reason, now)
+
+    def request_finished(self, reason: Reason | None, now: float) -> None:
+        """A request ended: well, or for a reason."""
+        self._requests_finished.labels("OK" if reason is None else reason.value).inc()
+        self._count_end(reason, now)
+
+    def _count_end(self, reason: Reason | None, now: float) -> None:
+        self.ended.count(now)
+        if reason in MIGRATABLE:
+            self.ended_by_fault.count(now)
 
     def edge_connected(self, num_more: int) -> None:
         """A connection came (1) or went (-1)."""

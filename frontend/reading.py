@@ -204,8 +204,8 @@ class Readers:
 
     def _account(self, request: Request) -> None:
         error = request.error
-        reason = "OK" if error is None else error.reason.value
-        self._metrics.requests_finished.labels(reason).inc()
+        reason = None if error is None else error.reason
+        self._metrics.request_finished(reason, self._clock())
         for choice in request.choices:
             stream = choice.stream
             self._metrics.recomputed("prefill", stream.accounts.recomputed_prefill_tokens)

@@ -19,6 +19,7 @@ from frontend.failure_detector import DetectorLimits
 from frontend.gateway import Gateway, GatewayLimits, Inference
 from frontend.grpcio_edge import GrpcioEdge
 from frontend.links import Links
+from frontend.load import FrontendLoad
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
 from frontend.outlier_watch import OutlierWatch
@@ -32,12 +33,13 @@ from frontend.resume_keys import ResumeKeys
 from frontend.resume_queue import ResumeLimits
 from frontend.stream import Attempt, Life, Limits
 from frontend.thresholds import MeshThresholds
-from unbroken import discovery, log, metrics
+from unbroken import discovery, log, metrics, orca
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import add_health
 from unbroken.outcome import ContinuationPolicy, FailureKind
+from unbroken.status import Trailers
 from unbroken.transport import Keepalive, listen, make_server
 from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc, worker_pb2
 
@@ -188,6 +190,16 @@ class Frontend:
             random=random,
             clock=self._clock,
         )
+        load = FrontendLoad(
+            counted,
+            num_running=lambda: self.requests.num_running,
+            running_max=config.requests_running_max,
+            num_waiting=lambda: dispatcher.num_waiting,
+            clock=self._clock,
+        )
+        trailers: Callable[[], Trailers] = tuple
+        if config.load_trailers:
+            trailers = orca.LoadReporter(load.report, clock=self._clock).trailers
         counted.observe(
             num_running=lambda: self.requests.num_running,
             num_waiting=lambda: dispatcher.num_waiting,
@@ -198,7 +210,8 @@ class Frontend:
             workers_by_liveness=self._links.num_workers_by_liveness,
         )
         self._server = make_server(
-            keepalive=Keepalive(config.client_ping_interval_s, config.client_ping_timeout_s)
+            keepalive=Keepalive(config.client_ping_interval_s, config.client_ping_timeout_s),
+            trailers=trailers,
         )
         served: Inference = self._gateway
         thresholds = MeshThresholds(self._discovery, self.mesh, dispatcher.shedder)
@@ -224,6 +237,7 @@ class Frontend:
                 config.edge_limits,
                 counted,
                 tls=config.tls,
+                trailers=trailers,
                 clock=self._clock,
             )
         else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 from typing_extensions import override
 
 from sidecar import frames, watchdog
+from sidecar.engine_load import EngineLoad
 from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
 from sidecar.kv_account import num_blocks
 from sidecar.ledger import Fenced, Ledger, Retention
@@ -22,6 +23,7 @@ from sidecar.watchdog import Watchdog, WatchdogPolicy
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
+from unbroken.rate import Rate
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 
@@ -37,6 +39,17 @@ _LOAD_FRESH_S: Final = 0.5
 """So long an engine's own word about its load counts; then what the ledger knows does."""
 _LOGPROBS_PIECE: Final = 512
 """So many tokens with log probabilities are told again at once: a frame has to hold them."""
+_FAULTS: Final = frozenset(
+    {
+        FailureKind.CRASH,
+        FailureKind.HANG,
+        FailureKind.STALL,
+        FailureKind.OVERLOAD,
+        FailureKind.PROTOCOL,
+        FailureKind.ENGINE_ERROR,
+    }
+)
+"""Ends of attempts that speak against this worker."""
 _KV_HASHES_MAX: Final = 100_000
 """In one message of a snapshot."""
 
@@ -72,6 +85,10 @@ class Hub(EngineListener):
         """Tokens relayed since the start."""
         self.num_engine_failures = 0
         self.num_engine_restarts = 0
+        self.attempts = Rate()
+        """Asked for."""
+        self.faults = Rate()
+        """Attempts that ended, or did not begin, by this worker's fault."""
         self.watchdog = Watchdog(watchdog_policy)
         self.on_change: list[Callable[[], None]] = []
         """Called when the engine comes or goes."""
@@ -103,6 +120,14 @@ class Hub(EngineListener):
         """Attempts that somebody waits for: they run, or their reader has yet to be told more."""
         running = {attempt.slot for attempt in self.ledger if attempt.given_up is None}
         return len(running | self._replaying.keys())
+
+    @property
+    def engine_load(self) -> EngineLoad | None:
+        """What the engine has to do; None if that is not known now."""
+        up, load = self.up, self.load
+        if up is None or load is None or self.watchdog.is_stalled:
+            return None
+        return EngineLoad.of(load, up.description)
 
     @property
     def verdict(self) -> pb.EngineVerdict:
@@ -160,10 +185,12 @@ class Hub(EngineListener):
         """Begin an attempt, or refuse it."""
         if not self._take_slot(link, message.slot):
             return
+        now = self._clock()
+        self.attempts.count(now)
         if (reason := self._reason_to_refuse(message)) is not None:
+            self._count_fault(reason[0], now)
             _refuse(link, message.slot, *reason)
             return
-        now = self._clock()
         grace_s = self._orphan_grace_s
         if message.HasField("orphan_grace"):
             grace_s = message.orphan_grace.ToNanoseconds() / 1e9
@@ -598,6 +625,7 @@ class Hub(EngineListener):
 
     def _end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded, now: float) -> None:
         """The engine has done with an attempt."""
+        self._count_fault(ended.failure, now)
         is_cancelled = ended.finish_reason == generation_pb2.FINISH_REASON_CANCELLED
         if attempt.given_up is not None and is_cancelled:
             # Not its frontend's wish: who adopts it now has to go on elsewhere.
@@ -609,6 +637,10 @@ class Hub(EngineListener):
         self.num_drained += self.is_draining and not ended.failure
         if attempt.replay is None or is_cancelled or ended.failure:
             self._tell_end(attempt, ended)
+
+    def _count_fault(self, failure: int, now: float) -> None:
+        if failure in _FAULTS:
+            self.faults.count(now)
 
     def _tell_end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded) -> None:
         """The last word to its reader, at the offset that it got to."""

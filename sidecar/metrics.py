@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
+from sidecar.engine_load import EngineLoad
 from sidecar.hub import Hub
 from sidecar.watchdog import Work
 from unbroken.v1 import worker_pb2
@@ -65,6 +66,9 @@ class HubCollector(Collector):
         load = hub.load  # Scrapes have a thread of their own; meanwhile the hub goes on.
         if load is not None:
             yield from self._ranks(load)
+        engine_load = hub.engine_load
+        if engine_load is not None:
+            yield from _for_routers(engine_load)
 
     def _watchdog(self) -> Iterator[Metric]:
         now, watchdog = self._hub.now(), self._hub.watchdog
@@ -109,6 +113,25 @@ _RANK_GAUGES = {
     "prefill_tokens_queued": ("prefill_tokens_queued", "Prompt tokens not yet computed."),
 }
 """By the field of `RankLoad`, the name and the meaning: only counters are called a total."""
+
+
+def _for_routers(load: EngineLoad) -> Iterator[Metric]:
+    """What inference gateways look for at a model server, under the names that vLLM has for it."""
+    for name, help_text, value in (
+        ("num_requests_running", "Streams in the batch.", load.num_running),
+        ("num_requests_waiting", "Streams waiting for a place in it.", load.num_waiting),
+        ("kv_cache_usage_perc", "KV blocks held by streams, as a share of all.", load.kv_usage),
+    ):
+        family = GaugeMetricFamily(f"vllm:{name}", help_text, labels=["model_name"])
+        family.add_metric([load.model], value)
+        yield family
+    config = GaugeMetricFamily(
+        "vllm:cache_config_info",
+        "Tokens of a KV block, and how many blocks there are.",
+        labels=["block_size", "num_gpu_blocks"],
+    )
+    config.add_metric([str(load.block_size), str(load.kv_blocks)], 1.0)
+    yield config
 
 
 def _gauge(name: str, help_text: str, value: Callable[[], float]) -> GaugeMetricFamily:

@@ -18,6 +18,7 @@ from sidecar import drain
 from sidecar.admin import Admin
 from sidecar.config import SidecarConfig
 from sidecar.drain import Drain, Plan
+from sidecar.engine_load import orca_report
 from sidecar.engines.base import Engine
 from sidecar.engines.native import Launch, NativeEngine
 from sidecar.hub import Hub
@@ -25,11 +26,13 @@ from sidecar.ledger import Retention
 from sidecar.metrics import HubCollector
 from sidecar.relay import Relay
 from sidecar.watchdog import LOOK_INTERVAL_S, WatchdogPolicy
-from unbroken import discovery, log, metrics
+from unbroken import discovery, log, metrics, orca
 from unbroken.config import split_address
 from unbroken.discovery import WORKERS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import HealthServicer, add_health
+from unbroken.third_party import orca_pb2_grpc
+from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
 from unbroken.transport import listen, make_server
 from unbroken.v1 import relay_service_pb2_grpc, sidecar_service_pb2_grpc, worker_pb2
 
@@ -97,7 +100,8 @@ class Sidecar:
         self._identity = worker_pb2.WorkerIdentity(
             worker_id=config.worker_id, incarnation=incarnation
         )
-        server = self._server = make_server()
+        reporter = orca.LoadReporter(self._load_report, clock=self._clock)
+        server = self._server = make_server(trailers=reporter.trailers)
         relay = Relay(
             self.hub,
             self._identity,
@@ -114,7 +118,10 @@ class Sidecar:
             ask=lambda plan: self.tell_drain(drain.Asked(plan)),
         )
         sidecar_service_pb2_grpc.add_SidecarServiceServicer_to_server(self._admin, server)
-        health = self._health = add_health(server, [RELAY_SERVICE, SIDECAR_SERVICE])
+        orca_pb2_grpc.add_OpenRcaServiceServicer_to_server(orca.OpenRca(reporter), server)
+        health = self._health = add_health(
+            server, [RELAY_SERVICE, SIDECAR_SERVICE], also_reflected=[orca.SERVICE]
+        )
         health.set("liveness", is_serving=True)
         health.set(SIDECAR_SERVICE, is_serving=True)  # Whatever the engine does.
         health.set("readiness", is_serving=False)
@@ -268,6 +275,15 @@ class Sidecar:
     def _is_idle(self) -> bool:
         is_told = self._admin is None or self._admin.is_idle
         return is_told and all(link.is_idle for link in self.hub.links)
+
+    def _load_report(self, now: float) -> OrcaLoadReport:
+        hub = self.hub
+        return orca_report(
+            hub.engine_load,
+            takes_work=hub.takes_work,
+            rps=hub.attempts.per_second(now),
+            eps=hub.faults.per_second(now),
+        )
 
     def _record(self) -> worker_pb2.WorkerRecord:
         up = self.hub.up

@@ -87,13 +87,17 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         )
 
 
-def add_health(server: grpc.aio.Server, services: Iterable[str]) -> HealthServicer:
+def add_health(
+    server: grpc.aio.Server, services: Iterable[str], *, also_reflected: Iterable[str] = ()
+) -> HealthServicer:
     """Serve grpc.health.v1 and reflection for `services`, given by their full names.
 
-    Every service starts as NOT_SERVING. Call it after the services have been added.
+    Every service starts as NOT_SERVING. Call it after the services have been added. Reflection also
+    tells of `also_reflected`, which have no health of their own.
     """
     names = tuple(services)
     health = HealthServicer(names)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection([*names, HEALTH_SERVICE, reflection.SERVICE_NAME], server)
+    reflected = [*names, *also_reflected, HEALTH_SERVICE, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(reflected, server)
     return health

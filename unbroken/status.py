@@ -116,6 +116,8 @@ _PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 _DETAIL_CHARS_MAX: Final = 1000
 _METADATA_CHARS_MAX: Final = 200
 
+Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
 if TYPE_CHECKING:  # A generic class in the stubs only.
     _Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
 
@@ -153,14 +155,16 @@ def to_status(error: UnbrokenError) -> rpc_status_pb2.Status:
     return status
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: UnbrokenError) -> NoReturn:
-    """End the call with the status of `error`; does not return."""
+async def abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: UnbrokenError, more: Trailers = ()
+) -> NoReturn:
+    """End the call with the status of `error`, and with `more` trailers; does not return."""
     _, detail, trailers = trailing(error)
-    await context.abort(CODES[error.reason], detail, trailers)
+    await context.abort(CODES[error.reason], detail, (*trailers, *more))
     raise AssertionError("abort returned")  # It never does.
 
 
-def trailing(error: UnbrokenError) -> tuple[int, str, tuple[tuple[str, str | bytes], ...]]:
+def trailing(error: UnbrokenError) -> tuple[int, str, Trailers]:
     """The code, the message and the trailers with which a call that failed of `error` ends."""
     status = to_status(error)
     trailers: list[tuple[str, str | bytes]] = [(_DETAILS_KEY, status.SerializeToString())]
@@ -201,6 +205,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     PROTOCOL_VIOLATION; in a stream of requests, reading it raises that.
     """
 
+    def __init__(self, trailers: Callable[[], Trailers] = tuple) -> None:
+        """`trailers` are added to the end of every call, good or bad."""
+        self._trailers = trailers
+
     async def intercept_service(
         self,
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]",
@@ -219,7 +227,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         else:
             behavior, rebuild = handler.unary_unary, grpc.unary_unary_rpc_method_handler
         return cast("Any", rebuild)(
-            _guarded(cast("Callable[..., Any]", behavior), method),
+            _guarded(cast("Callable[..., Any]", behavior), method, self._trailers),
             request_deserializer=_checked(
                 handler.request_deserializer, is_raised=handler.request_streaming
             ),
@@ -256,7 +264,9 @@ def _checked(
     return deserialize
 
 
-def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _guarded(
+    behavior: Callable[..., Any], method: str, trailers: Callable[[], Trailers]
+) -> Callable[..., Any]:
     """`behavior` of the same kind (async generator or coroutine), its exceptions translated."""
     if isasyncgenfunction(behavior):
 
@@ -264,7 +274,7 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
             request: object, context: grpc.aio.ServicerContext[Any, Any]
         ) -> AsyncIterator[object]:
             if isinstance(request, _Undecodable):
-                await abort(context, request.error)
+                await abort(context, request.error, trailers())
             try:
                 async with aclosing(behavior(request, context)) as responses:
                     async for response in responses:
@@ -272,28 +282,30 @@ def _guarded(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await abort(context, translated(error, method))
+                await abort(context, translated(error, method), trailers())
+            context.set_trailing_metadata(trailers())
 
         return generate
 
     if not iscoroutinefunction(behavior):  # What generated servicers have until overridden.
 
         async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
-            await abort(
-                context, UnbrokenError(Reason.NOT_IMPLEMENTED, f"{method} is not served here")
-            )
+            error = UnbrokenError(Reason.NOT_IMPLEMENTED, f"{method} is not served here")
+            await abort(context, error, trailers())
 
         return refuse
 
     async def respond(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> object:
         if isinstance(request, _Undecodable):
-            await abort(context, request.error)
+            await abort(context, request.error, trailers())
         try:
-            return await behavior(request, context)
+            response = await behavior(request, context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await abort(context, translated(error, method))
+            await abort(context, translated(error, method), trailers())
+        context.set_trailing_metadata(trailers())
+        return response
 
     return respond
 

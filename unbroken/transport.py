@@ -12,7 +12,7 @@ docs/decisions/keepalive.md):
   the first instead of failing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 
 from unbroken.config import split_address
-from unbroken.status import ErrorInterceptor
+from unbroken.status import ErrorInterceptor, Trailers
 
 RECEIVE_BYTES_MAX: Final = 16 * 1024 * 1024
 """Largest message accepted, unless told otherwise: a prompt of 128 k tokens has about 0.5 MiB."""
@@ -56,15 +56,17 @@ def make_server(
     keepalive: Keepalive = MESH_KEEPALIVE,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     concurrent_calls_max: int | None = None,
+    trailers: Callable[[], Trailers] = tuple,
 ) -> grpc.aio.Server:
     """A server that turns exceptions into statuses (`unbroken.status`), not yet listening.
 
     `interceptors` see a call before that translation. Calls beyond `concurrent_calls_max` are
-    refused by gRPC with a bare RESOURCE_EXHAUSTED; prefer an admission of your own.
+    refused by gRPC with a bare RESOURCE_EXHAUSTED; prefer an admission of your own. Every other
+    call ends with `trailers`.
     """
     return grpc.aio.server(
         options=server_options(receive_bytes_max, keepalive),
-        interceptors=[*interceptors, ErrorInterceptor()],
+        interceptors=[*interceptors, ErrorInterceptor(trailers)],
         maximum_concurrent_rpcs=concurrent_calls_max,
     )
 

@@ -21,6 +21,7 @@ from frontend.edge.messages import (
     MessageReader,
     Refused,
     fields_of,
+    passing_fields_of,
     timeout_s,
     trailers,
 )
@@ -219,6 +220,7 @@ class StreamingCall:
         else:
             code, detail, more = status.trailing(error)
             fields = trailers(code, detail, fields_of(more))
+        fields += passing_fields_of(self._server.trailers())
         if self._reader is None:
             connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
         else:

@@ -21,6 +21,7 @@ from frontend.edge.messages import (
     Refused,
     fields_of,
     metadata,
+    passing_fields_of,
     timeout_s,
     trailers,
 )
@@ -128,6 +129,8 @@ class ForwardedCall:
         code = cast("tuple[int, str]", (await call.code()).value)[0]
         more = fields_of(tuple(await call.trailing_metadata()))
         fields = trailers(code, await call.details() or "", more)
+        # gRPC keeps the one that stands for the load to itself.
+        fields += passing_fields_of(self._server.trailers())
         if has_headers:
             connection.end(stream_id, fields)
         else:

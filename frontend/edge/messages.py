@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Final
 
+from hpack import NeverIndexedHeaderTuple
+
 from frontend.edge.headers import Fields, Request
 
 PREFIX: Final = struct.Struct(">BI")
@@ -95,6 +97,11 @@ def fields_of(given: Iterable[tuple[str, str | bytes]]) -> list[tuple[bytes, byt
         )
         for key, value in given
     ]
+
+
+def passing_fields_of(given: Iterable[tuple[str, str | bytes]]) -> list[tuple[bytes, bytes]]:
+    """As `fields_of`, for values that come once: they take no room in the table of headers."""
+    return [NeverIndexedHeaderTuple(key, value) for key, value in fields_of(given)]
 
 
 def _from_base64(value: bytes) -> bytes:

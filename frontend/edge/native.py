@@ -10,6 +10,7 @@ from frontend.edge.server import ClientConnection, EdgeObserver, EdgeServer
 from frontend.edge.tls import server_context
 from frontend.gateway import Inference
 from unbroken.scratch import Scratch
+from unbroken.status import Trailers
 from unbroken.transport import TlsFiles, listen_locally, open_channel
 
 
@@ -30,14 +31,20 @@ class NativeEdge:
         observer: EdgeObserver,
         *,
         tls: TlsFiles | None,
+        trailers: Callable[[], Trailers] = tuple,
         clock: Callable[[], float],
     ) -> "NativeEdge":
-        """An edge before a server that listens nowhere yet. Raises OSError."""
+        """An edge before a server that listens nowhere yet, which adds the same `trailers`.
+
+        Raises OSError.
+        """
         context = None if tls is None else server_context(tls.certificate, tls.key, tls.client_ca)
         # Nobody else may come in by this door: the directory is this user's alone.
         scratch = Scratch("unbroken-edge-")
         channel = open_channel(listen_locally(server, scratch.path / "grpc.sock"))
-        edge = EdgeServer(gateway, channel, limits, observer, tls=context, clock=clock)
+        edge = EdgeServer(
+            gateway, channel, limits, observer, tls=context, trailers=trailers, clock=clock
+        )
         return cls(edge, channel, scratch)
 
     @property

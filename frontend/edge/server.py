@@ -38,6 +38,7 @@ from frontend.gateway import Inference
 from frontend.reading import Reading
 from unbroken import log
 from unbroken.config import split_address
+from unbroken.status import Trailers
 from unbroken.tokenizer import Tokenizer
 from unbroken.v1 import inference_service_pb2 as pb
 
@@ -99,9 +100,11 @@ class EdgeServer:
         observer: EdgeObserver,
         *,
         tls: ssl.SSLContext | None = None,
+        trailers: Callable[[], Trailers] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`behind` leads to the server of all other calls."""
+        """`behind` leads to the server of all other calls; the own ones end with `trailers`."""
+        self.trailers = trailers
         self.limits = limits
         self.observer = observer
         self.clock = clock

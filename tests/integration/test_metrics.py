@@ -68,10 +68,11 @@ def test_processes_export_what_the_page_names(tmp_path: Path, flags: Sequence[st
             await world.client.generate(prompt="Sea", max_tokens=3).text()
             frontend = world.mesh.frontends["f1"].metrics_address
             sidecar = world.mesh.workers["w1"].metrics_address
-            return (
-                await asyncio.to_thread(exported, frontend),
-                await asyncio.to_thread(exported, sidecar),
-            )
+            told: Documented = {}
+            async with asyncio.timeout(10):  # Until the engine has reported its load.
+                while "unbroken_sidecar_kv_blocks" not in told:
+                    told = await asyncio.to_thread(exported, sidecar)
+            return await asyncio.to_thread(exported, frontend), told
 
         frontend, sidecar = world.run(pages())
     said = documented("Frontend", "Every process")

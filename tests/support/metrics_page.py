@@ -28,6 +28,7 @@ tenant.
 
 LABELS = {
     "action": "`stopped`: a request that kills its workers was ended; `refused`: it came again",
+    "block_size, num_gpu_blocks": "the figures themselves",
     "code": "error code of HTTP/2, or `NO_ALPN`",
     "failure": "`FailureKind` of the contract, as `CRASH`",
     "generation": "of Python's garbage collector, 0 to 2",
@@ -35,6 +36,7 @@ LABELS = {
     "implementation, major, minor, patchlevel, version": "of Python",
     "limit": "which limit: docs/decisions/edge.md",
     "liveness": "`alive`, `suspect` or `dead`",
+    "model_name": "the model that the engine serves",
     "outcome": "`adopted` or `refused`",
     "phase": "`prefill` or `decode`",
     "rank": "data-parallel rank of the engine, from 0",
@@ -50,6 +52,7 @@ UNITS = (
     ("_fds", "descriptors"),
     ("_draining", "0 or 1"),
     ("_engine_up", "0 or 1"),
+    ("_perc", "0 to 1"),
     ("_info", "always 1"),
     ("_kv_blocks_accounted", "KV blocks"),
     ("_kv_blocks_used", "KV blocks"),
@@ -139,6 +142,45 @@ SIDECAR = """\
 What has a `rank` is what the engine reported last, and absent while it is down.
 """
 
+FOR_ROUTERS = """\
+### For other routers
+
+The same under the names that vLLM has for it, for which the Gateway API Inference Extension and
+other routers look: of all ranks together, and absent while the engine is down or stalled, since
+what it said last would draw requests to it.
+"""
+
+LOAD_REPORTS = """\
+## Load reports
+
+Routers that speak gRPC are told by ORCA (`xds.data.orca.v3.OrcaLoadReport`): in the trailer
+`endpoint-load-metrics-bin` of every call that a sidecar or a frontend answers, refusals
+included (of a frontend unless it has `--no-load-trailers`), and out of band by a sidecar, from
+`xds.service.orca.v3.OpenRcaService/StreamCoreMetrics`, every 0.1 s at most. gRPC's own
+`weighted_round_robin` needs nothing else.
+
+Of a sidecar:
+
+- `application_utilization`: the higher of the shares of KV blocks and of the batch in use;
+  above 1 if streams wait, and at least 1 while the engine takes no work.
+- `utilization`: these shares, as `kv_cache` and `batch`, up to 1.
+- `rps_fractional`, `eps`: attempts a second, and those that failed by this worker's fault.
+- `named_metrics`: `num_requests_running`, `num_requests_waiting`, `kv_cache_usage_perc`,
+  `kv_blocks`, `kv_blocks_free`, `prefill_tokens_queued`, `engine_up`; of the engine only while
+  it is up.
+
+Of a frontend, or of one of its processes:
+
+- `cpu_utilization`: the share of one core that it uses, over a second or longer.
+- `application_utilization`: that, or the share of `--requests-running-max` if it is higher.
+- `utilization`: the latter, as `requests`.
+- `rps_fractional`, `eps`: requests that ended or were refused, a second, and those of them that
+  another frontend might have served.
+- `named_metrics`: `requests_running`, `choices_waiting`.
+
+Rates are averages in which an event of 10 s ago counts for a third of a new one.
+"""
+
 WORKER = """\
 ## Worker
 
@@ -155,7 +197,8 @@ Of a frontend of several processes, memory, descriptors and CPU seconds are sums
 
 def page() -> str:
     """The whole page."""
-    used = {label for part in (frontend(), parent(), sidecar(), every()) for label in _labels(part)}
+    told = sidecar()
+    used = {label for part in (frontend(), parent(), told, every()) for label in _labels(part)}
     return "\n".join(
         (
             HEAD,
@@ -164,7 +207,10 @@ def page() -> str:
             "Only with `--processes` above 1:\n",
             _table(parent()),
             SIDECAR,
-            _table(sidecar()),
+            _table({name: row for name, row in told.items() if ":" not in name}),
+            FOR_ROUTERS,
+            _table({name: row for name, row in told.items() if ":" in name}),
+            LOAD_REPORTS,
             WORKER,
             EVERY,
             _table(every()),

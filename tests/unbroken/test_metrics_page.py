@@ -40,7 +40,7 @@ def test_every_metric_has_a_meaning_and_every_label_its_values(rows: Rows) -> No
 @pytest.mark.parametrize("rows", PROCESSES[:3])
 def test_names_keep_prometheus_conventions(rows: Rows) -> None:
     for name, row in rows().items():
-        assert name.startswith(("unbroken_frontend_", "unbroken_sidecar_")), name
+        assert name.startswith(("unbroken_frontend_", "unbroken_sidecar_", "vllm:")), name
         assert name.endswith("_total") == (row.kind == "counter"), name
         assert not name.endswith(("_ms", "_us", "_millis", "_count", "_sum", "_bucket")), name
         assert row.kind != "histogram" or row.unit == "seconds", name
