@@ -141,7 +141,10 @@ def test_a_sidecar_stops_while_its_engine_starts(tmp_path: Path) -> None:
     run(scenario)
 
 
-def test_an_engine_that_dies_in_a_drain_is_told_by_the_exit_status(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_engine_that_dies_in_a_drain_is_told_by_the_exit_status(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     async def scenario() -> None:
         async with running(tmp_path, FAST, "--drain-policy=finish") as world:
             record = await world.member(lambda record: record.engine_pgid)
@@ -149,7 +152,7 @@ def test_an_engine_that_dies_in_a_drain_is_told_by_the_exit_status(tmp_path: Pat
                 await streaming(client)
                 world.process.terminate()
                 await client.until(lambda: client.verdicts and client.verdicts[-1].is_draining)
-                os.kill(record.engine_pgid, signal.SIGKILL)
+                os.kill(record.engine_pgid, number)
                 await client.until(lambda: len(client.ended) == NUM_STREAMS)
                 assert failures(client) == {worker_pb2.FAILURE_KIND_CRASH}
             assert await world.exit_status() == ExitStatus.FAILED

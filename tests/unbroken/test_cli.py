@@ -363,6 +363,19 @@ def test_kill_kills_a_frontend(tmp_path: Path) -> None:
     uvloop.run(scenario())
 
 
+def test_a_drain_needs_a_worker_that_is_there_and_a_budget_its_policy(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        flags = ("--discovery", str(tmp_path))
+        run = await unbroken("drain", "w1", *flags, "-o", "json")
+        assert run.status == 1
+        assert json.loads(run.out)["reason"] == "NO_WORKER"
+        run = await unbroken("drain", "w1", *flags, "--policy", "finish", "--budget-s", "1")
+        assert run.status == 2
+        assert "belongs to --policy budget" in run.err
+
+    uvloop.run(scenario())
+
+
 def test_colours_are_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.write("\n\x1b[1;31m[SIGKILL: w1]\x1b[0m\n")
     assert capsys.readouterr().out == "\n[SIGKILL: w1]\n"
