@@ -8,6 +8,7 @@ import pytest
 from google.rpc import error_details_pb2  # pyright: ignore[reportMissingTypeStubs]
 from google.rpc import status_pb2 as rpc_status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
+from frontend.dispatch import MOVE_TOLD_S
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.worlds import World, failure_of, read, read_some, run, world
 from unbroken.client import Client
@@ -184,6 +185,7 @@ def test_a_request_that_waited_for_a_worker_is_refused_if_it_comes_back_busy() -
             await report(it, sidecar, used=99)
             waiting = asyncio.create_task(failure_of(client.generate(token_ids=PROMPT)))
             await it.until(lambda: it.num_running() == 1)
+            await asyncio.sleep(2 * MOVE_TOLD_S)  # Its reader is told once that it stands in line.
             sidecar.say_state(worker_pb2.ENGINE_STATE_SERVING)
             async with asyncio.timeout(5):
                 error = await waiting
