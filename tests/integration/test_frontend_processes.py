@@ -17,6 +17,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.history import History, record
 from unbroken.resumption import ResumePolicy
 from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import worker_pb2
 
 pytestmark = pytest.mark.xdist_group("integration")
 
@@ -85,6 +86,21 @@ def test_each_process_gets_every_other_connection(world: World) -> None:
                 await client.close()
         assert sorted(names).count("f1.1") in (2, 3, 4), names
         assert set(names) == {"f1.1", "f1.2"}
+
+    world.run(scenario(), limit_s=80)
+
+
+def test_thresholds_that_one_process_is_given_hold_in_all(world: World) -> None:
+    async def scenario() -> None:
+        async with client_of_each(world) as clients:
+            one, other = clients["f1.1"], clients["f1.2"]
+            wanted = worker_pb2.BusyThresholds(kv_blocks_share=0.9)
+            version = (await one.set_thresholds(wanted)).version
+            async with asyncio.timeout(5):
+                while (found := await other.get_thresholds()).version != version:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            assert found.models[0].thresholds == wanted
+            await other.set_thresholds(None, version=version)
 
     world.run(scenario(), limit_s=80)
 
