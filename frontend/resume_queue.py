@@ -254,6 +254,8 @@ class _Fleet(Generic[K]):
             while len(self.sizes) > 1 and self.sizes[1][0] <= now - FLEET_WINDOW_S:
                 self.sizes.popleft()
         self.ready = ready
+        if not ready:
+            self.is_holding = False  # Where there is no room, none is kept for anybody.
         for line in self.lines.values():
             for _, entry in line:
                 entry.unable = self.unable(entry.key, entry.ticket)

@@ -154,12 +154,11 @@ class QueueWatch:
 
     def _note_holding(self, ables: _Ables | None = None) -> bool:
         """While somebody waits to resume, and until those who were held back have gone."""
-        if not self._waiting:
+        if not (self._waiting and self._views):
             self._held = False
             return False
         ables = self._ables() if ables is None else ables
-        new = [able for one, able in ables if one.ticket.work is Work.NEW]
-        waits_on = bool(new) and (not self._views or any(new))
+        waits_on = any(able for one, able in ables if one.ticket.work is Work.NEW)
         self._held = _is_contended(ables) or (self._held and waits_on)
         return self._held
 
