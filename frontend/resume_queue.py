@@ -270,7 +270,7 @@ class _Fleet(Generic[K]):
         held back meanwhile have had their turns. Else they would all go at once."""
         if self.is_contended:
             self.is_holding = True
-        elif self.is_holding and self.ready:
+        elif self.is_holding:
             self.is_holding = self._has_able(Work.NEW)
         return self.is_holding
 

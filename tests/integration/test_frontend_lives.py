@@ -24,8 +24,6 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
 from unbroken.tls import ClientTls
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,8 +19,6 @@ from unbroken.resumption import ResumePolicy
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import worker_pb2
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 FLAGS = ("--edge", "native", "--processes", "2", "--metrics-listen", "127.0.0.1:0")
 NUM_TOKENS = 60
 OPTIONS: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": NUM_TOKENS, "prompt": "Sea"}

@@ -11,8 +11,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.worlds import real_mesh
 
-pytestmark = pytest.mark.xdist_group("integration")
-
 PAGE = Path(__file__).parents[2] / "docs" / "METRICS.md"
 LISTEN = ("--metrics-listen", "127.0.0.1:0")
 
