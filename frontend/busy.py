@@ -11,23 +11,28 @@ has a budget for it. docs/decisions/thresholds.md says what each threshold count
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from enum import StrEnum
-from math import exp, isfinite
+from dataclasses import dataclass
+from math import exp
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from frontend.placement import RankState, WorkerView, standing
+from frontend.placement import WorkerView, standing
 from frontend.stream import Life
-from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.thresholds import (
+    Engine,
+    Excess,
+    Given,
+    Threshold,
+    Thresholds,
+    Verdict,
+    judge_ranks,
+)
 from unbroken.v1 import worker_pb2
 
 if TYPE_CHECKING:
     from random import Random
 
-PREFILL_TOKENS_MAX: Final = 2**53
-"""More cannot be told exactly in JSON."""
-PREFILL_SHARE_MAX: Final = 1000.0
 RETRY_AFTER_S_MIN: Final = 0.1
 RETRY_AFTER_S_MAX: Final = 30.0
 RETRY_AFTER_S_UNKNOWN: Final = 1.0
@@ -38,161 +43,11 @@ MEMORY_S: Final = 10.0
 """What was measured so long ago counts a third."""
 
 
-class Threshold(StrEnum):
-    """What may be limited. The names are those of the fields of `Thresholds`."""
-
-    KV_BLOCKS_SHARE = "kv_blocks_share"
-    PREFILL_TOKENS = "prefill_tokens"
-    PREFILL_SHARE = "prefill_share"
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """What a data-parallel rank may have before it is busy: more than any of them. None is off."""
-
-    kv_blocks_share: float | None = None
-    """Of its KV blocks that running streams hold, or waiting ones are about to; 0 to 1."""
-    prefill_tokens: int | None = None
-    """Prompt tokens that it has not computed yet."""
-    prefill_share: float | None = None
-    """The same, in prompt tokens that it can compute in one step."""
-
-    @property
-    def is_off(self) -> bool:
-        """Whether nothing is ever busy."""
-        return (
-            self.kv_blocks_share is None
-            and self.prefill_tokens is None
-            and self.prefill_share is None
-        )
-
-    def check(self) -> None:
-        """Raises `InvalidField`, which names the field."""
-        for field in fields(self):
-            highest = _HIGHEST[field.name]
-            value: float | None = getattr(self, field.name)
-            if value is not None and not (isfinite(value) and 0 <= value <= highest):
-                raise InvalidField(f"thresholds.{field.name}", f"0 to {highest:.16g}", value)
-
-
-_HIGHEST: Final[Mapping[str, float]] = MappingProxyType(
-    {
-        "kv_blocks_share": 1.0,
-        "prefill_tokens": PREFILL_TOKENS_MAX,
-        "prefill_share": PREFILL_SHARE_MAX,
-    }
-)
-
-OFF: Final = Thresholds()
-
-
-@dataclass(frozen=True, slots=True)
-class Excess:
-    """One rank has more of something than it may."""
-
-    threshold: Threshold
-    rank: int
-    seen: float
-    """In the unit of the threshold: a share, or tokens."""
-    limit: float
-    amount: float
-    """What has to go until the rank is not busy by it: KV blocks, or tokens."""
-
-    @property
-    def ratio(self) -> float:
-        """How many times the limit it is."""
-        return self.seen / self.limit if self.limit else float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a worker has too much of: a tuple for each rank, empty if it takes work."""
-
-    ranks: tuple[tuple[Excess, ...], ...]
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether every rank has too much of something."""
-        return all(self.ranks)
-
-    @property
-    def nearest(self) -> tuple[Excess, ...]:
-        """The excesses of the rank that is least beyond its limits; empty unless busy."""
-        return min(self.ranks, key=_farthest) if self.is_busy else ()
-
-
-def _farthest(excesses: Sequence[Excess]) -> float:
-    return max(excess.ratio for excess in excesses)
-
-
 def judge(view: WorkerView, thresholds: Thresholds) -> Verdict:
-    """Which of a worker's ranks are beyond which thresholds.
-
-    What was placed since the last report counts for the ranks that have least, since engines
-    balance them. A threshold whose measure the engine does not tell is not exceeded.
-    """
-    num_ranks = max(1, view.num_ranks)
-    states: Sequence[RankState] = view.ranks or (RankState(),) * num_ranks
-    tokens = shared_out([rank.prefill_tokens_queued for rank in states], view.prefill_tokens_placed)
-    blocks = shared_out([_blocks(rank, view.block_size) for rank in states], view.blocks_placed)
-    batch = view.prefill_tokens_max / num_ranks
-    return Verdict(
-        tuple(
-            tuple(_excesses(index, thresholds, state, tokens[index], blocks[index], batch))
-            for index, state in enumerate(states)
-        )
-    )
-
-
-def _excesses(
-    index: int,
-    thresholds: Thresholds,
-    state: RankState,
-    tokens: float,
-    blocks: float,
-    batch: float,
-) -> Iterable[Excess]:
-    limit: float | None = thresholds.kv_blocks_share
-    total = state.kv_blocks_total
-    if limit is not None and total and blocks > limit * total:
-        amount = blocks - limit * total
-        yield Excess(Threshold.KV_BLOCKS_SHARE, index, blocks / total, limit, amount)
-    limit = thresholds.prefill_tokens
-    if limit is not None and tokens > limit:
-        yield Excess(Threshold.PREFILL_TOKENS, index, tokens, limit, tokens - limit)
-    limit = thresholds.prefill_share
-    if limit is not None and batch and tokens > limit * batch:
-        amount = tokens - limit * batch
-        yield Excess(Threshold.PREFILL_SHARE, index, tokens / batch, limit, amount)
-
-
-def _blocks(rank: RankState, block_size: int) -> float:
-    """KV blocks that are held, or are about to be.
-
-    Streams that wait for a place in the batch hold none yet. Without them, a pool that is nearly
-    full would look the same however many stand before it.
-    """
-    if not rank.requests_waiting:
-        return rank.kv_blocks_used
-    return rank.kv_blocks_used + rank.prefill_tokens_queued / block_size
-
-
-def shared_out(held: Sequence[float], more: float) -> Sequence[float]:
-    """What each has after `more` went to those who held least, up to one level."""
-    if not more:
-        return held
-    if len(held) == 1:
-        return [held[0] + more]
-    rising = sorted(held)
-    level = rising[0]
-    for num, following in enumerate([*rising[1:], float("inf")], start=1):
-        room = num * (following - level)
-        if more <= room:
-            level += more / num
-            break
-        more -= room
-        level = following
-    return [max(amount, level) for amount in held]
+    """Which of a worker's ranks are beyond which thresholds, with what was placed there since."""
+    given = Given(view.prefill_tokens_placed, view.blocks_placed)
+    engine = Engine(view.block_size, view.num_ranks, view.prefill_tokens_max)
+    return judge_ranks(view.ranks, given, thresholds, engine)
 
 
 class _Outflow:
@@ -273,6 +128,8 @@ class Shedder:
         self._random = random
         self._prefill_tokens_per_s = prefill_tokens_per_s
         self._by_model: Mapping[str, Thresholds] = MappingProxyType({})
+        self.version = 0
+        """Of the record that says which models have their own."""
         self._known: dict[Life, _Known] = {}
         self._fleets: dict[str, _Fleet] = {}
 
@@ -296,7 +153,7 @@ class Shedder:
         if not self.is_busy(view):
             return ""
         verdict = judge(view, self.thresholds_of(view.model))
-        return ", ".join(map(_in_words, verdict.nearest))
+        return ", ".join(map(str, verdict.nearest))
 
     def is_busy(self, view: WorkerView) -> bool:
         """Whether new work goes there only for want of another worker."""
@@ -325,9 +182,12 @@ class Shedder:
 
     # Events.
 
-    def changed(self, by_model: Mapping[str, Thresholds]) -> None:
-        """Models have these thresholds from now on; others have the default."""
+    def changed(self, by_model: Mapping[str, Thresholds], version: int = 0) -> None:
+        """Models have these thresholds from now on, by a record of this version; others have the
+        default.
+        """
         self._by_model = MappingProxyType(dict(by_model))
+        self.version = version
 
     def placed(self, model: str, num_tokens: int) -> None:
         """New work with so many prompt tokens went to a worker."""
@@ -368,7 +228,7 @@ class Shedder:
         spread = 1 + RETRY_SPREAD * self._random.random()
         wait_s = max(RETRY_AFTER_S_MIN, (fleet.due - now) * spread)
         workers = "1 worker is" if len(busy) == 1 else f"all {len(busy)} workers are"
-        told = {excess.threshold.value: _in_words(excess) for excess in verdict.nearest}
+        told = {excess.threshold.value: str(excess) for excess in verdict.nearest}
         return UnbrokenError(
             Reason.OVERLOADED,
             f"{workers} busy; {view.life.worker_id}: {', '.join(told.values())}",
@@ -406,8 +266,3 @@ class Shedder:
                 paces.append(gone_per_s / need)
             per_s += min(paces)
         return 1 / per_s
-
-
-def _in_words(excess: Excess) -> str:
-    name = excess.threshold.value
-    return f"{name} of rank {excess.rank} is {excess.seen:.4g}, above {excess.limit:.4g}"

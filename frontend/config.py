@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from frontend.busy import PREFILL_SHARE_MAX, PREFILL_TOKENS_MAX
 from frontend.edge.limits import EdgeLimits
 from unbroken.config import Address, ProcessConfig
+from unbroken.thresholds import PREFILL_SHARE_MAX, PREFILL_TOKENS_MAX
 from unbroken.transport import TlsFiles
 
 _EDGE = EdgeLimits()

@@ -18,7 +18,7 @@ from typing import Final, assert_never
 
 from frontend import stream as machine
 from frontend.admission import Envelope, Model
-from frontend.busy import Shedder, Thresholds
+from frontend.busy import Shedder
 from frontend.continuation import Abilities
 from frontend.links import Fate, Links
 from frontend.mesh_view import MeshView, Worker
@@ -34,6 +34,7 @@ from unbroken.checkpoint import Checkpoint, write_checkpoint
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import params_to_proto
 from unbroken.outcome import ContinuationClass, FailureKind
+from unbroken.thresholds import Thresholds
 from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2
 
 MOVE_TOLD_S: Final = 0.05
@@ -89,6 +90,11 @@ class Dispatcher:
         quarantine.on_room.append(self._room_changed)
         self.on_attempt_ended.append(quarantine.attempt_ended)
         mesh.on_load.append(self._load_reported)
+
+    def thresholds_changed(self) -> None:
+        """Other thresholds hold."""
+        self._push_thresholds()
+        self._give_turns_soon()
 
     @property
     def num_waiting(self) -> int:
@@ -153,7 +159,16 @@ class Dispatcher:
         for choice in list(self._unlinked.get(worker_id, ())):
             choice.link_changed()
 
+    def _push_thresholds(self) -> None:
+        """Have all sidecars know what their workers may have, before anything is begun there."""
+        version = self.shedder.version
+        for view in self.mesh.views():
+            call = self.links.call_to(view.life) if view.is_ready else None
+            if call is not None:
+                call.push_thresholds(self.shedder.thresholds_of(view.model), version)
+
     def _mesh_changed(self) -> None:
+        self._push_thresholds()
         self.queue.workers(self.mesh.views(), self.clock())
         self.shedder.workers(self.mesh.views())
         self._give_turns_soon()
@@ -271,12 +286,14 @@ class Choice:
         "_hashes",
         "_is_computing",
         "_is_new",
+        "_is_new_work",
         "_life",
         "_model",
         "_news",
         "_params",
         "_seat",
         "_timer",
+        "_tried",
         "_unlinked_from",
         "_ways",
         "index",
@@ -310,10 +327,12 @@ class Choice:
         self._fingerprint: Fingerprint | None = None
         self._is_computing = False  # The resume queue has it on a worker's account.
         self._is_new = is_new
+        self._is_new_work = False  # The attempt that is begun may be refused by a busy worker.
         self._life: Life | None = None  # Where the last attempt was begun, until it is over.
         self._params: generation_pb2.GenerationParams | None = None
         self._seat: _Seat | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._tried: machine.Attempt | None = None  # What became of that attempt.
         self._unlinked_from: machine.Relink | None = None
         self._ways: dict[Abilities, ContinuationClass] = {}  # How it would go on; while placed.
 
@@ -438,6 +457,7 @@ class Choice:
                 return
             waited_s = dispatcher.queue.admitted(self, view.life, dispatcher.clock())
             self._is_computing = True
+            self._is_new_work = self._is_to_be_refused
             self._stop_waiting()
             if stream.attempts:
                 dispatcher.metrics.resume_wait_s.observe(waited_s)
@@ -482,6 +502,8 @@ class Choice:
         self._relink_no_more()
         self._stop_waiting()
         self._leave()  # A refused attempt has left its slot, but not its worker's books.
+        if self._tried is not None and self._tried.is_refused and self._envelope.num_choices > 1:
+            self._is_new = False  # The others have begun: nobody refuses a request in part.
         self._ended()
         epoch, deadline = stream.epoch, stream.deadline()
         refusal = dispatcher.quarantine.verdict(self)
@@ -505,6 +527,11 @@ class Choice:
     def _is_resume(self) -> bool:
         return self.stream.has_begun or bool(self.stream.attempts)
 
+    @property
+    def _is_to_be_refused(self) -> bool:
+        """Whether thresholds can refuse it: as long as nothing of its request was at a worker."""
+        return self._is_new and not self.index and not self._is_resume
+
     def _reason_to_shed(self, chosen: WorkerView) -> UnbrokenError | None:
         """Why it is refused instead of placed where was chosen, if it is.
 
@@ -512,7 +539,7 @@ class Choice:
         by the gateway; others waited for a turn, or only some workers could take them.
         """
         dispatcher, quarantine = self._dispatcher, self._dispatcher.quarantine
-        if not self._is_new or self.index or self._is_resume:
+        if not self._is_to_be_refused:
             return None
         if not dispatcher.shedder.is_busy(chosen):
             return None
@@ -615,6 +642,7 @@ class Choice:
             start.deadline.FromNanoseconds(max(0, int((self._deadline_at - now) * 1e9)))
         start.orphan_grace.FromNanoseconds(int(envelope.orphan_grace_s * 1e9))
         start.priority = envelope.priority
+        start.is_new_work = self._is_new_work
         view = worker.view
         num_tokens = self._num_tokens
         hashes = self._block_hashes(view)
@@ -627,7 +655,7 @@ class Choice:
             num_prefill_tokens=num_tokens - num_cached,
         )
         self._seat = _Seat(call, slot, order.epoch, view)
-        self._life = order.life
+        self._life, self._tried = order.life, stream.attempts[-1]
         view.placed(num_tokens, num_cached)
         if len(stream.attempts) == 1:
             dispatcher.shedder.placed(view.model, num_tokens)
@@ -689,7 +717,7 @@ class Choice:
             wants_logprobs=stream.original.params.num_top_logprobs is not None,
         )
         self._seat = _Seat(call, slot, order.epoch, worker.view)
-        self._life = order.life
+        self._life, self._tried = order.life, stream.attempts[-1]
         worker.view.num_attempts += 1
         self._at_deadline()
         return ()
@@ -726,9 +754,10 @@ class Choice:
     def _ended(self) -> None:
         """The last attempt is over: not merely unlinked, or about to be adopted."""
         life, self._life = self._life, None
-        if life is not None and self.stream.attempts:
+        tried, self._tried = self._tried, None
+        if life is not None and tried is not None:
             for callback in self._dispatcher.on_attempt_ended:
-                callback(self, life, self.stream.attempts[-1])
+                callback(self, life, tried)
 
     def _stop_waiting(self) -> None:
         self._dispatcher.queue.cancel(self)

@@ -12,12 +12,13 @@ from typing import get_args
 from frontend.admission import Model
 from frontend.continuation import Abilities
 from frontend.failure_detector import Liveness
-from frontend.placement import RankState, WorkerView
+from frontend.placement import WorkerView
 from frontend.stream import Life
 from unbroken.checkpoint import Checkpoint
 from unbroken.generation import ConstraintKind, GenerationParams
+from unbroken.thresholds import rank_states
 from unbroken.tokenizer import Tokenizer
-from unbroken.v1 import admin_service_pb2, worker_pb2
+from unbroken.v1 import admin_service_pb2, attempt_pb2, worker_pb2
 
 TOKENIZERS_MAX = 16
 """Tokenizers kept while no worker uses them; one of a large vocabulary has about 30 MB."""
@@ -156,9 +157,18 @@ class MeshView:
         if is_repeated:
             view.repeated()
         else:
-            view.reported([_rank_state(rank) for rank in load.ranks])
+            view.reported(rank_states(load))
         for callback in self.on_load:
             callback(worker)
+
+    def report_busy(self, worker: Worker, verdict: attempt_pb2.BusyVerdict, now: float) -> None:
+        """Count what a worker that refused new work has, what others sent there included.
+
+        It is no report of the engine: who measures engines is not told.
+        """
+        if worker.view is not None and verdict.HasField("load"):
+            worker.load, worker.load_at = verdict.load, now
+            worker.view.reported(rank_states(verdict.load))
 
     def refresh(self, worker: Worker) -> None:
         """Derive anew whether the worker takes work, after its link or engine changed."""
@@ -229,15 +239,6 @@ class MeshView:
     def _notify(self) -> None:
         for callback in self.on_change:
             callback()
-
-
-def _rank_state(load: worker_pb2.RankLoad) -> RankState:
-    return RankState(
-        kv_blocks_total=load.kv_blocks_total,
-        kv_blocks_used=load.kv_blocks_used,
-        prefill_tokens_queued=load.prefill_tokens_queued,
-        requests_waiting=load.requests_waiting,
-    )
 
 
 def _honours(able: worker_pb2.EngineCapabilities, params: GenerationParams) -> bool:

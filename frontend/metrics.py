@@ -55,6 +55,11 @@ class FrontendMetrics:
             ["threshold"],
             registry=registry,
         )
+        self._placements_refused = Counter(
+            f"{_PREFIX}_placements_refused_total",
+            "Attempts that a worker refused because it was busy; they looked for another one.",
+            registry=registry,
+        )
         self._requests_finished = Counter(
             f"{_PREFIX}_requests_finished_total",
             "Requests that ended, by reason: OK or one of docs/ERRORS.md.",
@@ -270,6 +275,10 @@ class FrontendMetrics:
     def suspected(self) -> None:
         """A worker is silent for longer than it was used to be."""
         self.suspects.inc()
+
+    def shed(self) -> None:
+        """A worker refused an attempt because it is busy."""
+        self._placements_refused.inc()
 
     def link_lost(self, failure: FailureKind, silence_s: float) -> None:
         """A link was lost, so long after the last that came on it."""

@@ -11,24 +11,15 @@ last report, which shows nothing of that.
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from frontend.continuation import Abilities
 from frontend.stream import Life
+from unbroken.thresholds import RankState
 
 REPEATS_BELIEVED: Final = 5
 """A report that is told so often after a placement does show it: the attempt was refused, or ended
 before the engine saw it."""
-
-
-class RankState(NamedTuple):
-    """What a data-parallel rank reported last; a tuple, because reports come with every step."""
-
-    kv_blocks_total: int = 0
-    """0 if it does not say."""
-    kv_blocks_used: int = 0
-    prefill_tokens_queued: int = 0
-    requests_waiting: int = 0
 
 
 @dataclass(slots=True)

@@ -32,6 +32,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
 from unbroken.outcome import FailureKind, FinishReason
 from unbroken.status import from_rpc_error
+from unbroken.thresholds import OFF, Thresholds, to_proto
 from unbroken.tokenizer import Tokenizer, asset_from_proto
 from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
 from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
@@ -91,6 +92,10 @@ class LinkObserver(Protocol):
 
     def suspected(self) -> None:
         """A worker is silent for longer than it was used to be."""
+        ...
+
+    def shed(self) -> None:
+        """A worker refused an attempt because it is busy."""
         ...
 
     def link_lost(self, failure: FailureKind, silence_s: float) -> None:
@@ -228,6 +233,7 @@ class RelayCall:
         self._heartbeats_sent = 0
         self._commands: deque[relay_service_pb2.RelayRequest] = deque()
         self._acks: dict[int, int] = {}
+        self._pushed: tuple[Thresholds, int] = OFF, 0
         self._is_heartbeat_due = False
         self._has_work = asyncio.Event()
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
@@ -322,6 +328,14 @@ class RelayCall:
         if slot in self._seats:
             self._acks[slot] = offset
             self._has_work.set()
+
+    def push_thresholds(self, thresholds: Thresholds, version: int) -> None:
+        """Say what the worker may have; once, until that changes. Attempts begun later obey."""
+        if not self._is_welcomed or self._pushed == (thresholds, version):
+            return
+        self._pushed = thresholds, version
+        push = relay_service_pb2.PushThresholds(thresholds=to_proto(thresholds), version=version)
+        self._enqueue(relay_service_pb2.RelayRequest(thresholds=push))
 
     def end(self, failure: FailureKind, detail: str, *, is_break: bool = False) -> None:
         """End the call and with it all its attempts. Idempotent.
@@ -453,7 +467,7 @@ class RelayCall:
     def _next_commands(self) -> relay_service_pb2.RelayRequest:
         """All commands that wait, as far as they fit into one message and keep their order."""
         first = self._commands.popleft()
-        if not self._commands or first.HasField("release"):
+        if not self._commands or first.WhichOneof("request") not in _BATCH_ORDER:
             return first
         batch = relay_service_pb2.AttemptCommands()
         request, size = first, 0
@@ -627,6 +641,10 @@ class RelayCall:
         ]
         self._note_death(ends)
         orders += [(seat.owner, _ended(seat, ended, now)) for seat, ended in ends]
+        for refused in frame.refused:  # Before anybody looks for another worker.
+            if refused.HasField("busy"):
+                self._mesh.report_busy(self._worker, refused.busy, now)
+                self._observer.shed()
         orders += [
             (seat.owner, _refused(seat, refused, now))
             for refused in frame.refused
@@ -875,6 +893,7 @@ def _refused(seat: _Seat, refused: attempt_pb2.AttemptRefused, now: float) -> Se
         refused.detail,
         now=now,
         epoch_known=refused.epoch_known,
+        is_busy=refused.HasField("busy"),
     )
 
 

@@ -11,7 +11,6 @@ from random import SystemRandom
 
 from frontend import resume_keys
 from frontend.admin import Admin
-from frontend.busy import Thresholds
 from frontend.config import FrontendConfig
 from frontend.dispatch import Choice, Dispatcher
 from frontend.edge.native import NativeEdge
@@ -40,6 +39,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import add_health
 from unbroken.outcome import ContinuationPolicy, FailureKind
 from unbroken.status import Trailers
+from unbroken.thresholds import Thresholds
 from unbroken.transport import Keepalive, listen, make_server
 from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc, worker_pb2
 
@@ -215,6 +215,7 @@ class Frontend:
         )
         served: Inference = self._gateway
         thresholds = MeshThresholds(self._discovery, self.mesh, dispatcher.shedder)
+        thresholds.on_change.append(dispatcher.thresholds_changed)
         admin = served_admin = Admin(
             self.mesh,
             self._links,

@@ -192,6 +192,8 @@ stream, in milliseconds, so that epochs of a later owner are above all of an ear
 ADOPTION_S_MAX = 3.0
 """How long a sidecar, whose link is up, may take to answer an adoption. Longer than any silent or
 deaf link lives: who is merely busy, as this process may be, must not be left for another worker."""
+BUSY_PAUSE_S_MAX = 0.02
+"""Who was refused by a busy worker knows its load, and would know it soon without."""
 _OUTBIDS_MAX = 3
 """How often a new owner asks again with a higher epoch. Bounded: two owners could race."""
 _CLOCK_MS_MAX = (1 << 42) - (1 << 20)
@@ -769,9 +771,20 @@ class Stream(_Flow):
         return [aborted, self._place()]
 
     def refused(
-        self, epoch: int, kind: FailureKind, detail: str, *, now: float, epoch_known: int = 0
+        self,
+        epoch: int,
+        kind: FailureKind,
+        detail: str,
+        *,
+        now: float,
+        epoch_known: int = 0,
+        is_busy: bool = False,
     ) -> list[Command]:
-        """The worker did not begin the attempt, or did not let it be adopted."""
+        """The worker did not begin the attempt, or did not let it be adopted.
+
+        `is_busy`: it has more than thresholds allow, which says nothing about the stream: it looks
+        for a worker as if it had not been there.
+        """
         if epoch != self.epoch or self.state is not State.RUNNING:
             return []
         attempt = self.attempts[-1]
@@ -791,6 +804,11 @@ class Stream(_Flow):
             return self._fail(UnbrokenError(reason, detail))
         if kind is FailureKind.REJECTED:
             return self._fail(UnbrokenError(Reason.REJECTED_BY_ENGINE, detail))
+        if is_busy and not self._num_begun:
+            self._attempts.pop()
+            self._life = None
+            self._num_refusals += 1
+            return [self._place(min(_pause_s(self._num_refusals), BUSY_PAUSE_S_MAX))]
         self._avoid |= {attempt.life}
         return [self._place_after_refusal()]
 

@@ -4,14 +4,16 @@ All frontends follow one record. What it says of a model replaces the whole conf
 frontend for that model; a record that cannot be read any more changes nothing.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from frontend.admission import choose_model
-from frontend.busy import Shedder, Thresholds
+from frontend.busy import Shedder
 from frontend.mesh_view import MODELS_MAX, MeshView
 from unbroken import discovery, log
 from unbroken.discovery import Discovery
 from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.thresholds import Thresholds, from_proto, to_proto
 from unbroken.v1 import admin_service_pb2 as pb
 from unbroken.v1 import worker_pb2
 
@@ -29,6 +31,8 @@ class MeshThresholds:
         self._mesh = mesh
         self._shedder = shedder
         self._record = worker_pb2.ThresholdsRecord()
+        self.on_change: list[Callable[[], None]] = []
+        """Called when other thresholds hold."""
 
     async def run(self) -> None:
         """Follow the record, for ever."""
@@ -96,7 +100,9 @@ class MeshThresholds:
                 _log.warning("thresholds ignored", model=entry.model, error=str(error))
             else:
                 by_model[entry.model] = thresholds
-        self._shedder.changed(by_model)
+        self._shedder.changed(by_model, record.version)
+        for callback in self.on_change:
+            callback()
 
     def _info(self, model: str) -> pb.ThresholdsInfo:
         return pb.ThresholdsInfo(
@@ -118,22 +124,4 @@ def _with(
         raise InvalidField("model", f"at most {MODELS_MAX} with thresholds of their own", model)
     return worker_pb2.ThresholdsRecord(
         version=record.version + 1, models=[models[name] for name in sorted(models)]
-    )
-
-
-def from_proto(message: worker_pb2.BusyThresholds) -> Thresholds:
-    """Unchecked."""
-    return Thresholds(
-        message.kv_blocks_share if message.HasField("kv_blocks_share") else None,
-        message.prefill_tokens if message.HasField("prefill_tokens") else None,
-        message.prefill_share if message.HasField("prefill_share") else None,
-    )
-
-
-def to_proto(thresholds: Thresholds) -> worker_pb2.BusyThresholds:
-    """The same in the contract."""
-    return worker_pb2.BusyThresholds(
-        kv_blocks_share=thresholds.kv_blocks_share,
-        prefill_tokens=thresholds.prefill_tokens,
-        prefill_share=thresholds.prefill_share,
     )

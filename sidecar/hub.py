@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 from typing_extensions import override
 
 from sidecar import frames, watchdog
+from sidecar.admission import Admission, Busy, Told
 from sidecar.engine_load import EngineLoad
 from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
 from sidecar.kv_account import num_blocks
@@ -21,9 +22,10 @@ from sidecar.ledger import Fenced, Ledger, Retention
 from sidecar.link import Attempt, Link
 from sidecar.watchdog import Watchdog, WatchdogPolicy
 from unbroken import log
-from unbroken.errors import Reason, UnbrokenError
+from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.outcome import FailureKind
 from unbroken.rate import Rate
+from unbroken.thresholds import from_proto, to_proto
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 
@@ -89,6 +91,10 @@ class Hub(EngineListener):
         """Asked for."""
         self.faults = Rate()
         """Attempts that ended, or did not begin, by this worker's fault."""
+        self.num_shed = 0
+        """Attempts at new work that were refused because the worker was busy."""
+        self.admission = Admission[Link]()
+        """What the engine has, and may have."""
         self.watchdog = Watchdog(watchdog_policy)
         self.on_change: list[Callable[[], None]] = []
         """Called when the engine comes or goes."""
@@ -175,6 +181,7 @@ class Hub(EngineListener):
         if link not in self._links:
             return
         del self._links[link]
+        self.admission.left(link)
         for attempt in link.by_slot.values():
             self._replaying.pop(attempt.slot, None)
         self.ledger.orphan(link.by_slot.values(), self._clock())
@@ -190,6 +197,10 @@ class Hub(EngineListener):
         if (reason := self._reason_to_refuse(message)) is not None:
             self._count_fault(reason[0], now)
             _refuse(link, message.slot, *reason)
+            return
+        busy = self.admission.reason_to_refuse(link) if message.is_new_work else None
+        if busy is not None:
+            self._shed(link, message.slot, busy)
             return
         grace_s = self._orphan_grace_s
         if message.HasField("orphan_grace"):
@@ -214,6 +225,8 @@ class Hub(EngineListener):
             self.watchdog.work_began(now)
         self._prefilling[attempt.slot] = (attempt.num_tokens, now)
         self._prefill_tokens += attempt.num_tokens
+        if not message.is_probe:
+            self.admission.began(attempt.slot, attempt.num_tokens)
         self._engine.start(message)
 
     def abort(self, link: Link, slot: int) -> None:
@@ -250,6 +263,15 @@ class Hub(EngineListener):
                 self._replay(attempt)
         if slots:
             self._engine.ack(slots, offsets)
+
+    def learn_thresholds(self, link: Link, message: pb.PushThresholds) -> None:
+        """A frontend says what the worker may have."""
+        if link not in self._links:
+            return
+        try:
+            self.admission.told(link, Told(from_proto(message.thresholds), message.version))
+        except InvalidField as error:
+            link.close(Reason.PROTOCOL_VIOLATION, f"{error}")
 
     def adopt(self, link: Link, message: pb.AdoptAttempt) -> None:
         """Give an attempt to another reader and tell it again what that one lacks."""
@@ -313,6 +335,7 @@ class Hub(EngineListener):
     def on_up(self, up: EngineUp) -> None:
         self.num_engine_restarts += up.incarnation > 1
         self.up = up
+        self.admission.up(up.description)
         self.watchdog.up(
             self._clock(),
             frame_interval_s=up.frame_interval_s,
@@ -368,6 +391,7 @@ class Hub(EngineListener):
             self._replay(attempt)
         if frame.HasField("load"):
             self.load = frame.load
+            self.admission.reported(frame.load, frame.slot_seen)
             for link in self._links:
                 link.load(frame.load)
         for events in frame.kv_events:
@@ -569,6 +593,19 @@ class Hub(EngineListener):
             )
         return None
 
+    def _shed(self, link: Link, slot: int, busy: Busy) -> None:
+        """Refuse new work, and tell whoever sent it what there is."""
+        self.num_shed += 1
+        verdict = attempt_pb2.BusyVerdict(
+            thresholds=to_proto(busy.told.thresholds),
+            version=busy.told.version,
+            load=self.admission.load(self.load),
+        )
+        overload = _to_proto(FailureKind.OVERLOAD)
+        link.refuse(
+            attempt_pb2.AttemptRefused(slot=slot, kind=overload, detail=f"{busy}", busy=verdict)
+        )
+
     def _watch_frame(self, frame: attempt_pb2.StepFrame) -> watchdog.Recovered | None:
         """Tell the watchdog of a frame, before anything else is made of it."""
         now = self._clock()
@@ -602,6 +639,7 @@ class Hub(EngineListener):
 
     def _not_prefilling(self, slot: int, now: float) -> None:
         num_tokens, since = self._prefilling.pop(slot, (0, now))
+        self.admission.computed(slot)
         if num_tokens:
             self._prefill_tokens -= num_tokens
             self.ledger.running[slot].prefilled_in_s = now - since
@@ -626,6 +664,7 @@ class Hub(EngineListener):
     def _end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded, now: float) -> None:
         """The engine has done with an attempt."""
         self._count_fault(ended.failure, now)
+        self.admission.over(attempt.slot)
         is_cancelled = ended.finish_reason == generation_pb2.FINISH_REASON_CANCELLED
         if attempt.given_up is not None and is_cancelled:
             # Not its frontend's wish: who adopts it now has to go on elsewhere.

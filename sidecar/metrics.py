@@ -48,6 +48,11 @@ class HubCollector(Collector):
             value=hub.num_handed_over,
         )
         yield CounterMetricFamily(
+            f"{_PREFIX}_attempts_shed",
+            "Attempts at new work that were refused because the worker was over a threshold.",
+            value=hub.num_shed,
+        )
+        yield CounterMetricFamily(
             f"{_PREFIX}_engine_failures",
             "Times the engine was lost.",
             value=hub.num_engine_failures,

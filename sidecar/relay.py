@@ -126,6 +126,8 @@ class Relay(RelayServiceServicer):
                             hub.adopt(link, adopt)
                     case "release":
                         hub.release(link)
+                    case "thresholds":
+                        hub.learn_thresholds(link, request.thresholds)
                     case "hello":
                         link.close(Reason.PROTOCOL_VIOLATION, "expected one hello, got a second")
                     case None:

@@ -175,6 +175,14 @@ class EngineService:
     async def _start(self, session: "_Session", start: attempt_pb2.StartAttempt) -> None:
         """Begin an attempt, or leave a refusal for the next frame."""
         slot = start.slot
+        try:
+            await self._start_in_order(session, start)
+        finally:
+            # What is refused is dealt with too: no load will ever count it.
+            session.slot_seen = max(session.slot_seen, slot)
+
+    async def _start_in_order(self, session: "_Session", start: attempt_pb2.StartAttempt) -> None:
+        slot = start.slot
         stream = start.stream
         key = (stream.tenant, stream.request_id, stream.choice_index)
         if slot <= session.slot_highest:
@@ -306,6 +314,7 @@ class EngineService:
             frame.logprobs.add(slot=slot, tokens=[logprobs_to_proto(logprobs)])
         if with_load or is_first:
             frame.load.CopyFrom(scheduler.load())
+            frame.slot_seen = session.slot_seen
             frame.load.is_computing = self._is_computing
             frame.load.steps_us_total = int(self._steps_s * 1e6)
         return frame
@@ -318,6 +327,8 @@ class _Session:
         self.connection = connection
         self.has_greeted = False
         self.slot_highest = -1
+        self.slot_seen = 0
+        """Highest whose start was dealt with: the load counts it."""
         self.num_frames = 0
         self.framed_at = asyncio.get_running_loop().time()
         self.refused: deque[attempt_pb2.AttemptRefused] = deque()

@@ -167,6 +167,7 @@ class FakeSidecar(RelayServiceServicer):
         self.starts: list[attempt_pb2.StartAttempt] = []
         self.adopts: list[relay_service_pb2.AdoptAttempt] = []
         self.num_releases = 0
+        self.thresholds: list[relay_service_pb2.PushThresholds] = []
         self.aborts: list[int] = []
         self.acks: list[tuple[int, int]] = []
         self.heartbeats: list[relay_service_pb2.Heartbeat] = []
@@ -394,6 +395,8 @@ class FakeSidecar(RelayServiceServicer):
                     self._adopt(request.adopt)
                 case "release":
                     self.num_releases += 1
+                case "thresholds":
+                    self.thresholds.append(request.thresholds)
                 case "ack":
                     pairs = zip(request.ack.slots, request.ack.offsets, strict=True)
                     for slot, offset in pairs:

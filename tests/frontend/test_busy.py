@@ -8,11 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend import busy
-from frontend.busy import OFF, Shedder, Threshold, Thresholds, judge, shared_out
-from frontend.placement import Need, RankState, WorkerView, choose
+from frontend.busy import Shedder, judge
+from frontend.placement import Need, WorkerView, choose
 from frontend.stream import Life
 from tests.support.streams import NATIVE, W1, W2
 from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.thresholds import (
+    OFF,
+    PREFILL_SHARE_MAX,
+    PREFILL_TOKENS_MAX,
+    RankState,
+    Threshold,
+    Thresholds,
+    shared_out,
+)
 from unbroken.v1 import worker_pb2
 
 EACH = Thresholds(kv_blocks_share=0.5, prefill_tokens=100, prefill_share=0.5)
@@ -167,7 +176,7 @@ def test_nothing_is_lost_and_nobody_is_raised_above_another(held: list[int], mor
         Thresholds(kv_blocks_share=1.01),
         Thresholds(kv_blocks_share=float("nan")),
         Thresholds(prefill_tokens=-1),
-        Thresholds(prefill_share=busy.PREFILL_SHARE_MAX * 2),
+        Thresholds(prefill_share=PREFILL_SHARE_MAX * 2),
     ],
 )
 def test_a_threshold_outside_its_range_is_named(wrong: Thresholds) -> None:
@@ -179,7 +188,7 @@ def test_a_threshold_outside_its_range_is_named(wrong: Thresholds) -> None:
 
 def test_the_range_of_each_threshold_includes_its_ends() -> None:
     Thresholds(0.0, 0, 0.0).check()
-    Thresholds(1.0, busy.PREFILL_TOKENS_MAX, busy.PREFILL_SHARE_MAX).check()
+    Thresholds(1.0, PREFILL_TOKENS_MAX, PREFILL_SHARE_MAX).check()
     OFF.check()
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from frontend.placement import (
     REPEATS_BELIEVED,
     Need,
-    RankState,
     WorkerView,
     choose,
     cost,
@@ -16,6 +15,7 @@ from frontend.placement import (
 )
 from frontend.stream import Life
 from tests.support.streams import NATIVE, W1, W2, W3
+from unbroken.thresholds import RankState
 
 
 def worker(life: Life = W1, **settings: object) -> WorkerView:

@@ -14,8 +14,8 @@ from tests.frontend.worlds import World, failure_of, read, read_some, run, world
 from unbroken.client import Client
 from unbroken.errors import Reason
 from unbroken.resumption import ResumePolicy
+from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
-from unbroken.v1 import relay_service_pb2, worker_pb2
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 pytestmark = pytest.mark.usefixtures("each_edge")
@@ -231,5 +231,120 @@ def test_an_equal_request_joins_the_one_that_runs_though_all_are_busy() -> None:
                 pass
             assert (await joining)[0] == reference(PROMPT, 5)
             await asyncio.gather(reading, return_exceptions=True)
+
+    run(scenario())
+
+
+# Workers that refuse by thresholds.
+
+
+def busy(queued: int, limit: int = 100) -> attempt_pb2.AttemptRefused:
+    """What a sidecar says that was given more than this frontend knows of."""
+    ranks = [worker_pb2.RankLoad(rank=rank, prefill_tokens_queued=queued) for rank in range(2)]
+    return attempt_pb2.AttemptRefused(
+        kind=worker_pb2.FAILURE_KIND_OVERLOAD,
+        detail="prefill_tokens of rank 0",
+        busy=attempt_pb2.BusyVerdict(
+            thresholds=worker_pb2.BusyThresholds(prefill_tokens=limit),
+            load=worker_pb2.LoadReport(ranks=ranks),
+        ),
+    )
+
+
+def test_who_is_refused_by_a_busy_worker_goes_to_another_and_its_client_sees_nothing() -> None:
+    async def scenario() -> None:
+        sidecars = [FakeSidecar("w1", refuse=[busy(101)]), FakeSidecar("w2")]
+        async with world(*sidecars, busy_prefill_tokens=100) as it:
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=5, temperature=0)
+            assert (await read(stream))[0] == reference(PROMPT, 5)
+            assert [len(sidecar.starts) for sidecar in sidecars] == [1, 1]
+            assert all(sidecar.starts[0].is_new_work for sidecar in sidecars)
+            assert stream.finished is not None
+            assert [one.worker.worker_id for one in stream.finished.attempts] == ["w2"]
+            assert stream.finished.usage.recomputed_prefill_tokens == 0
+            view = it.frontend.mesh.workers["w1"].view
+            assert view is not None
+            assert view.prefill_tokens_queued == 202, "the refusal told what there is"
+            assert count_of(it, "placements_refused_total") == 1
+            assert count_of(it, "requests_refused_total", reason="OVERLOADED") == 0
+            assert count_of(it, "migrations_total", failure="OVERLOAD", way="UNSPECIFIED") == 0
+            await report(it, sidecars[0], used=0)
+            await report(it, sidecars[1], used=90)
+            await read(it.client.generate(token_ids=PROMPT, max_tokens=1))
+            assert len(sidecars[0].starts) == 2, "it is not avoided for what it said"
+
+    run(scenario())
+
+
+def test_a_busy_worker_is_no_failing_one() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", refuse=[busy(0) for _ in range(5)])
+        async with world(sidecar, FakeSidecar("w2"), outlier_failures_max=1) as it:
+            for _ in range(10):
+                await read(it.client.generate(token_ids=PROMPT, max_tokens=1))
+            assert not sidecar.refuse
+            assert count_of(it, "ejections_total") == 0
+
+    run(scenario())
+
+
+def test_when_all_workers_refuse_the_client_is_told_when_to_come_back() -> None:
+    async def scenario() -> None:
+        sidecars = [FakeSidecar(f"w{index}", refuse=[busy(101)]) for index in range(3)]
+        async with world(*sidecars, busy_prefill_tokens=100) as it:
+            error = await failure_of(it.client.generate(token_ids=PROMPT, max_tokens=5))
+            assert error.reason is Reason.OVERLOADED
+            assert error.retry_after_s is not None
+            assert error.metadata["thresholds"] == "prefill_tokens"
+            assert [len(sidecar.starts) for sidecar in sidecars] == [1, 1, 1]
+
+    run(scenario())
+
+
+def test_a_choice_whose_others_have_begun_is_refused_by_no_threshold() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", refuse=[busy(101)])
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=3, num_choices=3)
+            await read(stream)
+            assert [start.is_new_work for start in sidecar.starts] == [True, False, False, False]
+
+    run(scenario())
+
+
+def test_what_goes_on_is_refused_by_no_threshold() -> None:
+    async def scenario() -> None:
+        sidecars = [FakeSidecar("w1", step_s=0.005), FakeSidecar("w2", step_s=0.005)]
+        async with world(*sidecars, busy_prefill_tokens=100) as it:
+            stream = it.client.generate(
+                token_ids=PROMPT, max_tokens=40, temperature=0, request_id="r"
+            )
+            ids = [i for piece in await read_some(stream, 3) for i in piece.token_ids]
+            await it.sidecar_of("r").die()
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 40)
+            starts = sorted((s.starts[0] for s in sidecars), key=lambda start: start.epoch)
+            assert [start.is_new_work for start in starts] == [True, False]
+
+    run(scenario())
+
+
+def test_sidecars_know_the_thresholds_before_anything_begins_there_and_again_when_they_change() -> (
+    None
+):
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            await read(it.client.generate(token_ids=PROMPT, max_tokens=1))
+            (push,) = sidecar.thresholds
+            assert (push.thresholds.prefill_tokens, push.version) == (100, 0)
+            await it.client.set_thresholds(worker_pb2.BusyThresholds(kv_blocks_share=0.5))
+            await sidecar.until(lambda: len(sidecar.thresholds) == 2)
+            push = sidecar.thresholds[1]
+            assert (push.thresholds.kv_blocks_share, push.version) == (0.5, 1)
+            await it.client.set_thresholds(None)
+            await sidecar.until(lambda: len(sidecar.thresholds) == 3)
+            assert sidecar.thresholds[2].thresholds.prefill_tokens == 100
+            assert sidecar.thresholds[2].version == 2
 
     run(scenario())

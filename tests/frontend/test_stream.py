@@ -8,6 +8,7 @@ from frontend.continuation import Abilities
 from frontend.failure_detector import DetectorLimits
 from frontend.stream import (
     ADOPTION_S_MAX,
+    BUSY_PAUSE_S_MAX,
     EPOCH_MAX,
     GENERATION_BITS,
     Abort,
@@ -521,6 +522,32 @@ def test_a_refusal_is_no_interruption() -> None:
     assert stream.attempts[1].way is ContinuationClass.UNSPECIFIED
     assert stream.accounts.recomputed_prefill_tokens == 0
     assert stream.accounts.cached_prompt_tokens == 2
+
+
+def test_a_stream_that_a_busy_worker_refused_was_never_there() -> None:
+    stream = admitted()
+    place(stream, W1)
+    busy = FailureKind.OVERLOAD
+    commands = stream.refused(1, busy, "over a threshold", now=2.0, is_busy=True)
+    assert commands == [Place(2, frozenset())], "nobody is avoided, and there is no pause"
+    assert (stream.attempts, stream.has_begun, stream.standing.life) == ([], False, None)
+    place(stream, W2)
+    (command,) = stream.refused(2, busy, "over a threshold", now=2.0, is_busy=True)
+    assert isinstance(command, Place)
+    assert 0 < command.pause_s <= BUSY_PAUSE_S_MAX, "two that contradict each other are no loop"
+    place(stream, W1)
+    stream.tokens(3, 0, [A], 2.1)
+    assert [attempt.epoch for attempt in stream.attempts] == [3]
+    stream.check()
+
+
+def test_a_stream_with_output_that_is_refused_as_busy_is_refused_as_any() -> None:
+    stream = streaming([A])
+    lose(stream)
+    place(stream, W2)
+    (command,) = stream.refused(2, FailureKind.OVERLOAD, "", now=2.0, is_busy=True)
+    assert command == Place(3, frozenset({W1, W2}))
+    assert len(stream.attempts) == 2
 
 
 def test_a_refused_continuation_is_not_charged() -> None:

@@ -8,14 +8,15 @@ from random import Random
 
 import pytest
 
-from frontend.busy import OFF, Shedder, Thresholds
+from frontend.busy import Shedder
 from frontend.mesh_view import MeshView
-from frontend.thresholds import MeshThresholds, from_proto, to_proto
+from frontend.thresholds import MeshThresholds
 from tests.frontend.fakes import MODEL, FakeSidecar
 from tests.frontend.worlds import failure_of, read, run, world
 from unbroken.discovery import THRESHOLDS
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
+from unbroken.thresholds import OFF, Thresholds, from_proto, to_proto
 from unbroken.v1 import admin_service_pb2 as pb
 from unbroken.v1 import relay_service_pb2, worker_pb2
 

@@ -186,7 +186,7 @@ class Frontend(Reader):
         self._next_slot = 1
 
     def start(self, request_id: str = "r", epoch: int = 1, **more: object) -> int:
-        message = start_of(self._take_slot(), request_id, epoch, **more)  # pyright: ignore[reportArgumentType]
+        message = start_of(self.new_slot(), request_id, epoch, **more)  # pyright: ignore[reportArgumentType]
         slot = message.slot
         self.offsets[slot] = message.checkpoint.first_offset
         self.hub.start(self.link, message)
@@ -200,7 +200,7 @@ class Frontend(Reader):
         window_tokens: int = 0,
         **more: object,
     ) -> int:
-        slot = self._take_slot()
+        slot = self.new_slot()
         self.offsets[slot] = offset
         message = pb.AdoptAttempt(
             slot=slot,
@@ -226,7 +226,7 @@ class Frontend(Reader):
             self.hear(response)
         return responses
 
-    def _take_slot(self) -> int:
+    def new_slot(self) -> int:
         self._next_slot += 1
         return self._next_slot - 1
 
@@ -286,6 +286,7 @@ class Desk:
 
     def check(self) -> None:
         self.hub.ledger.check()
+        self.hub.admission.check()
         for link in self.hub.links:
             for slot, attempt in link.by_slot.items():
                 assert attempt.link is link, "a link knows what it reads"

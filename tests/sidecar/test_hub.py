@@ -887,3 +887,82 @@ def test_the_account_counts_blocks_of_prompt_and_output() -> None:
     assert desk.hub.accounted_blocks() == 3
     desk.end(finished(1, 1), failed(2, 1, FailureKind.ENGINE_ERROR))
     assert desk.hub.accounted_blocks() == 0
+
+
+# Thresholds.
+
+
+def push(frontend: Frontend, limit: int, version: int = 0) -> None:
+    thresholds = worker_pb2.BusyThresholds(prefill_tokens=limit)
+    message = pb.PushThresholds(thresholds=thresholds, version=version)
+    frontend.hub.learn_thresholds(frontend.link, message)
+
+
+def begin(frontend: Frontend, request_id: str, num_tokens: int, *, is_new: bool = True) -> int:
+    slot = frontend.new_slot()
+    message = start_of(slot, request_id, prompt=range(num_tokens))
+    message.is_new_work = is_new
+    frontend.hub.start(frontend.link, message)
+    return slot
+
+
+def test_new_work_beyond_a_threshold_is_refused_and_told_what_there_is() -> None:
+    desk = Desk()
+    first, second = desk.frontend("a"), desk.frontend("b")
+    push(first, 10, version=2)
+    begin(first, "a", 30)  # Two ranks, 15 each.
+    refused = begin(second, "b", 1)
+    second.read()
+    verdict = second.refused[refused]
+    assert verdict.kind == worker_pb2.FAILURE_KIND_OVERLOAD
+    assert "prefill_tokens of rank 0 is 15, above 10" in verdict.detail
+    assert verdict.busy.version == 2
+    assert verdict.busy.thresholds.prefill_tokens == 10
+    assert [rank.prefill_tokens_queued for rank in verdict.busy.load.ranks] == [15, 15]
+    assert len(desk.engine.started) == 1
+    assert (desk.hub.num_shed, desk.hub.faults.per_second(desk.now)) == (1, 0.0)
+    desk.check()
+
+
+def test_what_was_admitted_before_is_not_refused_by_thresholds() -> None:
+    desk = Desk()
+    frontend = desk.frontend()
+    push(frontend, 10)
+    begin(frontend, "a", 30)
+    begin(frontend, "b", 30, is_new=False)
+    assert len(desk.engine.started) == 2
+    assert begin(frontend, "c", 1)
+    assert len(desk.engine.started) == 2
+
+
+def test_a_refusal_by_thresholds_takes_no_epoch() -> None:
+    desk = Desk()
+    frontend = desk.frontend()
+    push(frontend, 10)
+    begin(frontend, "a", 30)
+    begin(frontend, "b", 1)
+    desk.step({1: 5})
+    begin(frontend, "b", 1)
+    frontend.read()
+    assert [start.stream.request_id for start in desk.engine.started] == ["a", "b"]
+
+
+def test_thresholds_of_a_link_that_has_gone_count_no_more() -> None:
+    desk = Desk()
+    first, second = desk.frontend("a"), desk.frontend("b")
+    push(first, 10)
+    push(second, 1000)
+    begin(second, "x", 100)
+    begin(first, "a", 1)
+    desk.hub.leave(first.link)
+    begin(second, "b", 1)
+    assert len(desk.engine.started) == 2
+
+
+def test_a_frontend_that_pushes_nonsense_loses_its_call() -> None:
+    desk = Desk()
+    frontend = desk.frontend()
+    thresholds = worker_pb2.BusyThresholds(kv_blocks_share=float("nan"))
+    desk.hub.learn_thresholds(frontend.link, pb.PushThresholds(thresholds=thresholds))
+    assert frontend.link.error is not None
+    assert frontend.link.error.reason is Reason.PROTOCOL_VIOLATION

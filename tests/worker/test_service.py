@@ -170,6 +170,20 @@ def test_the_first_frame_has_the_load_and_all_prefixes(tmp_path: Path) -> None:
     on_stage(scenario, tmp_path, fast(num_ranks=2))
 
 
+def test_a_load_says_which_attempts_it_counts(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        sidecar = await stage.greeted()
+        await sidecar.until(lambda: bool(sidecar.frames))
+        assert (sidecar.frames[0].HasField("load"), sidecar.frames[0].slot_seen) == (True, 0)
+        sidecar.start(1, prompt=range(40), max_tokens=2)
+        sidecar.start(2, prompt=range(40), request_id="")  # Refused, and dealt with.
+        await sidecar.until(lambda: sidecar.frames[-1].slot_seen == 2)
+        assert all(frame.HasField("load") for frame in sidecar.frames if frame.slot_seen)
+        assert 2 in sidecar.refused
+
+    on_stage(scenario, tmp_path)
+
+
 def test_an_idle_engine_gives_signs_of_life(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         sidecar = await stage.greeted()

@@ -1,0 +1,183 @@
+"""Whether new work gets to the engine: the thresholds of all frontends, on all that it has. No I/O.
+
+    report of the engine ──────────────┐
+    given to it since: by all frontends┴──▶ busy? ──▶ new work is refused, and told what there is
+
+Each frontend places by what it sees, which is a little old and shows nothing of what others place
+meanwhile. Here everything passes, so a threshold is passed by the one request that crosses it,
+however many frontends there are. Only new work is refused: what was admitted before counts, and
+gets in. docs/decisions/thresholds.md says why.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Final, Generic, TypeVar
+
+from unbroken.thresholds import (
+    OFF,
+    Engine,
+    Given,
+    RankState,
+    Thresholds,
+    Verdict,
+    judge_ranks,
+    rank_states,
+    shared_out,
+)
+from unbroken.v1 import worker_pb2
+
+LinkT = TypeVar("LinkT", bound=Hashable)
+"""What stands for one Relay call."""
+
+REPORTS_BELIEVED: Final = 2
+"""Of an engine that does not say how far it has read, so many reports of progress after an attempt
+was given to it show it: the first may be of a step that began before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one frontend says that the worker may have."""
+
+    thresholds: Thresholds = OFF
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """An attempt that no report shows yet."""
+
+    prefill_tokens: int
+    kv_blocks: int
+    num_reports: int
+    """That had come when it was given to the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Why new work is refused."""
+
+    told: Told
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.verdict.nearest))
+
+
+class Admission(Generic[LinkT]):
+    """What the engine of one worker has and may have."""
+
+    def __init__(self) -> None:
+        self._told: dict[LinkT, Told] = {}
+        self._engine = Engine(block_size=1)
+        self._ranks: tuple[RankState, ...] = ()
+        self._steps_total = 0
+        self._num_reports = 0
+        self._fresh: dict[int, _Fresh] = {}  # By slot, which ascend.
+        self._prefill_tokens = 0  # Of all of them,
+        self._kv_blocks = 0  # and what they will fill.
+
+    # Questions.
+
+    @property
+    def given(self) -> Given:
+        """What the engine was given and has not shown."""
+        return Given(self._prefill_tokens, self._kv_blocks)
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the engine."""
+        return max(1, self._engine.num_ranks)
+
+    def thresholds_for(self, link: LinkT) -> Told:
+        """What counts for the new work of a frontend."""
+        own = self._told.get(link, Told())
+        newest = max(self._told.values(), key=lambda told: told.version, default=own)
+        return newest if newest.version > own.version else own
+
+    def reason_to_refuse(self, link: LinkT) -> Busy | None:
+        """Why new work of a frontend is refused now, if it is."""
+        if not self._told:
+            return None
+        told = self.thresholds_for(link)
+        if told.thresholds.is_off:
+            return None
+        verdict = judge_ranks(self._ranks, self.given, told.thresholds, self._engine)
+        return Busy(told, verdict) if verdict.is_busy else None
+
+    def load(self, reported: worker_pb2.LoadReport | None) -> worker_pb2.LoadReport:
+        """The latest report, with what the engine was given since."""
+        load = worker_pb2.LoadReport()
+        if reported is not None:
+            load.CopyFrom(reported)
+        while len(load.ranks) < self.num_ranks:
+            load.ranks.add(rank=len(load.ranks))
+        tokens = shared_out([r.prefill_tokens_queued for r in load.ranks], self._prefill_tokens)
+        blocks = shared_out([r.kv_blocks_used for r in load.ranks], self._kv_blocks)
+        for rank, num_tokens, num_blocks in zip(load.ranks, tokens, blocks, strict=True):
+            rank.prefill_tokens_queued = round(num_tokens)
+            rank.kv_blocks_used = round(num_blocks)
+        return load
+
+    # Events.
+
+    def told(self, link: LinkT, told: Told) -> None:
+        """A frontend said what the worker may have. Raises `InvalidField`."""
+        told.thresholds.check()
+        self._told[link] = told
+
+    def left(self, link: LinkT) -> None:
+        """Its call is over. Idempotent."""
+        self._told.pop(link, None)
+
+    def up(self, description: worker_pb2.EngineDescription) -> None:
+        """The engine begins, with nothing."""
+        self._engine = Engine(
+            block_size=max(1, description.block_size),
+            num_ranks=max(1, description.num_ranks),
+            prefill_tokens_max=description.prefill_tokens_max,
+        )
+        self._ranks = ()
+        self._fresh.clear()
+        self._prefill_tokens = self._kv_blocks = self._steps_total = 0
+
+    def began(self, slot: int, num_tokens: int) -> None:
+        """The engine was given an attempt."""
+        num_blocks = -(-num_tokens // self._engine.block_size)
+        self._fresh[slot] = _Fresh(num_tokens, num_blocks, self._num_reports)
+        self._prefill_tokens += num_tokens
+        self._kv_blocks += num_blocks
+
+    def computed(self, slot: int) -> None:
+        """The prompt of an attempt is computed. What it holds is told by the next report."""
+        fresh = self._fresh.get(slot)
+        if fresh is not None:
+            self._prefill_tokens -= fresh.prefill_tokens
+            self._fresh[slot] = replace(fresh, prefill_tokens=0)
+
+    def over(self, slot: int) -> None:
+        """An attempt has ended, or did not begin. Idempotent."""
+        fresh = self._fresh.pop(slot, None)
+        if fresh is not None:
+            self._prefill_tokens -= fresh.prefill_tokens
+            self._kv_blocks -= fresh.kv_blocks
+
+    def reported(self, load: worker_pb2.LoadReport, slot_seen: int) -> None:
+        """The engine told its load; it had dealt with slots up to `slot_seen`, if that is not 0."""
+        self._ranks = tuple(rank_states(load))
+        if load.engine_steps_total > self._steps_total:
+            self._steps_total = load.engine_steps_total
+            self._num_reports += 1
+        shown_before = self._num_reports - REPORTS_BELIEVED
+        while self._fresh:
+            slot, fresh = next(iter(self._fresh.items()))
+            is_shown = slot <= slot_seen if slot_seen else fresh.num_reports <= shown_before
+            if not is_shown:
+                break
+            self.over(slot)
+
+    def check(self) -> None:
+        """Assert what is always true."""
+        fresh = self._fresh.values()
+        assert self._prefill_tokens == sum(one.prefill_tokens for one in fresh)
+        assert self._kv_blocks == sum(one.kv_blocks for one in fresh)
+        assert list(self._fresh) == sorted(self._fresh), "slots ascend"
