@@ -42,6 +42,8 @@ ROLES: Final = ("system", "user", "assistant", "tool")
 
 _PRINTABLE = frozenset(string.printable) - frozenset(string.whitespace) | {" "}
 _SEED_MODULUS = 1 << 64
+_TEXT_BYTES_PER_TOKEN = 4
+"""About, of English text and most vocabularies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,13 @@ def _admitted(
 def num_text_bytes(request: pb.GenerateRequest) -> int:
     """About how much text there is to tokenise."""
     return 0 if request.HasField("token_ids") else request.ByteSize()
+
+
+def num_prompt_tokens_about(request: pb.GenerateRequest) -> int:
+    """About how many tokens the prompt has, before anything is tokenised; at least 1."""
+    if request.HasField("token_ids"):
+        return max(1, len(request.token_ids.ids))
+    return max(1, request.ByteSize() // _TEXT_BYTES_PER_TOKEN)
 
 
 # The prompt.

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from frontend.placement import WorkerView, standing
 from frontend.stream import Life
@@ -39,6 +39,8 @@ RETRY_AFTER_S_UNKNOWN: Final = 1.0
 """Told when nothing is known of how fast a worker gets rid of what it has."""
 RETRY_SPREAD: Final = 0.5
 """Those who are refused are told to come back over so much longer a time, not all at one moment."""
+QUEUE: Final = "queue"
+"""Named as the threshold where a line is long though no worker is busy any more."""
 MEMORY_S: Final = 10.0
 """What was measured so long ago counts a third."""
 
@@ -48,6 +50,10 @@ def judge(view: WorkerView, thresholds: Thresholds) -> Verdict:
     given = Given(view.prefill_tokens_placed, view.blocks_placed)
     engine = Engine(view.block_size, view.num_ranks, view.prefill_tokens_max)
     return judge_ranks(view.ranks, given, thresholds, engine)
+
+
+Busy: TypeAlias = tuple[WorkerView, Verdict]
+"""A worker, and what it has too much of."""
 
 
 class _Outflow:
@@ -166,19 +172,54 @@ class Shedder:
         Workers that may be dead, or fail, are no place for what the others cannot bear: they count
         only where there are no others.
         """
+        busy = self.busy(model, views)
+        return self.overloaded(model, busy, self._retry_after_s(model, busy, now)) if busy else None
+
+    def busy(self, model: str, views: Iterable[WorkerView]) -> Sequence[Busy]:
+        """The workers that new work could go to, if all are busy; else none."""
         thresholds = self.thresholds_of(model)
         if thresholds.is_off:
-            return None
+            return ()
         eligible = list(views)
         best = min((standing(view, ()) for view in eligible), default=None)
-        busy: list[tuple[WorkerView, Verdict]] = []
+        busy: list[Busy] = []
         for view in eligible:
             if standing(view, ()) == best:
                 verdict = judge(view, thresholds)
                 if not verdict.is_busy:
-                    return None
+                    return ()
                 busy.append((view, verdict))
-        return self._overloaded(model, busy, now) if busy else None
+        return busy
+
+    def overloaded(
+        self, model: str, busy: Sequence[Busy], retry_after_s: float, detail: str = ""
+    ) -> UnbrokenError:
+        """What whoever is refused is told; `detail` is what is to be said of the line before these
+        workers, or if none of them is busy any more.
+        """
+        if not busy:
+            metadata = {"model": model, "thresholds": QUEUE, QUEUE: detail}
+            return UnbrokenError(
+                Reason.OVERLOADED, detail, metadata=metadata, retry_after_s=retry_after_s
+            )
+        waits = [self._wait_s(view, verdict.nearest) for view, verdict in busy]
+        view, verdict = min(
+            zip(waits, busy, strict=True), key=lambda item: (item[0], item[1][0].life)
+        )[1]
+        workers = "1 worker is" if len(busy) == 1 else f"all {len(busy)} workers are"
+        told = {excess.threshold.value: str(excess) for excess in verdict.nearest}
+        shown = f"{workers} busy; {view.life.worker_id}: {', '.join(told.values())}"
+        return UnbrokenError(
+            Reason.OVERLOADED,
+            f"{shown}; {detail}" if detail else shown,
+            metadata={"model": model, "thresholds": ",".join(told), **told},
+            retry_after_s=retry_after_s,
+        )
+
+    def prefill_rate(self, views: Iterable[WorkerView]) -> float:
+        """Prompt tokens that these workers get rid of in a second, for all frontends together."""
+        tokens = Threshold.PREFILL_TOKENS
+        return sum(self._gone_per_s(view.life, tokens) or 0.0 for view in views)
 
     # Events.
 
@@ -215,26 +256,13 @@ class Shedder:
 
     # Inside.
 
-    def _overloaded(
-        self, model: str, busy: Sequence[tuple[WorkerView, Verdict]], now: float
-    ) -> UnbrokenError:
+    def _retry_after_s(self, model: str, busy: Sequence[Busy], now: float) -> float:
         waits = [self._wait_s(view, verdict.nearest) for view, verdict in busy]
-        view, verdict = min(
-            zip(waits, busy, strict=True), key=lambda item: (item[0], item[1][0].life)
-        )[1]
         fleet = self._fleets.setdefault(model, _Fleet())
         fleet.due = max(fleet.due, now + min(waits)) + self._turn_s(fleet, busy)
         fleet.due = min(fleet.due, now + RETRY_AFTER_S_MAX)
         spread = 1 + RETRY_SPREAD * self._random.random()
-        wait_s = max(RETRY_AFTER_S_MIN, (fleet.due - now) * spread)
-        workers = "1 worker is" if len(busy) == 1 else f"all {len(busy)} workers are"
-        told = {excess.threshold.value: str(excess) for excess in verdict.nearest}
-        return UnbrokenError(
-            Reason.OVERLOADED,
-            f"{workers} busy; {view.life.worker_id}: {', '.join(told.values())}",
-            metadata={"model": model, "thresholds": ",".join(told), **told},
-            retry_after_s=wait_s,
-        )
+        return max(RETRY_AFTER_S_MIN, (fleet.due - now) * spread)
 
     def _wait_s(self, view: WorkerView, excesses: Sequence[Excess]) -> float:
         """How long until the worker is not busy."""
@@ -252,7 +280,7 @@ class Shedder:
             return self._prefill_tokens_per_s
         return per_s
 
-    def _turn_s(self, fleet: _Fleet, busy: Sequence[tuple[WorkerView, Verdict]]) -> float:
+    def _turn_s(self, fleet: _Fleet, busy: Sequence[Busy]) -> float:
         """How long the workers together take to get rid of what one request brings."""
         per_s = 0.0  # Requests.
         for view, verdict in busy:

@@ -71,6 +71,13 @@ class FrontendConfig(ProcessConfig):
     """A worker is busy when each of its ranks has more prompt tokens to compute."""
     busy_prefill_share: float | None = Field(None, ge=0, le=PREFILL_SHARE_MAX)
     """As busy_prefill_tokens, as a multiple of what a rank can compute in one step."""
+    queue_requests_max: int = Field(1024, ge=0, le=1_000_000)
+    """New requests of one model that may wait while all its workers are busy
+    (docs/decisions/admission-queue.md); with 0 they are refused at once."""
+    queue_tokens_max: int = Field(1_000_000, ge=1, le=PREFILL_TOKENS_MAX)
+    """Prompt tokens of those."""
+    queue_wait_s_max: float = Field(5.0, gt=0, le=3600)
+    """No new request waits for longer; one that would is refused at once."""
     requests_running_max: int = Field(10_000, ge=1)
     """More requests at once are refused."""
     load_trailers: bool = True

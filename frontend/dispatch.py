@@ -1,6 +1,7 @@
 """Obeys what streams ask: finds workers, starts and ends attempts, moves windows, keeps time.
 
-    Place ──▶ resume queue ──its turn──▶ placement ──▶ a worker ──▶ Start on its link
+    Place ──▶ waiting room, if new and all are busy ──▶
+              resume queue ──its turn──▶ placement ──▶ a worker ──▶ Start on its link
                   └── nobody has room ──▶ wait until something changes, or the stream's deadline
     Relink ──▶ the link's fate ──▶ up: Adopt; gone: lost; neither: wait for one, or the deadline
 
@@ -11,13 +12,14 @@ its turn is on its way to another before anything else runs.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from random import Random
 from typing import Final, assert_never
 
 from frontend import stream as machine
 from frontend.admission import Envelope, Model
+from frontend.admission_queue import Arrival, QueueLimits
 from frontend.busy import Shedder
 from frontend.continuation import Abilities
 from frontend.links import Fate, Links
@@ -29,6 +31,7 @@ from frontend.query_of_death import Fingerprint
 from frontend.relay_call import RelayCall
 from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
 from frontend.stream import Life
+from frontend.waiting_room import Standing, WaitingRoom
 from unbroken import blocks, log
 from unbroken.checkpoint import Checkpoint, write_checkpoint
 from unbroken.errors import Reason, UnbrokenError
@@ -58,10 +61,13 @@ class Dispatcher:
         *,
         limits: ResumeLimits | None = None,
         thresholds: Thresholds | None = None,
+        waiting: QueueLimits | None = None,
         random: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`thresholds` are those of models that have none of their own; none, unless given."""
+        """`thresholds` are those of models that have none of their own; none, unless given.
+        `waiting` is how much new work may wait while all workers are busy; none, unless given.
+        """
         limits = limits or ResumeLimits()
         random = random or Random()
         self.mesh = mesh
@@ -75,6 +81,15 @@ class Dispatcher:
         )
         self.shedder = Shedder(
             thresholds or Thresholds(), random, prefill_tokens_per_s=limits.prefill_tokens_per_s
+        )
+        self.room = WaitingRoom(
+            waiting or QueueLimits(requests_max=0),
+            random,
+            self.shedder,
+            metrics,
+            views_of=self._views_of,
+            on_expiry=self._expire,
+            clock=clock,
         )
         self.clock = clock
         self._is_giving_turns = False
@@ -99,7 +114,7 @@ class Dispatcher:
     @property
     def num_waiting(self) -> int:
         """Choices that wait for a worker."""
-        return self.queue.num_waiting
+        return self.queue.num_waiting + self.room.queue.num_waiting
 
     @property
     def num_busy(self) -> int:
@@ -111,6 +126,22 @@ class Dispatcher:
             if (view := worker.view) is not None
         )
 
+    def close(self) -> None:
+        """Look at nothing any more."""
+        self._cancel_timers()
+        self.room.close()
+
+    def reason_to_refuse(self, arrival: Arrival) -> UnbrokenError | None:
+        """Why a request is refused before anything is done for it, if it is; counts it."""
+        if self.room.is_for(arrival.model):
+            return self.room.reason_to_refuse(arrival)
+        return self.reason_to_shed(arrival.model)
+
+    def is_overloaded(self, model: str, could_take: Callable[[WorkerView], bool]) -> bool:
+        """Whether all workers are busy that new work could go to."""
+        views = (view for view in self._views_of(model) if could_take(view))
+        return bool(self.shedder.busy(model, views))
+
     def reason_to_shed(
         self, model: str, could_take: Callable[[WorkerView], bool] = lambda _: True
     ) -> UnbrokenError | None:
@@ -120,11 +151,7 @@ class Dispatcher:
         """
         if self.shedder.thresholds_of(model).is_off:
             return None
-        eligible = (
-            view
-            for view in self.mesh.views()
-            if view.is_ready and view.model == model and could_take(view)
-        )
+        eligible = (view for view in self._views_of(model) if could_take(view))
         error = self.shedder.refusal(model, eligible, self.clock())
         if error is not None:
             for threshold in error.metadata["thresholds"].split(","):
@@ -133,6 +160,11 @@ class Dispatcher:
 
     def line_up(self, choice: "Choice", ticket: Ticket) -> UnbrokenError | None:
         """Place the choice as soon as it has its turn, perhaps now; an error if it gets none."""
+        standing = choice.standing(ticket)
+        if standing is not None:
+            error, may_go = self.room.line_up(choice, standing)
+            if not may_go:
+                return error
         error = self.queue.offer(choice, ticket, self.clock())
         if error is None:
             self._give_turns()
@@ -159,6 +191,10 @@ class Dispatcher:
         for choice in list(self._unlinked.get(worker_id, ())):
             choice.link_changed()
 
+    def _views_of(self, model: str) -> Iterator[WorkerView]:
+        """Workers that take requests for a model."""
+        return (view for view in self.mesh.views() if view.is_ready and view.model == model)
+
     def _push_thresholds(self) -> None:
         """Have all sidecars know what their workers may have, before anything is begun there."""
         version = self.shedder.version
@@ -171,6 +207,8 @@ class Dispatcher:
         self._push_thresholds()
         self.queue.workers(self.mesh.views(), self.clock())
         self.shedder.workers(self.mesh.views())
+        self.room.queue.models_known(self.mesh.model_names())
+        self.room.queue.changed()
         self._give_turns_soon()
 
     def _room_changed(self) -> None:
@@ -188,10 +226,11 @@ class Dispatcher:
             self.queue.reported(worker.view.life, worker.load, worker.load_at)
             if not self.shedder.thresholds_of(worker.view.model).is_off:
                 self.shedder.reported(worker.view.life, worker.load, worker.load_at)
+                self.room.queue.changed()
             self._give_turns_soon()
 
     def _give_turns_soon(self) -> None:
-        if self._soon is None and self.queue.num_waiting:
+        if self._soon is None and self.num_waiting:
             self._soon = asyncio.get_running_loop().call_soon(self._give_turns)
 
     def _give_turns(self) -> None:
@@ -202,10 +241,11 @@ class Dispatcher:
         try:
             for _ in range(TURNS_AT_ONCE):
                 turn = self.queue.next(self.clock())
-                if turn is None:
+                if turn is not None:
+                    turn.key.take_turn(turn.lives)
+                elif not self._call_next():
                     break
-                turn.key.take_turn(turn.lives)
-                if not self.queue.num_waiting:
+                if not self.num_waiting:
                     break
             else:
                 self._give_turns_soon()
@@ -215,6 +255,21 @@ class Dispatcher:
         if due is not None:
             wait_s = max(0.0, due - self.clock())
             self._due = asyncio.get_running_loop().call_later(wait_s, self._give_turns)
+
+    def _call_next(self) -> bool:
+        """Whether somebody came out of the waiting room, now that a worker has room for him."""
+        choice = self.room.next(self.queue.holds_new_work)
+        if choice is None:
+            return False
+        error = self.queue.offer(choice, choice.ticket(), self.clock())
+        if error is not None:
+            choice.refuse(error)
+        return True
+
+    def _expire(self) -> None:
+        """Some have waited for too long."""
+        self.room.expire()
+        self._give_turns_soon()
 
     def _cancel_timers(self) -> None:
         for handle in (self._soon, self._due):
@@ -292,11 +347,13 @@ class Choice:
         "_news",
         "_params",
         "_seat",
+        "_standing",
         "_timer",
         "_tried",
         "_unlinked_from",
         "_ways",
         "index",
+        "on_turn",
         "stream",
     )
 
@@ -330,7 +387,10 @@ class Choice:
         self._is_new_work = False  # The attempt that is begun may be refused by a busy worker.
         self._life: Life | None = None  # Where the last attempt was begun, until it is over.
         self._params: generation_pb2.GenerationParams | None = None
+        self.on_turn: Callable[[], None] = nobody
+        """Called once, when it got to a worker."""
         self._seat: _Seat | None = None
+        self._standing: Standing | None = None  # In the waiting room.
         self._timer: asyncio.TimerHandle | None = None
         self._tried: machine.Attempt | None = None  # What became of that attempt.
         self._unlinked_from: machine.Relink | None = None
@@ -362,7 +422,12 @@ class Choice:
     @property
     def waiting_detail(self) -> str:
         """What it waits for, for people; empty if it waits for no worker."""
-        return self._dispatcher.queue.detail(self)
+        return self._dispatcher.queue.detail(self) or self._dispatcher.room.queue.detail(self)
+
+    @property
+    def has_to_wait(self) -> bool:
+        """Whether it stands in line because all workers are busy."""
+        return self._dispatcher.room.queue.is_waiting(self)
 
     def wake(self) -> None:
         """Let the client's side look at the stream."""
@@ -451,20 +516,29 @@ class Choice:
             if view is None:
                 dispatcher.queue.passed_over(self, lives)
                 return
-            overload = self._reason_to_shed(view)
-            if overload is not None:
-                self._refuse(overload)
+            if self._is_refused_at(view):
+                self._wait_for_room()
                 return
             waited_s = dispatcher.queue.admitted(self, view.life, dispatcher.clock())
+            dispatcher.room.settled(self, self._standing)
             self._is_computing = True
             self._is_new_work = self._is_to_be_refused
             self._stop_waiting()
             if stream.attempts:
                 dispatcher.metrics.resume_wait_s.observe(waited_s)
             self._obey(stream.placed(stream.epoch, view.life, view.abilities))
+            on_turn, self.on_turn = self.on_turn, nobody
+            on_turn()
         except Exception:
             self.crashed()
         self._wake_after()
+
+    def refuse(self, error: UnbrokenError) -> None:
+        """It waits in vain. Raises nothing."""
+        try:
+            self._refuse(error)
+        except Exception:
+            self.crashed()
 
     def _refuse(self, error: UnbrokenError) -> None:
         """It had its turn in vain."""
@@ -532,21 +606,55 @@ class Choice:
         """Whether thresholds can refuse it: as long as nothing of its request was at a worker."""
         return self._is_new and not self.index and not self._is_resume
 
-    def _reason_to_shed(self, chosen: WorkerView) -> UnbrokenError | None:
-        """Why it is refused instead of placed where was chosen, if it is.
+    def _is_refused_at(self, chosen: WorkerView) -> bool:
+        """Whether it is not placed where was chosen, because all are busy that could take it.
 
-        New work only, and a request as a whole, which its first choice speaks for. Most are refused
-        by the gateway; others waited for a turn, or only some workers could take them.
+        New work only, and a request as a whole, which its first choice speaks for. Most wait in the
+        waiting room; others waited for a turn, or only some workers could take them.
         """
-        dispatcher, quarantine = self._dispatcher, self._dispatcher.quarantine
-        if not self._is_to_be_refused:
-            return None
-        if not dispatcher.shedder.is_busy(chosen):
-            return None
-        return dispatcher.reason_to_shed(
-            self._model.name,
-            lambda view: quarantine.may_start(self, view.life) and self._could_go_on(view),
+        dispatcher = self._dispatcher
+        return (
+            self._is_to_be_refused
+            and dispatcher.shedder.is_busy(chosen)
+            and dispatcher.is_overloaded(self._model.name, self._may_start_at)
         )
+
+    def _may_start_at(self, view: WorkerView) -> bool:
+        return self._dispatcher.quarantine.may_start(self, view.life) and self._could_go_on(view)
+
+    def _wait_for_room(self) -> None:
+        """It had its turn, and all workers are busy that could take it."""
+        dispatcher, standing = self._dispatcher, self._standing
+        if standing is not None:
+            dispatcher.queue.cancel(self)
+            dispatcher.room.come_back(self, standing)
+            return
+        error = dispatcher.reason_to_shed(self._model.name, self._may_start_at)
+        assert error is not None, "all are busy that could take it"
+        self._refuse(error)
+
+    def standing(self, ticket: Ticket) -> Standing | None:
+        """Its place in the waiting room; None if it need not wait there."""
+        if not self._is_to_be_refused or not self._dispatcher.room.is_for(ticket.model):
+            self._standing = None
+        elif self._standing is None:
+            envelope = self._envelope
+            arrival = Arrival(
+                model=ticket.model,
+                tenant=envelope.tenant,
+                request_id=envelope.request_id,
+                priority=envelope.priority,
+                num_tokens=max(1, ticket.num_tokens * envelope.num_choices),
+                deadline=ticket.give_up_at,
+            )
+            self._standing = Standing(arrival, self._dispatcher.clock())
+        return self._standing
+
+    def ticket(self) -> Ticket:
+        """What it needs, now that it is called."""
+        deadline = self.stream.deadline()
+        assert deadline is not None, "a stream that is placed has a deadline"
+        return self._ticket(deadline)
 
     def _ticket(self, deadline: float) -> Ticket:
         give_up_at = deadline if self._deadline_at is None else min(deadline, self._deadline_at)
@@ -761,6 +869,7 @@ class Choice:
 
     def _stop_waiting(self) -> None:
         self._dispatcher.queue.cancel(self)
+        self._dispatcher.room.remove(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from frontend import admission
 from frontend.admission import Admitted, Decided, Envelope, Model
+from frontend.admission_queue import Arrival
 from frontend.dispatch import Dispatcher
 from frontend.mesh_view import MeshView
 from frontend.processes.claims import Elsewhere
@@ -216,7 +217,18 @@ class Gateway:
         self._requests.check_room()
         model = await self._wait_for_model(envelope, arrived_at, deadline_at)
         # Before anything is tokenised: a refusal must not take the capacity that it protects.
-        overload = self._dispatcher.reason_to_shed(model.name)
+        overload = self._dispatcher.reason_to_refuse(
+            Arrival(
+                model=model.name,
+                tenant=envelope.tenant,
+                request_id=request.request_id,
+                priority=envelope.priority,
+                num_tokens=admission.num_prompt_tokens_about(request) * envelope.num_choices,
+                deadline=arrived_at + self._limits.stream.placement_timeout_s
+                if deadline_at is None
+                else deadline_at,
+            )
+        )
         if overload is not None:
             raise overload
         if admission.num_text_bytes(request) > LONG_TEXT_BYTES:

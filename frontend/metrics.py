@@ -32,6 +32,19 @@ class QueueFigures(Protocol):
     def num_fleet_losses(self) -> int: ...
 
 
+class LineFigures(Protocol):
+    """What the admission queue tells of itself."""
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def tokens_waiting(self) -> int: ...
+
+    @property
+    def num_promised(self) -> int: ...
+
+
 class FrontendMetrics:
     """Everything that this process counts; one per registry."""
 
@@ -53,6 +66,31 @@ class FrontendMetrics:
             f"{_PREFIX}_requests_shed_total",
             "New requests refused because all workers were busy, by threshold; some by several.",
             ["threshold"],
+            registry=registry,
+        )
+        self.queue_refused = Counter(
+            f"{_PREFIX}_queue_refused_total",
+            "New requests sent away by the admission queue, by the limit that they met.",
+            ["limit"],
+            registry=registry,
+        )
+        self.queue_wait_s = Histogram(
+            f"{_PREFIX}_queue_wait_seconds",
+            "Time that a new request waited because all workers were busy.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._queue_waiting = Gauge(
+            f"{_PREFIX}_queue_requests",
+            "New requests that wait because all workers are busy.",
+            registry=registry,
+        )
+        self._queue_tokens = Gauge(
+            f"{_PREFIX}_queue_prefill_tokens", "Prompt tokens of those.", registry=registry
+        )
+        self._queue_promised = Gauge(
+            f"{_PREFIX}_queue_promises",
+            "Requests that were told when to come back, and may yet.",
             registry=registry,
         )
         self._placements_refused = Counter(
@@ -219,6 +257,7 @@ class FrontendMetrics:
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
         queue: QueueFigures,
+        waiting_room: LineFigures,
         num_links_up: Callable[[], int],
         num_busy: Callable[[], int],
         outliers: Outliers,
@@ -231,6 +270,9 @@ class FrontendMetrics:
         self._resume_tokens_waiting.set_function(lambda: queue.tokens_waiting)
         self._resume_tokens_outstanding.set_function(lambda: queue.tokens_outstanding)
         self._fleet_losses.set_function(lambda: queue.num_fleet_losses)
+        self._queue_waiting.set_function(lambda: waiting_room.num_waiting)
+        self._queue_tokens.set_function(lambda: waiting_room.tokens_waiting)
+        self._queue_promised.set_function(lambda: waiting_room.num_promised)
         self._links_up.set_function(num_links_up)
         self._busy.set_function(num_busy)
         self._ejected.set_function(lambda: outliers.num_ejected)

@@ -171,11 +171,20 @@ class Request:
         """Let the choices look for workers. Idempotent."""
         if not self._has_begun:
             self._has_begun = True
-            for choice in self.choices:
-                choice.begin()
-                if choice.stream.outcome is not None and self.error is not None:
-                    break  # Refused at once, so that the others never begin.
+            first = self.choices[0]
+            first.begin()
+            if first.has_to_wait:
+                first.on_turn = self._begin_others
+            else:
+                self._begin_others()
             self.fail_together()
+
+    def _begin_others(self) -> None:
+        """The first choice got in, and what it speaks for."""
+        for choice in self.choices[1:]:
+            if self.error is not None:
+                break  # Refused at once, so that the others never begin.
+            choice.begin()
 
     def take_over(self, on_news: Callable[[], None]) -> int:
         """Another call reads it from now on; returns the number of that reader."""

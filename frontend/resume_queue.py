@@ -263,7 +263,7 @@ class _Fleet(Generic[K]):
     @property
     def is_contended(self) -> bool:
         """Whether somebody waits to resume on a worker that is there."""
-        return self._has_able(Work.RESUME)
+        return self.has_able(Work.RESUME)
 
     def judge_holding(self) -> bool:
         """Whether new work stands in line: while somebody waits to resume, and until those who were
@@ -271,10 +271,10 @@ class _Fleet(Generic[K]):
         if self.is_contended:
             self.is_holding = True
         elif self.is_holding:
-            self.is_holding = self._has_able(Work.NEW)
+            self.is_holding = self.has_able(Work.NEW)
         return self.is_holding
 
-    def _has_able(self, work: Work) -> bool:
+    def has_able(self, work: Work) -> bool:
         ready = self.ready.keys()
         return any(not ready <= entry.unable for _, entry in self.lines[work])
 
@@ -362,6 +362,11 @@ class ResumeQueue(Generic[K]):
         place = bisect_left(line, entry.order, key=lambda item: item[0])
         name = "resume queue" if entry.ticket.work is Work.RESUME else "held back by resumes"
         return f"{name}: {place} before it, {entry.ticket.price} tokens to compute"
+
+    def holds_new_work(self, model: str) -> bool:
+        """Whether new work that was offered waits here, or would be refused."""
+        fleet = self._fleets.get(model)
+        return fleet is not None and (fleet.peak_of_loss is not None or fleet.has_able(Work.NEW))
 
     def deadline(self) -> float | None:
         """When `next` may have somebody though nothing happened."""

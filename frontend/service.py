@@ -11,6 +11,7 @@ from random import SystemRandom
 
 from frontend import resume_keys
 from frontend.admin import Admin
+from frontend.admission_queue import QueueLimits
 from frontend.config import FrontendConfig
 from frontend.dispatch import Choice, Dispatcher
 from frontend.edge.native import NativeEdge
@@ -152,9 +153,15 @@ class Frontend:
                 prefill_tokens=config.busy_prefill_tokens,
                 prefill_share=config.busy_prefill_share,
             ),
+            waiting=QueueLimits(
+                requests_max=config.queue_requests_max,
+                tokens_max=config.queue_tokens_max,
+                wait_s_max=config.queue_wait_s_max,
+            ),
             random=random,
             clock=self._clock,
         )
+        self._dispatcher = dispatcher
         self._watch = OutlierWatch(
             outliers,
             self.mesh,
@@ -204,6 +211,7 @@ class Frontend:
             num_running=lambda: self.requests.num_running,
             num_waiting=lambda: dispatcher.num_waiting,
             queue=dispatcher.queue,
+            waiting_room=dispatcher.room.queue,
             num_links_up=lambda: self._links.num_up,
             num_busy=lambda: dispatcher.num_busy,
             outliers=outliers,
@@ -303,6 +311,7 @@ class Frontend:
                 await asyncio.gather(task, return_exceptions=True)
         self._watch.close()
         self._quarantine.close()
+        self._dispatcher.close()
         await self._links.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)

@@ -1,6 +1,8 @@
 """Thresholds over real gRPC: who is placed where, who is refused, and what is told."""
 
 import asyncio
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -21,6 +23,11 @@ from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 pytestmark = pytest.mark.usefixtures("each_edge")
 
 PROMPT = list(b"once upon a time")
+
+
+def refusing(*sidecars: FakeSidecar, **settings: Any) -> AbstractAsyncContextManager[World]:
+    """A world in which nobody waits while all workers are busy."""
+    return world(*sidecars, queue_requests_max=0, **settings)
 
 
 async def report(it: World, sidecar: FakeSidecar, used: int, queued: int = 0) -> None:
@@ -50,7 +57,7 @@ def count_of(it: World, name: str, **labels: str) -> float:
 def test_a_busy_worker_gets_no_new_work_while_another_is_not() -> None:
     async def scenario() -> None:
         sidecars = FakeSidecar("w1"), FakeSidecar("w2")
-        async with world(*sidecars, busy_kv_blocks_share=0.5, busy_prefill_tokens=10_000) as it:
+        async with refusing(*sidecars, busy_kv_blocks_share=0.5, busy_prefill_tokens=10_000) as it:
             await report(it, sidecars[0], used=51)
             await report(it, sidecars[1], used=40, queued=5000)
             for _ in range(5):
@@ -64,7 +71,7 @@ def test_a_busy_worker_gets_no_new_work_while_another_is_not() -> None:
 def test_when_all_are_busy_a_request_is_refused_and_told_why_and_when_to_come_back() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1")
-        async with world(sidecar, busy_kv_blocks_share=0.5, busy_prefill_tokens=100) as it:
+        async with refusing(sidecar, busy_kv_blocks_share=0.5, busy_prefill_tokens=100) as it:
             await report(it, sidecar, used=60, queued=101)
             stub = InferenceServiceStub(await it.client.channel())
             call = stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)))
@@ -97,7 +104,7 @@ def test_when_all_are_busy_a_request_is_refused_and_told_why_and_when_to_come_ba
 def test_what_is_not_tokenised_is_refused_nevertheless() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1")
-        async with world(sidecar, busy_prefill_share=0.0) as it:
+        async with refusing(sidecar, busy_prefill_share=0.0) as it:
             await report(it, sidecar, used=1, queued=1)
             # A text that is invalid only once it is tokenised: it is too long for the model.
             error = await failure_of(it.client.generate(prompt="x" * 5000, max_tokens=2))
@@ -112,7 +119,7 @@ def test_what_is_not_tokenised_is_refused_nevertheless() -> None:
 def test_a_burst_between_two_reports_stops_at_the_threshold() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1", step_s=None)
-        async with world(sidecar, busy_prefill_tokens=100) as it:
+        async with refusing(sidecar, busy_prefill_tokens=100) as it:
             await report(it, sidecar, used=0)
             # Two ranks take 100 each and not more: 13 prompts of 16 tokens are above.
             streams = [it.client.generate(token_ids=PROMPT, max_tokens=2) for _ in range(40)]
@@ -133,7 +140,7 @@ def test_a_burst_between_two_reports_stops_at_the_threshold() -> None:
 def test_a_heartbeat_that_repeats_the_last_report_hides_nothing_of_a_burst() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1", step_s=None)
-        async with world(sidecar, busy_prefill_tokens=100) as it:
+        async with refusing(sidecar, busy_prefill_tokens=100) as it:
             await report(it, sidecar, used=0)
             worker = it.frontend.mesh.workers["w1"]
             readings: list[asyncio.Task[tuple[list[int], str]]] = []
@@ -156,7 +163,7 @@ def test_a_heartbeat_that_repeats_the_last_report_hides_nothing_of_a_burst() -> 
 def test_what_was_admitted_goes_on_though_all_are_busy() -> None:
     async def scenario() -> None:
         sidecars = FakeSidecar("w1", step_s=0.005), FakeSidecar("w2", step_s=0.005)
-        async with world(*sidecars, busy_kv_blocks_share=0.5) as it:
+        async with refusing(*sidecars, busy_kv_blocks_share=0.5) as it:
             stream = it.client.generate(
                 token_ids=PROMPT, max_tokens=60, temperature=0, request_id="r"
             )
@@ -177,7 +184,7 @@ def test_a_request_that_waited_for_a_worker_is_refused_if_it_comes_back_busy() -
         sidecar = FakeSidecar("w1")
         once = ResumePolicy(resumes_max=0)
         async with (
-            world(sidecar, busy_kv_blocks_share=0.5) as it,
+            refusing(sidecar, busy_kv_blocks_share=0.5) as it,
             Client(it.frontend.address, resume_policy=once) as client,
         ):
             sidecar.say_state(worker_pb2.ENGINE_STATE_STARTING)
@@ -198,7 +205,7 @@ def test_a_request_that_waited_for_a_worker_is_refused_if_it_comes_back_busy() -
 def test_a_request_is_refused_or_admitted_with_all_its_choices() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1")
-        async with world(sidecar, busy_prefill_tokens=10) as it:
+        async with refusing(sidecar, busy_prefill_tokens=10) as it:
             await report(it, sidecar, used=0)
             stream = it.client.generate(token_ids=PROMPT, max_tokens=2, num_choices=4)
             await read(stream)
@@ -216,7 +223,7 @@ def test_a_request_is_refused_or_admitted_with_all_its_choices() -> None:
 def test_an_equal_request_joins_the_one_that_runs_though_all_are_busy() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1", step_s=None)
-        async with world(sidecar, busy_kv_blocks_share=0.5) as it:
+        async with refusing(sidecar, busy_kv_blocks_share=0.5) as it:
             first = it.client.generate(
                 token_ids=PROMPT, max_tokens=5, temperature=0, request_id="r"
             )
@@ -254,7 +261,7 @@ def busy(queued: int, limit: int = 100) -> attempt_pb2.AttemptRefused:
 def test_who_is_refused_by_a_busy_worker_goes_to_another_and_its_client_sees_nothing() -> None:
     async def scenario() -> None:
         sidecars = [FakeSidecar("w1", refuse=[busy(101)]), FakeSidecar("w2")]
-        async with world(*sidecars, busy_prefill_tokens=100) as it:
+        async with refusing(*sidecars, busy_prefill_tokens=100) as it:
             stream = it.client.generate(token_ids=PROMPT, max_tokens=5, temperature=0)
             assert (await read(stream))[0] == reference(PROMPT, 5)
             assert [len(sidecar.starts) for sidecar in sidecars] == [1, 1]
@@ -279,7 +286,7 @@ def test_who_is_refused_by_a_busy_worker_goes_to_another_and_its_client_sees_not
 def test_a_busy_worker_is_no_failing_one() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1", refuse=[busy(0) for _ in range(5)])
-        async with world(sidecar, FakeSidecar("w2"), outlier_failures_max=1) as it:
+        async with refusing(sidecar, FakeSidecar("w2"), outlier_failures_max=1) as it:
             for _ in range(10):
                 await read(it.client.generate(token_ids=PROMPT, max_tokens=1))
             assert not sidecar.refuse
@@ -291,7 +298,7 @@ def test_a_busy_worker_is_no_failing_one() -> None:
 def test_when_all_workers_refuse_the_client_is_told_when_to_come_back() -> None:
     async def scenario() -> None:
         sidecars = [FakeSidecar(f"w{index}", refuse=[busy(101)]) for index in range(3)]
-        async with world(*sidecars, busy_prefill_tokens=100) as it:
+        async with refusing(*sidecars, busy_prefill_tokens=100) as it:
             error = await failure_of(it.client.generate(token_ids=PROMPT, max_tokens=5))
             assert error.reason is Reason.OVERLOADED
             assert error.retry_after_s is not None
@@ -304,7 +311,7 @@ def test_when_all_workers_refuse_the_client_is_told_when_to_come_back() -> None:
 def test_a_choice_whose_others_have_begun_is_refused_by_no_threshold() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1", refuse=[busy(101)])
-        async with world(sidecar, busy_prefill_tokens=100) as it:
+        async with refusing(sidecar, busy_prefill_tokens=100) as it:
             stream = it.client.generate(token_ids=PROMPT, max_tokens=3, num_choices=3)
             await read(stream)
             assert [start.is_new_work for start in sidecar.starts] == [True, False, False, False]
@@ -315,7 +322,7 @@ def test_a_choice_whose_others_have_begun_is_refused_by_no_threshold() -> None:
 def test_what_goes_on_is_refused_by_no_threshold() -> None:
     async def scenario() -> None:
         sidecars = [FakeSidecar("w1", step_s=0.005), FakeSidecar("w2", step_s=0.005)]
-        async with world(*sidecars, busy_prefill_tokens=100) as it:
+        async with refusing(*sidecars, busy_prefill_tokens=100) as it:
             stream = it.client.generate(
                 token_ids=PROMPT, max_tokens=40, temperature=0, request_id="r"
             )
@@ -334,7 +341,7 @@ def test_sidecars_know_the_thresholds_before_anything_begins_there_and_again_whe
 ):
     async def scenario() -> None:
         sidecar = FakeSidecar("w1")
-        async with world(sidecar, busy_prefill_tokens=100) as it:
+        async with refusing(sidecar, busy_prefill_tokens=100) as it:
             await read(it.client.generate(token_ids=PROMPT, max_tokens=1))
             (push,) = sidecar.thresholds
             assert (push.thresholds.prefill_tokens, push.version) == (100, 0)

@@ -184,7 +184,7 @@ def test_a_record_that_was_lost_is_kept_and_written_again(tmp_path: Path) -> Non
 def test_thresholds_are_set_over_the_wire_and_hold_for_the_next_request() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1")
-        async with world(sidecar) as it:
+        async with world(sidecar, queue_requests_max=0) as it:
             ranks = [
                 worker_pb2.RankLoad(rank=rank, kv_blocks_total=100, kv_blocks_used=60)
                 for rank in range(2)

@@ -57,7 +57,7 @@ def test_a_burst_at_three_frontends_passes_a_threshold_by_no_more_than_at_one(
         num_frontends=3,
         engine_options=ENGINE_OPTIONS,
         sidecar_flags=["--metrics-listen", "127.0.0.1:0"],
-        frontend_flags=["--busy-prefill-tokens", str(THRESHOLD)],
+        frontend_flags=["--busy-prefill-tokens", str(THRESHOLD), "--queue-requests-max", "0"],
     ) as world:
         world.run(scenario())
         sidecar = scrape(world.mesh.workers["w1"].metrics_address)

@@ -1,0 +1,166 @@
+"""The shell around `admission_queue`: who has to wait, who is told what, and when it is looked at.
+
+A request comes by twice. Before it is tokenised, `reason_to_refuse` says whether there is any point
+in it: a refusal must not take the capacity that it protects. When its first choice wants a worker,
+`line_up` has it pass, stand in line, or go. What was let in and refused by a worker comes back in.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from frontend.admission_queue import AdmissionQueue, Arrival, QueueLimits, Refusal
+from frontend.busy import Shedder
+from frontend.metrics import FrontendMetrics
+from frontend.placement import WorkerView
+from unbroken.errors import UnbrokenError
+
+if TYPE_CHECKING:
+    from random import Random
+
+    from frontend.dispatch import Choice
+
+
+@dataclass(slots=True)
+class Standing:
+    """Where a request stands with the waiting room."""
+
+    arrival: Arrival
+    came_at: float
+    is_in: bool = False
+    """It was let in once."""
+
+
+class WaitingRoom:
+    """One frontend's."""
+
+    def __init__(
+        self,
+        limits: QueueLimits,
+        random: "Random",
+        shedder: Shedder,
+        metrics: FrontendMetrics,
+        *,
+        views_of: Callable[[str], Iterable[WorkerView]],
+        on_expiry: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`views_of` are the workers of a model that take work; `on_expiry` is called when
+        `expire` has somebody.
+        """
+        self.queue = AdmissionQueue["Choice"](limits, random)
+        self._shedder = shedder
+        self._metrics = metrics
+        self._views_of = views_of
+        self._on_expiry = on_expiry
+        self._clock = clock
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+
+    # Questions.
+
+    def is_for(self, model: str) -> bool:
+        """Whether new work for a model may wait here."""
+        return self.queue.is_on and not self._shedder.thresholds_of(model).is_off
+
+    def has_room(self, model: str) -> bool:
+        """Whether a worker takes new work now; also if there is none, which is not for here."""
+        return not self._shedder.busy(model, self._views_of(model))
+
+    def reason_to_refuse(self, arrival: Arrival) -> UnbrokenError | None:
+        """Why a request is refused before anything is done for it, if it is; counts it."""
+        if not self.queue.has_line(arrival.model) and self.has_room(arrival.model):
+            return None
+        now = self._clock()
+        refusal = self.queue.check(arrival, now, rate_hint=self._rate_hint(arrival.model))
+        return None if refusal is None else self._error(arrival.model, refusal)
+
+    # Events.
+
+    def line_up(self, choice: "Choice", standing: Standing) -> tuple[UnbrokenError | None, bool]:
+        """Whether it is refused, and else whether it may go to a worker at once."""
+        arrival, queue, now = standing.arrival, self.queue, self._clock()
+        has_to_wait = queue.has_line(arrival.model) or not self.has_room(arrival.model)
+        if standing.is_in:
+            if has_to_wait:
+                self.come_back(choice, standing)
+            return None, not has_to_wait
+        if not has_to_wait:
+            standing.is_in = True
+            queue.let_in(arrival, now)
+            return None, True
+        rate_hint = self._rate_hint(arrival.model)
+        refusal, displaced = queue.offer(choice, arrival, now, rate_hint=rate_hint)
+        for other, reason in displaced:
+            other.refuse(self._error(arrival.model, reason))
+        if refusal is not None:
+            return self._error(arrival.model, refusal), False
+        self._wake_at_expiry()
+        return None, False
+
+    def come_back(self, choice: "Choice", standing: Standing) -> None:
+        """It was let in, and no worker took it."""
+        if self.queue.is_called(choice):
+            self.queue.passed_over(choice, self._clock())
+        else:
+            since = standing.came_at
+            self.queue.come_back(choice, standing.arrival, self._clock(), since=since)
+        self._wake_at_expiry()
+
+    def next(self, is_held: Callable[[str], bool]) -> "Choice | None":
+        """Whose turn it is, of a model that has room, and whose new work nobody holds back."""
+        for model in self.queue.models():
+            if not is_held(model) and self.has_room(model):
+                return self.queue.next(model, self._clock())
+        return None
+
+    def settled(self, choice: "Choice", standing: Standing | None) -> None:
+        """It goes to a worker, perhaps having been called."""
+        if standing is not None:
+            standing.is_in = True
+        if self.queue.is_called(choice):
+            self._metrics.queue_wait_s.observe(self.queue.settled(choice, self._clock()))
+
+    def remove(self, choice: "Choice") -> None:
+        """It wants in no more. Idempotent."""
+        self.queue.remove(choice)
+
+    def expire(self) -> None:
+        """Send away who has waited for as long as anybody may."""
+        for choice, model, refusal in self.queue.expired(self._clock(), self._rate_hint):
+            choice.refuse(self._error(model, refusal))
+        self._wake_at_expiry()
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # Inside.
+
+    def _wake_at_expiry(self) -> None:
+        due = self.queue.deadline()
+        if due is None or (self._timer is not None and self._timer_at <= due):
+            return  # A timer that is early finds nobody, and is set again.
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = due
+        wait_s = max(0.0, due - self._clock())
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self._time)
+
+    def _time(self) -> None:
+        self._timer = None
+        self._on_expiry()
+
+    def _rate_hint(self, model: str) -> float:
+        return self._shedder.prefill_rate(self._views_of(model))
+
+    def _error(self, model: str, refusal: Refusal) -> UnbrokenError:
+        """As the client is told, with the thresholds that made it wait."""
+        self._metrics.queue_refused.labels(refusal.limit.value).inc()
+        busy = self._shedder.busy(model, self._views_of(model))
+        error = self._shedder.overloaded(model, busy, refusal.retry_after_s, refusal.detail)
+        for threshold in error.metadata["thresholds"].split(","):
+            self._metrics.requests_shed.labels(threshold).inc()
+        return error

@@ -1,0 +1,297 @@
+"""New requests that wait while all workers are busy, over real gRPC."""
+
+import asyncio
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc import error_details_pb2  # pyright: ignore[reportMissingTypeStubs]
+from google.rpc import status_pb2 as rpc_status_pb2  # pyright: ignore[reportMissingTypeStubs]
+
+from tests.frontend.fakes import MODEL, FakeSidecar, reference
+from tests.frontend.test_shedding import busy, count_of, report
+from tests.frontend.worlds import World, failure_of, read, read_some, run, world
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import worker_pb2
+from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+pytestmark = pytest.mark.usefixtures("each_edge")
+
+PROMPT = list(b"once upon a time")
+Reading = asyncio.Task[tuple[list[int], str]]
+
+
+def begin(it: World, request_id: str, **more: object) -> Reading:
+    """Ask for something, and read it."""
+    stream = it.client.generate(
+        token_ids=PROMPT,
+        max_tokens=3,
+        temperature=0,
+        request_id=request_id,
+        **more,  # type: ignore[arg-type]
+    )
+    return asyncio.create_task(read(stream))
+
+
+async def line_up(it: World, request_ids: Sequence[str], **more: object) -> list[Reading]:
+    """Have them wait, in this order."""
+    readings: list[Reading] = []
+    for request_id in request_ids:
+        number = it.num_running()
+        readings.append(begin(it, request_id, **more))
+        await it.until(lambda n=number: it.num_running() == n + 1)
+    return readings
+
+
+async def to_the_end(
+    call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]",
+) -> None:
+    """Read whatever comes."""
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+def begun(sidecar: FakeSidecar) -> list[str]:
+    """What was begun there, in order."""
+    return [start.stream.request_id for start in sidecar.starts]
+
+
+def test_who_comes_while_all_are_busy_waits_and_is_served_when_one_is_not() -> None:
+    async def scenario() -> None:
+        sidecars = FakeSidecar("w1"), FakeSidecar("w2")
+        async with world(*sidecars, busy_prefill_tokens=100) as it:
+            for sidecar in sidecars:
+                await report(it, sidecar, used=0, queued=101)
+            (reading,) = await line_up(it, ["r"])
+            assert count_of(it, "queue_requests") == 1
+            assert count_of(it, "queue_prefill_tokens") == len(PROMPT)
+            infos, _ = it.frontend.requests.page(0, "")
+            assert infos[0].choices[0].detail.startswith("all workers are busy")
+            assert not sidecars[0].starts
+            await report(it, sidecars[1], used=0, queued=50)
+            assert (await reading)[0] == reference(PROMPT, 3)
+            assert begun(sidecars[1]) == ["r"]
+            assert count_of(it, "queue_requests") == 0
+            assert count_of(it, "queue_wait_seconds_count") == 1
+            assert count_of(it, "requests_refused_total", reason="OVERLOADED") == 0
+
+    run(scenario())
+
+
+def test_a_worker_gets_no_more_of_the_line_than_it_may_have() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with world(sidecar, busy_prefill_tokens=40) as it:
+            await report(it, sidecar, used=0, queued=41)
+            readings = await line_up(it, [f"r{index}" for index in range(9)])
+            await report(it, sidecar, used=0, queued=0)
+            # Two ranks take 40 tokens each and not more: 6 prompts of 16 tokens are above.
+            await sidecar.until(lambda: len(sidecar.starts) == 6)
+            assert count_of(it, "queue_requests") == 3
+            assert begun(sidecar) == [f"r{index}" for index in range(6)]
+            await report(it, sidecar, used=1, queued=0)
+            await sidecar.until(lambda: len(sidecar.starts) == 9)
+            while sidecar.step():
+                pass
+            await asyncio.gather(*readings)
+
+    run(scenario())
+
+
+def test_the_line_is_served_by_priority_and_tenants_in_turns() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            await report(it, sidecar, used=0, queued=101)
+            readings = await line_up(it, ["a1", "a2", "a3"], tenant="a")
+            readings += await line_up(it, ["b1"], tenant="b")
+            readings += await line_up(it, ["urgent"], tenant="a", priority=1)
+            await report(it, sidecar, used=0, queued=0)
+            await asyncio.gather(*readings)
+            order = begun(sidecar)
+            assert order[0] == "urgent"
+            assert order.index("b1") < order.index("a2")
+
+    run(scenario())
+
+
+def test_who_finds_the_line_full_is_told_when_to_come_back_and_is_then_let_in() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_tokens=100, queue_requests_max=2) as it:
+            await report(it, sidecar, used=0, queued=101)
+            readings = await line_up(it, ["a", "b"])
+            stub = InferenceServiceStub(await it.client.channel())
+            request = pb.GenerateRequest(request_id="c", token_ids=pb.TokenIds(ids=PROMPT))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Generate(request).read()
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            trailers = dict(caught.value.trailing_metadata() or ())
+            details = trailers["grpc-status-details-bin"]
+            assert isinstance(details, bytes)
+            status = rpc_status_pb2.Status.FromString(details)
+            quota = error_details_pb2.QuotaFailure()
+            retry = error_details_pb2.RetryInfo()
+            assert sum(one.Unpack(quota) for one in status.details) == 1
+            assert sum(one.Unpack(retry) for one in status.details) == 1
+            assert [one.quota_id for one in quota.violations] == ["prefill_tokens"]
+            assert quota.violations[0].subject == f"model:{MODEL}"
+            told_ms = retry.retry_delay.ToMilliseconds()
+            assert told_ms > 0
+            assert trailers["grpc-retry-pushback-ms"] == str(told_ms)
+            assert "2 requests with 32 prompt tokens wait" in status.message
+            assert count_of(it, "queue_refused_total", limit="requests") == 1
+            assert count_of(it, "requests_shed_total", threshold="prefill_tokens") == 1
+            assert count_of(it, "queue_promises") == 1
+            await report(it, sidecar, used=0, queued=0)
+            await asyncio.gather(*readings)
+            await read(it.client.generate(token_ids=PROMPT, max_tokens=1, request_id="c"))
+            assert count_of(it, "queue_promises") == 0
+
+    run(scenario())
+
+
+def test_nobody_waits_for_longer_than_he_may() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_tokens=100, queue_wait_s_max=0.1) as it:
+            await report(it, sidecar, used=0, queued=101)
+            stub = InferenceServiceStub(await it.client.channel())
+            call = stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await to_the_end(call)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert count_of(it, "queue_refused_total", limit="expired") == 1
+            assert it.num_running() == 0
+            assert not sidecar.starts
+
+    run(scenario())
+
+
+def test_who_leaves_the_line_leaves_nothing_behind() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            await report(it, sidecar, used=0, queued=101)
+            (by_call, by_name, by_deadline, stays) = (
+                *await line_up(it, ["a", "b"]),
+                *await line_up(it, ["c"], timeout_s=0.3),
+                *await line_up(it, ["d"]),
+            )
+            by_call.cancel()
+            await it.client.cancel("b")
+            with pytest.raises(UnbrokenError) as cancelled:
+                await by_name
+            assert cancelled.value.reason is Reason.CANCELLED
+            with pytest.raises(UnbrokenError) as late:
+                await by_deadline
+            assert late.value.reason is Reason.DEADLINE_EXCEEDED
+            await it.until(lambda: count_of(it, "queue_requests") == 1)
+            await report(it, sidecar, used=0, queued=0)
+            await stays
+            assert begun(sidecar) == ["d"]
+            await asyncio.gather(by_call, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_who_is_let_in_and_refused_by_the_worker_waits_for_the_next_one() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", refuse=[busy(101)])
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            (reading,) = await line_up(it, ["r"])
+            await it.until(lambda: count_of(it, "queue_requests") == 1)
+            await report(it, sidecar, used=0, queued=0)
+            assert (await reading)[0] == reference(PROMPT, 3)
+            assert [start.is_new_work for start in sidecar.starts] == [True, True]
+            assert count_of(it, "placements_refused_total") == 1
+            assert count_of(it, "requests_refused_total", reason="OVERLOADED") == 0
+
+    run(scenario())
+
+
+def test_the_choices_of_a_request_wait_for_the_first() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            await report(it, sidecar, used=0, queued=101)
+            (reading,) = await line_up(it, ["r"], num_choices=3)
+            await report(it, sidecar, used=0, queued=101)
+            assert not sidecar.starts
+            assert count_of(it, "queue_prefill_tokens") == 3 * len(PROMPT)
+            await report(it, sidecar, used=0, queued=0)
+            await reading
+            assert sorted(start.stream.choice_index for start in sidecar.starts) == [0, 1, 2]
+
+    run(scenario())
+
+
+def test_streams_that_lost_their_worker_go_before_those_in_line() -> None:
+    async def scenario() -> None:
+        sidecars = FakeSidecar("w1", step_s=0.005), FakeSidecar("w2", step_s=0.005)
+        async with world(*sidecars, busy_prefill_tokens=100) as it:
+            stream = it.client.generate(
+                token_ids=PROMPT, max_tokens=60, temperature=0, request_id="old"
+            )
+            ids = [i for piece in await read_some(stream, 3) for i in piece.token_ids]
+            for sidecar in sidecars:
+                await report(it, sidecar, used=0, queued=101)
+            (waiting,) = await line_up(it, ["new"])
+            lost = it.sidecar_of("old")
+            (left,) = (one for one in sidecars if one is not lost)
+            await lost.die()
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 60)
+            assert not waiting.done()
+            await report(it, left, used=0, queued=0)
+            await waiting
+            assert begun(left)[-2:] == ["old", "new"]
+
+    run(scenario())
+
+
+def test_a_request_that_no_free_worker_can_take_holds_nobody_back() -> None:
+    async def scenario() -> None:
+        short = FakeSidecar("w1", context_length=64)
+        long = FakeSidecar("w2")
+        async with world(short, long, busy_prefill_tokens=100) as it:
+            for sidecar in (short, long):
+                await report(it, sidecar, used=0, queued=101)
+            readings = await line_up(it, ["long"], priority=1)
+            stream = it.client.generate(
+                token_ids=list(b"x" * 100), max_tokens=3, temperature=0, request_id="longer"
+            )
+            number = it.num_running()
+            longer = asyncio.create_task(read(stream))
+            await it.until(lambda: it.num_running() == number + 1)
+            readings += await line_up(it, ["short"])
+            await report(it, short, used=0, queued=0)
+            await asyncio.gather(*readings)
+            assert begun(short) == ["long", "short"]
+            assert not longer.done()
+            await report(it, long, used=0, queued=0)
+            await longer
+            assert begun(long) == ["longer"]
+
+    run(scenario())
+
+
+def test_a_model_without_workers_is_unavailable_and_an_unknown_one_not_found() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(sidecar, busy_prefill_tokens=100, placement_timeout_s=0.2) as it:
+            await read(it.client.generate(token_ids=PROMPT, max_tokens=1))
+            sidecar.say_state(worker_pb2.ENGINE_STATE_STARTING)
+            await it.until_ready(0)
+            stub = InferenceServiceStub(await it.client.channel())
+            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT))
+            with pytest.raises(grpc.aio.AioRpcError) as gone:
+                await to_the_end(stub.Generate(request))
+            assert gone.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert int(dict(gone.value.trailing_metadata() or ())["grpc-retry-pushback-ms"]) > 0
+            error = await failure_of(it.client.generate(token_ids=PROMPT, model="unheard of"))
+            assert error.reason is Reason.MODEL_NOT_FOUND
+
+    run(scenario())
