@@ -511,7 +511,8 @@ class Hub(EngineListener):
         """What the engine has to do: by its own word if that is fresh, else by the ledger."""
         queued = self.queued_tokens
         load = self.load
-        if load is not None and now - self._load_at <= _LOAD_FRESH_S:
+        is_told = self.up is not None and self.up.tells_steps
+        if is_told and load is not None and now - self._load_at <= _LOAD_FRESH_S:
             return watchdog.Work(_is_busy(load), queued)
         has_steps = any(attempt.has_room for attempt in self.ledger)
         return watchdog.Work(has_steps, queued)
@@ -621,7 +622,7 @@ class Hub(EngineListener):
                 attempt = self.ledger.running[ended.slot]
                 if attempt.prefilled_in_s is not None:
                     self.watchdog.prefilled(ended.prefill_tokens, attempt.prefilled_in_s)
-        if frame.HasField("load"):
+        if frame.HasField("load") and self.up is not None and self.up.tells_steps:
             load, before = frame.load, self.load
             self._load_at = now
             num_steps = before.engine_steps_total if before is not None else 0

@@ -1,6 +1,10 @@
 """What every engine looks like to the sidecar, whatever it speaks.
 
-An adapter translates; it decides nothing. Everything an engine does comes as an event, in the order
+Two families implement it: engines that send frames for all attempts together (`native`), and
+engines that are asked by a call for each (`calls`, with an `adapter.Adapter` for each protocol).
+Both translate and decide nothing.
+
+Everything an engine does comes as an event, in the order
 in which it happened, on the event loop: `on_up`, then any number of `on_frame`, then `on_down` with
 the cause, and perhaps `on_up` again after a restart. After `on_down` nothing of that life arrives.
 """
@@ -25,6 +29,8 @@ class EngineUp:
     """0 if it is not a child of this sidecar."""
     frame_interval_s: float | None = None
     """It sends a frame at least so often, whatever it computes; None: only when nothing runs."""
+    tells_steps: bool = True
+    """Its load says truly whether it has work and makes steps; else only its tokens do."""
 
 
 @dataclass(frozen=True, slots=True)

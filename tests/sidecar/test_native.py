@@ -116,7 +116,7 @@ class World:
     ) -> AsyncGenerator[tuple[NativeEngine, Heard], None]:
         launch = Launch(
             command=None if is_attached else self.fake(what),
-            socket_path=self.socket,
+            address=self.socket,
             start_timeout_s=start_timeout_s,
             stop_grace_s=stop_grace_s,
             restart=restart,
