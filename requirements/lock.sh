@@ -7,7 +7,7 @@ lock() {
         --no-emit-index-url --no-emit-find-links --no-header --no-annotate "$@"
 }
 lock pyproject.toml --extra llama --group build --output-file requirements/run.txt
-lock pyproject.toml --extra llama --extra gpu --group dev --output-file requirements/dev.txt
+lock pyproject.toml --extra llama --extra gpu --extra engines --group dev --output-file requirements/dev.txt
 lock --no-deps requirements/model.in --output-file requirements/model.txt
 lock --no-deps requirements/bench.in --output-file requirements/bench.txt
 lock requirements/peer-smg.in --output-file requirements/peer-smg.txt

@@ -28,9 +28,21 @@ class SidecarConfig(ProcessConfig):
     engine_options: str = ""
     """Its options, as on a command line."""
     engine_command: str | None = None
-    """Command that starts another engine of the same contract on --engine-socket."""
+    """Command that starts another engine, which is reached at --engine-socket or -address."""
     engine_socket: Path | None = None
-    """Unix socket of the engine; without a command, of one that runs already."""
+    """Unix socket of an engine of our contract; without a command, of one that runs already."""
+    engine_protocol: Literal["native", "vllm", "sglang", "trtllm"] = "native"
+    """What the engine speaks: our own contract, or gRPC of its own make (extra engines)."""
+    engine_address: str | None = Field(default=None, min_length=1)
+    """Where an engine of another protocol serves; without a command, one that runs already."""
+    engine_tokenizer: Path | None = None
+    """Directory with the model's tokenizer.json, for engines that hand out none."""
+    engine_model: str = ""
+    """Name under which requests ask for the model; empty: the engine's own."""
+    engine_is_invariant: bool = False
+    """You vouch that its logits do not depend on batches, so that streams can go on exactly."""
+    engine_numerics: str = ""
+    """What else its logits depend on, such as the accelerator; streams move between equal ones."""
     engine_start_timeout_s: float = Field(300.0, gt=0, le=3600)
     """How long the engine may take to load its model."""
     engine_stop_grace_s: float = Field(5.0, ge=0, le=600)
@@ -68,7 +80,19 @@ class SidecarConfig(ProcessConfig):
 
     @model_validator(mode="after")
     def _one_engine(self) -> "SidecarConfig":
-        if self.engine is not None:
+        if self.engine_protocol != "native":
+            if self.engine is not None or self.engine_socket is not None:
+                raise ValueError(
+                    f"expected --engine-address with the protocol {self.engine_protocol}, and "
+                    "neither --engine nor --engine-socket"
+                )
+            if self.engine_address is None:
+                raise ValueError(
+                    f"expected --engine-address with the protocol {self.engine_protocol}"
+                )
+        elif self.engine_address is not None:
+            raise ValueError("expected --engine-protocol with --engine-address")
+        elif self.engine is not None:
             if self.engine_command is not None or self.engine_socket is not None:
                 raise ValueError("expected --engine alone, or --engine-socket")
         elif self.engine_socket is None:

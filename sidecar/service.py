@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import shlex
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -20,7 +18,7 @@ from sidecar.config import SidecarConfig
 from sidecar.drain import Drain, Plan
 from sidecar.engine_load import orca_report
 from sidecar.engines.base import Engine
-from sidecar.engines.native import Launch, NativeEngine
+from sidecar.engines.kinds import engine_of
 from sidecar.hub import Hub
 from sidecar.ledger import Retention
 from sidecar.metrics import HubCollector
@@ -305,7 +303,7 @@ async def serve(config: SidecarConfig) -> int:
     """
     loop = asyncio.get_running_loop()
     with tempfile.TemporaryDirectory(prefix="unbroken-") as directory:
-        sidecar = Sidecar(config, NativeEngine(launch_of(config, Path(directory))))
+        sidecar = Sidecar(config, engine_of(config, Path(directory)))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, sidecar.tell_drain, drain.Signalled())
         try:
@@ -329,23 +327,3 @@ async def first_of(*waiting: Coroutine[Any, Any, object]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def launch_of(config: SidecarConfig, directory: Path) -> Launch:
-    """How the engine is started; a socket of our choosing lies in `directory`."""
-    socket = config.engine_socket or directory / "engine.sock"
-    command: tuple[str, ...] | None = None
-    if config.engine is not None:
-        command = (
-            *(sys.executable, "-m", "worker", "--engine", config.engine),
-            *("--socket", str(socket)),
-            *shlex.split(config.engine_options),
-        )
-    elif config.engine_command is not None:
-        command = tuple(shlex.split(config.engine_command))
-    return Launch(
-        command=command,
-        socket_path=str(socket),
-        start_timeout_s=config.engine_start_timeout_s,
-        stop_grace_s=config.engine_stop_grace_s,
-    )

@@ -8,8 +8,11 @@ one. Results go to stdout, everything else to stderr. Exit status: 0 done, 1 fai
 import asyncio
 import json
 import os
+import re
 import secrets
+import shlex
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Coroutine, Sequence
@@ -28,6 +31,7 @@ from unbroken.chaos.schedule import ScheduleError, from_lines, plan, to_lines
 from unbroken.client import Client, GenerateOptions
 from unbroken.demo import play
 from unbroken.drain import drain_worker
+from unbroken.engine_command import recognise
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.terminal import Output
@@ -166,6 +170,43 @@ def up(
     except ValueError as error:
         raise typer.BadParameter(f"--listen: expected {error}, got {listen!r}") from None
     _run(_up(mesh, output, is_supervised=restart), output)
+
+
+@app.command()
+def run(
+    command: Annotated[
+        list[str], typer.Argument(help="After --: the command that starts the engine.")
+    ],
+    worker_id: Annotated[
+        str, typer.Option(help="Name of the worker; of this machine, unless given.")
+    ] = "",
+    protocol: Annotated[
+        str | None, typer.Option(help="What the engine speaks, if its command does not show it.")
+    ] = None,
+    directory: DiscoveryOption = DISCOVERY_DEFAULT,
+) -> None:
+    """Start an engine of another make with a sidecar beside it: unbroken run -- vllm serve …
+
+    This process becomes the sidecar, with its signals and exit statuses; settings of a sidecar are
+    read from the environment (UNBROKEN_SIDECAR_…).
+    """
+    try:
+        engine = recognise(command, _free_port, protocol=protocol)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}") from None
+    name = re.sub("[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{engine.protocol}")
+    flags = [
+        *(f"--worker-id={worker_id or name}", f"--discovery={directory}"),
+        f"--engine-protocol={engine.protocol}",
+        f"--engine-address={engine.address}",
+        f"--engine-command={shlex.join(engine.words)}",
+    ]
+    os.execv(sys.executable, [sys.executable, "-m", "sidecar", *flags])
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @app.command()

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from typing_extensions import override
 
 from sidecar.engines.base import EngineDown
-from sidecar.service import RELAY_SERVICE, SIDECAR_SERVICE, launch_of
+from sidecar.engines.kinds import launch_of
+from sidecar.service import RELAY_SERVICE, SIDECAR_SERVICE
 from tests.sidecar.fakes import engine_up
 from tests.sidecar.processes import until
 from tests.sidecar.worlds import config_of, connected, run, running, scripted
@@ -349,4 +350,4 @@ def test_the_command_of_an_engine_is_made_from_the_settings() -> None:
     )
     found = config_of(engine_socket="e.sock")
     assert launch_of(found, Path("tmp")).command is None
-    assert launch_of(found, Path("tmp")).socket_path == "e.sock"
+    assert launch_of(found, Path("tmp")).address == "e.sock"

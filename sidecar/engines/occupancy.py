@@ -1,0 +1,61 @@
+"""How busy an engine is: what it tells, with what the sidecar knows by itself. No I/O.
+
+An engine that tells nothing is accounted for by what was asked of it. One that tells is believed in
+what only it can know (its KV cache, other clients' requests), and not in whether it has work: an
+engine whose core hangs goes on saying that it has none.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sidecar.engines.adapter import Discovered, LoadOfRank
+from sidecar.kv_account import num_blocks
+from unbroken.v1 import worker_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One attempt that is not over, by the sidecar's own account."""
+
+    num_tokens: int
+    """Of prompt and output."""
+    has_begun: bool
+    """It has had a token, so its prompt is computed."""
+    is_paced: bool = False
+    """Its window is full: it needs no step."""
+
+
+def load_report(
+    asked: Iterable[Asked],
+    told: Mapping[int, LoadOfRank],
+    found: Discovered,
+    *,
+    num_steps: int,
+    prefill_tokens_total: int,
+) -> worker_pb2.LoadReport:
+    """The load of all ranks. `told` has what ranks said, by number, as far as that is fresh."""
+    attempts = list(asked)
+    waiting_tokens = sum(one.num_tokens for one in attempts if not one.has_begun)
+    report = worker_pb2.LoadReport(
+        engine_steps_total=num_steps,
+        prefill_tokens_total=prefill_tokens_total,
+        is_computing=any(not one.is_paced for one in attempts),
+    )
+    for rank in range(found.num_ranks):
+        said = told.get(rank)
+        entry = report.ranks.add(rank=rank, kv_blocks_total=found.kv_blocks)
+        if said is not None:
+            entry.requests_running, entry.requests_waiting = said.running, said.waiting
+            entry.kv_blocks_used = round(min(1.0, max(0.0, said.kv_share)) * found.kv_blocks)
+            entry.prefill_tokens_queued = said.waiting_tokens or 0
+        elif rank == 0:  # Which rank has what is not known, so all is counted at one.
+            num_running = len(attempts)
+            if found.batch_size_max:
+                num_running = min(num_running, found.batch_size_max)
+            entry.requests_running = num_running
+            entry.requests_waiting = len(attempts) - num_running
+            lengths = (one.num_tokens for one in attempts if one.has_begun)
+            entry.kv_blocks_used = num_blocks(lengths, found.block_size or 1)
+        if found.num_ranks == 1:  # Engines count a prompt no more once they began to compute it.
+            entry.prefill_tokens_queued = max(entry.prefill_tokens_queued, waiting_tokens)
+    return report

@@ -1,0 +1,268 @@
+"""The engines that have to conform, each behind its adapter, with a frontend before them.
+
+A new engine is a line in `SUBJECTS`.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import uvloop
+
+from sidecar.engines.base import Engine
+from sidecar.engines.calls import CallEngine, Pace
+from sidecar.engines.kinds import adapter_of
+from sidecar.engines.lives import Launch
+from sidecar.engines.native import NativeEngine
+from sidecar.hub import Hub
+from sidecar.watchdog import WatchdogPolicy
+from tests.engines import sglang_server, trtllm_server, vllm_server
+from tests.engines.backend import Backend
+from tests.sidecar.fakes import Frontend
+from tests.worker.engines import Attempt as Expected
+from tests.worker.engines import Engine as Reference
+from tests.worker.engines import starting
+from unbroken.generation import GenerationParams, params_to_proto
+from unbroken.restart import RestartPolicy
+from unbroken.transport import listen, make_server
+from unbroken.v1 import attempt_pb2, worker_pb2
+from worker.service import EngineService
+
+LIMIT_S = 20.0
+FAST = RestartPolicy(backoff_initial_s=0.02, backoff_max_s=0.02, crash_loop_limit=50)
+QUICK = Pace(health_s=0.05, load_s=0.02, tap_retry_s=0.05, probe_idle_s=0.2, probe_timeout_s=0.5)
+"""So that a test need not wait; an idle engine is probed all the time."""
+
+
+class Talk:
+    """A frontend at the hub before one engine."""
+
+    def __init__(self, engine: Engine, backend: Backend) -> None:
+        self.engine = engine
+        self.backend = backend
+        """What computes, wherever it is."""
+        policy = WatchdogPolicy(
+            decode_unmeasured_s=0.5, prefill_unmeasured_s=0.5, restart_after_s=0.2
+        )
+        self.hub = Hub(engine, watchdog_policy=policy)
+        self.frontend = Frontend(self.hub, time.monotonic())
+        self._num_started = 0
+
+    @property
+    def tokens(self) -> Mapping[int, list[int]]:
+        """By slot, as they were read."""
+        return self.frontend.tokens
+
+    def start(
+        self,
+        params: GenerationParams,
+        prompt: Sequence[int] = (1, 2, 3),
+        *,
+        first_offset: int = 0,
+        window_tokens: int = 0,
+        deadline_s: float | None = None,
+        output: Sequence[int] = (),
+    ) -> int:
+        """Begin a stream of its own; returns its slot."""
+        self._num_started += 1
+        slot = self._num_started
+        message = attempt_pb2.StartAttempt(
+            slot=slot,
+            stream=attempt_pb2.StreamKey(request_id=f"r{slot}"),
+            epoch=1,
+            window_tokens=window_tokens,
+            checkpoint=attempt_pb2.Checkpoint(
+                prompt_token_ids=prompt,
+                output_token_ids=output,
+                params=params_to_proto(params),
+                first_offset=first_offset,
+            ),
+        )
+        if deadline_s is not None:
+            message.deadline.FromNanoseconds(round(deadline_s * 1e9))
+        self.frontend.offsets[slot] = first_offset
+        self.hub.start(self.frontend.link, message)
+        return slot
+
+    def abort(self, slot: int) -> None:
+        self.hub.abort(self.frontend.link, slot)
+
+    async def until(self, claim: Callable[[], object], why: str = "") -> None:
+        """Read until `claim` is true."""
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                while True:
+                    self.frontend.read()
+                    if claim():
+                        return
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise AssertionError(why or "it did not come to pass") from None
+
+    async def ended(self, slot: int) -> attempt_pb2.AttemptEnded:
+        """The end of a stream that was not refused."""
+        frontend = self.frontend
+        await self.until(
+            lambda: slot in frontend.ended or slot in frontend.refused, f"slot {slot} never ended"
+        )
+        assert slot not in frontend.refused, frontend.refused[slot]
+        return frontend.ended[slot]
+
+    async def refused(self, slot: int) -> attempt_pb2.AttemptRefused:
+        await self.until(lambda: slot in self.frontend.refused, f"slot {slot} was not refused")
+        return self.frontend.refused[slot]
+
+    async def state(self, state: "worker_pb2.EngineState.ValueType", incarnation: int) -> None:
+        """Until the engine was said to be so."""
+        await self.until(
+            lambda: any(
+                one.state == state and one.engine_incarnation == incarnation
+                for one in self.frontend.verdicts
+            ),
+            f"never {worker_pb2.EngineState.Name(state)} in life {incarnation}",
+        )
+
+    def expected(self, params: GenerationParams, prompt: Sequence[int] = (1, 2, 3)) -> Expected:
+        """What an engine without anything around it gives."""
+        reference = Reference(self.backend.runner)
+        return reference.generate_meanwhile(starting(prompt, params=params_to_proto(params)))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """How an engine to be tested comes to be."""
+
+    behind: Callable[[Backend, Path], AbstractAsyncContextManager[Engine]]
+    """An adapter with its engine, which computes with the backend."""
+
+
+@dataclass(frozen=True)
+class Tending:
+    """What a conversation is about."""
+
+    engine: Engine
+    backend: Backend
+
+
+@asynccontextmanager
+async def tending(what: Tending) -> AsyncGenerator[Talk, None]:
+    """An engine that runs, and who speaks to it."""
+    conversation = Talk(what.engine, what.backend)
+    running = asyncio.create_task(what.engine.run(conversation.hub))
+    watching = asyncio.create_task(_watch(conversation.hub))
+    try:
+        await conversation.until(lambda: conversation.hub.up is not None, "it never came up")
+        yield conversation
+        conversation.hub.ledger.check()
+    finally:
+        await what.engine.stop()
+        watching.cancel()
+        await asyncio.gather(running, watching, return_exceptions=True)
+    running.result()
+
+
+@asynccontextmanager
+async def talk(subject: Subject, directory: Path, **options: float) -> AsyncGenerator[Talk, None]:
+    """The same, with a new engine of this make."""
+    backend = Backend(**options)  # pyright: ignore[reportArgumentType]
+    async with (
+        subject.behind(backend, directory) as engine,
+        tending(Tending(engine, backend)) as conversation,
+    ):
+        yield conversation
+
+
+def play(scenario: Coroutine[Any, Any, None]) -> None:
+    """Run to the end, within bounds."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(2 * LIMIT_S):
+            await scenario
+
+    uvloop.run(limited())
+
+
+@dataclass(frozen=True)
+class Served:
+    """A protocol server that runs."""
+
+    address: str
+    servicer: object
+
+
+def _grpc(
+    add: Callable[[grpc.aio.Server, Backend], object],
+) -> Callable[[Backend, int], AbstractAsyncContextManager[Served]]:
+    """A protocol on loopback, over gRPC."""
+
+    @asynccontextmanager
+    async def serving(backend: Backend, port: int = 0) -> AsyncGenerator[Served, None]:
+        server = make_server()
+        servicer = add(server, backend)
+        address = listen(server, f"127.0.0.1:{port}")
+        await server.start()
+        try:
+            yield Served(address, servicer)
+        finally:
+            await server.stop(None)
+
+    return serving
+
+
+SERVERS: Mapping[str, Callable[[Backend, int], AbstractAsyncContextManager[Served]]] = {
+    "vllm": _grpc(vllm_server.add),
+    "sglang": _grpc(sglang_server.add),
+    "trtllm": _grpc(trtllm_server.add),
+}
+"""By protocol: what serves it, at a port or at any."""
+
+
+def _called(protocol: str) -> "Subject":
+    """An engine that is asked by calls."""
+
+    @asynccontextmanager
+    async def behind(backend: Backend, directory: Path) -> AsyncGenerator[Engine, None]:
+        del directory
+        cranking = asyncio.create_task(backend.run())
+        try:
+            async with SERVERS[protocol](backend, 0) as served:
+                launch = Launch(None, served.address, restart=FAST)
+                yield CallEngine(launch, adapter_of(protocol), pace=QUICK)
+        finally:
+            cranking.cancel()
+            await asyncio.gather(cranking, return_exceptions=True)
+
+    return Subject(behind)
+
+
+@asynccontextmanager
+async def _native(backend: Backend, directory: Path) -> AsyncGenerator[Engine, None]:
+    """Our own contract; the worker's service in this process, with a runner as the others have."""
+    path = directory / "engine.sock"
+    service = EngineService(backend.runner)
+    listening = asyncio.Event()
+    serving = asyncio.create_task(service.serve(path, on_listening=listening.set))
+    try:
+        await listening.wait()
+        yield NativeEngine(Launch(None, str(path), restart=FAST))
+    finally:
+        serving.cancel()
+        with suppress(asyncio.CancelledError):
+            await serving
+
+
+async def _watch(hub: Hub) -> None:
+    while True:
+        hub.watch()
+        await asyncio.sleep(0.05)
+
+
+SUBJECTS: Mapping[str, Subject] = {
+    "native": Subject(_native),
+    **{protocol: _called(protocol) for protocol in SERVERS},
+}
