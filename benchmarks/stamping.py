@@ -93,7 +93,7 @@ class StampingEngine:
                 for slot, offset in zip(request.ack.slots, request.ack.offsets, strict=True):
                     if slot in self._streams:
                         self._streams[slot][3] = offset
-            case None:
+            case "list_holdings" | None:
                 pass
 
     def _send(

@@ -8,12 +8,16 @@ import grpc.aio
 from typing_extensions import override
 
 from frontend.busy import Shedder
+from frontend.holdings import FrontendHoldings
 from frontend.links import Links
 from frontend.mesh_view import LinkState, MeshView, Worker
 from frontend.outliers import Outliers
+from frontend.relay_call import FrontendIdentity
 from frontend.thresholds import MeshThresholds
+from unbroken import holdings
 from unbroken.v1 import admin_service_pb2 as pb
 from unbroken.v1 import admin_service_pb2_grpc as pb_grpc
+from unbroken.v1 import holding_pb2
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -28,6 +32,8 @@ class Admin(pb_grpc.AdminServiceServicer):
         outliers: Outliers,
         shedder: Shedder,
         thresholds: MeshThresholds,
+        identity: FrontendIdentity,
+        held: FrontendHoldings,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -36,6 +42,8 @@ class Admin(pb_grpc.AdminServiceServicer):
         self._outliers = outliers
         self._shedder = shedder
         self._thresholds = thresholds
+        self._identity = identity
+        self._held = held
         self._clock = clock
 
     @override
@@ -56,6 +64,20 @@ class Admin(pb_grpc.AdminServiceServicer):
         self, request: pb.SetThresholdsRequest, context: _Context
     ) -> pb.SetThresholdsResponse:
         return await self._thresholds.set(request)
+
+    @override
+    async def GetLedger(
+        self, request: pb.GetLedgerRequest, context: _Context
+    ) -> pb.GetLedgerResponse:
+        own = holdings.told(
+            holding_pb2.PROCESS_ROLE_FRONTEND,
+            self._identity.frontend_id,
+            self._identity.incarnation,
+            self._held,
+            now=self._clock(),
+            listed_max=holdings.listed_max(request.holdings_max),
+        )
+        return pb.GetLedgerResponse(processes=[own])
 
     def _info(self, worker: Worker) -> pb.WorkerInfo:
         info = pb.WorkerInfo(

@@ -26,7 +26,7 @@ weights equal; longest queue drop for the buffer (as in McKenney's stochastic fa
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import exp
@@ -427,6 +427,11 @@ class AdmissionQueue(Generic[K]):
     def is_called(self, key: K) -> bool:
         """Whether it was called, and has not settled."""
         return key in self._called
+
+    def waiting(self) -> Iterator[tuple[K, Arrival, float]]:
+        """Who is in line, or was called and has not settled; for what, and since when."""
+        for key, entry in (*self._entries.items(), *self._called.items()):
+            yield key, entry.arrival, entry.since
 
     def models(self) -> list[str]:
         """For which somebody waits who can have a turn."""

@@ -160,7 +160,11 @@ class FrontendConfig(ProcessConfig):
     edge_pings_per_s_max: float = Field(_EDGE.pings_per_s_max, gt=0)
     """Native edge: signs of life asked for in all; with more clients, each is asked less often."""
     deadline_margin_s: float = Field(0.02, ge=0, le=1)
-    """So long before its client's deadline a stream ends, so that the client still hears why."""
+    """So long before its client's deadline a stream ends, so that the client still hears why; at
+    most half of the time that is left."""
+    deadline_estimate_share: float = Field(0.5, ge=0, le=1)
+    """A new request is refused if it has less time than this share of what its first token is
+    estimated to take at the fastest worker. 0: never."""
     shutdown_grace_s: float = Field(30.0, ge=0, le=3600)
     """How long running streams may go on after SIGTERM."""
 

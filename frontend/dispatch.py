@@ -18,10 +18,11 @@ from random import Random
 from typing import Final, assert_never
 
 from frontend import stream as machine
-from frontend.admission import Envelope, Model
+from frontend.admission import Admitted, Envelope, Model
 from frontend.admission_queue import Arrival, QueueLimits
 from frontend.busy import Shedder
 from frontend.continuation import Abilities
+from frontend.feasibility import first_token_s
 from frontend.links import Fate, Links
 from frontend.mesh_view import MeshView, Worker
 from frontend.metrics import FrontendMetrics
@@ -36,6 +37,7 @@ from unbroken import blocks, log
 from unbroken.checkpoint import Checkpoint, write_checkpoint
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import params_to_proto
+from unbroken.holdings import StreamName
 from unbroken.outcome import ContinuationClass, FailureKind
 from unbroken.thresholds import Thresholds
 from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2
@@ -62,11 +64,13 @@ class Dispatcher:
         limits: ResumeLimits | None = None,
         thresholds: Thresholds | None = None,
         waiting: QueueLimits | None = None,
+        deadline_share: float = 0.5,
         random: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`thresholds` are those of models that have none of their own; none, unless given.
-        `waiting` is how much new work may wait while all workers are busy; none, unless given.
+        `waiting` is how much new work may wait while all workers are busy; none, unless given. Of
+        the estimated time to a first token, `deadline_share` is sure to be needed.
         """
         limits = limits or ResumeLimits()
         random = random or Random()
@@ -92,6 +96,7 @@ class Dispatcher:
             clock=clock,
         )
         self.clock = clock
+        self._deadline_share = deadline_share
         self._is_giving_turns = False
         self._is_room_news = False
         self._soon: asyncio.Handle | None = None
@@ -158,6 +163,42 @@ class Dispatcher:
                 self.metrics.requests_shed.labels(threshold).inc()
         return error
 
+    def reason_to_give_up(
+        self, admitted: Admitted, deadline_at: float | None
+    ) -> UnbrokenError | None:
+        """Why a new request is not even begun, if it cannot have a token before its deadline."""
+        if deadline_at is None or not self._deadline_share:
+            return None
+        model = admitted.model.name
+        views = [view for view in self.mesh.views() if view.is_ready and view.model == model]
+        prompt, tenant = admitted.checkpoints[0].prompt_token_ids, admitted.envelope.tenant
+
+        def block_hashes(view: WorkerView) -> Sequence[int]:
+            root = blocks.root(view.abilities.numerics_id, tenant)
+            return blocks.chain(prompt, view.block_size, root=root)
+
+        left_s = deadline_at - self.clock()
+        # Without what is cached first: most have time enough, and hashes cost some.
+        takes_s = self._first_token_s(views, len(prompt), lambda _: ())
+        if takes_s * self._deadline_share > left_s:
+            takes_s = self._first_token_s(views, len(prompt), block_hashes)
+        if takes_s * self._deadline_share <= left_s:
+            return None
+        return UnbrokenError(
+            Reason.DEADLINE_EXCEEDED,
+            f"its first token would take about {takes_s:.3g} s, and it has {max(0, left_s):.3g} s",
+            metadata={"first_token_s": f"{takes_s:.6f}", "left_s": f"{max(0, left_s):.6f}"},
+        )
+
+    def _first_token_s(
+        self,
+        views: Sequence[WorkerView],
+        num_tokens: int,
+        block_hashes: Callable[[WorkerView], Sequence[int]],
+    ) -> float:
+        cost_of = self.queue.cost_at
+        return first_token_s(views, num_tokens, cost_of=cost_of, block_hashes=block_hashes)
+
     def line_up(self, choice: "Choice", ticket: Ticket) -> UnbrokenError | None:
         """Place the choice as soon as it has its turn, perhaps now; an error if it gets none."""
         standing = choice.standing(ticket)
@@ -186,6 +227,12 @@ class Dispatcher:
             waiting.pop(choice, None)
             if not waiting:
                 del self._unlinked[worker_id]
+
+    def unlinked(self) -> Iterator[tuple[str, "Choice"]]:
+        """Who waits for a link, and to which worker."""
+        for worker_id, choices in self._unlinked.items():
+            for choice in choices:
+                yield worker_id, choice
 
     def _fate_changed(self, worker_id: str) -> None:
         for choice in list(self._unlinked.get(worker_id, ())):
@@ -414,6 +461,11 @@ class Choice:
         quarantine, tenant = self._dispatcher.quarantine, self._envelope.tenant
         self._fingerprint = quarantine.identify(tenant, self.stream.original)
         return self._fingerprint
+
+    @property
+    def name(self) -> StreamName:
+        """What it is called on links."""
+        return self._envelope.tenant, self._envelope.request_id, self.index
 
     def names(self) -> dict[str, object]:
         """What to call it in the log."""

@@ -16,10 +16,11 @@ from frontend import admission
 from frontend.admission import Admitted, Decided, Envelope, Model
 from frontend.admission_queue import Arrival
 from frontend.dispatch import Dispatcher
+from frontend.lineage import Key
 from frontend.mesh_view import MeshView
 from frontend.processes.claims import Elsewhere
 from frontend.reading import Reader, Readers, Reading
-from frontend.requests import Request, Requests
+from frontend.requests import Entrant, Request, Requests
 from frontend.resume_token import (
     Keyring,
     check_bound,
@@ -29,10 +30,13 @@ from frontend.resume_token import (
     unseal,
 )
 from frontend.stream import Limits, Mismatch, Past, first_epoch
+from unbroken.deadlines import left_for_next_hop
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.outcome import ContinuationPolicy
 from unbroken.v1 import inference_service_pb2 as pb
 
+CANCELLED_TOLD_MAX: Final = 1000
+"""Of so many requests the answer to a cancel tells the names."""
 LONG_TEXT_BYTES: Final = 64 * 1024
 """Longer texts are tokenised in a thread: it takes about 1 ms per 10 KB."""
 
@@ -94,7 +98,7 @@ class Gateway:
         self._clock = clock
         self._keys = keys
         self._time_of_day = time_of_day
-        self._readers = Readers(
+        self.readers = Readers(
             frontend_id,
             requests,
             dispatcher.metrics,
@@ -103,6 +107,7 @@ class Gateway:
             clock=clock,
             time_of_day=time_of_day,
         )
+        """Calls that read requests here."""
         self._changed = asyncio.Event()
         """Set, and replaced, whenever what models there are may have changed."""
         self._is_draining = False
@@ -111,7 +116,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Keep no request for readers that may come back."""
-        await self._readers.close()
+        await self.readers.close()
 
     def drain(self) -> None:
         """Take no new requests, nor those that wait for a model to be served."""
@@ -138,7 +143,7 @@ class Gateway:
         except UnbrokenError as error:
             self._metrics.request_refused(error.reason, self._clock())
             raise
-        return self._readers.open(running, arrived_at=arrived_at, on_news=on_news)
+        return self.readers.open(running, arrived_at=arrived_at, on_news=on_news)
 
     async def resume(
         self,
@@ -156,18 +161,18 @@ class Gateway:
         except UnbrokenError as error:
             self._metrics.request_refused(error.reason, self._clock())
             raise
-        return self._readers.open(running, arrived_at=arrived_at, on_news=on_news)
+        return self.readers.open(running, arrived_at=arrived_at, on_news=on_news)
 
     async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
         """Raises `UnbrokenError`."""
         check_request_id(request.request_id)
-        return pb.CancelResponse(was_running=bool(self.cancel_here(request)))
+        return cancelled(self.cancel_here(request))
 
-    def cancel_here(self, request: pb.CancelRequest) -> Set[tuple[str, str]]:
+    def cancel_here(self, request: pb.CancelRequest) -> Sequence[Key]:
         """Cancel what is in this process; returns tenants and ids of those that ran."""
         return self._requests.cancel(request.request_id, tenant=request.tenant, soft=request.soft)
 
-    def cancel_below(self, parents: Set[tuple[str, str]], *, soft: bool) -> Set[tuple[str, str]]:
+    def cancel_below(self, parents: Set[Key], *, soft: bool) -> Sequence[Key]:
         """As `cancel_here`, for what is below requests of other processes."""
         return self._requests.cancel_below(parents, soft=soft)
 
@@ -215,32 +220,36 @@ class Gateway:
         if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
             return joined
         self._requests.check_room()
-        model = await self._wait_for_model(envelope, arrived_at, deadline_at)
-        # Before anything is tokenised: a refusal must not take the capacity that it protects.
-        overload = self._dispatcher.reason_to_refuse(
-            Arrival(
-                model=model.name,
-                tenant=envelope.tenant,
-                request_id=request.request_id,
-                priority=envelope.priority,
-                num_tokens=admission.num_prompt_tokens_about(request) * envelope.num_choices,
-                deadline=arrived_at + self._limits.stream.placement_timeout_s
-                if deadline_at is None
-                else deadline_at,
+        with self._requests.entering(envelope, arrived_at) as entrant:
+            model = await self._wait_for_model(envelope, entrant, deadline_at)
+            # Before anything is tokenised: a refusal must not take the capacity that it protects.
+            overload = self._dispatcher.reason_to_refuse(
+                Arrival(
+                    model=model.name,
+                    tenant=envelope.tenant,
+                    request_id=request.request_id,
+                    priority=envelope.priority,
+                    num_tokens=admission.num_prompt_tokens_about(request) * envelope.num_choices,
+                    deadline=arrived_at + self._limits.stream.placement_timeout_s
+                    if deadline_at is None
+                    else deadline_at,
+                )
             )
-        )
-        if overload is not None:
-            raise overload
-        if admission.num_text_bytes(request) > LONG_TEXT_BYTES:
-            admitted = await asyncio.to_thread(
-                admission.admit, request, envelope, model, self._random
-            )
-        else:
-            admitted = admission.admit(request, envelope, model, self._random)
-        # It may have waited for a model, or for a thread to tokenise.
-        if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
-            return joined
-        return self._begin(admitted, deadline_at, digest=digest)
+            if overload is not None:
+                raise overload
+            if admission.num_text_bytes(request) > LONG_TEXT_BYTES:
+                admitted = await asyncio.to_thread(
+                    admission.admit, request, envelope, model, self._random
+                )
+            else:
+                admitted = admission.admit(request, envelope, model, self._random)
+            late = self._dispatcher.reason_to_give_up(admitted, deadline_at)
+            if late is not None:
+                raise late
+            # It may have waited for a model, or for a thread to tokenise.
+            if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
+                return joined
+            return self._begin(admitted, entrant, deadline_at, digest=digest)
 
     async def _resume(
         self, message: pb.ResumeRequest, arrived_at: float, deadline_at: float | None
@@ -269,18 +278,21 @@ class Gateway:
         if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
             return joined
         self._requests.check_room()
-        model = await self._wait_for_model(envelope, arrived_at, deadline_at, is_known=True)
-        _check_ids(positions, model.tokenizer.asset.vocab_size)
-        if admission.num_text_bytes(request) > LONG_TEXT_BYTES:
-            admitted = await asyncio.to_thread(
-                admission.admit_again, request, envelope, model, decided
+        with self._requests.entering(envelope, arrived_at) as entrant:
+            model = await self._wait_for_model(envelope, entrant, deadline_at, is_known=True)
+            _check_ids(positions, model.tokenizer.asset.vocab_size)
+            if admission.num_text_bytes(request) > LONG_TEXT_BYTES:
+                admitted = await asyncio.to_thread(
+                    admission.admit_again, request, envelope, model, decided
+                )
+            else:
+                admitted = admission.admit_again(request, envelope, model, decided)
+            if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
+                return joined
+            pasts = [past(claim, at) for claim, at in zip(claims.choices, positions, strict=True)]
+            running = self._begin(
+                admitted, entrant, deadline_at, digest=digest, above=claims.epoch, pasts=pasts
             )
-        else:
-            admitted = admission.admit_again(request, envelope, model, decided)
-        if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
-            return joined
-        pasts = [past(claim, at) for claim, at in zip(claims.choices, positions, strict=True)]
-        running = self._begin(admitted, deadline_at, digest=digest, above=claims.epoch, pasts=pasts)
         self._metrics.requests_resumed.labels("taken").inc()
         return running
 
@@ -296,7 +308,7 @@ class Gateway:
         if found is None:
             return None
         if not found.can_rewind(positions):
-            self._readers.drop(found)
+            self.readers.drop(found)
             return None
         try:
             found.rewind(positions, deadline_at=deadline_at)
@@ -308,7 +320,7 @@ class Gateway:
     async def _wait_for_model(
         self,
         envelope: Envelope,
-        arrived_at: float,
+        entrant: Entrant,
         deadline_at: float | None,
         *,
         is_known: bool = False,
@@ -317,11 +329,23 @@ class Gateway:
 
         `is_known`: there is such a model, although nobody may have announced it here yet.
         """
+        on_change = entrant.context.on_change
+        on_change.append(self._mesh_changed)  # Whoever is cancelled looks up too.
+        try:
+            return await self._wait(envelope, entrant, deadline_at, is_known=is_known)
+        finally:
+            on_change.remove(self._mesh_changed)
+
+    async def _wait(
+        self, envelope: Envelope, entrant: Entrant, deadline_at: float | None, *, is_known: bool
+    ) -> Model:
+        arrived_at = entrant.arrived_at
         give_up_at = arrived_at + self._limits.stream.placement_timeout_s
         if deadline_at is not None:
             give_up_at = min(give_up_at, deadline_at)
         while True:
             self._check_open()
+            entrant.check()
             changed = self._changed
             name: str | None = envelope.model
             if not is_known:
@@ -350,6 +374,7 @@ class Gateway:
     def _begin(
         self,
         admitted: Admitted,
+        entrant: Entrant,
         deadline_at: float | None,
         *,
         digest: bytes,
@@ -358,6 +383,7 @@ class Gateway:
     ) -> Request:
         """The request is ours from now on, under epochs above that of the owner before."""
         self._check_open()
+        entrant.check()
         self._requests.check_room()
         self._dispatcher.quarantine.refuse(admitted.envelope.tenant, admitted.checkpoints[0])
         limits = replace(self._limits.stream, migrations_max=admitted.envelope.migrations_max)
@@ -371,6 +397,7 @@ class Gateway:
                 epoch=first_epoch(taken_ms, above=above),
                 taken_ms=taken_ms,
                 deadline_at=deadline_at,
+                member=entrant.member,
                 pasts=pasts,
             )
         except Mismatch as mismatch:
@@ -378,8 +405,9 @@ class Gateway:
         try:
             self._requests.add(running)
         except UnbrokenError:
-            running.close()
+            running.discard()
             raise
+        entrant.is_admitted = True
         self._metrics.requests_started.inc()
         return running
 
@@ -388,8 +416,8 @@ class Gateway:
         arrived_at = self._clock()
         if remaining_s is None:
             return arrived_at, None
-        margin_s = min(self._limits.deadline_margin_s, remaining_s / 2)
-        return arrived_at, arrived_at + remaining_s - margin_s
+        left_s = left_for_next_hop(remaining_s, self._limits.deadline_margin_s)
+        return arrived_at, arrived_at + left_s
 
     # Models.
 
@@ -429,6 +457,15 @@ def _check_ids(positions: Sequence[pb.ResumePosition], vocab_size: int) -> None:
 
 def _resume_mismatch(mismatch: Mismatch) -> UnbrokenError:
     return UnbrokenError(Reason.RESUME_MISMATCH, f"{mismatch}")
+
+
+def cancelled(keys: Sequence[Key]) -> pb.CancelResponse:
+    """The answer to whoever cancelled these."""
+    named = [
+        pb.RequestKey(tenant=tenant, request_id=request_id)
+        for tenant, request_id in keys[:CANCELLED_TOLD_MAX]
+    ]
+    return pb.CancelResponse(was_running=bool(keys), cancelled=named)
 
 
 def check_request_id(request_id: str) -> None:

@@ -8,7 +8,7 @@ incarnation is reached at once, however long the pause before the next try was.
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -24,6 +24,7 @@ from frontend.relay_call import (
     LinkLimits,
     LinkObserver,
     RelayCall,
+    Seat,
     TokenizerStore,
 )
 from frontend.stream import Life
@@ -129,6 +130,13 @@ class Links:
         """Attempts of this frontend that run on the worker."""
         link = self._links.get(worker_id)
         return link.call.num_attempts if link is not None and link.call is not None else 0
+
+    def seats(self) -> Iterator[tuple[str, Seat]]:
+        """All attempts that links carry, and to which worker."""
+        for worker_id, link in self._links.items():
+            if link.call is not None:
+                for seat in link.call.seats:
+                    yield worker_id, seat
 
     def suspicion(self, worker_id: str) -> float:
         """How surprising the silence of the worker is now (phi); 0 without a link."""

@@ -13,7 +13,7 @@ reader a request ends, unless its client asked to be waited for (`reader_grace`)
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from frontend import summaries
@@ -101,17 +101,28 @@ class Readers:
         self._token_lifetime_s = token_lifetime_s
         self._clock = clock
         self._time_of_day = time_of_day
-        self._keepers: set[asyncio.Task[None]] = set()
+        self._keepers: dict[asyncio.Task[None], tuple[Request, float]] = {}
+        """For which request, and since when."""
+        self.open_now: set[Reader] = set()
+        """Those that have not been closed."""
+
+    @property
+    def keepers(self) -> Collection[tuple[Request, float]]:
+        """Requests that wait for a reader, and since when."""
+        return self._keepers.values()
 
     def open(self, request: Request, *, arrived_at: float, on_news: Callable[[], None]) -> "Reader":
         """Take the request over. `on_news` says that there is something to poll; it may be called
         at any moment, and has to return at once.
         """
-        return Reader(self, request, arrived_at=arrived_at, on_news=on_news)
+        reader = Reader(self, request, arrived_at=arrived_at, on_news=on_news)
+        self.open_now.add(reader)
+        return reader
 
     def drop(self, request: Request) -> None:
         """End a request, whoever reads it."""
         request.take_over(nobody)
+        request.discard()
         self._settle(request)
 
     async def close(self) -> None:
@@ -157,8 +168,8 @@ class Readers:
         keeper = asyncio.create_task(
             self._keep(request, grace_s), name=f"keep {request.request_id}"
         )
-        self._keepers.add(keeper)
-        keeper.add_done_callback(self._keepers.discard)
+        self._keepers[keeper] = request, self._clock()
+        keeper.add_done_callback(self._keepers.pop)
 
     async def _keep(self, request: Request, grace_s: float) -> None:
         """Stand in for a reader that may come back. The window bounds what is generated."""
@@ -234,7 +245,6 @@ class Reader:
     """One call that reads a request."""
 
     __slots__ = (
-        "_arrived_at",
         "_delivered",
         "_is_first",
         "_is_started",
@@ -247,6 +257,7 @@ class Reader:
         "_quick_until",
         "_readers",
         "_tokens",
+        "arrived_at",
         "error",
         "is_over",
         "request",
@@ -265,8 +276,9 @@ class Reader:
         """What the last `poll` returned is all there is."""
         self.error: UnbrokenError | None = None
         """What the call fails of, once it is over."""
+        self.arrived_at = arrived_at
+        """Monotonic seconds."""
         self._readers = readers
-        self._arrived_at = arrived_at
         self._number = request.take_over(on_news)
         self._is_first = self._number == 1
         self._is_started = False
@@ -352,7 +364,7 @@ class Reader:
                 continue
             if self._is_first:
                 self._is_first = False
-                self._readers.first_output(self._arrived_at)
+                self._readers.first_output(self.arrived_at)
             if len(request.choices) == 1:
                 self._only, self._num_moves = stream, stream.num_moves
                 self._quick_until = self._readers.now() + QUICK_S
@@ -384,6 +396,7 @@ class Reader:
 
     def close(self) -> None:
         """The call has ended, one way or another. Idempotent."""
+        self._readers.open_now.discard(self)
         if self.is_current:
             self.request.news.tell = nobody
             self._readers.left(self.request)

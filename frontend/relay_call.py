@@ -10,7 +10,7 @@ that breaks the contract loses the call: what it says after the breach is worth 
 import asyncio
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias, cast
 from weakref import WeakValueDictionary
@@ -30,6 +30,7 @@ from frontend.stream import Command, Origin, Stream
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
+from unbroken.holdings import StreamName
 from unbroken.outcome import FailureKind, FinishReason
 from unbroken.status import from_rpc_error
 from unbroken.thresholds import OFF, Thresholds, to_proto
@@ -45,6 +46,9 @@ SAMPLE_INTERVAL_S: Final = 0.5
 """Between two samples of a worker's inter-token latency."""
 BACKLOG_TOKENS_MAX: Final = 64
 """A stream of which more has not been sent goes at the pace of its client."""
+EXPIRED_EARLY_S_MAX: Final = 1.1
+"""So long before the deadline that it was told a sidecar may say that it has passed: the largest
+margin there is, and what clocks may differ over the time of a stream."""
 _LOOK_INTERVAL_S_MIN: Final = 0.001
 """A loop's timer may be early by a fraction of this."""
 
@@ -127,7 +131,7 @@ class End:
 
 
 @dataclass(slots=True)
-class _Seat:
+class Seat:
     """The attempt behind a slot."""
 
     owner: Owner
@@ -141,6 +145,10 @@ class _Seat:
     num_prefill_tokens: int
     engine_incarnation: int
     """Life of the engine in which the attempt was begun."""
+    name: StreamName
+    """Of the stream."""
+    deadline_at: float | None
+    """When the attempt has to be over."""
     is_adopting: bool = False
     """It waits to be told that it has the attempt."""
 
@@ -220,9 +228,9 @@ class RelayCall:
         self._samples_at = clock()
         self._on_welcome = on_welcome
         self._clock = clock
-        self._seats: dict[int, _Seat] = {}
+        self._seats: dict[int, Seat] = {}
         self._slots_seen: list[int] = []
-        self._seats_seen: list[_Seat | None] = []
+        self._seats_seen: list[Seat | None] = []
         """Behind those slots, as long as nobody comes or goes."""
         self._next_slot = 1
         self._num_with_logprobs = 0
@@ -262,6 +270,11 @@ class RelayCall:
         """Attempts that this call carries."""
         return len(self._seats)
 
+    @property
+    def seats(self) -> Collection[Seat]:
+        """Those."""
+        return self._seats.values()
+
     # What owners of streams ask.
 
     def start(
@@ -278,7 +291,7 @@ class RelayCall:
         About `num_prefill_tokens` have to be computed before its first token.
         """
         slot = request.start.slot = self._next_slot
-        seat = _Seat(
+        seat = Seat(
             owner,
             request.start.epoch,
             owner.stream,
@@ -287,6 +300,8 @@ class RelayCall:
             self._clock(),
             num_prefill_tokens,
             request.start.engine_incarnation,
+            _name(request.start.stream),
+            _deadline_at(request.start, self._clock()),
         )
         self._sit(seat, vocab_size)
         self._enqueue(request)
@@ -305,8 +320,19 @@ class RelayCall:
         epoch, now = request.adopt.epoch, self._clock()
         engine = request.adopt.engine_incarnation
         # How fast it begins says nothing about the worker: it is not heard as one that was silent.
-        seat = _Seat(
-            owner, epoch, owner.stream, False, wants_logprobs, now, 0, engine, is_adopting=True
+        name = _name(request.adopt.stream)
+        seat = Seat(
+            owner,
+            epoch,
+            owner.stream,
+            False,
+            wants_logprobs,
+            now,
+            0,
+            engine,
+            name,
+            _deadline_at(request.adopt, now),
+            is_adopting=True,
         )
         self._sit(seat, vocab_size)
         self._enqueue(request)
@@ -721,7 +747,7 @@ class RelayCall:
                 continue
             seat.owner.wake()
 
-    def _seats_of(self, slots: list[int]) -> list[_Seat | None]:
+    def _seats_of(self, slots: list[int]) -> list[Seat | None]:
         """Who is meant by a column of slots; most often it is that of the frame before."""
         if slots != self._slots_seen:
             self._slots_seen = slots
@@ -779,7 +805,7 @@ class RelayCall:
 
     # How fast the worker is.
 
-    def _hear_first(self, seat: _Seat, now: float) -> None:
+    def _hear_first(self, seat: Seat, now: float) -> None:
         seat.is_silent = False
         self._outliers.first_token(
             self._worker.worker_id, now - seat.started_at, seat.num_prefill_tokens, now
@@ -797,7 +823,7 @@ class RelayCall:
             latency_s = (now - before[2]) / (offset - before[1])
             self._outliers.inter_token(self._worker.worker_id, latency_s, now)
 
-    def _note_death(self, ends: Sequence[tuple[_Seat, attempt_pb2.AttemptEnded]]) -> None:
+    def _note_death(self, ends: Sequence[tuple[Seat, attempt_pb2.AttemptEnded]]) -> None:
         """Let nobody be placed on an engine that is gone; the verdict which says so comes later."""
         worker = self._worker
         if any(
@@ -811,7 +837,7 @@ class RelayCall:
 
     # Bookkeeping.
 
-    def _sit(self, seat: _Seat, vocab_size: int) -> None:
+    def _sit(self, seat: Seat, vocab_size: int) -> None:
         """Give the seat the next slot."""
         slot = self._next_slot
         self._next_slot += 1
@@ -822,7 +848,7 @@ class RelayCall:
         if slot == SLOT_MAX:
             self.end(FailureKind.PARTITION, "all slots of the call have been used", is_break=True)
 
-    def _leave(self, slot: int) -> _Seat | None:
+    def _leave(self, slot: int) -> Seat | None:
         seat = self._seats.pop(slot, None)
         if seat is not None:
             self._acks.pop(slot, None)
@@ -872,7 +898,19 @@ class RelayCall:
         return {"worker_id": identity.worker_id, "incarnation": identity.incarnation}
 
 
-def _ended(seat: _Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence[Command]:
+def _name(key: attempt_pb2.StreamKey) -> StreamName:
+    return key.tenant, key.request_id, key.choice_index
+
+
+def _deadline_at(
+    message: attempt_pb2.StartAttempt | relay_service_pb2.AdoptAttempt, now: float
+) -> float | None:
+    if not message.HasField("deadline"):
+        return None
+    return now + message.deadline.ToNanoseconds() / 1e9
+
+
+def _ended(seat: Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence[Command]:
     reason = ended.finish_reason
     return seat.owner.stream.ended(
         seat.epoch,
@@ -883,10 +921,15 @@ def _ended(seat: _Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence
         failure=_failure_kind(ended.failure),
         detail=ended.detail,
         cached_tokens=ended.cached_tokens,
+        is_expired=(
+            ended.is_expired
+            and seat.deadline_at is not None
+            and now >= seat.deadline_at - EXPIRED_EARLY_S_MAX
+        ),
     )
 
 
-def _refused(seat: _Seat, refused: attempt_pb2.AttemptRefused, now: float) -> Sequence[Command]:
+def _refused(seat: Seat, refused: attempt_pb2.AttemptRefused, now: float) -> Sequence[Command]:
     return seat.owner.stream.refused(
         seat.epoch,
         _failure_kind(refused.kind) or FailureKind.ENGINE_ERROR,

@@ -7,14 +7,18 @@ import heapq
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Final
 
 from frontend import resume_token, summaries
 from frontend import stream as machine
 from frontend.admission import Admitted, Envelope
 from frontend.dispatch import Choice, Dispatcher, News
+from frontend.lineage import Key, Lineage, Member
 from frontend.processes.claims import Claims
+from unbroken.context import Context
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.v1 import generation_pb2
 from unbroken.v1 import inference_service_pb2 as pb
@@ -51,11 +55,12 @@ class Request:
         epoch: int,
         taken_ms: int,
         deadline_at: float | None,
+        member: Member,
         pasts: Sequence[machine.Past] | None = None,
     ) -> None:
         """`taken_ms` is the time of day; `deadline_at` is the client's, monotonic seconds; `digest`
-        is what makes it equal to another request; `pasts`, one per choice, are of a request that
-        another frontend had.
+        is what makes it equal to another request; `member` is what stands for its name, and is not
+        cancelled; `pasts`, one per choice, are of a request that another frontend had.
 
         Raises `machine.Mismatch`.
         """
@@ -80,6 +85,8 @@ class Request:
             policy=envelope.policy,
             migrations_max=envelope.migrations_max,
         )
+        self.began_at = dispatcher.clock()
+        """Monotonic seconds."""
         self._has_begun = False
         self.news = News()
         """Set when a choice has output or is done."""
@@ -87,7 +94,15 @@ class Request:
         """Place in the order of admission; set by `Requests.add`."""
         self.admitted_at_ns = time.time_ns()
         """Nanoseconds since 1970; of no other request of this process."""
-        self._is_cancelled_softly = False
+        self.member = member
+        self.context = member.context
+        """What ends it early, with those below it."""
+        self.context.on_change.append(self._context_changed)
+        self._own_error: UnbrokenError | None = None
+        """Why it is ended early, if it was not ended with another or by name."""
+        self._soft_from: dict[Choice, int] = {}
+        """When it is cancelled softly: where each choice stood."""
+        self._soft_timer: asyncio.TimerHandle | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._dispatcher = dispatcher
         self.choices = tuple(
@@ -121,11 +136,6 @@ class Request:
     def key(self) -> tuple[str, str]:
         """Tenant and request id: what makes it this request."""
         return self.admitted.envelope.tenant, self.admitted.envelope.request_id
-
-    @property
-    def parent_key(self) -> tuple[str, str]:
-        """The key of the request with which it is cancelled."""
-        return self.admitted.envelope.tenant, self.admitted.envelope.parent_request_id
 
     @property
     def is_done(self) -> bool:
@@ -231,7 +241,24 @@ class Request:
         return resume_token.seal(self.resolved, claims, keyring, now=now, lifetime_s=lifetime_s)
 
     def cancel(self, error: UnbrokenError) -> None:
-        """End all choices now. What is in the ledgers is still delivered."""
+        """End all choices now, and all that is below it. What is in the ledgers is still delivered.
+
+        Idempotent, and nothing if it is complete.
+        """
+        if not self.is_done:
+            self._own_error = error
+            self.context.kill(_below(error))
+
+    def _context_changed(self) -> None:
+        """It is to end, by itself or with something above it."""
+        error = self._own_error or self.context.error
+        assert error is not None, "a context changes for a reason"
+        if self.context.is_killed:
+            self._end(error)
+        else:
+            self._end_softly(error)
+
+    def _end(self, error: UnbrokenError) -> None:
         for choice in self.choices:
             choice.obey(choice.stream.cancelled(error))
 
@@ -242,21 +269,24 @@ class Request:
         self.is_handed_over = True
         for choice in self.choices:
             choice.let_go()
-        self.cancel(error)
+        self._end(error)
 
-    def cancel_softly(self, error: UnbrokenError) -> None:
+    def _end_softly(self, error: UnbrokenError) -> None:
         """End each choice after its next output, and all soon."""
-        if not self._is_cancelled_softly:
-            self._is_cancelled_softly = self.news.is_to_be_polled = True
-            self._end_at(SOFT_CANCEL_S_MAX, error)
+        self.news.is_to_be_polled = True
+        loop = asyncio.get_running_loop()
+        self._soft_timer = loop.call_later(SOFT_CANCEL_S_MAX, self._end, error)
         for choice in self.choices:
+            self._soft_from[choice] = len(choice.stream.ledger)
             if choice.stream.state is not machine.State.RUNNING:
                 choice.obey(choice.stream.cancelled(error))
 
     def has_sent(self, choice: Choice) -> None:
         """Output of the choice went to the client."""
-        if self._is_cancelled_softly:
-            error = UnbrokenError(Reason.CANCELLED, "cancelled by request")
+        soft_from = self._soft_from.get(choice)
+        if soft_from is not None and choice.stream.num_sent > soft_from:
+            error = self.context.error
+            assert error is not None, "it was stopped for a reason"
             choice.obey(choice.stream.cancelled(error))
 
     def fail_together(self) -> None:
@@ -264,14 +294,31 @@ class Request:
         error = self.error
         if error is not None and not self.is_done:
             failed = _OtherChoiceFailed(Reason.CANCELLED, f"another choice failed: {error.detail}")
-            self.cancel(failed)
+            self._end(failed)
 
     def close(self) -> None:
-        """Whatever still runs ends; nobody will read it."""
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
+        """Whatever still runs ends, here and below; nobody will read it."""
         self.cancel(UnbrokenError(Reason.CANCELLED, "the client left"))
+        error = self.error
+        if error is not None and error.reason is Reason.DEADLINE_EXCEEDED:
+            # An engine may have seen to that; now what is below is told too.
+            self.context.kill(_below(error))
+        self._forget()
+
+    def discard(self) -> None:
+        """It did not come to be: as `close`, and what is below goes on."""
+        self._end(UnbrokenError(Reason.CANCELLED, "it was not admitted"))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing can happen to it any more."""
+        for timer in (*self._timers, self._soft_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timers.clear()
+        self._soft_timer = None
+        with suppress(ValueError):
+            self.context.on_change.remove(self._context_changed)
 
     def info(self) -> pb.StreamInfo:
         """Where it stands."""
@@ -325,8 +372,34 @@ class Request:
         self._timers.append(loop.call_later(max(0.0, delay_s), self.cancel, error))
 
 
+def _below(error: UnbrokenError) -> UnbrokenError:
+    """What a request ends of, to those below it."""
+    return UnbrokenError(Reason.CANCELLED, f"its parent ended early: {error.detail}")
+
+
 class _OtherChoiceFailed(UnbrokenError):  # noqa: N818 - it names what happened.
     """The request failed by another choice than this."""
+
+
+@dataclass(eq=False, slots=True)
+class Entrant:
+    """A call whose request is not admitted yet: it waits for a model, or is being tokenised."""
+
+    member: Member
+    arrived_at: float
+    """Monotonic seconds."""
+    is_admitted: bool = False
+
+    @property
+    def context(self) -> Context:
+        """What ends it early."""
+        return self.member.context
+
+    def check(self) -> None:
+        """Raises CANCELLED if it was cancelled, or something above it was."""
+        error = self.context.error
+        if error is not None:  # Each call raises its own.
+            raise UnbrokenError(error.reason, error.detail)
 
 
 class Requests:
@@ -350,6 +423,8 @@ class Requests:
         self._complete: OrderedDict[tuple[str, str], tuple[float, Request]] = OrderedDict()
         """When and what can be told again, by tenant and request id, in the order of their ends."""
         self._complete_tokens = 0
+        self._lineage = Lineage()
+        self._entrants: dict[Entrant, None] = {}
         self._last_sequence = 0
         self._empty = asyncio.Event()
         """Set while nothing runs."""
@@ -358,6 +433,17 @@ class Requests:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def running(self) -> Collection[Request]:
+        """In the order of admission."""
+        return self._running.values()
+
+    @property
+    def claimed_for_nothing(self) -> Set[tuple[str, str]]:
+        """Tenants and ids of requests that this process claims, and neither runs nor tells."""
+        claimed: Set[tuple[str, str]] = set() if self._claims is None else self._claims.held
+        return claimed - self._running.keys() - self._complete.keys()
 
     def find(self, envelope: Envelope, digest: bytes) -> Request | None:
         """The equal request, if it runs or is complete since not long ago.
@@ -398,6 +484,7 @@ class Requests:
         Raises `Elsewhere` if another process has admitted it meanwhile.
         """
         assert request.key not in self._running, "who is found is joined"
+        assert request.member.num_here, "whoever it arrived with has entered it"
         self.check_room()
         if self._claims is not None:
             self._claims.take(request.key)
@@ -417,6 +504,7 @@ class Requests:
             self._complete[request.key] = (now, request)
             self._complete_tokens += request.num_tokens
         self._release(request.key)
+        self._lineage.leave(request.member, now)
         self._prune()
         if not self._running:
             self._empty.set()
@@ -430,42 +518,42 @@ class Requests:
             return False
         return True
 
-    def cancel(self, request_id: str, *, tenant: str, soft: bool) -> Set[tuple[str, str]]:
-        """Cancel the requests of that name and those below them; returns those that were running.
+    @contextmanager
+    def entering(self, envelope: Envelope, arrived_at: float) -> Generator[Entrant]:
+        """A call asks for a request that is not here; it can be cancelled from here on."""
+        key = envelope.tenant, envelope.request_id
+        member = self._lineage.enter(key, envelope.parent_request_id, self._clock())
+        entrant = Entrant(member, arrived_at)
+        self._entrants[entrant] = None
+        try:
+            yield entrant
+        finally:
+            del self._entrants[entrant]
+            if not entrant.is_admitted:
+                self._lineage.leave(member, self._clock())
 
-        Those of every tenant, unless one is named.
+    @property
+    def entrants(self) -> Collection[Entrant]:
+        """Calls whose requests are not admitted yet."""
+        return self._entrants.keys()
+
+    def cancel(self, request_id: str, *, tenant: str, soft: bool) -> Sequence[Key]:
+        """Cancel the requests of that name and those below them.
+
+        Those of every tenant, unless one is named. Returns those that were running, parents first.
         """
-        doomed = [
-            one
-            for one in self._running.values()
-            if request_id in (one.request_id, one.admitted.envelope.parent_request_id)
-            and tenant in ("", one.key[0])
-        ]
-        return self._cancel_all(doomed, soft=soft)
+        self._lineage.remember((tenant or None, request_id), self._clock())
+        return self._cancel_all(self._lineage.named(request_id, tenant), soft=soft)
 
-    def cancel_below(self, parents: Set[tuple[str, str]], *, soft: bool) -> Set[tuple[str, str]]:
+    def cancel_below(self, parents: Set[Key], *, soft: bool) -> Sequence[Key]:
         """Cancel the requests below others, which are elsewhere; returns those that ran."""
-        doomed = [one for one in self._running.values() if one.parent_key in parents]
-        return self._cancel_all(doomed, soft=soft)
+        for key in parents:
+            self._lineage.remember(key, self._clock())
+        return self._cancel_all(parents, soft=soft)
 
-    def _cancel_all(self, doomed: list[Request], *, soft: bool) -> Set[tuple[str, str]]:
-        """Cancel these and those below them; returns the keys of all."""
-        parents = {one.key for one in doomed}
-        while parents:
-            children = [
-                one
-                for one in self._running.values()
-                if one.parent_key in parents and one not in doomed
-            ]
-            doomed += children
-            parents = {one.key for one in children}
+    def _cancel_all(self, keys: Iterable[Key], *, soft: bool) -> Sequence[Key]:
         error = UnbrokenError(Reason.CANCELLED, "cancelled by request")
-        for request in doomed:
-            if soft:
-                request.cancel_softly(error)
-            else:
-                request.cancel(error)
-        return {one.key for one in doomed}
+        return self._lineage.cancel(keys, error, is_soft=soft)
 
     def hand_over_all(self, error: UnbrokenError) -> None:
         """End everything that runs here; whoever resumes it elsewhere finds it at its workers."""

@@ -342,6 +342,11 @@ class ResumeQueue(Generic[K]):
         worker = self._workers.get(life)
         return worker.outstanding if worker is not None else 0
 
+    def cost_at(self, life: Life) -> StepCost | None:
+        """What steps cost there, as far as that was measured; None if it is not known at all."""
+        worker = self._workers.get(life)
+        return worker.cost if worker is not None else None
+
     def price_of(self, key: K) -> int:
         """Prompt tokens of an attempt that is being computed."""
         return self._computing[key].price
@@ -367,6 +372,16 @@ class ResumeQueue(Generic[K]):
         """Whether new work that was offered waits here, or would be refused."""
         fleet = self._fleets.get(model)
         return fleet is not None and (fleet.peak_of_loss is not None or fleet.has_able(Work.NEW))
+
+    def waiting(self) -> Iterator[tuple[K, Ticket, float]]:
+        """Who is in line, for what, and since when."""
+        for entry in self._entries.values():
+            yield entry.key, entry.ticket, entry.since
+
+    def computing(self) -> Iterator[tuple[K, Life, int]]:
+        """Who is on a worker's account, on whose, and with how many prompt tokens."""
+        for key, one in self._computing.items():
+            yield key, one.worker.view.life, one.price
 
     def deadline(self) -> float | None:
         """When `next` may have somebody though nothing happened."""

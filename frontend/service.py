@@ -18,6 +18,7 @@ from frontend.edge.native import NativeEdge
 from frontend.failure_detector import DetectorLimits
 from frontend.gateway import Gateway, GatewayLimits, Inference
 from frontend.grpcio_edge import GrpcioEdge
+from frontend.holdings import FrontendHoldings
 from frontend.links import Links
 from frontend.load import FrontendLoad
 from frontend.mesh_view import MeshView
@@ -158,6 +159,7 @@ class Frontend:
                 tokens_max=config.queue_tokens_max,
                 wait_s_max=config.queue_wait_s_max,
             ),
+            deadline_share=config.deadline_estimate_share,
             random=random,
             clock=self._clock,
         )
@@ -230,6 +232,8 @@ class Frontend:
             outliers,
             dispatcher.shedder,
             thresholds,
+            identity,
+            FrontendHoldings(self.requests, self._gateway.readers, dispatcher, self._links),
             clock=self._clock,
         )
         if family is not None:

@@ -654,8 +654,9 @@ class Stream(_Flow):
         failure: FailureKind = FailureKind.UNSPECIFIED,
         detail: str = "",
         cached_tokens: int = 0,
+        is_expired: bool = False,
     ) -> list[Command]:
-        """The worker's last word about the attempt."""
+        """The worker's last word about the attempt; `is_expired`: its deadline has passed."""
         if epoch != self.epoch or not self.attempts or self.attempts[-1].epoch != epoch:
             return []
         if self._num_begun == 1:
@@ -681,6 +682,8 @@ class Stream(_Flow):
                     now,
                 )
             return self._done(Outcome(finish_reason, stop_token_id=stop_token_id))
+        if is_expired and finish_reason is FinishReason.CANCELLED:
+            return self._fail(UnbrokenError(Reason.DEADLINE_EXCEEDED, "the client's time is up"))
         if failure is FailureKind.FENCED:
             # Somebody with a higher epoch has the stream: to go on would be to steal it back.
             self.attempts[-1].failure, self.attempts[-1].detail = failure, detail

@@ -8,10 +8,12 @@ import grpc.aio
 from typing_extensions import override
 
 from sidecar.drain import Drain, Phase, Plan, Policy
+from sidecar.engines.base import Engine
 from sidecar.hub import Hub
+from unbroken import holdings
 from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.v1 import holding_pb2, worker_pb2
 from unbroken.v1 import sidecar_service_pb2 as pb
-from unbroken.v1 import worker_pb2
 from unbroken.v1.sidecar_service_pb2_grpc import SidecarServiceServicer
 
 BUDGET_S_MAX: Final = 86_400.0
@@ -25,6 +27,7 @@ class Admin(SidecarServiceServicer):
     def __init__(
         self,
         hub: Hub,
+        engine: Engine,
         drain: Drain,
         configured: Plan,
         identity: worker_pb2.WorkerIdentity,
@@ -33,6 +36,7 @@ class Admin(SidecarServiceServicer):
     ) -> None:
         """`ask` begins a drain, or makes it more urgent; `configured` is what it is by default."""
         self._hub = hub
+        self._engine = engine
         self._drain = drain
         self._configured = configured
         self._identity = identity
@@ -74,6 +78,48 @@ class Admin(SidecarServiceServicer):
                 await changed.wait()
         finally:
             self._calls.discard(changed)
+
+    @override
+    async def GetWorkerLedger(
+        self, request: pb.GetWorkerLedgerRequest, context: _Context
+    ) -> pb.GetWorkerLedgerResponse:
+        listed_max = holdings.listed_max(request.holdings_max)
+        hub, identity = self._hub, self._identity
+        response = pb.GetWorkerLedgerResponse()
+        if hub.up is not None:
+            response.processes.append(await self._engine_holdings(hub.up.incarnation, listed_max))
+        # After the engine: what it let go meanwhile is not held here any more, either.
+        own = holdings.told(
+            holding_pb2.PROCESS_ROLE_SIDECAR,
+            identity.worker_id,
+            identity.incarnation,
+            hub.holdings(),
+            now=hub.now(),
+            listed_max=listed_max,
+        )
+        response.processes.insert(0, own)
+        return response
+
+    async def _engine_holdings(
+        self, incarnation: int, listed_max: int
+    ) -> holding_pb2.ProcessHoldings:
+        """What the engine holds by its own word; without that, by its load report."""
+        told = await self._engine.holdings()
+        now, detail = self._hub.now(), ""
+        if told is not None:
+            held = [one for each in told if (one := holdings.from_proto(each, now)) is not None]
+        else:
+            detail = "the engine does not say what it holds; this is its latest load report"
+            held = holdings.of_load(self._hub.load)
+        return holdings.told(
+            holding_pb2.PROCESS_ROLE_ENGINE,
+            self._identity.worker_id,
+            incarnation,
+            held,
+            now=now,
+            listed_max=listed_max,
+            detail=detail,
+        )
 
     def _response(self) -> pb.DrainResponse:
         hub, is_stopping = self._hub, self._drain.phase is Phase.STOPPING

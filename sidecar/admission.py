@@ -9,7 +9,7 @@ however many frontends there are. Only new work is refused: what was admitted be
 gets in. docs/decisions/thresholds.md says why.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
@@ -82,6 +82,11 @@ class Admission(Generic[LinkT]):
     def given(self) -> Given:
         """What the engine was given and has not shown."""
         return Given(self._prefill_tokens, self._kv_blocks)
+
+    @property
+    def given_by_slot(self) -> Mapping[int, int]:
+        """The KV blocks of that, by attempt."""
+        return {slot: fresh.kv_blocks for slot, fresh in self._fresh.items()}
 
     @property
     def num_ranks(self) -> int:

@@ -61,6 +61,9 @@ class SidecarConfig(ProcessConfig):
     """A frontend that reads nothing for so long is lost."""
     orphan_grace_s: float = Field(5.0, ge=0, le=600)
     """How long an attempt goes on without its frontend, unless its request says."""
+    deadline_margin_s: float = Field(0.005, ge=0, le=1)
+    """So long before an attempt has to be over its engine ends it, so that its frontend hears why;
+    at most half of the time that is left."""
     retention_s: float = Field(300.0, ge=0, le=86400)
     """How long the tokens of an attempt that ended are kept."""
     drain_policy: Policy = Policy.HAND_OVER

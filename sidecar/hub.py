@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
-from sidecar import frames, watchdog
+from sidecar import frames, holdings, watchdog
 from sidecar.admission import Admission, Busy, Told
 from sidecar.engine_load import EngineLoad
 from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
@@ -23,6 +23,7 @@ from sidecar.link import Attempt, Link
 from sidecar.watchdog import Watchdog, WatchdogPolicy
 from unbroken import log
 from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.holdings import Holding
 from unbroken.outcome import FailureKind
 from unbroken.rate import Rate
 from unbroken.thresholds import from_proto, to_proto
@@ -66,11 +67,14 @@ class Hub(EngineListener):
         engine: Engine,
         *,
         orphan_grace_s: float = 5.0,
+        deadline_margin_s: float = 0.005,
         retention: Retention | None = None,
         watchdog_policy: WatchdogPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`orphan_grace_s` is for attempts that do not say."""
+        """`orphan_grace_s` is for attempts that do not say; `deadline_margin_s` is what the engine
+        lacks of an attempt's time.
+        """
         self.ledger = Ledger[Link](retention)
         self.up: EngineUp | None = None
         """The engine's present life."""
@@ -102,6 +106,7 @@ class Hub(EngineListener):
         """Called while it drains, when an attempt may have been the last one left."""
         self._engine = engine
         self._orphan_grace_s = orphan_grace_s
+        self._deadline_margin_s = deadline_margin_s
         self._clock = clock
         self._links: dict[Link, None] = {}  # In the order of their opening.
         self._lives: OrderedDict[str, tuple[int, int]] = OrderedDict()  # Highest, by frontend.
@@ -213,6 +218,7 @@ class Hub(EngineListener):
                 orphan_grace_s=grace_s,
                 engine_incarnation=self.up.incarnation if self.up is not None else 0,
                 now=now,
+                deadline_margin_s=self._deadline_margin_s,
             )
         except Fenced as fenced:
             _refuse(link, message.slot, FailureKind.FENCED, f"{fenced}", fenced.epoch_known)
@@ -221,6 +227,8 @@ class Hub(EngineListener):
             self._give_up(revoked, FailureKind.FENCED, "a newer epoch took the stream")
         link.by_slot[message.slot] = attempt
         message.slot = attempt.slot
+        if attempt.engine_deadline_at is not None:
+            message.deadline.FromNanoseconds(int((attempt.engine_deadline_at - now) * 1e9))
         if len(self.ledger.running) == 1:
             self.watchdog.work_began(now)
         self._prefilling[attempt.slot] = (attempt.num_tokens, now)
@@ -475,7 +483,7 @@ class Hub(EngineListener):
         for attempt in self.ledger.overdue(now):
             # Whoever adopts it next may have more time.
             attempt.given_up = (FailureKind.DRAIN, "the deadline of its reader has passed")
-            self._tell_end(attempt, _cancelled("the deadline has passed"))
+            self._tell_end(attempt, _cancelled("the deadline has passed", is_expired=True))
             self._engine.abort(attempt.slot)
         for link in list(self._links):
             if now - link.heard_at > silence_max_s and not stood_still:
@@ -554,6 +562,17 @@ class Hub(EngineListener):
             return 0
         lengths = [attempt.num_tokens for attempt in list(self.ledger.running.values())]
         return num_blocks(lengths, self.up.description.block_size or 1)
+
+    def holdings(self) -> list[Holding]:
+        """What is held here for streams; the engine's own holdings are not among them."""
+        return holdings.held(
+            self.ledger,
+            replaying=self._replaying.values(),
+            prefilling={slot: num_tokens for slot, (num_tokens, _) in self._prefilling.items()},
+            given=self.admission.given_by_slot,
+            slots_by_frontend=[(link.frontend_id, link.by_slot.values()) for link in self._links],
+            block_size=self.up.description.block_size if self.up is not None else 0,
+        )
 
     # Parts.
 
@@ -670,9 +689,12 @@ class Hub(EngineListener):
         if attempt.given_up is not None and is_cancelled:
             # Not its frontend's wish: who adopts it now has to go on elsewhere.
             ended = _failed(attempt.slot, attempt.end_offset, *attempt.given_up)
-        elif is_cancelled and attempt.is_ended_for_another(now):
-            detail = "the engine keeps to the deadline of an earlier reader"
-            ended = _failed(attempt.slot, attempt.end_offset, FailureKind.DRAIN, detail)
+        elif is_cancelled and attempt.is_expired(now):
+            if attempt.is_deadline_of_another:
+                detail = "the engine keeps to the deadline of an earlier reader"
+                ended = _failed(attempt.slot, attempt.end_offset, FailureKind.DRAIN, detail)
+            else:
+                ended.is_expired = True
         self.ledger.end(attempt, ended, now)
         self.num_drained += self.is_draining and not ended.failure
         if attempt.replay is None or is_cancelled or ended.failure:
@@ -787,9 +809,10 @@ def _failed(
     )
 
 
-def _cancelled(detail: str = "") -> attempt_pb2.AttemptEnded:
-    cancelled = generation_pb2.FINISH_REASON_CANCELLED
-    return attempt_pb2.AttemptEnded(finish_reason=cancelled, detail=detail)
+def _cancelled(detail: str = "", *, is_expired: bool = False) -> attempt_pb2.AttemptEnded:
+    return attempt_pb2.AttemptEnded(
+        finish_reason=generation_pb2.FINISH_REASON_CANCELLED, detail=detail, is_expired=is_expired
+    )
 
 
 def _to_proto(kind: FailureKind) -> "FailureKindProto.ValueType":

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
+from unbroken.deadlines import left_for_next_hop
 from unbroken.outcome import FailureKind
 from unbroken.v1 import attempt_pb2 as pb
 from unbroken.v1 import relay_service_pb2 as relay
@@ -91,6 +92,8 @@ class Attempt(Generic[LinkT]):
     """In which life of the engine it runs."""
     engine_deadline_at: float | None
     """When the engine ends it by itself; it cannot be told another time."""
+    first_deadline_at: float | None
+    """When it had to end for whoever began it: a margin later."""
     deadline_at: float | None
     """When it has to end for whoever reads it."""
     logprobs: list[bytes] | None
@@ -101,6 +104,8 @@ class Attempt(Generic[LinkT]):
     orphaned_until: float | None = None
     given_up: tuple[FailureKind, str] | None = None
     """Why the sidecar itself had it aborted."""
+    began_at: float = 0.0
+    """Monotonic seconds."""
     prefilled_in_s: float | None = None
     """From its start to its first token; None: there was none yet."""
     ended: pb.AttemptEnded | None = None
@@ -111,12 +116,18 @@ class Attempt(Generic[LinkT]):
         """Whether its window lets the engine produce."""
         return not self.window_tokens or self.end_offset < self.acknowledged + self.window_tokens
 
-    def is_ended_for_another(self, now: float) -> bool:
-        """Whether an engine that ends it now does so by a deadline that is not its reader's."""
-        engine_at, reader_at = self.engine_deadline_at, self.deadline_at
-        if engine_at is None or now < engine_at - _CLOCK_SLACK_S:
-            return False
-        return self.link is None or reader_at is None or reader_at > engine_at
+    def is_expired(self, now: float) -> bool:
+        """Whether an engine that ends it now does so by the deadline that it was given."""
+        engine_at = self.engine_deadline_at
+        return engine_at is not None and now >= engine_at - _CLOCK_SLACK_S
+
+    @property
+    def is_deadline_of_another(self) -> bool:
+        """Whether its reader has more time than the engine was given."""
+        first_at, reader_at = self.first_deadline_at, self.deadline_at
+        if self.link is None or reader_at is None:
+            return True
+        return first_at is not None and reader_at > first_at + _CLOCK_SLACK_S
 
     @property
     def end_offset(self) -> int:
@@ -202,15 +213,18 @@ class Ledger(Generic[LinkT]):
         orphan_grace_s: float,
         engine_incarnation: int,
         now: float,
+        deadline_margin_s: float = 0.0,
     ) -> tuple[Attempt[LinkT], Attempt[LinkT] | None]:
         """Enter a new attempt; also returns the one it revokes, if that still runs.
 
-        Raises `Fenced`.
+        Of its time, the engine gets all but the margin. Raises `Fenced`.
         """
         stream = stream_id(start.stream)
         self._claim(stream, start.epoch)
         before = self._by_stream.get(stream)
-        deadline_at = _deadline_at(start, now)
+        deadline_at = engine_deadline_at = _deadline_at(start, now)
+        if deadline_at is not None:
+            engine_deadline_at = now + left_for_next_hop(deadline_at - now, deadline_margin_s)
         attempt = Attempt[LinkT](
             stream=stream,
             epoch=start.epoch,
@@ -226,9 +240,11 @@ class Ledger(Generic[LinkT]):
             window_tokens=start.window_tokens,
             acknowledged=start.checkpoint.first_offset,
             engine_incarnation=engine_incarnation,
-            engine_deadline_at=deadline_at,
+            engine_deadline_at=engine_deadline_at,
+            first_deadline_at=deadline_at,
             deadline_at=deadline_at,
             logprobs=[] if start.checkpoint.params.HasField("logprobs") else None,
+            began_at=now,
         )
         self._next_slot += 1
         self.running[attempt.slot] = self._by_stream[stream] = attempt
@@ -299,13 +315,12 @@ class Ledger(Generic[LinkT]):
         return due
 
     def overdue(self, now: float) -> Sequence[Attempt[LinkT]]:
-        """Attempts whose reader's time is up, and which the engine would let run on."""
+        """Attempts whose reader's time is up, and which the engine lets run on."""
         return [
             attempt
             for attempt in self.running.values()
             if attempt.deadline_at is not None
             and attempt.deadline_at <= now
-            and attempt.deadline_at != attempt.engine_deadline_at
             and attempt.given_up is None
         ]
 

@@ -61,6 +61,7 @@ class Sidecar:
         self.hub = Hub(
             engine,
             orphan_grace_s=config.orphan_grace_s,
+            deadline_margin_s=config.deadline_margin_s,
             retention=Retention(ended_s=config.retention_s),
             watchdog_policy=WatchdogPolicy(
                 silence_min_s=config.engine_stall_min_s,
@@ -110,6 +111,7 @@ class Sidecar:
         relay_service_pb2_grpc.add_RelayServiceServicer_to_server(relay, server)
         self._admin = Admin(
             self.hub,
+            self._engine,
             self.drain,
             self._drain_plan,
             self._identity,

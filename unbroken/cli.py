@@ -33,7 +33,9 @@ from unbroken.demo import play
 from unbroken.drain import drain_worker
 from unbroken.engine_command import recognise
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.holdings import LISTED_DEFAULT, LISTED_MAX, num_held
 from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
+from unbroken.mesh_ledger import mesh_ledger
 from unbroken.terminal import Output
 from unbroken.tls import ClientTls
 from unbroken.v1 import inference_service_pb2 as pb
@@ -326,6 +328,30 @@ def streams(
         async with await _connect(frontend, directory) as client:
             found = [stream async for stream in client.list_streams()]
         terminal.show_list(output, found, terminal.STREAMS)
+
+    _run(scenario(), output)
+
+
+@app.command()
+def ledger(
+    listed: Annotated[
+        int, typer.Option(min=1, max=LISTED_MAX, help="Most holdings of each process to list.")
+    ] = LISTED_DEFAULT,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail unless all could be asked and nothing is held.")
+    ] = False,
+    frontend: FrontendOption = None,
+    directory: DiscoveryOption = DISCOVERY_DEFAULT,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """List what all processes hold for requests, and for how long. Without requests: nothing."""
+
+    async def scenario() -> None:
+        async with await _connect(frontend, directory) as client:
+            found = await mesh_ledger(client, discovery.connect(directory), holdings_max=listed)
+        terminal.show_ledger(output, found)
+        if check and (num_held(found) or any(process.detail for process in found)):
+            raise typer.Exit(1)
 
     _run(scenario(), output)
 

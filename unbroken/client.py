@@ -38,8 +38,8 @@ from unbroken.tls import ClientTls
 from unbroken.transport import CLIENT_KEEPALIVE, Keepalive
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import admin_service_pb2_grpc as admin_grpc
+from unbroken.v1 import holding_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
-from unbroken.v1 import worker_pb2
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 if TYPE_CHECKING:  # Generic classes in the stubs only.
@@ -52,6 +52,8 @@ CALL_TIMEOUT_S: Final = 10.0
 """Deadline of calls other than `generate`."""
 
 _STREAMS_PAGE_SIZE: Final = 1000
+_CANCELS_AT_ONCE: Final = 32
+"""Requests of one tree, at each frontend."""
 _BARE_CODE: Final = "grpc_code"  # In the metadata of an error that no process of ours made.
 
 _T = TypeVar("_T")
@@ -175,6 +177,12 @@ class GenerationStream:
             # A reader that merely leaves is waited for; only this ends the generation.
             with suppress(UnbrokenError):
                 await self._client.cancel(self.request_id, tenant=self._request.tenant)
+
+    async def stop(self) -> None:
+        """Have the generation end soon: after the output of the current engine step, a second later
+        at most. Read on to its end, which is `CANCELLED`, with usage in `finished`. Idempotent.
+        """
+        await self._client.cancel(self.request_id, is_soft=True, tenant=self._request.tenant)
 
     def interrupt(self) -> None:
         """End a pause: the client was closed."""
@@ -445,15 +453,30 @@ class Client:
         )
 
     async def cancel(self, request_id: str, *, is_soft: bool = False, tenant: str = "") -> bool:
-        """End a request, from any connection. False: no frontend knows it, or it had ended.
+        """End a request and those below it, from any connection and wherever they are.
 
-        Soft: the current engine step is finished and its tokens are delivered.
+        False: no frontend knows one, or all had ended. Soft: the current engine step is finished
+        and its tokens are delivered.
         """
-        request = pb.CancelRequest(request_id=request_id, soft=is_soft, tenant=tenant)
-        answers = await self._ask_all(
-            lambda stub: stub.Cancel(request, timeout=self._call_timeout_s)
-        )
-        return any(answer.was_running for answer in answers)
+        asked = {request_id}
+        due = [(tenant, request_id)]
+        was_running = False
+        while due:  # Once, unless there are requests below that may be elsewhere.
+            wave, due = due[:_CANCELS_AT_ONCE], due[_CANCELS_AT_ONCE:]
+            answers = await asyncio.gather(*(self._cancel(*name, soft=is_soft) for name in wave))
+            for answer in (one for of_all in answers for one in of_all):
+                was_running |= answer.was_running
+                for key in answer.cancelled if len(self.frontends) > 1 else ():
+                    if key.request_id not in asked:
+                        asked.add(key.request_id)
+                        due.append((key.tenant, key.request_id))
+        return was_running
+
+    async def _cancel(
+        self, tenant: str, request_id: str, *, soft: bool
+    ) -> Sequence[pb.CancelResponse]:
+        request = pb.CancelRequest(request_id=request_id, soft=soft, tenant=tenant)
+        return await self._ask_all(lambda stub: stub.Cancel(request, timeout=self._call_timeout_s))
 
     async def list_models(self) -> Sequence[pb.ModelInfo]:
         """The models that workers serve now or served before, by name."""
@@ -536,6 +559,16 @@ class Client:
         )
         return await self._answer(index, call)
 
+    async def ledger(self, *, holdings_max: int = 0) -> Sequence[holding_pb2.ProcessHoldings]:
+        """What the frontends that can be reached hold for requests, by process."""
+        request = admin_pb.GetLedgerRequest(holdings_max=holdings_max)
+        answers = await self._ask_all_of(
+            lambda index: admin_grpc.AdminServiceStub(self.frontends.channel(index)).GetLedger(
+                request, timeout=self._call_timeout_s
+            )
+        )
+        return [process for answer in answers for process in answer.processes]
+
     async def channel(self) -> grpc.aio.Channel:
         """The channel for the next call; for services that this class does not know.
 
@@ -544,8 +577,12 @@ class Client:
         return self.frontends.channel(await self.frontends.first())
 
     async def _ask_all(self, ask: Callable[[InferenceServiceStub], Awaitable[_T]]) -> Sequence[_T]:
+        """As `_ask_all_of`, of InferenceService."""
+        return await self._ask_all_of(lambda index: ask(self.frontends.stub(index)))
+
+    async def _ask_all_of(self, ask: Callable[[int], Awaitable[_T]]) -> Sequence[_T]:
         """The answers of all frontends that have one; raises what one said if none has."""
-        asked = [self._answer(i, ask(self.frontends.stub(i))) for i in range(len(self.frontends))]
+        asked = [self._answer(index, ask(index)) for index in range(len(self.frontends))]
         results = await asyncio.gather(*asked, return_exceptions=True)
         answers = [result for result in results if not isinstance(result, BaseException)]
         if not answers:

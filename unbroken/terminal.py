@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -15,11 +15,12 @@ from google.protobuf.message import Message
 
 from unbroken.client import GenerationStream, Piece, Resume
 from unbroken.errors import UnbrokenError
+from unbroken.holdings import num_held
 from unbroken.mesh import LocalMesh, MeshError
 from unbroken.v1 import admin_service_pb2 as admin_pb
+from unbroken.v1 import holding_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import sidecar_service_pb2 as sidecar_pb
-from unbroken.v1 import worker_pb2
 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _DRAIN_NOTE_INTERVAL_S: Final = 1.0
@@ -249,8 +250,53 @@ def show_thresholds(
     _print_table(models, THRESHOLDS)
 
 
+def show_ledger(output: Output, processes: Sequence[holding_pb2.ProcessHoldings]) -> None:
+    """Show what processes hold, and which of them told less than all."""
+    held = num_held(processes)
+    if output is Output.JSON:
+        facts = {"held": held, "processes": [_to_dict(process) for process in processes]}
+        print(json.dumps(facts))  # noqa: T201
+        return
+    rows = [(process, holding) for process in processes for holding in process.holdings]
+    if held:
+        _print_rows("PROCESS KIND REQUEST CHOICE EPOCH AMOUNT AGE DETAIL", map(_holding_row, rows))
+    else:
+        print(f"nothing is held by {len(processes)} processes")  # noqa: T201
+    if held > len(rows):
+        note(f"{held - len(rows)} more are not listed")
+    for process in processes:
+        if process.detail:
+            note(f"{_process_name(process)}: {process.detail}")
+
+
+def _holding_row(
+    row: tuple[holding_pb2.ProcessHoldings, holding_pb2.Holding],
+) -> Sequence[object]:
+    process, holding = row
+    stream = holding.stream
+    tenant = f"{stream.tenant}/" if stream.tenant else ""
+    return (
+        _process_name(process),
+        _short(holding_pb2.HoldingKind, holding.kind),
+        f"{tenant}{stream.request_id}" if holding.HasField("stream") else "-",
+        stream.choice_index,
+        holding.epoch or "-",
+        holding.amount,
+        f"{holding.age.ToMilliseconds() / 1000:.1f}s" if holding.HasField("age") else "-",
+        holding.detail,
+    )
+
+
+def _process_name(process: holding_pb2.ProcessHoldings) -> str:
+    return f"{_short(holding_pb2.ProcessRole, process.role)}/{process.name}"
+
+
 def _print_table(messages: Sequence[MessageT], table: Table[MessageT]) -> None:
-    rows = [table.columns.split(), *(list(map(str, table.row(m))) for m in messages)]
+    _print_rows(table.columns, map(table.row, messages))
+
+
+def _print_rows(columns: str, cells_of_rows: Iterable[Sequence[object]]) -> None:
+    rows = [columns.split(), *(list(map(str, cells)) for cells in cells_of_rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))

@@ -51,6 +51,10 @@ class KvCache(Protocol):
         """Blocks that nobody holds and that can be reused or evicted."""
         ...
 
+    def num_held(self, leases: Sequence[Lease]) -> int:
+        """Blocks that these leases hold, shared ones counted once."""
+        ...
+
     def match(self, hashes: Sequence[int]) -> int:
         """How many blocks with these hashes, from the first on, a lease would find."""
         ...
@@ -147,6 +151,9 @@ class PagedKvCache:
     @property
     def num_cached(self) -> int:
         return len(self._cached)
+
+    def num_held(self, leases: Sequence[Lease]) -> int:
+        return len({block for lease in leases for block in lease.blocks})
 
     def match(self, hashes: Sequence[int]) -> int:
         block_of = self._block_of
@@ -269,6 +276,9 @@ class SlotKvCache:
     @property
     def num_cached(self) -> int:
         return self._num_cached
+
+    def num_held(self, leases: Sequence[Lease]) -> int:
+        return sum(lease.capacity // self.block_size for lease in leases)
 
     def match(self, hashes: Sequence[int]) -> int:
         return max((_common(held, hashes) for held in self._idle.values()), default=0)

@@ -28,6 +28,7 @@ from typing import TypeAlias
 
 from unbroken.blocks import OUTPUT_TAG, BlockChain
 from unbroken.generation import TokenLogprobs
+from unbroken.holdings import Kind
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from worker import kv_cache
 from worker.engine import EngineSpec, PrefillChunk, StepPlan, StepResult
@@ -87,6 +88,17 @@ class Outcome:
     """By slot."""
     ended: list[attempt_pb2.AttemptEnded] = field(default_factory=list[attempt_pb2.AttemptEnded])
     """After the tokens above."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One thing that a sequence holds."""
+
+    kind: Kind
+    slot: int | None
+    """Of the sequence; None: nobody holds it, and it could not be reused either."""
+    amount: int = 1
+    detail: str = ""
 
 
 class Scheduler:
@@ -181,6 +193,7 @@ class Scheduler:
                     stream,
                     finish=generation_pb2.FINISH_REASON_CANCELLED,
                     detail="the deadline has passed",
+                    is_expired=True,
                 )
         plan = StepPlan()
         for rank in self._ranks:
@@ -254,6 +267,27 @@ class Scheduler:
             ranks=[rank.load(index) for index, rank in enumerate(self._ranks)],
         )
 
+    def held(self) -> list[Held]:
+        """Everything that sequences hold now."""
+        held: list[Held] = []
+        for stream in self._streams.values():
+            standing = _standing(stream)
+            detail = standing.state.name.lower()
+            if standing.state is State.WAITING:
+                held.append(Held(Kind.QUEUE_ENTRY, stream.slot, stream.num_tokens, detail))
+            else:
+                held.append(Held(Kind.ATTEMPT, stream.slot, 1, detail))
+            if standing.lease is not None:
+                num_blocks = standing.lease.capacity // self._spec.block_size
+                held.append(Held(Kind.KV_BLOCKS, stream.slot, num_blocks, detail))
+        for index, rank in enumerate(self._ranks):
+            num_lost = rank.num_blocks_lost(
+                [s for s in self._streams.values() if _standing(s).rank is rank]
+            )
+            if num_lost:
+                held.append(Held(Kind.KV_BLOCKS, None, num_lost, f"rank {index}: of no sequence"))
+        return held
+
     def take_kv_events(self) -> list[worker_pb2.KvEvents]:
         """Which prefixes became reusable and which were evicted since the last call, by rank."""
         events: list[worker_pb2.KvEvents] = []
@@ -313,6 +347,7 @@ class Scheduler:
         stop_token_id: int | None = None,
         failure: "worker_pb2.FailureKind.ValueType" = worker_pb2.FAILURE_KIND_UNSPECIFIED,
         detail: str = "",
+        is_expired: bool = False,
     ) -> None:
         standing = _standing(stream)
         standing.rank.remove(stream)
@@ -330,6 +365,7 @@ class Scheduler:
                 detail=detail,
                 prefill_tokens=standing.prefill_tokens,
                 cached_tokens=standing.cached_tokens,
+                is_expired=is_expired,
             )
         )
 
@@ -649,6 +685,11 @@ class _Rank:
             prefill_tokens_queued=queued,
             preemptions_total=self.num_preemptions,
         )
+
+    def num_blocks_lost(self, streams: Sequence[Stream]) -> int:
+        """KV blocks in use that none of these, all sequences of this rank, holds."""
+        leases = [lease for s in streams if (lease := _standing(s).lease) is not None]
+        return self.cache.num_used - self.cache.num_held(leases)
 
     def check(self, streams: Sequence[Stream]) -> None:
         """Assert what is always true, given all sequences of this rank."""

@@ -13,10 +13,11 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from unbroken import framing, log
+from unbroken import framing, holdings, log
 from unbroken.errors import UnbrokenError
 from unbroken.framing import Connection, FramingError
 from unbroken.generation import logprobs_to_proto
+from unbroken.holdings import Holding
 from unbroken.tokenizer import asset_to_proto
 from unbroken.v1 import attempt_pb2, engine_pb2, worker_pb2
 from worker.constraints import ConstraintCompiler
@@ -146,7 +147,27 @@ class EngineService:
                     )
                 for slot, offset in zip(slots, offsets, strict=True):
                     self._scheduler.acknowledge(slot, offset)
+            case "list_holdings":
+                self._tell_holdings(session, request.list_holdings.number)
         self._has_work.set()
+
+    def _tell_holdings(self, session: "_Session", number: int) -> None:
+        """What everybody holds now, whatever is being computed."""
+        now = asyncio.get_running_loop().time()
+        held = [
+            Holding(
+                one.kind,
+                None if one.slot is None else session.key_of.get(one.slot),
+                None if one.slot is None else session.since.get(one.slot),
+                one.amount,
+                detail=one.detail,
+            )
+            for one in self._scheduler.held()
+        ]
+        answer = engine_pb2.EngineHoldings(
+            number=number, holdings=[holdings.to_proto(one, now) for one in held]
+        )
+        session.connection.send(engine_pb2.EngineResponse(holdings=answer))
 
     def _greet(self, session: "_Session", hello: engine_pb2.EngineHello) -> None:
         if hello.protocol_version < 1:
@@ -164,6 +185,7 @@ class EngineService:
             protocol_version=min(hello.protocol_version, PROTOCOL_VERSION),
             description=describe(self._runner.spec),
             tokenizer=asset_to_proto(self._runner.spec.tokenizer),
+            tells_holdings=True,
         )
         ready.frame_interval.FromMilliseconds(round(FRAME_INTERVAL_S * 1000))
         session.connection.send(engine_pb2.EngineResponse(ready=ready))
@@ -227,6 +249,7 @@ class EngineService:
             return
         session.slot_of[key] = slot
         session.key_of[slot] = key
+        session.since[slot] = asyncio.get_running_loop().time()
 
     async def _admit(self, start: attempt_pb2.StartAttempt) -> Sequence:
         now = asyncio.get_running_loop().time()
@@ -334,6 +357,7 @@ class _Session:
         self.refused: deque[attempt_pb2.AttemptRefused] = deque()
         self.slot_of: dict[StreamKey, int] = {}  # Of attempts that run.
         self.key_of: dict[int, StreamKey] = {}
+        self.since: dict[int, float] = {}
 
     def refuse(
         self,
@@ -353,5 +377,6 @@ class _Session:
     def forget(self, slot: int) -> None:
         """The attempt is over."""
         key = self.key_of.pop(slot, None)
+        self.since.pop(slot, None)
         if key is not None and self.slot_of.get(key) == slot:
             del self.slot_of[key]

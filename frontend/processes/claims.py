@@ -41,6 +41,8 @@ class Claims:
 
     def __init__(self, directory: Path) -> None:
         """Raises OSError."""
+        self.held: set[tuple[str, str]] = set()
+        """What this process has, by tenant and id."""
         self._files = [
             os.open(directory / f"claims.{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             for number in range(NUM_FILES)
@@ -64,9 +66,11 @@ class Claims:
         """Have the request from here on; raises `Elsewhere` if another process has it."""
         while not self._lock(key, fcntl.F_WRLCK):
             self.check(key)  # Else its owner has just let it go.
+        self.held.add(key)
 
     def release(self, key: tuple[str, str]) -> None:
         """Have it no more. Idempotent."""
+        self.held.discard(key)
         if self._files:
             self._lock(key, fcntl.F_UNLCK)
 

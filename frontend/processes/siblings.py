@@ -129,8 +129,8 @@ def add_siblings(server: grpc.aio.Server, requests: Requests, registry: Collecto
         parents = {(tenant, name) for tenant, name in order["parents"]}
         doomed = set(requests.cancel_below(parents, soft=order["soft"]))
         if order["request_id"] is not None:
-            doomed |= requests.cancel(
-                order["request_id"], tenant=order["tenant"], soft=order["soft"]
+            doomed.update(
+                requests.cancel(order["request_id"], tenant=order["tenant"], soft=order["soft"])
             )
         return json.dumps(sorted(doomed)).encode()
 

@@ -7,7 +7,7 @@ to that, `Generate` and `Resume` message by message; what is asked of all is ask
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import grpc
@@ -15,7 +15,7 @@ import grpc.aio
 from typing_extensions import override
 
 from frontend.admin import Admin
-from frontend.gateway import Gateway, check_request_id
+from frontend.gateway import Gateway, cancelled, check_request_id
 from frontend.processes.claims import Elsewhere
 from frontend.processes.siblings import CALL_TIMEOUT_S, Key, Siblings, has_been_cancelled
 from frontend.reading import Output, Reading
@@ -92,16 +92,16 @@ class Whole:
     async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
         """As `Gateway.cancel`, wherever the request and those below it are."""
         check_request_id(request.request_id)
-        found = set(self._gateway.cancel_here(request))
-        new: set[Key] = set(found)
+        found = dict.fromkeys(self._gateway.cancel_here(request))
+        new: Set[Key] = set(found)
         is_first = True
         while is_first or new:
             told = await self._siblings.cancel(request, new, is_first=is_first)
-            here = self._gateway.cancel_below(told - found, soft=request.soft)
-            new = (set(told) | set(here)) - found
-            found |= new
+            here = self._gateway.cancel_below(told - found.keys(), soft=request.soft)
+            new = (told | set(here)) - found.keys()
+            found |= dict.fromkeys(sorted(new))
             is_first = False
-        return pb.CancelResponse(was_running=bool(found))
+        return cancelled(list(found))
 
     async def get_stream(self, request: pb.GetStreamRequest) -> pb.GetStreamResponse:
         """As `Gateway.get_stream`; if several processes know it, of the one that has it."""
@@ -316,6 +316,18 @@ class WholeAdmin(Admin):
         self, request: admin_pb.SetThresholdsRequest, context: _Context
     ) -> admin_pb.SetThresholdsResponse:
         return await self._own.SetThresholds(request, context)
+
+    @override
+    async def GetLedger(
+        self, request: admin_pb.GetLedgerRequest, context: _Context
+    ) -> admin_pb.GetLedgerResponse:
+        """One entry for each process."""
+        whole = await self._own.GetLedger(request, context)
+        for answer in await self._siblings.ask_all(
+            lambda channel: AdminServiceStub(channel).GetLedger(request, timeout=CALL_TIMEOUT_S)
+        ):
+            whole.processes.extend(answer.processes)
+        return whole
 
     @override
     async def ListWorkers(

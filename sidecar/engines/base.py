@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from unbroken.outcome import FailureKind
-from unbroken.v1 import attempt_pb2, worker_pb2
+from unbroken.v1 import attempt_pb2, holding_pb2, worker_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,10 @@ class Engine(Protocol):
     def ack(self, slots: Sequence[int], offsets: Sequence[int]) -> None:
         """Move windows."""
         ...
+
+    async def holdings(self) -> Sequence[holding_pb2.Holding] | None:
+        """What it holds for attempts now; None if it does not say."""
+        return None
 
     def fail(
         self,

@@ -24,7 +24,7 @@ from unbroken.framing import (
     MessageUndecodable,
 )
 from unbroken.outcome import FailureKind
-from unbroken.v1 import attempt_pb2, engine_pb2, worker_pb2
+from unbroken.v1 import attempt_pb2, engine_pb2, holding_pb2, worker_pb2
 
 __all__ = ["Launch", "NativeEngine"]
 
@@ -35,6 +35,8 @@ UNSENT_BYTES_SOFT: Final = 8 * 1024 * 1024
 UNSENT_BYTES_HARD: Final = 32 * 1024 * 1024
 """An engine that has left so much unread hangs, and its life is over: nothing is dropped."""
 _RETRY_AFTER_S: Final = 1
+HOLDINGS_TIMEOUT_S: Final = 1.0
+"""How long an engine may take to tell what it holds."""
 
 _CONNECT_POLL_S: Final = 0.02
 _DRAIN_TIMEOUT_S: Final = 1.0
@@ -70,6 +72,12 @@ class NativeEngine(Lives["_Life"]):
             engine_pb2.EngineRequest(ack=attempt_pb2.AckAttempts(slots=slots, offsets=offsets))
         )
 
+    @override
+    async def holdings(self) -> Sequence[holding_pb2.Holding] | None:
+        if self._life is None or not self._life.is_serving:
+            return None
+        return await self._life.holdings()
+
     def _send(self, request: engine_pb2.EngineRequest) -> None:
         if self._life is not None and self._life.is_serving:
             self._life.send(request)
@@ -83,6 +91,9 @@ class _Life(Life):
         self._connection: Connection[engine_pb2.EngineResponse] | None = None
         self._outbox: list[engine_pb2.EngineRequest] = []
         self._connect_error: OSError | None = None
+        self._tells_holdings = False
+        self._num_questions = 0
+        self._questions: dict[int, asyncio.Future[Sequence[holding_pb2.Holding]]] = {}
 
     @override
     def launch(self) -> None:
@@ -123,13 +134,17 @@ class _Life(Life):
         """Hand on frames until the end of the socket. Raises `LifeOver`."""
         connection = self._connection
         assert connection is not None, "greeted before"
+        self._tells_holdings = ready.tells_holdings
         self._up(self._up_of(ready))
         num_frames = 0
         batch = first
         while True:
             for response in batch:
-                num_frames += 1
                 frame = response.frame
+                if not frame.sequence and response.HasField("holdings"):
+                    self._answered(response.holdings)
+                    continue
+                num_frames += 1
                 if frame.sequence != num_frames:  # 0 if it is no frame.
                     raise LifeOver(
                         FailureKind.PROTOCOL,
@@ -152,6 +167,28 @@ class _Life(Life):
         if not self._outbox:
             self._loop.call_soon(self._flush)
         self._outbox.append(request)
+
+    async def holdings(self) -> Sequence[holding_pb2.Holding] | None:
+        """What it holds; None if it does not say."""
+        if not self._tells_holdings:
+            return None
+        self._num_questions += 1
+        number = self._num_questions
+        answer = self._questions[number] = self._loop.create_future()
+        try:
+            question = engine_pb2.ListHoldings(number=number)
+            self.send(engine_pb2.EngineRequest(list_holdings=question))
+            async with asyncio.timeout(HOLDINGS_TIMEOUT_S):
+                return await answer
+        except TimeoutError:
+            return None
+        finally:
+            del self._questions[number]
+
+    def _answered(self, told: engine_pb2.EngineHoldings) -> None:
+        answer = self._questions.get(told.number)
+        if answer is not None and not answer.done():
+            answer.set_result(told.holdings)
 
     @override
     def disconnect(self) -> None:

@@ -449,6 +449,17 @@ def test_a_cancel_settles_at_every_stage() -> None:
     assert late.outcome.finish_reason is FinishReason.ERROR
 
 
+def test_an_engine_that_keeps_the_deadline_ends_the_stream_and_is_no_lost_worker() -> None:
+    stream = streaming([A])
+    ended = stream.ended(1, 1, FinishReason.CANCELLED, now=2.0, is_expired=True)
+    assert ended == [Finish()]
+    assert reason_of(stream) is Reason.DEADLINE_EXCEEDED
+    assert stream.attempts[-1].failure is FailureKind.UNSPECIFIED
+    other = streaming([A])
+    other.ended(1, 1, FinishReason.CANCELLED, now=2.0)
+    assert other.attempts[0].failure is FailureKind.ENGINE_ERROR, "nobody had asked for its end"
+
+
 # Losses and refusals.
 
 

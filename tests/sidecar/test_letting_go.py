@@ -1,5 +1,6 @@
 """Attempts that lose their reader: who lets go of them, who takes them over, and until when."""
 
+import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from sidecar.watchdog import LOOK_INTERVAL_S
@@ -177,11 +178,45 @@ def test_the_deadline_of_an_adopter_replaces_that_of_the_old_reader() -> None:
     desk.check()
 
 
-def test_the_engine_alone_keeps_the_deadline_that_it_was_given() -> None:
+def test_the_engine_is_given_a_margin_less_and_at_least_half() -> None:
     desk = Desk()
-    desk.frontend().start(deadline=Duration(seconds=2))
-    desk.tick(3)
+    frontend = desk.frontend()
+    deadlines = (Duration(seconds=2), Duration(nanos=4_000_000), Duration(), None)
+    for number, deadline in enumerate(deadlines):
+        frontend.start(f"r{number}", deadline=deadline)
+    given = [start.deadline.ToMicroseconds() for start in desk.engine.started]
+    assert given[:3] == pytest.approx([1_995_000, 2_000, 0], abs=1)
+    assert not desk.engine.started[3].HasField("deadline")
+
+
+def test_a_reader_hears_that_its_time_is_up_from_the_engine() -> None:
+    desk = Desk()
+    slot = (frontend := desk.frontend()).start(deadline=Duration(seconds=2))
+    other = frontend.start("no deadline")
+    desk.step({1: 5, 2: 5})
+    desk.now += 1.995
+    desk.end(cancelled(1, 1), cancelled(2, 1))  # The engine does not say why.
+    frontend.read()
+    assert frontend.ended[slot].finish_reason == CANCELLED
+    assert frontend.ended[slot].is_expired
+    assert not frontend.ended[other].is_expired
     assert desk.engine.aborted == []
+
+
+def test_an_engine_that_lets_its_deadline_pass_is_told_and_so_is_the_reader() -> None:
+    desk = Desk()
+    slot = (frontend := desk.frontend()).start(deadline=Duration(seconds=2))
+    desk.tick(1.999)
+    assert desk.engine.aborted == []
+    desk.tick(0.1)
+    assert desk.engine.aborted == [1]
+    frontend.read()
+    assert frontend.ended[slot].is_expired
+    desk.step({1: 5})
+    desk.end(cancelled(1, 1))
+    frontend.read()
+    assert frontend.tokens == {}
+    desk.check()
 
 
 def test_an_engine_that_keeps_to_an_earlier_deadline_hands_the_stream_over() -> None:

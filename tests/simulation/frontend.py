@@ -39,6 +39,9 @@ ORPHAN_GRACE_S = 2.0
 TOKEN_LIFETIME_S = 3600.0
 OUTBIDS_ENOUGH = 3
 """After so many bids an owner may give way to any other."""
+_EXPIRED_EARLY_S = 0.1
+"""So long before the deadline a goodbye may say that it has passed."""
+
 _KEYRING = resume_token.Keyring({"k": b"k" * 32})
 _FOREIGN_KEYRING = resume_token.Keyring({"k": b"f" * 32})
 LOOK_INTERVAL_S = 0.5
@@ -836,6 +839,11 @@ class Choice:
         """A goodbye came."""
         stream, now = self.stream, self._world.now
         is_adopted = bool(stream.attempts) and stream.attempts[-1].is_adopted
+        due_at = self._deadline_at
+        is_expired = ended.is_expired and due_at is not None and now >= due_at - _EXPIRED_EARLY_S
+        if is_expired and self.listens_to(epoch):
+            self._trouble.took_effect(Fault.DEADLINE)
+            self.witness.orders.add(Reason.DEADLINE_EXCEEDED)
         self._world.tell(
             "%s.%d ended at %d: %d %d",
             self.name,
@@ -855,6 +863,7 @@ class Choice:
                 failure=FailureKind(ended.failure),
                 detail=ended.detail,
                 cached_tokens=ended.cached_tokens,
+                is_expired=is_expired,
             ),
             # What nobody read was ended by its sidecar, or by who left it.
             is_counted=not is_adopted

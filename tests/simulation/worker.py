@@ -218,9 +218,10 @@ class Engine:
             num_prefill,
         )
         if message.HasField("deadline"):
-            # The clock of another machine: it is never early.
-            due = message.deadline.ToNanoseconds() / 1e9 + 0.05
-            world.after(due, self._cancel, message.slot, self.incarnation)
+            # It reads the message late, or at once: then it is earlier than its frontend, by the
+            # margin of its sidecar.
+            due = message.deadline.ToNanoseconds() / 1e9 + (0.05 if message.slot % 2 else 0.0)
+            world.after(due, self._expire, message.slot, self.incarnation)
         if self._s_per_token * num_prefill > POLICY.silence_min_s:
             self._trouble.took_effect(Fault.SLOW_PREFILL)
         self._plan_step()
@@ -235,6 +236,9 @@ class Engine:
         running = self.running.pop(slot, None)
         if running is not None:
             self._end(slot, running, attempt_pb2.AttemptEnded(finish_reason=_CANCELLED))
+
+    async def holdings(self) -> None:
+        """It does not say: `running` does."""
 
     def ack(self, slots: Sequence[int], offsets: Sequence[int]) -> None:
         """Move windows."""
@@ -369,9 +373,16 @@ class Engine:
         running.offset += len(token_ids)
         return len(token_ids)
 
-    def _cancel(self, slot: int, incarnation: int) -> None:
-        if self.is_up and self.incarnation == incarnation:
-            self.abort(slot)  # Not before it goes on, if it hangs.
+    def _expire(self, slot: int, incarnation: int) -> None:
+        if not self.is_up or self.incarnation != incarnation:
+            return
+        if self._is_hung:  # Not before it goes on.
+            self._unread.append(partial(self._expire, slot, incarnation))
+            return
+        running = self.running.pop(slot, None)
+        if running is not None:
+            ended = attempt_pb2.AttemptEnded(finish_reason=_CANCELLED, is_expired=True)
+            self._end(slot, running, ended)
 
     def _end(self, slot: int, running: _Running, ended: attempt_pb2.AttemptEnded) -> None:
         ended.slot = slot
@@ -473,3 +484,4 @@ class Process:
         if self.is_alive:
             assert not self.engine.running, "the engine still runs attempts"
             assert not self.hub.ledger.running, "the sidecar still runs attempts"
+            assert not self.hub.holdings(), f"the sidecar still holds {self.hub.holdings()}"

@@ -140,6 +140,12 @@ class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServ
         self.version += 1
         return admin_pb.SetThresholdsResponse(thresholds=self.thresholds, version=self.version)
 
+    @override
+    async def GetLedger(
+        self, request: admin_pb.GetLedgerRequest, context: Context
+    ) -> admin_pb.GetLedgerResponse:
+        return admin_pb.GetLedgerResponse()
+
 
 def started(**fields: Any) -> pb.GenerateResponse:
     """The first message of a stream; its id is that of the request."""

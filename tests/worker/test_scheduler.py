@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worker.engines import CANCELLED, LENGTH, Engine, starting
+from unbroken.holdings import Kind
 from unbroken.v1 import worker_pb2
 from worker.engine import StepResult, admit
 from worker.scheduler import Scheduler
@@ -401,6 +402,55 @@ def test_a_stream_stops_at_its_deadline() -> None:
     ended = engine.attempts[slot].ended
     assert ended is not None
     assert (ended.finish_reason, ended.end_offset) == (CANCELLED, 2)
+    assert ended.is_expired
+
+
+def test_nobody_is_computed_after_its_deadline_wherever_it_stands() -> None:
+    engine = small()
+    waiting = [starting([n], max_tokens=50, slot=0) for n in range(12)]
+    for message in waiting:
+        message.deadline.FromMilliseconds(1000)
+        engine.start(message)
+    engine.step()
+    engine.now = 0.999
+    plan = engine.plan()  # The step that runs when the time is up is the last one.
+    assert plan is not None
+    engine.now = 1.0
+    engine.commit(plan)
+    assert not engine.step()
+    assert all(a.ended is not None and a.ended.is_expired for a in engine.attempts.values())
+    assert engine.scheduler.held() == []
+
+
+def test_what_sequences_hold_is_told_and_goes_with_them() -> None:
+    engine = small()
+    slots = [engine.start(starting([n] * 20, max_tokens=50)) for n in range(12)]
+    assert {one.kind for one in engine.scheduler.held()} == {Kind.QUEUE_ENTRY}
+    assert sum(one.amount for one in engine.scheduler.held()) == 12 * 20
+    engine.step()
+    held = engine.scheduler.held()
+    assert {one.kind for one in held} == {Kind.QUEUE_ENTRY, Kind.ATTEMPT, Kind.KV_BLOCKS}
+    blocks = sum(one.amount for one in held if one.kind is Kind.KV_BLOCKS)
+    assert blocks == engine.scheduler.load().ranks[0].kv_blocks_used
+    for slot in slots:
+        engine.scheduler.abort(slot)
+        assert not any(one.slot == slot for one in engine.scheduler.held())
+    assert engine.scheduler.held() == []
+
+
+def test_blocks_that_no_sequence_holds_are_told_as_a_leak() -> None:
+    engine = small()
+    slot = engine.start(starting([1] * 20, max_tokens=50))
+    engine.step()
+    rank = engine.scheduler._ranks[0]  # pyright: ignore[reportPrivateUsage]
+    lost = rank.cache.acquire((), 10)
+    assert lost is not None
+    engine.scheduler.abort(slot)
+    (leak,) = engine.scheduler.held()
+    assert (leak.kind, leak.slot) == (Kind.KV_BLOCKS, None)
+    assert leak.amount == lost.capacity // engine.spec.block_size
+    rank.cache.release(lost)
+    assert engine.scheduler.held() == []
 
 
 def test_a_failure_of_one_row_ends_one_stream() -> None:
