@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss bench bench-edge bench-peers bench-idle bench-relay-hop lock clean
+.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss cancels bench bench-edge bench-peers bench-idle bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -73,6 +73,9 @@ storm: .venv/.dev ## A worker dies with 200 long streams: what it does to the ot
 
 frontend-loss: .venv/.dev ## The same when its frontend is killed, with 40 and with 500 streams
 	$(BIN)/python -m benchmarks.frontend_loss
+
+cancels: .venv/.dev ## 1,000 cancels in every stage while workers die and drain, and 500 random deadlines
+	$(BIN)/python -m benchmarks.cancels
 
 bench: .venv/.bench ## Cost and latency of each hop, beside the direct path and Envoy
 	$(BIN)/python -m benchmarks.hops

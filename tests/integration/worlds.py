@@ -3,7 +3,7 @@
 import asyncio
 import os
 import urllib.request
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.sidecar.processes import no_process_left
 from unbroken.client import Client
+from unbroken.file_discovery import FileDiscovery
+from unbroken.holdings import num_held
 from unbroken.mesh import LocalMesh
+from unbroken.mesh_ledger import mesh_ledger
+from unbroken.v1 import holding_pb2
 
 TIME_LIMIT_S = 30.0
 """Of one scenario; the machine may be busy with other tests."""
+EMPTIED_S = 10.0
+"""How long what tests left behind may take to be let go; attempts without a frontend take 5 s."""
 
 T = TypeVar("T")
 
@@ -41,8 +47,11 @@ class World:
 
 
 @contextmanager
-def real_mesh(directory: Path, **settings: Any) -> Generator[World]:
-    """A mesh with these settings of `LocalMesh`; none of its processes is left at the end."""
+def real_mesh(directory: Path, *, is_emptied: bool = False, **settings: Any) -> Generator[World]:
+    """A mesh with these settings of `LocalMesh`; none of its processes is left at the end.
+
+    `is_emptied`: what the tests were done with was let go by all processes, too.
+    """
     with no_process_left(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         mesh = LocalMesh(directory, **settings)
         client: Client | None = None
@@ -50,10 +59,31 @@ def real_mesh(directory: Path, **settings: Any) -> Generator[World]:
             runner.run(mesh.start())
             client = Client(mesh.frontend_address)
             yield World(mesh, client, runner)
+            if is_emptied:
+                runner.run(until_nothing_is_held(mesh))
         finally:
             if client is not None:
                 runner.run(client.close())
             runner.run(mesh.stop())
+
+
+async def until_nothing_is_held(mesh: LocalMesh, limit_s: float = EMPTIED_S) -> None:
+    """Wait until no process of the mesh holds anything for a request; fails with what is held."""
+    where = FileDiscovery(mesh.directory)
+    held: Sequence[holding_pb2.ProcessHoldings] = ()
+    async with Client(*mesh.frontend_addresses) as client:
+        try:
+            async with asyncio.timeout(limit_s):
+                while True:
+                    held = await mesh_ledger(client, where)
+                    if not num_held(held):
+                        return
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            listed = [str(holding) for process in held for holding in process.holdings]
+            raise AssertionError(
+                "expected nothing to be held, found:\n" + "\n".join(listed)
+            ) from None
 
 
 def start_time(pid: int) -> str:
