@@ -1,0 +1,75 @@
+"""Decides who may have how much memory."""
+
+from dataclasses import dataclass, field
+
+from unbroken.errors import Reason, UnbrokenError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may be had."""
+
+    capacity_bytes: int
+    """By all tenants together."""
+    quota_bytes: int
+    """By each tenant that has no quota of its own."""
+    quotas: dict[str, int] = field(default_factory=dict[str, int])
+    """By tenant."""
+    high_share: float = 0.95
+    """Above this share of the capacity, blocks are evicted before anybody asks."""
+    low_share: float = 0.85
+    """Down to this share."""
+
+    def quota_of(self, tenant: str) -> int:
+        return self.quotas.get(tenant, self.quota_bytes)
+
+
+class Accounts:
+    """The bytes of all slabs, by tenant."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.used: dict[str, int] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self.used.values())
+
+    def missing(self, tenant: str, num_bytes: int) -> tuple[int, int]:
+        """Bytes that have to be freed first: by the tenant, and by anybody."""
+        of_tenant = self.used.get(tenant, 0) + num_bytes - self.limits.quota_of(tenant)
+        of_all = self.total + num_bytes - self.limits.capacity_bytes
+        return max(0, of_tenant), max(0, of_all)
+
+    def above_watermark(self) -> int:
+        """Bytes to evict now, so that the next who asks need not wait."""
+        limits = self.limits
+        if self.total <= limits.high_share * limits.capacity_bytes:
+            return 0
+        return self.total - int(limits.low_share * limits.capacity_bytes)
+
+    def charge(self, tenant: str, num_bytes: int) -> None:
+        """Note memory that was given. Raises MEMORY_EXHAUSTED if it may not be."""
+        of_tenant, of_all = self.missing(tenant, num_bytes)
+        if of_tenant or of_all:
+            whose = "quota" if of_tenant else "capacity"
+            raise UnbrokenError(
+                Reason.MEMORY_EXHAUSTED,
+                f"expected room for {num_bytes} bytes, {max(of_tenant, of_all)} are missing",
+                metadata={"limit": whose},
+                retry_after_s=1.0,
+            )
+        self.restore(tenant, num_bytes)
+
+    def restore(self, tenant: str, num_bytes: int) -> None:
+        """Note memory that is there, whatever the limits say now."""
+        self.used[tenant] = self.used.get(tenant, 0) + num_bytes
+
+    def credit(self, tenant: str, num_bytes: int) -> None:
+        """Note memory that was freed."""
+        left = self.used[tenant] - num_bytes
+        assert left >= 0, "nothing is freed twice"
+        if left:
+            self.used[tenant] = left
+        else:
+            del self.used[tenant]

@@ -1,0 +1,579 @@
+"""Who holds which memory: everything the service decides, with no I/O.
+
+A method is one call of a session, or one thing that was seen. It raises what the caller has to be
+told, or changes what is held and leaves, in `commands`, what is to be done about it. Memory is
+allocated by the shell after `create_segment` or `open_slab` named the slabs; if that fails, the
+shell gives them back with `release_segment` or `abandon_slab`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from memory_service import fencing
+from memory_service.accounts import Accounts, Limits
+from memory_service.fencing import Fence, FencePolicy, Verdict
+from memory_service.news import News, NewsKind
+from memory_service.segments import SegmentClass, Segments, State, Version, not_fenced
+from memory_service.sessions import Peer, Session, Sessions
+from memory_service.store import BlockStore, Pin, SlabState, StoreSlab
+from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.memory.records import Record
+
+PAGE_BYTES = 4096
+SLABS_MAX = 250
+"""Of a segment: what the kernel passes in one message is 253 descriptors."""
+SLOTS_MAX = 65_536
+LAYOUT_BYTES_MAX = 32 * 1024
+PIN_S_MAX = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Give the memory of a slab back."""
+
+    slab_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What is known of a slab changed: tell the vault."""
+
+    slab_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSession:
+    """What is known of a session changed: tell the vault."""
+
+    session_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetSession:
+    """Nothing is left of it: close its lifeline and its pidfd."""
+
+    session_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealSlab:
+    """Its owner is gone: seal it and its table, then call `slab_sealed` with its records."""
+
+    slab_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class KillSession:
+    """End the process, through its pidfd."""
+
+    session_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSlab:
+    """It is from an earlier life of the service: call `records_read` with its records."""
+
+    slab_id: int
+
+
+Command: TypeAlias = Free | Keep | KeepSession | ForgetSession | SealSlab | KillSession | ReadSlab
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the service is configured for."""
+
+    limits: Limits
+    fence: FencePolicy = field(default_factory=FencePolicy)
+    orphan_grace_s: float = 600.0
+    """How long a pool waits to be adopted."""
+
+
+class Holdings:
+    """All memory, and all who hold it.
+
+    Attributes:
+        commands: What the shell has yet to do, in order.
+    """
+
+    def __init__(self, policy: Policy, boot_token: int) -> None:
+        self.policy = policy
+        self.boot_token = boot_token
+        self.sessions = Sessions(policy.fence)
+        self.segments = Segments()
+        self.store = BlockStore()
+        self.accounts = Accounts(policy.limits)
+        self.news = News()
+        self.commands: list[Command] = []
+        self.num_corrupt = 0
+        self.num_stale = 0
+        self._highest = 0
+        self._sizes: dict[int, tuple[str, int]] = {}  # By slab: tenant and bytes.
+
+    # Sessions.
+
+    def check_boot(self, boot_token: int) -> None:
+        """Raise unless the caller means this life of the service."""
+        if boot_token != self.boot_token:
+            self.num_stale += 1
+            raise UnbrokenError(
+                Reason.STALE_HANDLE,
+                f"expected boot token {self.boot_token:016x}, got {boot_token:016x}",
+                metadata={"what": "boot_token", "boot_token": str(self.boot_token)},
+            )
+
+    def bind(self, peer: Peer, secret: bytes, wall_us: int) -> Session:
+        """A process that has no session yet."""
+        if not 0 <= peer.rank < max(1, peer.num_ranks) or peer.num_ranks > 1024:
+            raise InvalidField("rank", "a rank below num_ranks, 1024 at most", peer.rank)
+        session = self.sessions.add(self._next(wall_us), peer, secret)
+        self.commands.append(KeepSession(session.session_id))
+        self._tell_session(NewsKind.SESSION_BOUND, session)
+        return session
+
+    def rebind(self, session_id: int, peer: Peer, secret: bytes, now: float) -> Session | None:
+        """A process that goes on; None if its session is over. Its records have to be read anew."""
+        session = self.sessions.rebind(session_id, peer, secret)
+        if session is not None and session.is_connected:  # It knows before we do.
+            self.seen(session_id, fencing.ConnectionLost(), now)
+            session = self.sessions.get(session_id)
+        if session is None:
+            return None
+        session.fence.handle(fencing.Connected(), now)
+        session.is_connected = True
+        session.shown.clear()
+        self.segments.owner_back(session_id)
+        self._tell_session(NewsKind.SESSION_BOUND, session)
+        self._settle()
+        return session
+
+    def seen(self, session_id: int, event: fencing.Event, now: float) -> None:
+        """Something was noticed about a process. Late news of one that is forgotten is dropped."""
+        session = self.sessions.get(session_id)
+        if session is None:
+            return
+        if isinstance(event, fencing.ConnectionLost):
+            session.is_connected = False
+            session.shown.clear()
+            self.segments.reader_lost(session_id)
+        self._obey(session, session.fence.handle(event, now), now)
+
+    def deadline(self) -> float | None:
+        """When `handle_timeout` has something to do."""
+        due = [session.fence.deadline() for session in self.sessions]
+        due.append(self.store.next_expiry())
+        due += [
+            version.adoptable_since + self.policy.orphan_grace_s
+            for version in self.segments
+            if version.state is State.ADOPTABLE
+        ]
+        return min((at for at in due if at is not None), default=None)
+
+    def handle_timeout(self, now: float) -> None:
+        """Time has passed."""
+        for session in list(self.sessions):
+            self._obey(session, session.fence.handle_timeout(now), now)
+        self.store.expire(now)
+        self.segments.expire(now, self.policy.orphan_grace_s)
+        self._settle()
+
+    # Segments.
+
+    def create_segment(
+        self,
+        session: Session,
+        name: str,
+        kind: SegmentClass,
+        slab_bytes: Sequence[int],
+        wall_us: int,
+    ) -> Version:
+        """Name the slabs of a new version; the caller allocates them."""
+        if kind is SegmentClass.KV_STORE:
+            raise InvalidField("segment_class", "WEIGHTS, KV_POOL or SCRATCH", kind.name)
+        if not 1 <= len(slab_bytes) <= SLABS_MAX:
+            raise InvalidField("slab_bytes", f"1 to {SLABS_MAX} slabs", len(slab_bytes))
+        for size in slab_bytes:
+            if size <= 0 or size % PAGE_BYTES:
+                raise InvalidField("slab_bytes", f"multiples of {PAGE_BYTES}", size)
+        tenant = session.peer.tenant
+        self.segments.check_begin(session.session_id, tenant, name, kind)
+        self._make_room(tenant, sum(slab_bytes))
+        slab_ids = tuple(self._next(wall_us) for _ in slab_bytes)
+        epoch = self._next(wall_us)
+        for slab_id, size in zip(slab_ids, slab_bytes, strict=True):
+            self._take(slab_id, tenant, size)
+        version = Version(tenant, name, kind, epoch, epoch, session.session_id, slab_ids)
+        self.segments.begin(version)
+        self._settle()
+        return version
+
+    def check_seal(
+        self, session: Session, name: str, epoch: int, checksums: Sequence[int], layout: bytes
+    ) -> Version:
+        """The version whose slabs the caller now seals and compares with `checksums`."""
+        version = self.segments.check_seal(session.session_id, session.peer.tenant, name, epoch)
+        _check_layout(layout)
+        if len(checksums) != len(version.slab_ids):
+            raise InvalidField("checksums", f"{len(version.slab_ids)} of them", len(checksums))
+        return version
+
+    def seal_segment(
+        self, session: Session, name: str, epoch: int, checksums: Sequence[int], layout: bytes
+    ) -> Version:
+        """Its bytes are what the writer meant, and nobody can change them: publish it."""
+        version = self.check_seal(session, name, epoch, checksums, layout)
+        self.segments.seal(version, tuple(checksums), layout)
+        self._settle()
+        return version
+
+    def freeze_pool(self, session: Session, name: str, epoch: int, layout: bytes) -> None:
+        """Its owner can be succeeded from now on."""
+        _check_layout(layout)
+        version = self.segments.owned(session.session_id, session.peer.tenant, name, epoch)
+        self.segments.freeze(version, layout)
+        self._settle()
+
+    def attach_segment(self, session: Session, name: str, number: int) -> Version:
+        """A reader, or a standby."""
+        return self.segments.attach(session.session_id, session.peer.tenant, name, number)
+
+    def adopt_pool(self, session: Session, name: str, expected_epoch: int, wall_us: int) -> Version:
+        """Give a dead owner's pool to this session, if all ranks of its cohort are dead."""
+        tenant = session.peer.tenant
+        version = self.segments.check_adopt(session.session_id, tenant, name, expected_epoch)
+        if version.owner == session.session_id:
+            return version
+        owner = self.sessions.get(version.owner)
+        verdict = Verdict.REFUSE if owner is None else self.sessions.judge(owner)
+        if verdict is Verdict.WAIT:
+            raise not_fenced(version)
+        if verdict is Verdict.REFUSE:
+            self._refuse(version)
+            self._settle()
+            raise UnbrokenError(
+                Reason.QUARANTINED, f"expected all ranks of its cohort to agree, {version}"
+            )
+        self.segments.adopt(version, session.session_id, self._next(wall_us))
+        self._settle()
+        return version
+
+    def release_segment(self, session: Session, name: str, number: int) -> None:
+        """Its owner frees it, or a reader lets it go."""
+        self.segments.release(session.session_id, session.peer.tenant, name, number)
+        self._settle()
+
+    def segment_corrupt(self, version: Version) -> None:
+        """A sealed version does not match its checksums."""
+        self.num_corrupt += 1
+        self.news.add(
+            NewsKind.CORRUPTION,
+            tenant=version.tenant,
+            segment=version.name,
+            epoch=version.epoch,
+        )
+        self.segments.lose(version)
+        self._settle()
+
+    # Blocks.
+
+    def open_slab(
+        self, session: Session, block_bytes: int, num_slots: int, wall_us: int
+    ) -> StoreSlab:
+        """Name a slab for blocks; the caller allocates it and its table."""
+        if block_bytes <= 0:
+            raise InvalidField("block_bytes", "a size", block_bytes)
+        if not 1 <= num_slots <= SLOTS_MAX:
+            raise InvalidField("num_slots", f"1 to {SLOTS_MAX}", num_slots)
+        tenant, slab_id = session.peer.tenant, self._next(wall_us)
+        slab = StoreSlab(
+            slab_id, tenant, session.session_id, self._next(wall_us), block_bytes, num_slots
+        )
+        self._make_room(tenant, slab.size_bytes)
+        self._take(slab_id, tenant, slab.size_bytes)
+        self.store.add(slab)
+        session.shown.add(slab_id)
+        self.commands.append(Keep(slab_id))
+        self._settle()
+        return slab
+
+    def abandon_slab(self, slab: StoreSlab) -> None:
+        """It could not be allocated."""
+        self.store.seal(slab)
+        self._settle()
+
+    def commit(
+        self,
+        session: Session,
+        slab_id: int,
+        slots: Sequence[int],
+        read: Callable[[int], Record | None],
+    ) -> list[int]:
+        """Take in the records of slots, of which `read` gives each; returns the free ones."""
+        slab = self.store.owned(session.session_id, slab_id)
+        for slot in slots:
+            if not 0 <= slot < slab.num_slots:
+                raise InvalidField("slots", f"below {slab.num_slots}", slot)
+        return self.store.commit(slab, [(slot, read(slot)) for slot in slots])
+
+    def records_read(self, slab: StoreSlab, records: Iterable[tuple[int, Record | None]]) -> None:
+        """All records of a slab: it is sealed, or its owner has bound again."""
+        self.store.commit(slab, records)
+        if slab.state is SlabState.SEALED:
+            self.store.seal(slab)  # It is freed if there is nothing in it.
+        self._settle()
+
+    def get(
+        self, session: Session, keys: Sequence[bytes], ttl_s: float, now: float
+    ) -> tuple[Pin | None, list[StoreSlab]]:
+        """Pin blocks for a reader; also the slabs whose descriptors it does not have."""
+        if not 0 < ttl_s <= PIN_S_MAX:
+            raise InvalidField("ttl", f"a time up to {PIN_S_MAX:g} s", ttl_s)
+        pin = self.store.pin(session.session_id, session.peer.tenant, keys, now + ttl_s)
+        if pin is None:
+            return None, []
+        slabs = {block.slab.slab_id: block.slab for block in pin.blocks}
+        new = [slab for slab_id, slab in slabs.items() if slab_id not in session.shown]
+        session.shown.update(slabs)
+        return pin, new
+
+    def close_slab(self, session: Session, slab_id: int) -> None:
+        """Its owner gives it up."""
+        slab = self.store.owned(session.session_id, slab_id)
+        self.commands.append(SealSlab(slab.slab_id))
+
+    def slab_sealed(self, slab_id: int, records: Iterable[tuple[int, Record | None]]) -> None:
+        """The kernel lets nobody write to it any more, and these are its records."""
+        slab = self.store.get_slab(slab_id)
+        if slab is None or slab.state is SlabState.SEALED:
+            return
+        self.store.commit(slab, records)
+        self.store.seal(slab)
+        if self.store.get_slab(slab_id) is not None:
+            self.commands.append(Keep(slab_id))
+        self._settle()
+
+    def block_corrupt(self, slab_id: int, slot: int, generation: int) -> None:
+        """A block's bytes do not match its checksum: from now on it is a miss."""
+        slab = self.store.get_slab(slab_id)
+        if slab is not None and self.store.drop(slab_id, slot, generation):
+            self.num_corrupt += 1
+            self.news.add(NewsKind.CORRUPTION, tenant=slab.tenant, slab_id=slab_id, value=slot)
+            self._settle()
+
+    def evict(self, tenant: str, name: str) -> int:
+        """What an operator wants freed; returns the bytes."""
+        before = self.accounts.total
+        if name:
+            self.segments.evict(tenant, name)
+        else:
+            self._evict(1 << 62, tenant)
+        self._settle()
+        return before - self.accounts.total
+
+    # What an earlier life of the service knew.
+
+    def restore_session(self, session_id: int, peer: Peer, secret: bytes, now: float) -> None:
+        """It is not connected; it binds again, or it is proved dead."""
+        self._highest = max(self._highest, session_id)
+        session = self.sessions.add(session_id, peer, secret)
+        session.is_connected = False
+        session.fence.handle(fencing.ConnectionLost(), now)
+
+    def restore_version(self, version: Version, slab_bytes: Sequence[int], now: float) -> None:
+        """Its slabs are all there. After the sessions."""
+        self._highest = max(self._highest, version.epoch, *version.slab_ids)
+        for slab_id, size in zip(version.slab_ids, slab_bytes, strict=True):
+            self._restore(slab_id, version.tenant, size)
+        version.adoptable_since = now
+        if version.state is State.LIVE:
+            version.state = State.FENCING
+        self.segments.restore(version)
+        if version.state is State.RETIRED:
+            self.segments.lose(version)  # Nobody can ask for it; who maps it keeps it.
+        elif version.owner and self.sessions.get(version.owner) is None:
+            self.segments.lose(version)  # It cannot be proved who writes there.
+
+    def restore_slab(self, slab: StoreSlab) -> None:
+        """A slab of blocks. After the sessions. Its records are read when its owner is known."""
+        self._highest = max(self._highest, slab.epoch, slab.slab_id)
+        self._restore(slab.slab_id, slab.tenant, slab.size_bytes)
+        self.store.add(slab)
+
+    def restored(self) -> None:
+        """That was all."""
+        for slab in list(self.store):
+            if slab.owner and self.sessions.get(slab.owner) is None:
+                self.abandon_slab(slab)  # It cannot be proved who writes there.
+            elif slab.state is SlabState.SEALED:
+                self.commands.append(ReadSlab(slab.slab_id))
+        self._settle()
+
+    def size_of(self, slab_id: int) -> int:
+        """Bytes of a slab, records included."""
+        return self._sizes[slab_id][1]
+
+    def check(self) -> None:
+        """What is always true."""
+        self.segments.check()
+        self.store.check()
+        slab_ids = [slab_id for version in self.segments for slab_id in version.slab_ids]
+        slab_ids += [slab.slab_id for slab in self.store]
+        assert sorted(slab_ids) == sorted(self._sizes), "every slab is somewhere, once"
+        for version in self.segments:
+            assert {self._sizes[slab_id][0] for slab_id in version.slab_ids} == {version.tenant}
+            assert not version.owner or self.sessions.get(version.owner), "owners are known"
+            assert all(self.sessions.get(one) for one in version.readers), "readers are known"
+        for slab in self.store:
+            assert self._sizes[slab.slab_id] == (slab.tenant, slab.size_bytes)
+            assert not slab.owner or self.sessions.get(slab.owner), "owners are known"
+        used: dict[str, int] = {}
+        for tenant, size in self._sizes.values():
+            used[tenant] = used.get(tenant, 0) + size
+        assert used == self.accounts.used, "the ledger is the sum of the slabs"
+        for session in self.sessions:
+            assert session.is_connected or self._holds(session), "the dead are forgotten"
+
+    def _obey(self, session: Session, commands: Sequence[fencing.Command], now: float) -> None:
+        for command in commands:
+            match command:
+                case fencing.Rose(fence=fence):
+                    self._tell_session(NewsKind.SESSION_FENCED, session, int(fence))
+                    self._fenced(session, fence, now)
+                case fencing.Kill():
+                    self.commands.append(KillSession(session.session_id))
+                case fencing.GiveUp():
+                    for version in self.segments.owned_by(session.session_id):
+                        self._refuse(version)
+                    self.segments.owner_given_up(session.session_id)
+        self._settle()
+
+    def _fenced(self, session: Session, fence: Fence, now: float) -> None:
+        if fence is Fence.HINT:
+            self.segments.owner_lost(session.session_id)
+            return
+        self.store.unpin_all(session.session_id)
+        self.segments.owner_quiet(session.session_id, now)
+        for slab in self.store.owned_by(session.session_id):
+            if SealSlab(slab.slab_id) not in self.commands:
+                self.commands.append(SealSlab(slab.slab_id))
+
+    def _refuse(self, version: Version) -> None:
+        """No pool of this cohort is ever adopted."""
+        owner = self.sessions.get(version.owner)
+        if owner is None:
+            self.segments.refuse(version)
+            return
+        for session in self.sessions.cohort(owner):
+            for one in self.segments.owned_by(session.session_id):
+                if not session.is_connected:
+                    self.segments.refuse(one)
+
+    def _holds(self, session: Session) -> bool:
+        """Whether anything of it is left, or of the others whose fate it decides."""
+        if self._owns(session):
+            return True
+        if session.is_connected or not session.peer.cohort:
+            return False
+        return any(self._owns(one) for one in self.sessions.cohort(session))
+
+    def _owns(self, session: Session) -> bool:
+        session_id = session.session_id
+        return bool(
+            self.segments.owned_by(session_id)
+            or self.store.owned_by(session_id)
+            or self.store.has_pins(session_id)
+        )
+
+    def _make_room(self, tenant: str, num_bytes: int) -> None:
+        """Evict until this much can be given. Raises MEMORY_EXHAUSTED if it cannot be."""
+        of_tenant, of_all = self.accounts.missing(tenant, num_bytes)
+        if of_tenant:
+            self._evict(of_tenant, tenant)
+        of_tenant, of_all = self.accounts.missing(tenant, num_bytes)
+        if of_all and not of_tenant:
+            self._evict(of_all, None)
+        of_tenant, of_all = self.accounts.missing(tenant, num_bytes)
+        if of_tenant or of_all:
+            self.news.add(NewsKind.PRESSURE, tenant=tenant, value=num_bytes)
+            self.accounts.charge(tenant, num_bytes)
+
+    def _evict(self, num_bytes: int, tenant: str | None) -> None:
+        before = self.store.num_evicted
+        self.store.evict(num_bytes, tenant=tenant)
+        if self.store.num_evicted > before:
+            self.news.add(
+                NewsKind.BLOCKS_EVICTED,
+                tenant=tenant or "",
+                value=self.store.num_evicted - before,
+            )
+        self._settle()
+
+    def _take(self, slab_id: int, tenant: str, size: int) -> None:
+        self.accounts.charge(tenant, size)
+        self._sizes[slab_id] = (tenant, size)
+
+    def _restore(self, slab_id: int, tenant: str, size: int) -> None:
+        self.accounts.restore(tenant, size)
+        self._sizes[slab_id] = (tenant, size)
+
+    def _next(self, wall_us: int) -> int:
+        """A number above all that were given, in this life and, by the clock, in earlier ones."""
+        self._highest = max(wall_us, self._highest + 1)
+        return self._highest
+
+    def _settle(self) -> None:
+        """Say what became of segments and slabs, and forget sessions of which nothing is left."""
+        for version in self.segments.freed:
+            for slab_id in version.slab_ids:
+                self._drop(slab_id)
+            owner = self.sessions.get(version.owner)
+            if owner is not None and owner.peer.cohort and not owner.is_connected:
+                owner.has_lost_pool |= version.kind is SegmentClass.KV_POOL
+            self._tell_version(NewsKind.FREED, version)
+        self.segments.freed.clear()
+        for slab in self.store.freed:
+            self._drop(slab.slab_id)
+            self.news.add(NewsKind.FREED, tenant=slab.tenant, slab_id=slab.slab_id)
+        self.store.freed.clear()
+        for version in self.segments.changed:
+            is_sealed = version.state is State.SEALED
+            kind = NewsKind.SEGMENT_SEALED if is_sealed else NewsKind.SEGMENT_CHANGED
+            self._tell_version(kind, version)
+            self.commands += [
+                Keep(slab_id) for slab_id in version.slab_ids if slab_id in self._sizes
+            ]
+        self.segments.changed.clear()
+        lost = [
+            session
+            for session in self.sessions
+            if not session.is_connected and not self._holds(session)
+        ]
+        for session in lost:
+            self.segments.reader_lost(session.session_id)
+            self.sessions.remove(session)
+            self.commands.append(ForgetSession(session.session_id))
+        if (excess := self.accounts.above_watermark()) and self.store.evict(excess):
+            self._settle()
+
+    def _drop(self, slab_id: int) -> None:
+        tenant, size = self._sizes.pop(slab_id)
+        self.accounts.credit(tenant, size)
+        self.commands.append(Free(slab_id))
+
+    def _tell_session(self, kind: NewsKind, session: Session, value: int = 0) -> None:
+        self.news.add(kind, tenant=session.peer.tenant, session=session.session_id, value=value)
+
+    def _tell_version(self, kind: NewsKind, version: Version) -> None:
+        self.news.add(
+            kind,
+            tenant=version.tenant,
+            segment=version.name,
+            epoch=version.epoch,
+            value=int(version.state),
+        )
+
+
+def _check_layout(layout: bytes) -> None:
+    if len(layout) > LAYOUT_BYTES_MAX:
+        raise InvalidField("layout", f"at most {LAYOUT_BYTES_MAX} bytes", len(layout))

@@ -1,0 +1,322 @@
+"""Decides which KV blocks exist, who may overwrite them, and what is evicted.
+
+    slab   OPEN (its owner adds blocks) ──closed, or owner quiet──▶ SEALED ──no block left──▶ freed
+    slot   free ──commit──▶ block ──reclaim, by the owner──▶ free        (in an open slab only)
+
+A block is where its owner wrote it: nothing is copied. A slab belongs to one tenant for its whole
+life, and to one writer; when that writer is gone, nobody ever writes to it again. So memory goes
+from one tenant to another only through the kernel, which clears it.
+
+The index here is rebuilt from the records in the slabs (`unbroken.memory.records`). They are read
+when their owner tells of them, when it binds again, and when it is proved dead: at any other time
+it might be about to overwrite a block that it was allowed to. The index can forget a block, which
+costs a miss; it must never name bytes that are not the block's.
+
+Least recently used goes first. Of a sequence, the last block is taken as used least recently, since
+without the first ones the others are of no use.
+"""
+
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.memory.records import RECORD_BYTES, Record, RecordState
+
+
+class SlabState(IntEnum):
+    """As in the contract."""
+
+    OPEN = 1
+    SEALED = 2
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """One committed block."""
+
+    key: bytes
+    slab: "StoreSlab"
+    slot: int
+    generation: int
+    checksum: int
+    num_tokens: int
+    last_used: int
+    num_pins: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class StoreSlab:
+    """Memory for blocks of one size."""
+
+    slab_id: int
+    tenant: str
+    owner: int
+    """Session id; 0: nobody, it is sealed."""
+    epoch: int
+    block_bytes: int
+    num_slots: int
+    state: SlabState = SlabState.OPEN
+    blocks: dict[int, Block] = field(default_factory=dict[int, Block])
+    """By slot."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Blocks and records."""
+        return (self.block_bytes + RECORD_BYTES) * self.num_slots
+
+    @property
+    def is_pinned(self) -> bool:
+        return any(block.num_pins for block in self.blocks.values())
+
+    @property
+    def last_used(self) -> int:
+        return max((block.last_used for block in self.blocks.values()), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Blocks that are read, so nobody evicts them."""
+
+    pin_id: int
+    session: int
+    """0: a reader of another host."""
+    blocks: tuple[Block, ...]
+    expires_at: float
+
+
+class BlockStore:
+    """All slabs of blocks, and the index over them.
+
+    Attributes:
+        freed: Slabs that are gone since somebody cleared this.
+    """
+
+    def __init__(self, *, pins_max: int = 65_536) -> None:
+        self._pins_max = pins_max
+        self._slabs: dict[int, StoreSlab] = {}
+        self._index: dict[tuple[str, bytes], Block] = {}
+        self._pins: dict[int, Pin] = {}
+        self._next_pin_id = 1
+        self._use = 0
+        self.num_evicted = 0
+        self.freed: list[StoreSlab] = []
+
+    def __iter__(self) -> Iterator[StoreSlab]:
+        for slab_id in sorted(self._slabs):
+            yield self._slabs[slab_id]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._index)
+
+    @property
+    def num_pins(self) -> int:
+        return len(self._pins)
+
+    @property
+    def num_pinned(self) -> int:
+        return sum(1 for block in self._index.values() if block.num_pins)
+
+    def blocks(self) -> list[Block]:
+        """All of them, least recently used first."""
+        return sorted(self._index.values(), key=lambda block: block.last_used)
+
+    def add(self, slab: StoreSlab) -> None:
+        """A slab of a session, or one of an earlier life of the service."""
+        assert slab.slab_id not in self._slabs, "ids are never used twice"
+        self._slabs[slab.slab_id] = slab
+
+    def get_slab(self, slab_id: int) -> StoreSlab | None:
+        return self._slabs.get(slab_id)
+
+    def owned(self, session: int, slab_id: int) -> StoreSlab:
+        """The slab that this session may write to. Raises STALE_HANDLE if it may not."""
+        slab = self._slabs.get(slab_id)
+        if slab is None or slab.owner != session or slab.state is not SlabState.OPEN:
+            raise UnbrokenError(
+                Reason.STALE_HANDLE,
+                f"expected an open slab of session {session}, got slab {slab_id}",
+                metadata={"what": "slab"},
+            )
+        return slab
+
+    def owned_by(self, session: int) -> list[StoreSlab]:
+        """Slabs that a session writes to, dead or alive."""
+        return [slab for slab in self if slab.owner == session]
+
+    def commit(self, slab: StoreSlab, records: Iterable[tuple[int, Record | None]]) -> list[int]:
+        """Take in what stands in the records of slots; returns the slots that hold no block now.
+
+        A record that is not valid, or says that its slot is being written to, takes away what the
+        slot held. One whose key is stored already is not needed.
+        """
+        free: list[int] = []
+        for slot, record in records:
+            assert 0 <= slot < slab.num_slots, "checked by the caller"
+            old = slab.blocks.get(slot)
+            if record is None or record.state is not RecordState.COMMITTED:
+                if old is not None:
+                    self._forget(old)
+                free.append(slot)
+                continue
+            if old is not None:
+                if (old.key, old.generation) == (record.key, record.generation):
+                    continue  # Told twice.
+                self._forget(old)
+            if (slab.tenant, record.key) in self._index:
+                free.append(slot)
+                continue
+            self._use += 1
+            block = Block(
+                record.key,
+                slab,
+                slot,
+                record.generation,
+                record.checksum,
+                record.num_tokens,
+                self._use,
+            )
+            slab.blocks[slot] = block
+            self._index[slab.tenant, record.key] = block
+        return free
+
+    def find(self, tenant: str, keys: Sequence[bytes]) -> list[Block]:
+        """The blocks of the first keys, up to the first that is not stored."""
+        found: list[Block] = []
+        for key in keys:
+            block = self._index.get((tenant, key))
+            if block is None:
+                break
+            found.append(block)
+        self._touch(found)
+        return found
+
+    def pin(
+        self, session: int, tenant: str, keys: Sequence[bytes], expires_at: float
+    ) -> Pin | None:
+        """Keep what `find` finds from being evicted; None if that is nothing."""
+        blocks = self.find(tenant, keys)
+        if not blocks:
+            return None
+        if len(self._pins) >= self._pins_max:
+            raise UnbrokenError(
+                Reason.MEMORY_EXHAUSTED,
+                f"expected at most {self._pins_max} pins",
+                retry_after_s=1.0,
+            )
+        pin = Pin(self._next_pin_id, session, tuple(blocks), expires_at)
+        self._next_pin_id += 1
+        self._pins[pin.pin_id] = pin
+        for block in blocks:
+            block.num_pins += 1
+        return pin
+
+    def unpin(self, session: int, pin_id: int) -> None:
+        """End a pin of this session. Nothing happens if there is none."""
+        pin = self._pins.get(pin_id)
+        if pin is not None and pin.session == session:
+            self._end(pin)
+
+    def unpin_all(self, session: int) -> None:
+        """End all that a session had pinned."""
+        for pin in [pin for pin in self._pins.values() if pin.session == session]:
+            self._end(pin)
+
+    def has_pins(self, session: int) -> bool:
+        return any(pin.session == session for pin in self._pins.values())
+
+    def expire(self, now: float) -> None:
+        """End the pins whose time is over."""
+        for pin in [pin for pin in self._pins.values() if pin.expires_at <= now]:
+            self._end(pin)
+
+    def next_expiry(self) -> float | None:
+        """When `expire` has something to do."""
+        return min((pin.expires_at for pin in self._pins.values()), default=None)
+
+    def reclaim(self, slab: StoreSlab, num_slots: int) -> list[int]:
+        """Forget blocks of an open slab, never pinned ones: its owner may overwrite them."""
+        assert slab.state is SlabState.OPEN, "checked by the caller"
+        idle = [block for block in slab.blocks.values() if not block.num_pins]
+        oldest = heapq.nsmallest(num_slots, idle, key=lambda block: block.last_used)
+        for block in oldest:
+            self._forget(block)
+        self.num_evicted += len(oldest)
+        return [block.slot for block in oldest]
+
+    def drop(self, slab_id: int, slot: int, generation: int) -> bool:
+        """Forget a block whose bytes are wrong; whether it was there."""
+        slab = self._slabs.get(slab_id)
+        block = None if slab is None else slab.blocks.get(slot)
+        if slab is None or block is None or block.generation != generation:
+            return False
+        self._forget(block)
+        self._free_if_empty(slab)
+        return True
+
+    def seal(self, slab: StoreSlab) -> None:
+        """Nobody writes to it any more. Without a block it is freed."""
+        slab.state, slab.owner = SlabState.SEALED, 0
+        self._free_if_empty(slab)
+
+    def evict(self, num_bytes: int, *, tenant: str | None = None) -> int:
+        """Free sealed slabs that nobody reads, until so many bytes are; returns how many are."""
+        freed = 0
+        idle = [
+            slab
+            for slab in self
+            if slab.state is SlabState.SEALED
+            and not slab.is_pinned
+            and (tenant is None or slab.tenant == tenant)
+        ]
+        for slab in sorted(idle, key=lambda slab: (slab.last_used, slab.slab_id)):
+            if freed >= num_bytes:
+                break
+            self.num_evicted += len(slab.blocks)
+            freed += slab.size_bytes
+            self._free(slab)
+        return freed
+
+    def check(self) -> None:
+        """What is always true."""
+        pins: dict[Block, int] = {}
+        for pin in self._pins.values():
+            for block in pin.blocks:
+                pins[block] = pins.get(block, 0) + 1
+        num_blocks = 0
+        for slab in self._slabs.values():
+            assert (slab.state is SlabState.OPEN) == (slab.owner != 0), "who writes"
+            assert slab.state is SlabState.OPEN or slab.blocks, "kept for its blocks"
+            for slot, block in slab.blocks.items():
+                num_blocks += 1
+                assert 0 <= slot < slab.num_slots
+                assert (block.slot, block.slab) == (slot, slab)
+                assert self._index[slab.tenant, block.key] is block, "one block per key"
+                assert block.num_pins == pins.get(block, 0), "pins are counted"
+        assert num_blocks == len(self._index), "the index has nothing else"
+
+    def _touch(self, blocks: Sequence[Block]) -> None:
+        for block in reversed(blocks):
+            self._use += 1
+            block.last_used = self._use
+
+    def _end(self, pin: Pin) -> None:
+        del self._pins[pin.pin_id]
+        for block in pin.blocks:
+            block.num_pins -= 1
+
+    def _forget(self, block: Block) -> None:
+        del self._index[block.slab.tenant, block.key]
+        del block.slab.blocks[block.slot]
+
+    def _free_if_empty(self, slab: StoreSlab) -> None:
+        if slab.state is SlabState.SEALED and not slab.blocks:
+            self._free(slab)
+
+    def _free(self, slab: StoreSlab) -> None:
+        for block in list(slab.blocks.values()):
+            self._forget(block)
+        del self._slabs[slab.slab_id]
+        self.freed.append(slab)

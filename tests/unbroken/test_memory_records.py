@@ -1,0 +1,38 @@
+"""Claims of `unbroken.memory.records`: whatever is not exactly a record is none."""
+
+import pytest
+
+from unbroken.memory.records import RECORD_BYTES, Record, RecordState, parse, writing
+
+RECORD = Record(RecordState.COMMITTED, 16, 7, 3, bytes(range(32)), 0x1234_5678_9ABC_DEF0)
+
+
+def test_a_record_is_read_as_it_was_written() -> None:
+    data = RECORD.to_bytes(99)
+    assert len(data) == RECORD_BYTES
+    assert parse(data, slab_id=99, slot=3) == RECORD
+    assert parse(writing(3, 8).to_bytes(99), slab_id=99, slot=3) == writing(3, 8)
+
+
+@pytest.mark.parametrize("bit", range(RECORD_BYTES * 8))
+def test_no_flipped_bit_is_missed(bit: int) -> None:
+    data = bytearray(RECORD.to_bytes(99))
+    data[bit // 8] ^= 1 << bit % 8
+    assert parse(bytes(data), slab_id=99, slot=3) is None
+
+
+@pytest.mark.parametrize("length", range(1, RECORD_BYTES))
+def test_a_torn_record_is_none(length: int) -> None:
+    old, new = writing(3, 7).to_bytes(99), RECORD.to_bytes(99)
+    torn = new[:length] + old[length:]
+    assert torn in (old, new) or parse(torn, slab_id=99, slot=3) is None
+
+
+def test_a_record_that_strayed_is_none() -> None:
+    data = RECORD.to_bytes(99)
+    assert parse(data, slab_id=98, slot=3) is None
+    assert parse(data, slab_id=99, slot=2) is None
+
+
+def test_fresh_memory_has_no_records() -> None:
+    assert parse(bytes(RECORD_BYTES), slab_id=99, slot=0) is None
