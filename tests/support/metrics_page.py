@@ -9,6 +9,9 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from frontend.metrics import FrontendMetrics, ParentMetrics
 from frontend.processes.sums import PARTS
+from memory_service.accounts import Limits
+from memory_service.holdings import Holdings, Policy
+from memory_service.metrics import HoldingsCollector
 from sidecar.metrics import HubCollector
 from tests.sidecar.fakes import Desk
 from unbroken import metrics
@@ -42,6 +45,7 @@ LABELS = {
     "rank": "data-parallel rank of the engine, from 0",
     "reason": "`OK` or a reason of docs/ERRORS.md",
     "result": "`good` or `bad`",
+    "state": "`SegmentState` of the contract, as `SEALED`",
     "threshold": "a name in the table of docs/decisions/thresholds.md",
     "way": "continuation class, as `NATIVE`: docs/CONTINUATION.md",
 }
@@ -124,6 +128,14 @@ def sidecar() -> dict[str, Row]:
     return rows_of(registry)
 
 
+def memory_service() -> dict[str, Row]:
+    """Of a memory service."""
+    registry = CollectorRegistry()
+    holdings = Holdings(Policy(Limits(0, 0)), 1)
+    HoldingsCollector(holdings, registry, num_fds=lambda: 0)
+    return rows_of(registry)
+
+
 def every() -> dict[str, Row]:
     """Of every process that serves metrics."""
     return rows_of(metrics.new_registry())
@@ -188,6 +200,10 @@ An engine of ours serves no metrics: what it counts is in the load reports to it
 serves them.
 """
 
+MEMORY_SERVICE = """\
+## Memory service
+"""
+
 EVERY = """\
 ## Every process
 
@@ -198,7 +214,11 @@ Of a frontend of several processes, memory, descriptors and CPU seconds are sums
 def page() -> str:
     """The whole page."""
     told = sidecar()
-    used = {label for part in (frontend(), parent(), told, every()) for label in _labels(part)}
+    used = {
+        label
+        for part in (frontend(), parent(), told, memory_service(), every())
+        for label in _labels(part)
+    }
     return "\n".join(
         (
             HEAD,
@@ -212,6 +232,8 @@ def page() -> str:
             _table({name: row for name, row in told.items() if ":" in name}),
             LOAD_REPORTS,
             WORKER,
+            MEMORY_SERVICE,
+            _table(memory_service()),
             EVERY,
             _table(every()),
             "## Labels\n",

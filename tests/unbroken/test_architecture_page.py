@@ -25,7 +25,7 @@ ROWS = _rows()
 
 
 def test_every_folder_of_code_has_a_row() -> None:
-    services = ("unbroken", "frontend", "sidecar", "worker")
+    services = ("unbroken", "frontend", "sidecar", "worker", "memory_service")
     folders = {
         path.parent.relative_to(ROOT).as_posix()
         for service in services

@@ -16,6 +16,7 @@ CONFIGURATIONS = {
     "frontend": "FrontendConfig",
     "sidecar": "SidecarConfig",
     "worker": "WorkerConfig",
+    "memory_service": "MemoryConfig",
 }
 
 HEAD = """\

@@ -17,6 +17,7 @@ PROCESSES = (
     metrics_page.frontend,
     metrics_page.parent,
     metrics_page.sidecar,
+    metrics_page.memory_service,
     metrics_page.every,
 )
 
@@ -37,10 +38,12 @@ def test_every_metric_has_a_meaning_and_every_label_its_values(rows: Rows) -> No
         assert set(row.labels) <= explained, row
 
 
-@pytest.mark.parametrize("rows", PROCESSES[:3])
+@pytest.mark.parametrize("rows", PROCESSES[:4])
 def test_names_keep_prometheus_conventions(rows: Rows) -> None:
     for name, row in rows().items():
-        assert name.startswith(("unbroken_frontend_", "unbroken_sidecar_", "vllm:")), name
+        assert name.startswith(
+            ("unbroken_frontend_", "unbroken_sidecar_", "unbroken_memory_", "vllm:")
+        ), name
         assert name.endswith("_total") == (row.kind == "counter"), name
         assert not name.endswith(("_ms", "_us", "_millis", "_count", "_sum", "_bucket")), name
         assert row.kind != "histogram" or row.unit == "seconds", name

@@ -1,0 +1,50 @@
+"""What the service needs of a kind of memory. The host's is `memory_service.memfd`.
+
+A GPU's is to come, and fits in here: a slab is one allocation (cuMemCreate) that is exported as a
+descriptor once, when it is made. The service maps nothing and has no context: there is no kernel
+that could seal, so the fence of the owner has to be the proof, and `view` is left to a process of
+its own that has a context.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(slots=True)
+class Allocation:
+    """One slab's memory."""
+
+    fd: int
+    """The original: a vault must have this one, since others cannot be exported again."""
+    size_bytes: int
+
+
+class Backend(Protocol):
+    """Memory of one kind."""
+
+    def allocate(self, size_bytes: int, name: str) -> Allocation:
+        """Memory that reads as zeros, whoever had it before.
+
+        Raises OSError if there is none.
+        """
+        ...
+
+    def adopt(self, fd: int, size_bytes: int) -> Allocation:
+        """Memory of an earlier life, by its original descriptor."""
+        ...
+
+    def read_only(self, allocation: Allocation) -> int:
+        """A new descriptor for a reader, which it cannot write through; the caller closes it."""
+        ...
+
+    def seal(self, allocation: Allocation) -> bool:
+        """Let nobody write to it any more. False if somebody still can: nothing changed."""
+        ...
+
+    def view(self, allocation: Allocation) -> memoryview:
+        """Its bytes, read-only, for as long as it is not freed. May be kept and asked for again."""
+        ...
+
+    def free(self, allocation: Allocation) -> None:
+        """Give it back. Who has it mapped keeps what it maps."""
+        ...

@@ -1,0 +1,74 @@
+"""What a memory service can be told."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from unbroken.config import Address, ProcessConfig
+
+
+class MemoryConfig(ProcessConfig):
+    """Keeps weights and KV blocks of this host, so that they outlive the engines that use them."""
+
+    directory: Path
+    """For its sockets: session.sock for engines, control.sock for gRPC, vault.sock."""
+    listen: Address | None = None
+    """host:port of gRPC for other hosts; control.sock alone if not given. There is no TLS here."""
+    metrics_listen: Address | None = None
+    """host:port of the metrics endpoint; none if not given."""
+    capacity_bytes: int = Field(4 * 1024**3, ge=1024**2, le=2**50)
+    """Memory that may be given out at all."""
+    quota_bytes: int = Field(2**50, ge=0, le=2**50)
+    """Memory of each tenant without a quota of its own."""
+    quotas: tuple[str, ...] = ()
+    """Quotas of single tenants, as tenant=bytes."""
+    grants: tuple[str, ...] = ()
+    """Users beside our own that may use a tenant's memory, as uid=tenant."""
+    high_share: float = Field(0.95, gt=0, le=1)
+    """Above this share of the capacity, blocks are evicted before anybody asks."""
+    low_share: float = Field(0.85, gt=0, le=1)
+    """Down to this share."""
+    orphan_grace_s: float = Field(600.0, ge=0, le=86400)
+    """How long the pool of a dead engine waits to be adopted."""
+    rebind_grace_s: float = Field(5.0, ge=0.05, le=600)
+    """How long a process may be without a connection before its memory is quarantined."""
+    kills_unbound: bool = False
+    """Whether a process that is without a connection for longer is killed instead."""
+    seal_is_proof: bool = True
+    """Whether a sealed lifeline proves that a process writes no more. Not under CUDA's MPS."""
+    scrub_bytes_per_s: int = Field(64 * 1024**2, ge=0, le=2**40)
+    """How fast stored bytes are compared with their checksums all the time; 0: never."""
+    has_vault: bool = True
+    """Whether a vault keeps the descriptors, so that the service can crash or be upgraded."""
+    vault_idle_exit_s: float = Field(60.0, ge=0.1, le=86400)
+    """A vault that no service uses for so long gives everything back."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> "MemoryConfig":
+        if self.low_share > self.high_share:
+            raise ValueError(
+                f"expected low_share up to high_share ({self.high_share:g}), got {self.low_share:g}"
+            )
+        self.tenant_quotas()
+        self.user_grants()
+        return self
+
+    def tenant_quotas(self) -> dict[str, int]:
+        """By tenant."""
+        found: dict[str, int] = {}
+        for text in self.quotas:
+            tenant, _, size = text.rpartition("=")
+            if not size.isdecimal():
+                raise ValueError(f"quotas: expected tenant=bytes, got {text!r}")
+            found[tenant] = int(size)
+        return found
+
+    def user_grants(self) -> frozenset[tuple[int, str]]:
+        """Pairs of user and tenant."""
+        found: set[tuple[int, str]] = set()
+        for text in self.grants:
+            uid, equals, tenant = text.partition("=")
+            if not uid.isdecimal() or not equals:
+                raise ValueError(f"grants: expected uid=tenant, got {text!r}")
+            found.add((int(uid), tenant))
+        return frozenset(found)

@@ -1,0 +1,230 @@
+"""MemoryService over gRPC: what operators, routers and other hosts ask."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import grpc.aio
+from typing_extensions import override
+
+from memory_service import labels
+from memory_service.holdings import PIN_S_MAX, Holdings
+from memory_service.keeper import Keeper
+from memory_service.metrics import quarantined
+from memory_service.scrubber import Scrubber
+from memory_service.session_channel import KEYS_MAX
+from unbroken import log
+from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.memory import keys, records
+from unbroken.v1 import memory_pb2 as pb
+from unbroken.v1 import memory_pb2_grpc
+
+PART_BYTES: Final = 2 * 1024 * 1024
+"""Of a block in one message."""
+WATCH_INTERVAL_S: Final = 0.02
+"""Between two looks for events."""
+WATCHERS_MAX: Final = 64
+READERS_MAX: Final = 16
+"""Calls of ReadBlocks at once: each holds a pin and a few messages."""
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+_log = log.get_logger(__name__)
+
+
+class Control(memory_pb2_grpc.MemoryServiceServicer):
+    """Answers on the event loop; bytes are compared in threads."""
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        keeper: Keeper,
+        scrubber: Scrubber,
+        *,
+        on_change: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._holdings = holdings
+        self._keeper = keeper
+        self._scrubber = scrubber
+        self._on_change = on_change
+        self._clock = clock
+        self._started_at = clock()
+        self._num_watchers = 0
+        self._num_readers = 0
+
+    @override
+    async def GetUsage(self, request: pb.GetUsageRequest, context: _Context) -> pb.GetUsageResponse:
+        self._check_boot(request.boot_token)
+        holdings = self._holdings
+        limits = holdings.policy.limits
+        return pb.GetUsageResponse(
+            boot_token=holdings.boot_token,
+            capacity_bytes=limits.capacity_bytes,
+            used_bytes=holdings.accounts.total,
+            quarantined_bytes=quarantined(holdings),
+            tenants=[
+                pb.TenantUsage(tenant=tenant, used_bytes=used, quota_bytes=limits.quota_of(tenant))
+                for tenant, used in sorted(holdings.accounts.used.items())
+            ],
+            num_blocks=holdings.store.num_blocks,
+            num_pinned=holdings.store.num_pinned,
+            has_vault=self._keeper.vault is not None and not self._keeper.vault.is_lost,
+            event_sequence=holdings.news.sequence,
+        )
+
+    @override
+    async def ListSegments(
+        self, request: pb.ListSegmentsRequest, context: _Context
+    ) -> pb.ListSegmentsResponse:
+        self._check_boot(request.boot_token)
+        holdings = self._holdings
+        found = [labels.version_to_proto(holdings, version) for version in holdings.segments]
+        found += [labels.store_to_proto(slab) for slab in holdings.store]
+        return pb.ListSegmentsResponse(
+            segments=[segment for segment in found if request.tenant in ("", segment.tenant)]
+        )
+
+    @override
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: _Context
+    ) -> pb.ListSessionsResponse:
+        self._check_boot(request.boot_token)
+        return pb.ListSessionsResponse(
+            sessions=[labels.session_to_proto(session) for session in self._holdings.sessions]
+        )
+
+    @override
+    async def LookupBlocks(
+        self, request: pb.LookupBlocksRequest, context: _Context
+    ) -> pb.LookupBlocksResponse:
+        self._check_boot(request.boot_token)
+        found = self._holdings.store.find(request.tenant, _keys(request.keys))
+        return pb.LookupBlocksResponse(num_blocks=len(found))
+
+    @override
+    async def ReadBlocks(
+        self, request: pb.ReadBlocksRequest, context: _Context
+    ) -> AsyncIterator[pb.ReadBlocksResponse]:
+        self._check_boot(request.boot_token)
+        if self._num_readers >= READERS_MAX:
+            raise UnbrokenError(
+                Reason.OVERLOADED, f"expected at most {READERS_MAX} readers", retry_after_s=0.1
+            )
+        self._num_readers += 1
+        try:
+            for index, key in enumerate(_keys(request.keys)):
+                # A pin for each: a slow reader holds up the slot of one block at most.
+                pin = self._holdings.store.pin(0, request.tenant, [key], self._clock() + PIN_S_MAX)
+                if pin is None:
+                    return
+                try:
+                    (block,) = pin.blocks
+                    view = self._keeper.block_view(block)
+                    # A copy: what was checked is what is sent, even if the pin's time is over.
+                    data = await asyncio.to_thread(bytes, view)
+                    if await asyncio.to_thread(records.checksum, data) != block.checksum:
+                        self._corrupt(block.slab.slab_id, block.slot, block.generation)
+                        return
+                finally:
+                    self._holdings.store.unpin(0, pin.pin_id)
+                for offset in range(0, len(data), PART_BYTES):
+                    part = pb.ReadBlocksResponse(
+                        index=index, offset=offset, data=data[offset : offset + PART_BYTES]
+                    )
+                    if offset + PART_BYTES >= len(data):
+                        part.size_bytes = len(data)
+                        part.checksum = block.checksum
+                        part.num_tokens = block.num_tokens
+                    yield part
+        finally:
+            self._num_readers -= 1
+
+    @override
+    async def Verify(self, request: pb.VerifyRequest, context: _Context) -> pb.VerifyResponse:
+        self._check_boot(request.boot_token)
+        result = await self._scrubber.verify(request.tenant)
+        return pb.VerifyResponse(
+            num_intact=result.num_intact,
+            num_corrupt=result.num_corrupt,
+            num_bytes=result.num_bytes,
+        )
+
+    @override
+    async def Evict(self, request: pb.EvictRequest, context: _Context) -> pb.EvictResponse:
+        self._check_boot(request.boot_token)
+        freed = self._holdings.evict(request.tenant, request.segment)
+        self._keeper.obey()
+        self._on_change()
+        return pb.EvictResponse(freed_bytes=freed)
+
+    @override
+    async def Watch(
+        self, request: pb.WatchRequest, context: _Context
+    ) -> AsyncIterator[pb.WatchResponse]:
+        holdings, news = self._holdings, self._holdings.news
+        if self._num_watchers >= WATCHERS_MAX:
+            raise UnbrokenError(
+                Reason.OVERLOADED, f"expected at most {WATCHERS_MAX} watchers", retry_after_s=1.0
+            )
+        self._num_watchers += 1
+        try:
+            is_known = request.boot_token == holdings.boot_token
+            sequence = request.sequence if is_known else news.sequence
+            has_gap = bool(request.boot_token) and not is_known
+            first = pb.WatchResponse(
+                boot_token=holdings.boot_token, has_gap=has_gap, sequence=news.sequence
+            )
+            first.uptime.FromMilliseconds(round((self._clock() - self._started_at) * 1000))
+            is_first = True
+            while True:
+                items, is_missing = news.since(sequence)
+                if items or is_first:
+                    response = (
+                        first
+                        if is_first
+                        else pb.WatchResponse(
+                            boot_token=holdings.boot_token, sequence=news.sequence
+                        )
+                    )
+                    response.has_gap |= is_missing
+                    response.events.extend(
+                        pb.MemoryEvent(
+                            sequence=item.sequence,
+                            kind=pb.MemoryEventKind.ValueType(int(item.kind)),
+                            tenant=item.tenant,
+                            session_id=item.session,
+                            segment=item.segment,
+                            epoch=item.epoch,
+                            slab_id=item.slab_id,
+                            value=item.value,
+                        )
+                        for item in items
+                    )
+                    sequence = items[-1].sequence if items else sequence
+                    is_first = False
+                    yield response
+                else:
+                    await asyncio.sleep(WATCH_INTERVAL_S)
+        finally:
+            self._num_watchers -= 1
+
+    def _check_boot(self, boot_token: int) -> None:
+        if boot_token:
+            self._holdings.check_boot(boot_token)
+
+    def _corrupt(self, slab_id: int, slot: int, generation: int) -> None:
+        _log.error("block corrupt", slab=slab_id, slot=slot, where="read")
+        self._holdings.block_corrupt(slab_id, slot, generation)
+        self._keeper.obey()
+
+
+def _keys(data: bytes) -> list[bytes]:
+    try:
+        split = keys.split(data)
+    except ValueError as error:
+        raise InvalidField("keys", f"{error}", len(data)) from error
+    if len(split) > KEYS_MAX:
+        raise InvalidField("keys", f"at most {KEYS_MAX}", len(split))
+    return split

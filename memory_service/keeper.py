@@ -1,0 +1,295 @@
+"""Has the descriptors, and does what `holdings` says is to be done about them."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from memory_service import labels, memfd
+from memory_service.backend import Allocation, Backend
+from memory_service.holdings import (
+    ForgetSession,
+    Free,
+    Holdings,
+    Keep,
+    KeepSession,
+    KillSession,
+    ReadSlab,
+    SealSlab,
+)
+from memory_service.store import Block, StoreSlab
+from memory_service.vault_link import VaultLink
+from unbroken import log
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.memory import channel, records
+from unbroken.memory.records import RECORD_BYTES, Record, RecordState
+from unbroken.v1 import memory_session_pb2 as wire
+
+LIFELINE_BYTES = 4096
+CHECKED_AT_DEATH_BYTES_MAX = 256 * 1024 * 1024
+"""Of blocks that a process left without telling: their bytes are compared at once, up to this."""
+
+_log = log.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Ends:
+    """What is held of a process."""
+
+    lifeline: int
+    pidfd: int
+
+
+class Keeper:
+    """All descriptors of the service.
+
+    Attributes:
+        on_forget: Told of sessions of which nothing is left, before their descriptors are closed.
+        unsealed: Slabs whose owner is gone and which the kernel did not let us seal yet.
+    """
+
+    def __init__(
+        self, holdings: Holdings, backend: Backend, *, on_forget: Callable[[int], None]
+    ) -> None:
+        self.holdings = holdings
+        self.backend = backend
+        self.vault: VaultLink | None = None
+        self.ends: dict[int, Ends] = {}
+        self.unsealed: set[int] = set()
+        self.on_forget = on_forget
+        self._slabs: dict[int, Allocation] = {}
+        self._tables: dict[int, Allocation] = {}
+
+    @property
+    def num_fds(self) -> int:
+        return len(self._slabs) + len(self._tables) + 2 * len(self.ends)
+
+    # Memory.
+
+    def allocate(self, slab_ids: Sequence[int], sizes: Sequence[int]) -> None:
+        """Memory for the slabs of a segment. Raises MEMORY_EXHAUSTED, with none of it left."""
+        made: list[int] = []
+        try:
+            for slab_id, size in zip(slab_ids, sizes, strict=True):
+                self._slabs[slab_id] = self.backend.allocate(size, f"unbroken-{slab_id}")
+                made.append(slab_id)
+        except OSError as error:
+            for slab_id in made:
+                self.backend.free(self._slabs.pop(slab_id))
+            raise _no_memory(error) from error
+
+    def allocate_store(self, slab: StoreSlab) -> None:
+        """Memory for blocks, and for their records."""
+        self.allocate([slab.slab_id], [slab.block_bytes * slab.num_slots])
+        size = RECORD_BYTES * slab.num_slots
+        try:
+            self._tables[slab.slab_id] = self.backend.allocate(size, f"unbroken-{slab.slab_id}-t")
+        except OSError as error:
+            self.backend.free(self._slabs.pop(slab.slab_id))
+            raise _no_memory(error) from error
+
+    def writable(self, slab_ids: Iterable[int]) -> list[int]:
+        """Descriptors for their owner; ours, not to be closed."""
+        return [self._slabs[slab_id].fd for slab_id in slab_ids]
+
+    def table(self, slab_id: int) -> int:
+        """The descriptor of a slab's records, for its owner."""
+        return self._tables[slab_id].fd
+
+    def read_only(self, slab_ids: Iterable[int]) -> list[int]:
+        """Descriptors for readers, which the caller closes. Raises MEMORY_EXHAUSTED."""
+        fds: list[int] = []
+        try:
+            for slab_id in slab_ids:  # One by one: those before are to be closed.
+                fds.append(self.backend.read_only(self._slabs[slab_id]))  # noqa: PERF401
+        except OSError as error:
+            channel.close_all(fds)
+            raise _no_memory(error) from error
+        return fds
+
+    def seal(self, slab_ids: Iterable[int]) -> bool:
+        """Whether nobody can write to any of them, or to their records, any more."""
+        return all(
+            self.backend.seal(allocation)
+            for slab_id in slab_ids
+            for allocation in (self._slabs.get(slab_id), self._tables.get(slab_id))
+            if allocation is not None
+        )
+
+    def slab_view(self, slab_id: int) -> memoryview:
+        """The bytes of a slab."""
+        return self.backend.view(self._slabs[slab_id])
+
+    def block_view(self, block: Block) -> memoryview:
+        """The bytes of a block."""
+        size = block.slab.block_bytes
+        return self.slab_view(block.slab.slab_id)[block.slot * size : (block.slot + 1) * size]
+
+    def record(self, slab_id: int, slot: int) -> Record | None:
+        """What the table of a slab says of a slot."""
+        table = self.backend.view(self._tables[slab_id])
+        data = bytes(table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES])
+        return records.parse(data, slab_id=slab_id, slot=slot)
+
+    def read(self, slab: StoreSlab) -> list[tuple[int, Record | None]]:
+        """All records of a slab."""
+        table = bytes(self.backend.view(self._tables[slab.slab_id]))
+        return [
+            (
+                slot,
+                records.parse(
+                    table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES],
+                    slab_id=slab.slab_id,
+                    slot=slot,
+                ),
+            )
+            for slot in range(slab.num_slots)
+        ]
+
+    # Commands.
+
+    def obey(self) -> None:
+        """Do what is to be done."""
+        holdings = self.holdings
+        while holdings.commands:
+            command = holdings.commands.pop(0)
+            match command:
+                case Free(slab_id=slab_id):
+                    self._free(slab_id)
+                case Keep(slab_id=slab_id):
+                    self._keep(slab_id)
+                case KeepSession(session_id=session_id):
+                    self._keep_session(session_id)
+                case ForgetSession(session_id=session_id):
+                    self._forget(session_id)
+                case SealSlab(slab_id=slab_id):
+                    self.unsealed.add(slab_id)
+                    self.seal_left()
+                case ReadSlab(slab_id=slab_id):
+                    if (slab := holdings.store.get_slab(slab_id)) is not None:
+                        holdings.records_read(slab, self.read(slab))
+                case KillSession(session_id=session_id):
+                    if (ends := self.ends.get(session_id)) is not None:
+                        _log.warning("session killed", session=session_id)
+                        signal.pidfd_send_signal(ends.pidfd, signal.SIGKILL)
+                case _:
+                    assert_never(command)
+
+    def seal_left(self) -> None:
+        """Try again what the kernel refused: somebody still had it mapped."""
+        for slab_id in list(self.unsealed):
+            slab = self.holdings.store.get_slab(slab_id)
+            if slab is None or slab_id not in self._slabs:
+                self.unsealed.discard(slab_id)
+            elif self.seal([slab_id]):
+                self.unsealed.discard(slab_id)
+                self.holdings.slab_sealed(slab_id, self._read_checked(slab))
+
+    def _read_checked(self, slab: StoreSlab) -> list[tuple[int, Record | None]]:
+        """Records of a slab; without those that are new and whose bytes are wrong."""
+        found = self.read(slab)
+        left = CHECKED_AT_DEATH_BYTES_MAX
+        view, size = self.slab_view(slab.slab_id), slab.block_bytes
+        for index, (slot, record) in enumerate(found):
+            if record is None or record.state is not RecordState.COMMITTED or left < size:
+                continue
+            if slot in slab.blocks:
+                continue
+            left -= size
+            if records.checksum(view[slot * size : (slot + 1) * size]) != record.checksum:
+                _log.error("block corrupt", slab=slab.slab_id, slot=slot, where="adoption")
+                self.holdings.num_corrupt += 1
+                found[index] = (slot, None)
+        return found
+
+    def put_everything(self) -> None:
+        """To a vault that has nothing yet."""
+        holdings = self.holdings
+        for session in holdings.sessions:
+            self._keep_session(session.session_id)
+        for version in holdings.segments:
+            for slab_id in version.slab_ids:
+                self._keep(slab_id)
+        for slab in holdings.store:
+            self._keep(slab.slab_id)
+
+    def take_back(self, found: Sequence[tuple[wire.VaultEntry, list[int]]], now: float) -> int:
+        """Hold what a vault kept; returns how many entries were of use."""
+        good: list[wire.VaultEntry] = []
+        for entry, fds in found:
+            try:
+                self._take(entry, fds)
+            except (OSError, ValueError) as error:
+                _log.error("entry of the vault unusable", entry=entry.entry_id, detail=str(error))
+                channel.close_all(fds)
+            else:
+                good.append(entry)
+        labels.restore(self.holdings, good, now)
+        self.obey()
+        used = {one for version in self.holdings.segments for one in version.slab_ids}
+        used |= {slab.slab_id for slab in self.holdings.store}
+        for slab_id in set(self._slabs) - used:
+            self._free(slab_id)
+        return len(good)
+
+    def _take(self, entry: wire.VaultEntry, fds: Sequence[int]) -> None:
+        if entry.HasField("session"):
+            lifeline, pidfd = fds
+            self.ends[entry.entry_id] = Ends(lifeline, pidfd)
+            return
+        (slab,) = entry.segment.slabs
+        data, *table = fds
+        adopted = self.backend.adopt(data, slab.size_bytes)
+        if slab.num_slots:
+            (fd,) = table
+            self._tables[entry.entry_id] = self.backend.adopt(fd, RECORD_BYTES * slab.num_slots)
+        self._slabs[entry.entry_id] = adopted
+
+    def _keep(self, slab_id: int) -> None:
+        if self.vault is None or slab_id not in self._slabs:
+            return
+        entry = labels.slab_entry(self.holdings, slab_id)
+        if entry is None:
+            return
+        table = self._tables.get(slab_id)
+        fds = [self._slabs[slab_id].fd, *([] if table is None else [table.fd])]
+        self.vault.put(entry, fds)
+
+    def _keep_session(self, session_id: int) -> None:
+        session, ends = self.holdings.sessions.get(session_id), self.ends.get(session_id)
+        if self.vault is not None and session is not None and ends is not None:
+            self.vault.put(labels.session_entry(session), (ends.lifeline, ends.pidfd))
+
+    def _free(self, slab_id: int) -> None:
+        for allocation in (self._slabs.pop(slab_id, None), self._tables.pop(slab_id, None)):
+            if allocation is not None:
+                self.backend.free(allocation)
+        if self.vault is not None:
+            self.vault.drop(slab_id)
+
+    def _forget(self, session_id: int) -> None:
+        self.on_forget(session_id)
+        ends = self.ends.pop(session_id, None)
+        if ends is not None:
+            os.close(ends.lifeline)
+            os.close(ends.pidfd)
+        if self.vault is not None:
+            self.vault.drop(session_id)
+
+
+def make_lifeline(session_pid: int) -> int:
+    """What a process maps for as long as it may write. Raises MEMORY_EXHAUSTED."""
+    try:
+        return memfd.allocate(LIFELINE_BYTES, f"unbroken-life-{session_pid}")
+    except OSError as error:
+        raise _no_memory(error) from error
+
+
+def _no_memory(error: OSError) -> UnbrokenError:
+    return UnbrokenError(
+        Reason.MEMORY_EXHAUSTED,
+        f"expected the kernel to have a descriptor and memory: {error}",
+        metadata={"limit": "host"},
+        retry_after_s=1.0,
+    )

@@ -1,0 +1,269 @@
+"""A memory service as a process: what it is made of, how it starts, how it stops."""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import secrets
+import select
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc.aio
+
+from memory_service.accounts import Limits
+from memory_service.config import MemoryConfig
+from memory_service.control import Control
+from memory_service.fencing import FencePolicy
+from memory_service.holdings import Holdings, Policy
+from memory_service.keeper import Keeper
+from memory_service.memfd import MemfdBackend
+from memory_service.metrics import HoldingsCollector
+from memory_service.scrubber import Scrubber
+from memory_service.session_channel import SessionChannel
+from memory_service.vault_link import VaultLink
+from unbroken import log, metrics
+from unbroken.config import split_address
+from unbroken.health import add_health
+from unbroken.memory.channel import ChannelClosed
+from unbroken.transport import listen, listen_locally, make_server
+from unbroken.v1 import memory_pb2_grpc
+
+MEMORY_SERVICE = "unbroken.v1.MemoryService"
+LOCK_WAIT_S = 10.0
+"""How long another service of this directory may take to end."""
+SEAL_RETRY_S = 0.01
+VAULT_RETRY_S = 1.0
+
+_log = log.get_logger(__name__)
+
+
+class MemoryService:
+    """One life of it, from `start` to `stop`."""
+
+    def __init__(
+        self, config: MemoryConfig, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        policy = Policy(
+            Limits(
+                config.capacity_bytes,
+                config.quota_bytes,
+                config.tenant_quotas(),
+                config.high_share,
+                config.low_share,
+            ),
+            FencePolicy(
+                rebind_grace_s=config.rebind_grace_s,
+                kills=config.kills_unbound,
+                seal_is_proof=config.seal_is_proof,
+            ),
+            config.orphan_grace_s,
+        )
+        self._grants = config.user_grants()
+        self.holdings = Holdings(policy, secrets.randbits(63) | 1)
+        self.keeper = Keeper(self.holdings, MemfdBackend(), on_forget=self._forget)
+        self.channel = SessionChannel(
+            self.holdings, self.keeper, may_use=self._may_use, clock=clock
+        )
+        self.channel.on_change = self._schedule
+        registry = metrics.new_registry()
+        self._registry = registry
+        self._collector = HoldingsCollector(
+            self.holdings, registry, num_fds=lambda: self.keeper.num_fds
+        )
+        self.scrubber = Scrubber(
+            self.holdings,
+            self.keeper,
+            bytes_per_s=config.scrub_bytes_per_s,
+            count=self._count_scrubbed,
+        )
+        self.address = ""
+        """host:port of gRPC, if it listens on one."""
+        self._lock = -1
+        self._due: asyncio.TimerHandle | None = None
+        self._server: grpc.aio.Server | None = None
+        self._metrics_server: metrics.MetricsServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Serve. Sessions come first: engines wait for them. Raises OSError."""
+        begun = self._clock()
+        config, directory = self._config, self._config.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(0o711 if self._grants else 0o700)
+        self._lock = await _locked(directory / "service.lock")
+        if config.has_vault:
+            self.keeper.vault = self._open_vault()
+            found = self.keeper.vault.list()
+            num_kept = self.keeper.take_back(found, self._clock())
+            _log.info("vault read", entries=num_kept)
+        self.channel.watch_restored()
+        self.channel.listen(directory / "session.sock", mode=0o666 if self._grants else 0o600)
+        _log.info(
+            "sessions served",
+            boot_token=f"{self.holdings.boot_token:016x}",
+            took_s=round(self._clock() - begun, 4),
+        )
+        server = self._server = make_server()
+        control = Control(
+            self.holdings,
+            self.keeper,
+            self.scrubber,
+            on_change=self._schedule,
+            clock=self._clock,
+        )
+        memory_pb2_grpc.add_MemoryServiceServicer_to_server(control, server)
+        health = add_health(server, [MEMORY_SERVICE])
+        path = directory / "control.sock"
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        listen_locally(server, path)
+        if config.listen is not None:
+            self.address = listen(server, config.listen)
+        if config.metrics_listen is not None:
+            host, port = split_address(config.metrics_listen)
+            self._metrics_server = metrics.serve(self._registry, host, port)
+        await server.start()
+        path.chmod(0o600)
+        health.set_all(is_serving=True)
+        self._tasks = [
+            asyncio.create_task(self.scrubber.run(), name="scrubber"),
+            asyncio.create_task(self._look_after(), name="look after"),
+        ]
+        self._schedule()
+        _log.info(
+            "memory service serves",
+            address=self.address,
+            metrics_address=self._metrics_server.address if self._metrics_server else "",
+        )
+
+    async def wait(self) -> None:
+        """Until one of its tasks fails, which it then raises."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        await asyncio.Event().wait()  # The scrubber may be off.
+
+    async def stop(self) -> None:
+        """Stop serving. What is held stays with the vault, for the next service."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._due is not None:
+            self._due.cancel()
+        self.channel.close()
+        if self._server is not None:
+            await self._server.stop(None)
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
+        if self.keeper.vault is not None:
+            self.keeper.vault.close()
+        if self._lock != -1:
+            os.close(self._lock)
+        _log.info("memory service stopped")
+
+    def _open_vault(self) -> VaultLink:
+        config = self._config
+        return VaultLink(config.directory / "vault.sock", config.vault_idle_exit_s)
+
+    def _may_use(self, uid: int, tenant: str) -> bool:
+        return uid == os.getuid() or (uid, tenant) in self._grants
+
+    def _forget(self, session_id: int) -> None:
+        self.channel.unwatch(session_id)
+
+    def _count_scrubbed(self, num_bytes: int) -> None:
+        self._collector.num_scrubbed_bytes += num_bytes
+
+    def _schedule(self) -> None:
+        """Have `handle_timeout` called when it is due."""
+        due_at = self.holdings.deadline()
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        if due_at is not None:
+            wait_s = max(0.0, due_at - self._clock())
+            self._due = self._loop.call_later(wait_s, self._timeout)
+
+    def _timeout(self) -> None:
+        self._due = None
+        self.holdings.handle_timeout(self._clock())
+        self.keeper.obey()
+        self._schedule()
+
+    async def _look_after(self) -> None:
+        """Seal what could not be sealed, and find a new vault when the old one is gone."""
+        while True:
+            await asyncio.sleep(SEAL_RETRY_S if self.keeper.unsealed else 10 * SEAL_RETRY_S)
+            if self.keeper.unsealed:
+                self.keeper.seal_left()
+                self.keeper.obey()
+            vault = self.keeper.vault
+            if vault is not None and _is_gone(vault):
+                await self._renew_vault(vault)
+
+    async def _renew_vault(self, lost: VaultLink) -> None:
+        _log.error("vault lost; everything goes to a new one")
+        lost.close()
+        try:
+            vault = await asyncio.to_thread(self._open_vault)
+            vault.list()  # It has nothing, or what an earlier one of us gave it.
+        except (OSError, ChannelClosed) as error:
+            _log.error("no vault", detail=str(error))
+            await asyncio.sleep(VAULT_RETRY_S)
+            return
+        self.keeper.vault = vault
+        self.keeper.put_everything()
+
+
+def _is_gone(vault: VaultLink) -> bool:
+    if vault.is_lost:
+        return True
+    ready, _, _ = select.select([vault], [], [], 0)
+    return bool(ready)  # It never says anything unasked.
+
+
+async def _locked(path: Path) -> int:
+    """A lock that ends with this process. Raises OSError if another one keeps it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    loop = asyncio.get_running_loop()
+    give_up_at = loop.time() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if loop.time() > give_up_at:
+                os.close(fd)
+                raise OSError(f"expected to be the only memory service of {path.parent}") from None
+            await asyncio.sleep(0.002)
+        else:
+            return fd
+
+
+async def serve(config: MemoryConfig) -> int:
+    """Run a memory service until SIGTERM or SIGINT. Raises OSError if it cannot start."""
+    loop = asyncio.get_running_loop()
+    stop_wanted = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop_wanted.set)
+    service = MemoryService(config)
+    try:
+        await service.start()
+        tasks: list[asyncio.Task[object]] = [
+            asyncio.create_task(service.wait(), name="service"),
+            asyncio.create_task(stop_wanted.wait(), name="signal"),
+        ]
+        done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        for task in done:
+            task.result()
+    finally:
+        await service.stop()
+    return 0

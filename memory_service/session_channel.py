@@ -1,0 +1,563 @@
+"""The Unix socket at which processes of the host get memory: who they are, descriptors, hot calls.
+
+One packet, one call; a connection has one call at a time. Calls are answered on the event loop, but
+for sealing, which reads all bytes of a segment. A process that reads no answers is cut off.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from memory_service import fencing, labels, memfd
+from memory_service.fencing import Fence
+from memory_service.holdings import PIN_S_MAX, Holdings
+from memory_service.keeper import Ends, Keeper, make_lifeline
+from memory_service.segments import SegmentClass, State, Version
+from memory_service.sessions import Peer, Session
+from unbroken import log
+from unbroken.discovery import incarnation_now
+from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.memory import channel, keys, records
+from unbroken.memory.channel import ChannelClosed
+from unbroken.v1 import memory_session_pb2 as wire
+
+PROTOCOL_VERSION: Final = 1
+KEYS_MAX: Final = 1000
+"""In one call: the answer has to fit into a packet."""
+SLOTS_MAX: Final = 4096
+NAME: Final = "[A-Za-z0-9._/-]{1,200}"
+CALLS_A_TURN: Final = 16
+"""Of one connection, before others have theirs."""
+PROBE_INTERVALS_S: Final = (0.0002, 0.001, 0.01)
+"""Between two looks at a lifeline: at first, after 10 ms, after a second."""
+
+_SO_PEERPIDFD: Final = 77
+_CREDENTIALS: Final = struct.Struct("3i")
+
+_log = log.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is at the other end, as the kernel says."""
+
+    pid: int
+    uid: int
+    pidfd: int
+
+
+Answer = tuple[wire.SessionResponse, Sequence[int], Sequence[int]]
+"""The response, its descriptors, and those of them that are closed after sending."""
+
+
+class SessionChannel:
+    """Listens, and serves every connection."""
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        keeper: Keeper,
+        *,
+        may_use: Callable[[int, str], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`may_use` says whether a user may use a tenant's memory."""
+        self.holdings = holdings
+        self.keeper = keeper
+        self.may_use = may_use
+        self.clock = clock
+        self.num_calls = 0
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after whatever may have changed a deadline."""
+        self.loop = asyncio.get_running_loop()
+        self.connections: dict[int, Connection] = {}
+        """By session."""
+        self._open: set[Connection] = set()
+        self._listener: socket.socket | None = None
+        self._probes: dict[int, asyncio.TimerHandle] = {}
+        self._watched: set[int] = set()
+
+    def listen(self, path: Path, *, mode: int) -> None:
+        """Serve at `path`. Whoever held it before is gone: there is a lock. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        listener = socket.socket(
+            socket.AF_UNIX,
+            socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+        )
+        listener.bind(str(path))
+        path.chmod(mode)
+        listener.listen(128)
+        self._listener = listener
+        self.loop.add_reader(listener.fileno(), self._accept)
+
+    def watch_restored(self) -> None:
+        """Look after the sessions of an earlier life of the service."""
+        for session in list(self.holdings.sessions):
+            self.watch(session.session_id)
+            self.probe(session.session_id)
+
+    def close(self) -> None:
+        """Stop serving."""
+        if self._listener is not None:
+            self.loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+        for connection in list(self._open):
+            connection.close()
+        for handle in self._probes.values():
+            handle.cancel()
+        for session_id in list(self._watched):
+            self.unwatch(session_id)
+
+    # What happens to processes.
+
+    def watch(self, session_id: int) -> None:
+        """Notice when the process exits."""
+        ends = self.keeper.ends.get(session_id)
+        if ends is not None and session_id not in self._watched:
+            self._watched.add(session_id)
+            self.loop.add_reader(ends.pidfd, self._exited, session_id)
+
+    def unwatch(self, session_id: int) -> None:
+        """Before its descriptors are closed."""
+        ends = self.keeper.ends.get(session_id)
+        if session_id in self._watched and ends is not None:
+            self.loop.remove_reader(ends.pidfd)
+        self._watched.discard(session_id)
+        if (handle := self._probes.pop(session_id, None)) is not None:
+            handle.cancel()
+
+    def probe(self, session_id: int) -> None:
+        """Look from time to time whether the lifeline can be sealed."""
+        self._probe(session_id, self.loop.time())
+
+    def _probe(self, session_id: int, begun: float) -> None:
+        self._probes.pop(session_id, None)
+        session, ends = self.holdings.sessions.get(session_id), self.keeper.ends.get(session_id)
+        if session is None or ends is None or session.is_connected:
+            return
+        if session.fence.fence >= Fence.QUIET:
+            return
+        if memfd.seal(ends.lifeline):
+            self.seen(session_id, fencing.LifelineSealed())
+            return
+        passed = self.loop.time() - begun
+        interval = PROBE_INTERVALS_S[0 if passed < 0.01 else 1 if passed < 1 else 2]
+        self._probes[session_id] = self.loop.call_later(interval, self._probe, session_id, begun)
+
+    def _exited(self, session_id: int) -> None:
+        ends = self.keeper.ends.get(session_id)
+        if ends is not None:
+            self.loop.remove_reader(ends.pidfd)
+        self._watched.discard(session_id)
+        # What it had sent before counts; then it is gone for good.
+        if (connection := self.connections.get(session_id)) is not None:
+            connection.on_readable()
+            connection.close()
+        self.seen(session_id, fencing.Exited())
+
+    def seen(self, session_id: int, event: fencing.Event) -> None:
+        """Tell the decisions, and do what they say."""
+        self.holdings.seen(session_id, event, self.clock())
+        self.keeper.obey()
+        self.on_change()
+
+    def lost(self, connection: "Connection") -> None:
+        """A connection ended."""
+        self._open.discard(connection)
+        session = connection.session
+        if session is None or self.connections.get(session.session_id) is not connection:
+            return
+        del self.connections[session.session_id]
+        self.seen(session.session_id, fencing.ConnectionLost())
+        self.probe(session.session_id)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        for _ in range(CALLS_A_TURN):
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            sock.setblocking(False)
+            try:
+                caller = _caller(sock)
+            except OSError as error:
+                _log.warning("caller unknown", detail=str(error))
+                sock.close()
+                continue
+            self._open.add(Connection(self, sock, caller))
+
+
+class Connection:
+    """One process that calls."""
+
+    def __init__(self, owner: SessionChannel, sock: socket.socket, caller: Caller) -> None:
+        self._owner = owner
+        self._sock = sock
+        self._caller = caller
+        self._has_pidfd = True
+        self._task: asyncio.Task[None] | None = None
+        self.session: Session | None = None
+        owner.loop.add_reader(sock.fileno(), self.on_readable)
+
+    def close(self) -> None:
+        """End it. Idempotent."""
+        if self._sock.fileno() == -1:
+            return
+        self._owner.loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        if self._has_pidfd:
+            os.close(self._caller.pidfd)
+            self._has_pidfd = False
+        self._owner.lost(self)
+
+    def on_readable(self) -> None:
+        """Answer what has come."""
+        for _ in range(CALLS_A_TURN):
+            if self._task is not None or self._sock.fileno() == -1:
+                return
+            try:
+                request, fds = channel.receive(self._sock, wire.SessionRequest)
+            except BlockingIOError:
+                return
+            except ChannelClosed:
+                self.close()
+                return
+            channel.close_all(fds)
+            self._owner.num_calls += 1
+            if request.WhichOneof("kind") == "seal":
+                self._owner.loop.remove_reader(self._sock.fileno())
+                self._task = self._owner.loop.create_task(self._seal(request))
+                return
+            try:
+                answer = self._answer(request)
+            except UnbrokenError as error:
+                answer = _failed(error)
+            self._owner.keeper.obey()
+            self._owner.on_change()
+            self._send(answer)
+
+    def _send(self, answer: Answer) -> None:
+        response, fds, ours = answer
+        try:
+            channel.send(self._sock, response, fds)
+        except (ChannelClosed, UnbrokenError) as error:
+            _log.warning("client cut off", pid=self._caller.pid, detail=str(error))
+            self.close()
+        finally:
+            channel.close_all(ours)
+
+    async def _seal(self, request: wire.SessionRequest) -> None:
+        try:
+            self._bound(request)
+            answer = await self._seal_segment(request.seal)
+        except UnbrokenError as error:
+            answer = _failed(error)
+        except Exception:
+            _log.exception("sealing failed")
+            answer = _failed(UnbrokenError(Reason.INTERNAL, "sealing failed"))
+        self._task = None
+        self._owner.keeper.obey()
+        self._owner.on_change()
+        if self._sock.fileno() != -1:
+            self._owner.loop.add_reader(self._sock.fileno(), self.on_readable)
+            self._send(answer)
+
+    def _bound(self, request: wire.SessionRequest) -> Session:
+        self._owner.holdings.check_boot(request.boot_token)
+        if self.session is None:
+            raise UnbrokenError(Reason.PROTOCOL_VIOLATION, "expected bind first")
+        return self.session
+
+    def _answer(self, request: wire.SessionRequest) -> Answer:
+        kind = request.WhichOneof("kind")
+        if kind == "bind":
+            return self._bind(request.bind)
+        session, holdings = self._bound(request), self._owner.holdings
+        now = self._owner.clock()
+        match kind:
+            case "find":
+                found = holdings.store.find(session.peer.tenant, _keys(request.find.keys))
+                return _reply(found=wire.Found(num_blocks=len(found)))
+            case "get":
+                return self._get(session, request.get, now)
+            case "commit":
+                return self._commit(session, request.commit)
+            case "release_pin":
+                holdings.store.unpin(session.session_id, request.release_pin.pin_id)
+                return _DONE
+            case "reclaim":
+                slab = holdings.store.owned(session.session_id, request.reclaim.slab_id)
+                slots = holdings.store.reclaim(slab, min(request.reclaim.num_slots, SLOTS_MAX))
+                return _reply(reclaimed=wire.Reclaimed(slots=slots))
+            case "create":
+                return self._create(session, request.create)
+            case "open_slab":
+                return self._open_slab(session, request.open_slab)
+            case "freeze":
+                freeze = request.freeze
+                holdings.freeze_pool(session, freeze.name, freeze.epoch, freeze.layout)
+                return _DONE
+            case "attach":
+                version = holdings.attach_segment(
+                    session, request.attach.name, request.attach.version
+                )
+                fds = self._owner.keeper.read_only(version.slab_ids)
+                return self._granted(version, fds, fds)
+            case "adopt":
+                adopt = request.adopt
+                version = holdings.adopt_pool(
+                    session, adopt.name, adopt.expected_epoch, incarnation_now()
+                )
+                return self._granted(version, self._owner.keeper.writable(version.slab_ids), ())
+            case "release":
+                holdings.release_segment(session, request.release.name, request.release.version)
+                return _DONE
+            case "close_slab":
+                return self._close_slab(session, request.close_slab.slab_id)
+            case "report_corrupt":
+                return self._report(session, request.report_corrupt)
+            case _:
+                raise UnbrokenError(Reason.NOT_IMPLEMENTED, f"expected a known call, got {kind}")
+
+    def _bind(self, bind: wire.Bind) -> Answer:
+        owner, caller = self._owner, self._caller
+        if self.session is not None:
+            raise UnbrokenError(Reason.PROTOCOL_VIOLATION, "expected to be bound once")
+        if bind.protocol_version != PROTOCOL_VERSION:
+            raise InvalidField("protocol_version", f"{PROTOCOL_VERSION}", bind.protocol_version)
+        for name, text in (("client", bind.client), ("cohort", bind.cohort)):
+            if len(text) > 128:
+                raise InvalidField(name, "at most 128 characters", text)
+        if len(bind.tenant) > 128:
+            raise InvalidField("tenant", "at most 128 characters", bind.tenant)
+        if not owner.may_use(caller.uid, bind.tenant):
+            raise UnbrokenError(
+                Reason.NOT_PERMITTED, f"expected a user of tenant {bind.tenant!r}, got {caller.uid}"
+            )
+        peer = Peer(
+            bind.client,
+            bind.tenant,
+            caller.pid,
+            caller.uid,
+            bind.cohort,
+            bind.rank,
+            max(1, bind.num_ranks),
+        )
+        session = None
+        if bind.session_id:
+            if (old := owner.connections.get(bind.session_id)) is not None:
+                old.close()
+            session = owner.holdings.rebind(bind.session_id, peer, bind.secret, owner.clock())
+        is_resumed = session is not None
+        if session is None:
+            lifeline = make_lifeline(caller.pid)
+            try:
+                session = owner.holdings.bind(peer, secrets.token_bytes(16), incarnation_now())
+            except UnbrokenError:
+                os.close(lifeline)
+                raise
+            owner.keeper.ends[session.session_id] = Ends(lifeline, caller.pidfd)
+            self._has_pidfd = False
+        self.session = session
+        owner.connections[session.session_id] = self
+        owner.watch(session.session_id)
+        slabs = owner.holdings.store.owned_by(session.session_id)
+        for slab in slabs:
+            owner.holdings.records_read(slab, owner.keeper.read(slab))
+        bound = wire.Bound(
+            boot_token=owner.holdings.boot_token,
+            session_id=session.session_id,
+            secret=session.secret,
+            is_resumed=is_resumed,
+            slabs=[labels.slab_to_proto(slab) for slab in slabs],
+        )
+        return _reply((owner.keeper.ends[session.session_id].lifeline,), bound=bound)
+
+    def _create(self, session: Session, create: wire.CreateSegment) -> Answer:
+        owner = self._owner
+        _check_name(create.name)
+        try:
+            kind = SegmentClass(create.segment_class)
+        except ValueError:
+            raise InvalidField("segment_class", "a known class", create.segment_class) from None
+        version = owner.holdings.create_segment(
+            session, create.name, kind, create.slab_bytes, incarnation_now()
+        )
+        try:
+            owner.keeper.allocate(version.slab_ids, create.slab_bytes)
+        except UnbrokenError:
+            owner.holdings.release_segment(session, version.name, version.version)
+            raise
+        return self._granted(version, owner.keeper.writable(version.slab_ids), ())
+
+    def _open_slab(self, session: Session, wanted: wire.OpenSlab) -> Answer:
+        owner = self._owner
+        slab = owner.holdings.open_slab(
+            session, wanted.block_bytes, wanted.num_slots, incarnation_now()
+        )
+        try:
+            owner.keeper.allocate_store(slab)
+        except UnbrokenError:
+            owner.holdings.abandon_slab(slab)
+            raise
+        fds = (*owner.keeper.writable([slab.slab_id]), owner.keeper.table(slab.slab_id))
+        return _reply(fds, granted=wire.Granted(segment=labels.store_to_proto(slab)))
+
+    async def _seal_segment(self, seal: wire.SealSegment) -> Answer:
+        owner, session = self._owner, self.session
+        assert session is not None, "bound before"
+        version = owner.holdings.check_seal(
+            session, seal.name, seal.epoch, seal.checksums, seal.layout
+        )
+        if version.state is not State.SEALED:
+            if not owner.keeper.seal(version.slab_ids):
+                raise UnbrokenError(
+                    Reason.SEGMENT_BUSY, f"expected nobody to have {version} mapped for writing"
+                )
+            views = [owner.keeper.slab_view(slab_id) for slab_id in version.slab_ids]
+            for view, expected in zip(views, seal.checksums, strict=True):
+                seen = await asyncio.to_thread(records.checksum, view)
+                if seen != expected:
+                    owner.holdings.num_corrupt += 1
+                    raise UnbrokenError(
+                        Reason.CHECKSUM_MISMATCH,
+                        f"expected {expected:016x} in a slab of {version.name}, got {seen:016x}",
+                    )
+            owner.holdings.seal_segment(session, seal.name, seal.epoch, seal.checksums, seal.layout)
+        return _reply(
+            granted=wire.Granted(segment=labels.version_to_proto(owner.holdings, version))
+        )
+
+    def _commit(self, session: Session, commit: wire.CommitBlocks) -> Answer:
+        owner = self._owner
+        if len(commit.slots) > SLOTS_MAX:
+            raise InvalidField("slots", f"at most {SLOTS_MAX}", len(commit.slots))
+        free = owner.holdings.commit(
+            session,
+            commit.slab_id,
+            commit.slots,
+            lambda slot: owner.keeper.record(commit.slab_id, slot),
+        )
+        return _reply(committed=wire.Committed(free_slots=free))
+
+    def _get(self, session: Session, get: wire.GetBlocks, now: float) -> Answer:
+        owner = self._owner
+        ttl_s = get.ttl.ToTimedelta().total_seconds() if get.HasField("ttl") else PIN_S_MAX
+        pin, new = owner.holdings.get(session, _keys(get.keys), ttl_s, now)
+        if pin is None:
+            return _reply(pinned=wire.Pinned())
+        try:
+            fds = owner.keeper.read_only([slab.slab_id for slab in new]) if new else []
+        except UnbrokenError:
+            session.shown.difference_update(slab.slab_id for slab in new)
+            owner.holdings.store.unpin(session.session_id, pin.pin_id)
+            raise
+        blocks = pin.blocks
+        pinned = wire.Pinned(
+            pin_id=pin.pin_id,
+            slab_ids=[block.slab.slab_id for block in blocks],
+            slots=[block.slot for block in blocks],
+            generations=[block.generation for block in blocks],
+            checksums=[block.checksum for block in blocks],
+            num_tokens=[block.num_tokens for block in blocks],
+            new_slabs=[labels.slab_to_proto(slab) for slab in new],
+        )
+        return _reply(fds, fds, pinned=pinned)
+
+    def _close_slab(self, session: Session, slab_id: int) -> Answer:
+        owner = self._owner
+        owner.holdings.store.owned(session.session_id, slab_id)
+        if not owner.keeper.seal([slab_id]):
+            raise UnbrokenError(
+                Reason.SEGMENT_BUSY, f"expected nobody to have slab {slab_id} mapped for writing"
+            )
+        owner.holdings.close_slab(session, slab_id)
+        return _DONE
+
+    def _report(self, session: Session, report: wire.ReportCorrupt) -> Answer:
+        owner = self._owner
+        slab = owner.holdings.store.get_slab(report.slab_id)
+        block = None if slab is None else slab.blocks.get(report.slot)
+        if slab is None or block is None or slab.tenant != session.peer.tenant:
+            return _DONE
+        if block.generation != report.generation:
+            return _DONE
+        if records.checksum(owner.keeper.block_view(block)) != block.checksum:
+            _log.error("block corrupt", slab=report.slab_id, slot=report.slot, where="get")
+            owner.holdings.block_corrupt(report.slab_id, report.slot, report.generation)
+        return _DONE
+
+    def _granted(self, version: Version, fds: Sequence[int], ours: Sequence[int]) -> Answer:
+        segment = labels.version_to_proto(self._owner.holdings, version)
+        return _reply(fds, ours, granted=wire.Granted(segment=segment))
+
+
+def _reply(
+    fds: Sequence[int] = (),
+    ours: Sequence[int] = (),
+    *,
+    bound: wire.Bound | None = None,
+    granted: wire.Granted | None = None,
+    committed: wire.Committed | None = None,
+    found: wire.Found | None = None,
+    pinned: wire.Pinned | None = None,
+    reclaimed: wire.Reclaimed | None = None,
+) -> Answer:
+    response = wire.SessionResponse(
+        bound=bound,
+        granted=granted,
+        committed=committed,
+        found=found,
+        pinned=pinned,
+        reclaimed=reclaimed,
+    )
+    return response, fds, ours
+
+
+_DONE: Final[Answer] = (wire.SessionResponse(done=wire.Done()), (), ())
+
+
+def _failed(error: UnbrokenError) -> Answer:
+    told = wire.SessionError(
+        reason=error.reason.value, detail=error.detail[:1000], metadata=error.metadata
+    )
+    if error.retry_after_s is not None:
+        told.retry_after.FromMilliseconds(max(1, round(error.retry_after_s * 1000)))
+    return wire.SessionResponse(error=told), (), ()
+
+
+def _keys(data: bytes) -> list[bytes]:
+    try:
+        split = keys.split(data)
+    except ValueError as error:
+        raise InvalidField("keys", f"{error}", len(data)) from error
+    if len(split) > KEYS_MAX:
+        raise InvalidField("keys", f"at most {KEYS_MAX}", len(split))
+    return split
+
+
+def _check_name(name: str) -> None:
+    allowed = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._/-")
+    if not 1 <= len(name) <= 200 or not set(name) <= allowed:
+        raise InvalidField("name", f"a text matching {NAME}", name)
+
+
+def _caller(sock: socket.socket) -> Caller:
+    """Who connected. Raises OSError, such as when it is gone already."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(data)
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        pidfd = os.pidfd_open(pid)  # Before Linux 6.5.
+    return Caller(pid, uid, pidfd)
