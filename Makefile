@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie recovery storm frontend-loss cancels bench bench-edge bench-peers bench-idle bench-relay-hop lock clean
+.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie memory-proof recovery storm frontend-loss cancels bench bench-edge bench-peers bench-idle bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -64,6 +64,9 @@ soak: .venv/.dev ## Half an hour of hard conditions: no healthy worker is taken 
 
 zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothing held, soon in service
 	$(BIN)/python -m benchmarks.zombie
+
+memory-proof: .venv/.dev ## Memory survives engines, its service and its vault: 20,000 kills (or KILLS=1000)
+	$(BIN)/python -m tests.memory_service.proof $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 recovery: .venv/.dev ## How long a stream stands still when its worker is killed
 	$(BIN)/python -m benchmarks.recovery

@@ -60,6 +60,8 @@ class StoreSlab:
     state: SlabState = SlabState.OPEN
     blocks: dict[int, Block] = field(default_factory=dict[int, Block])
     """By slot."""
+    dropped: dict[int, Block] = field(default_factory=dict[int, Block])
+    """By slot, blocks whose bytes were wrong: their owner does not know that the slot is free."""
 
     @property
     def size_bytes(self) -> int:
@@ -155,6 +157,7 @@ class BlockStore:
         free: list[int] = []
         for slot, record in records:
             assert 0 <= slot < slab.num_slots, "checked by the caller"
+            slab.dropped.pop(slot, None)
             old = slab.blocks.get(slot)
             if record is None or record.state is not RecordState.COMMITTED:
                 if old is not None:
@@ -239,12 +242,16 @@ class BlockStore:
     def reclaim(self, slab: StoreSlab, num_slots: int) -> list[int]:
         """Forget blocks of an open slab, never pinned ones: its owner may overwrite them."""
         assert slab.state is SlabState.OPEN, "checked by the caller"
+        slots = [slot for slot, block in slab.dropped.items() if not block.num_pins][:num_slots]
+        for slot in slots:
+            del slab.dropped[slot]
         idle = [block for block in slab.blocks.values() if not block.num_pins]
-        oldest = heapq.nsmallest(num_slots, idle, key=lambda block: block.last_used)
-        for block in oldest:
+        left = num_slots - len(slots)
+        for block in heapq.nsmallest(left, idle, key=lambda block: block.last_used):
             self._forget(block)
-        self.num_evicted += len(oldest)
-        return [block.slot for block in oldest]
+            self.num_evicted += 1
+            slots.append(block.slot)
+        return slots
 
     def drop(self, slab_id: int, slot: int, generation: int) -> bool:
         """Forget a block whose bytes are wrong; whether it was there."""
@@ -253,6 +260,8 @@ class BlockStore:
         if slab is None or block is None or block.generation != generation:
             return False
         self._forget(block)
+        if slab.state is SlabState.OPEN:
+            slab.dropped[slot] = block
         self._free_if_empty(slab)
         return True
 
@@ -289,6 +298,7 @@ class BlockStore:
         for slab in self._slabs.values():
             assert (slab.state is SlabState.OPEN) == (slab.owner != 0), "who writes"
             assert slab.state is SlabState.OPEN or slab.blocks, "kept for its blocks"
+            assert not slab.dropped.keys() & slab.blocks.keys(), "a slot has one block"
             for slot, block in slab.blocks.items():
                 num_blocks += 1
                 assert 0 <= slot < slab.num_slots

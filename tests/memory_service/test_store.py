@@ -120,6 +120,18 @@ def test_sealed_slabs_are_evicted_whole_the_least_used_first_and_never_a_pinned_
     store.check()
 
 
+def test_the_slot_of_a_block_that_was_wrong_can_be_overwritten_once_nobody_reads_it() -> None:
+    store, slab = store_with(1, 2)
+    pin = store.pin(9, "t", keys(1), 10.0)
+    assert pin is not None
+    assert store.drop(1, 0, generation=1)
+    assert store.reclaim(slab, 4) == [1]
+    store.unpin(9, pin.pin_id)
+    assert store.reclaim(slab, 4) == [0]
+    assert store.reclaim(slab, 4) == []
+    store.check()
+
+
 def test_a_sealed_slab_without_a_block_is_freed() -> None:
     store, slab = store_with(1)
     store.seal(slab)

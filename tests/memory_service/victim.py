@@ -152,7 +152,7 @@ def victim(socket: Path, wanted: dict[str, Any], output: int) -> None:
     say("session", client.session_id)
     SCENARIOS[wanted["scenario"]](client, wanted["seed"], say)
     sys.settrace(None)
-    say("done")
+    say("done", lines)
 
 
 def serve(socket: Path) -> None:
