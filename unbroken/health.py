@@ -39,6 +39,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         for changed in self.watchers:
             changed.set()
 
+    def is_serving(self, service: str) -> bool | None:
+        """Whether it takes work; None if it is not known. From any thread."""
+        status = self._statuses.get(service)
+        return None if status is None else status == _SERVING
+
     def set_all(self, *, is_serving: bool) -> None:
         """Say whether the process and all its services take work."""
         for service in list(self._statuses):

@@ -23,6 +23,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
+from unbroken.probes import Probes
+
 SECONDS_BUCKETS: Final = tuple(
     round(base * 10.0**exponent, 9) for exponent in range(-4, 2) for base in (1, 2, 5)
 )
@@ -70,10 +72,19 @@ def new_registry() -> CollectorRegistry:
     return registry
 
 
-def serve(registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> MetricsServer:
-    """Serve `registry` at http://host:port/metrics; port 0 lets the kernel choose.
+def serve(
+    registry: CollectorRegistry,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    probes: Probes | None = None,
+) -> MetricsServer:
+    """Serve `registry` at http://host:port/metrics, and `probes`; port 0 lets the kernel choose.
 
     Raises OSError if the address is taken.
     """
     server, thread = start_http_server(port, addr=host, registry=registry)
+    application = server.get_app()
+    if probes is not None and application is not None:
+        server.set_app(probes.before(application))
     return MetricsServer(server, thread, host)
