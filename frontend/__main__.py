@@ -1,7 +1,6 @@
-"""`python -m frontend`: exits with 0 after SIGTERM, with 1 if it cannot start.
+"""`python -m frontend`: exits with a status of `drain.ExitStatus`, as docs/OPERATIONS.md says.
 
-With several processes also with 1 if one of them did not stop in order, and with 3 if each crashes
-in a loop.
+With several processes also with 3 if each crashes in a loop.
 """
 
 import sys
@@ -9,6 +8,7 @@ import sys
 import uvloop
 
 from frontend.config import FrontendConfig
+from frontend.drain import ExitStatus
 from frontend.processes import parent
 from frontend.service import serve
 from unbroken import log
@@ -31,10 +31,10 @@ def main() -> None:
     try:
         if config.processes > 1:
             sys.exit(uvloop.run(parent.serve(config, sys.argv[1:])))
-        uvloop.run(serve(config))
+        sys.exit(uvloop.run(serve(config)))
     except (OSError, UnbrokenError) as error:
         logger.error("frontend cannot start", detail=str(error))
-        sys.exit(1)
+        sys.exit(ExitStatus.FAILED)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """AdminService: what operators ask of a frontend."""
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
 import grpc.aio
 from typing_extensions import override
 
+from frontend import drain
 from frontend.busy import Shedder
+from frontend.draining import Draining, budget_of
 from frontend.holdings import FrontendHoldings
 from frontend.links import Links
 from frontend.mesh_view import LinkState, MeshView, Worker
@@ -34,6 +36,7 @@ class Admin(pb_grpc.AdminServiceServicer):
         thresholds: MeshThresholds,
         identity: FrontendIdentity,
         held: FrontendHoldings,
+        draining: Draining,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -44,6 +47,7 @@ class Admin(pb_grpc.AdminServiceServicer):
         self._thresholds = thresholds
         self._identity = identity
         self._held = held
+        self.draining = draining
         self._clock = clock
 
     @override
@@ -78,6 +82,15 @@ class Admin(pb_grpc.AdminServiceServicer):
             listed_max=holdings.listed_max(request.holdings_max),
         )
         return pb.GetLedgerResponse(processes=[own])
+
+    @override
+    async def DrainFrontend(
+        self, request: pb.DrainFrontendRequest, context: _Context
+    ) -> AsyncIterator[pb.DrainFrontendResponse]:
+        budget_s = budget_of(request, self.draining.frontend_id)
+        self.draining.tell(drain.Asked(budget_s))
+        async for response in self.draining.progress(context):
+            yield response
 
     def _info(self, worker: Worker) -> pb.WorkerInfo:
         info = pb.WorkerInfo(

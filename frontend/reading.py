@@ -247,6 +247,7 @@ class Reader:
     __slots__ = (
         "_delivered",
         "_is_first",
+        "_is_noticed",
         "_is_started",
         "_leaving",
         "_news",
@@ -282,6 +283,8 @@ class Reader:
         self._number = request.take_over(on_news)
         self._is_first = self._number == 1
         self._is_started = False
+        self._is_noticed = False
+        """It has told of the drain."""
         self._on_news = on_news
         self._news = request.news
         self._only: Stream | None = None
@@ -352,6 +355,9 @@ class Reader:
         if not self._is_started:
             self._is_started = True
             found.append(self._readers.started(request, self._tokens.newest()))
+        if request.cut_at is not None and not self._is_noticed:
+            self._is_noticed = True
+            found.append(_drain_notice(request.cut_at - self._readers.now()))
         is_done = False  # Whether what follows is all there is.
         if request.has_done_choice:
             request.fail_together()
@@ -373,9 +379,12 @@ class Reader:
             token = b""
             self._leaving.append((choice, len(piece.token_ids), commands))
         if is_done:
-            if not request.is_handed_over:
+            error = request.error
+            # What another owner has taken is not over, and he has the last word.
+            is_elsewhere = error is not None and error.reason is Reason.FENCED
+            if not (request.is_handed_over or is_elsewhere):
                 found.append(pb.GenerateResponse(finished=request.finished()))
-            self._end(request.error)
+            self._end(error)
         elif token:
             found.append(pb.GenerateResponse(resume_token=token))
         return found
@@ -429,6 +438,12 @@ class _Tokens:
         if request.num_moves == self._num_moves and not self._readers.is_due(self._minting):
             return b""
         return self.newest()
+
+
+def _drain_notice(budget_left_s: float) -> pb.GenerateResponse:
+    response = pb.GenerateResponse()
+    response.drain_notice.budget_left.FromNanoseconds(max(0, round(budget_left_s * 1e9)))
+    return response
 
 
 def _raisable(error: UnbrokenError) -> UnbrokenError:

@@ -6,7 +6,7 @@ import binascii
 import heapq
 import itertools
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -73,6 +73,8 @@ class Request:
         """It has ended, and is counted."""
         self.is_handed_over = False
         """It has ended here only."""
+        self.cut_at: float | None = None
+        """When it will be, monotonic seconds: its reader is asked to read on elsewhere."""
         self.resolved = resume_token.Resolved(
             tenant=envelope.tenant,
             request_id=envelope.request_id,
@@ -281,6 +283,12 @@ class Request:
             if choice.stream.state is not machine.State.RUNNING:
                 choice.obey(choice.stream.cancelled(error))
 
+    def ask_to_move(self, cut_at: float) -> None:
+        """Tell its reader that this frontend stops, at `cut_at` at the latest."""
+        self.cut_at = cut_at
+        self.news.is_to_be_polled = True
+        self.news.set()
+
     def has_sent(self, choice: Choice) -> None:
         """Output of the choice went to the client."""
         soft_from = self._soft_from.get(choice)
@@ -426,9 +434,10 @@ class Requests:
         self._lineage = Lineage()
         self._entrants: dict[Entrant, None] = {}
         self._last_sequence = 0
-        self._empty = asyncio.Event()
-        """Set while nothing runs."""
-        self._empty.set()
+        self._untold: deque[Request] = deque()
+        """Those that are to be asked to move, some of which may have ended."""
+        self.on_end: list[Callable[[Request], None]] = []
+        """Called with each that has ended."""
 
     @property
     def num_running(self) -> int:
@@ -492,7 +501,6 @@ class Requests:
         request.sequence = request.admitted_at_ns = self._last_sequence
         self._running[request.key] = request
         self._forget_complete(request.key)
-        self._empty.clear()
 
     def remove(self, request: Request) -> None:
         """A request ended; it stays known for a while."""
@@ -506,17 +514,8 @@ class Requests:
         self._release(request.key)
         self._lineage.leave(request.member, now)
         self._prune()
-        if not self._running:
-            self._empty.set()
-
-    async def until_none(self, timeout_s: float) -> bool:
-        """Wait until nothing runs; False if something still does after `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._empty.wait()
-        except TimeoutError:
-            return False
-        return True
+        for callback in self.on_end:
+            callback(request)
 
     @contextmanager
     def entering(self, envelope: Envelope, arrived_at: float) -> Generator[Entrant]:
@@ -559,6 +558,23 @@ class Requests:
         """End everything that runs here; whoever resumes it elsewhere finds it at its workers."""
         for request in list(self._running.values()):
             request.hand_over(error)
+
+    def begin_to_move(self) -> None:
+        """All that runs is to be asked to move, by `ask_to_move`. No request may be added later."""
+        self._untold.extend(self._running.values())
+
+    @property
+    def num_untold(self) -> int:
+        """How many have not been asked, at most."""
+        return len(self._untold)
+
+    def ask_to_move(self, num_requests: int, cut_at: float) -> None:
+        """Ask so many more."""
+        while num_requests > 0 and self._untold:
+            request = self._untold.popleft()
+            if not request.is_settled:
+                num_requests -= 1
+                request.ask_to_move(cut_at)
 
     def get(self, request_id: str, *, tenant: str) -> pb.StreamInfo:
         """The newest request of that name, of any tenant unless one is named.

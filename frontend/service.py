@@ -7,13 +7,18 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from random import SystemRandom
 
-from frontend import resume_keys
+from typing_extensions import override
+
+from frontend import drain, resume_keys
 from frontend.admin import Admin
 from frontend.admission_queue import QueueLimits
 from frontend.config import FrontendConfig
 from frontend.dispatch import Choice, Dispatcher
+from frontend.drain import Drain, ExitStatus
+from frontend.draining import Draining, Leaving
 from frontend.edge.native import NativeEdge
 from frontend.failure_detector import DetectorLimits
 from frontend.gateway import Gateway, GatewayLimits, Inference
@@ -40,6 +45,7 @@ from unbroken.discovery import FRONTENDS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import add_health
 from unbroken.outcome import ContinuationPolicy, FailureKind
+from unbroken.probes import Probes
 from unbroken.status import Trailers
 from unbroken.thresholds import Thresholds
 from unbroken.transport import Keepalive, listen, make_server
@@ -47,13 +53,14 @@ from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc, work
 
 INFERENCE_SERVICE = "unbroken.v1.InferenceService"
 ADMIN_SERVICE = "unbroken.v1.AdminService"
-CANCELLED_GRACE_S = 1.0
-"""How long clients may take to read the end of a stream that the shutdown cut."""
+DRAIN_CALL = "/unbroken.v1.AdminService/DrainFrontend"
+TOLD_S = 1.0
+"""How long who asked for a drain may take to read that it is over."""
 
 _log = log.get_logger(__name__)
 
 
-class Frontend:
+class Frontend(Leaving):
     """One life of a frontend, from `start` to `stop`."""
 
     def __init__(
@@ -82,9 +89,9 @@ class Frontend:
         """What serves clients instead of grpcio, if something does; once started."""
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: Registration[worker_pb2.FrontendRecord] | None = None
-        self._following: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
-        self._tuning: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._leaving: list[asyncio.Task[None]] = []
+        """What was begun because it drains."""
 
     async def start(self) -> None:
         """Serve, then join the mesh. Raises OSError if an address is taken."""
@@ -224,6 +231,15 @@ class Frontend:
             trailers=trailers,
         )
         served: Inference = self._gateway
+        self.draining = Draining(
+            Drain(config.shutdown_grace_s),
+            config.frontend_id
+            if family is None
+            else config.frontend_id.removesuffix(f".{family.place.number}"),
+            self.requests,
+            self,
+            clock=self._clock,
+        )
         thresholds = MeshThresholds(self._discovery, self.mesh, dispatcher.shedder)
         thresholds.on_change.append(dispatcher.thresholds_changed)
         admin = served_admin = Admin(
@@ -234,15 +250,20 @@ class Frontend:
             thresholds,
             identity,
             FrontendHoldings(self.requests, self._gateway.readers, dispatcher, self._links),
+            self.draining,
             clock=self._clock,
         )
         if family is not None:
             served, served_admin = family.whole(self._gateway), family.whole_admin(admin)
+            family.on_less_passed_on(self.draining.look)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
             GrpcioEdge(served), self._server
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(served_admin, self._server)
         self.health = add_health(self._server, [INFERENCE_SERVICE, ADMIN_SERVICE])
+        self.health.set("startup", is_serving=False)
+        self.health.set("liveness", is_serving=True)
+        probes = Probes(self.health)
         if config.edge == "native":
             self.edge = NativeEdge.before(
                 self._server,
@@ -257,7 +278,7 @@ class Frontend:
             self.address = listen(self._server, config.listen, tls=config.tls)
         if config.metrics_listen is not None and family is None:
             host, port = split_address(config.metrics_listen)
-            self._metrics_server = metrics.serve(self.registry, host, port)
+            self._metrics_server = metrics.serve(self.registry, host, port, probes=probes)
         await self._server.start()
         if family is not None:
             await family.start(self._gateway, admin, self.requests, self.registry)
@@ -265,42 +286,39 @@ class Frontend:
         elif self.edge is not None:
             self.address = await self.edge.start(config.listen)
         self.health.set_all(is_serving=True)
-        for name in ("readiness", "liveness"):
+        for name in ("startup", "readiness"):
             self.health.set(name, is_serving=True)
         self.mesh.on_change.append(self._tell_models)
-        self._following = asyncio.create_task(
-            self._links.follow(self._discovery), name="follow discovery"
-        )
-        self._watching = asyncio.create_task(self._watch.run(), name="watch outliers")
-        self._tuning = asyncio.create_task(thresholds.run(), name="follow thresholds")
+        self._tasks = [
+            asyncio.create_task(self._links.follow(self._discovery), name="follow discovery"),
+            asyncio.create_task(self._watch.run(), name="watch outliers"),
+            asyncio.create_task(thresholds.run(), name="follow thresholds"),
+            asyncio.create_task(self.draining.follow(), name="follow drain"),
+            asyncio.create_task(probes.run(), name="signs of life"),
+        ]
         self._registration = await self._discovery.register(FRONTENDS, self._record(identity))
+        if self.is_draining:
+            await self._registration.close()
         if family is not None:
             family.receive(self._take)
         _log.info("frontend serves", address=self.address, incarnation=incarnation)
 
+    @property
+    def has_started(self) -> bool:
+        return bool(self._tasks)
+
     async def wait(self) -> None:
         """Until it cannot go on: raises what ended it. Only a bug does."""
-        assert self._following is not None, "started before"
-        assert self._watching is not None, "started before"
-        assert self._tuning is not None, "started before"
-        tasks = (self._following, self._watching, self._tuning)
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert self.has_started, "started before"
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Take nothing new, let running streams finish for a while, end the rest. Idempotent."""
-        self.is_draining = True
-        self._gateway.drain()
-        if self.edge is not None:
-            self.edge.drain()
-        self.health.set_all(is_serving=False)
-        self.health.set("liveness", is_serving=True)
-        if self._registration is not None:
-            await self._registration.close()
-        if not await self._until_none(grace_s):
-            self.cut_short()
-            await self._until_none(CANCELLED_GRACE_S)
+        """Drain within so long, if it does not sooner, and close everything. Idempotent."""
+        self.draining.tell(drain.Asked(grace_s))
+        await self.draining.stop_wanted.wait()
+        await self._until_told()
         if self._family is not None:
             self._family.end_passed_on()
         await self._gateway.close()
@@ -309,10 +327,10 @@ class Frontend:
         if self._family is not None:
             await self._family.stop()
         await self._server.stop(None)
-        for task in (self._following, self._watching, self._tuning):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*self._leaving)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._watch.close()
         self._quarantine.close()
         self._dispatcher.close()
@@ -322,20 +340,42 @@ class Frontend:
             self._metrics_server = None
         _log.info("frontend stopped")
 
-    def cut_short(self) -> None:
-        """End all running streams; their clients are told why."""
-        self.requests.hand_over_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
-        if self._family is not None:  # Siblings say the same of theirs, if they answer.
-            asyncio.get_running_loop().call_later(CANCELLED_GRACE_S, self._family.end_passed_on)
+    # What a drain does.
 
-    async def _until_none(self, timeout_s: float) -> bool:
-        """Wait until no client of this process is served any more; False if one still is."""
-        give_up_at = time.monotonic() + timeout_s
-        has_ended = await self.requests.until_none(timeout_s)
-        if self._family is not None:  # What a sibling has goes on as long as what is here.
-            left_s = max(0.0, give_up_at - time.monotonic())
-            has_ended = await self._family.until_none(left_s) and has_ended
-        return has_ended
+    @override
+    def leave(self) -> None:
+        self.is_draining = True
+        self._gateway.drain()
+        if self.edge is not None:
+            self.edge.drain()
+        self.health.set_all(is_serving=False)
+        for name in ("startup", "liveness"):
+            self.health.set(name, is_serving=True)
+        if self._registration is not None:
+            self._leaving.append(asyncio.create_task(self._registration.close()))
+        _log.info("frontend drains", requests=self.requests.num_running)
+
+    @override
+    def go_away(self, within_s: float) -> None:
+        if self.edge is None:  # The native edge has said so, and answers who comes all the same.
+            self._leaving.append(asyncio.create_task(self._server.stop(within_s)))
+
+    @override
+    def cut_short(self) -> None:
+        self.requests.hand_over_all(UnbrokenError(Reason.DRAINING, "the frontend stops"))
+
+    @override
+    def num_elsewhere(self) -> int:
+        return 0 if self._family is None else self._family.num_waited_for
+
+    async def _until_told(self) -> None:
+        """Wait until who asked for the drain has been told that it is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TOLD_S):
+                while not self.draining.is_told or (  # noqa: ASYNC110 - Rare.
+                    self.edge is not None and self.edge.is_called(DRAIN_CALL)
+                ):
+                    await asyncio.sleep(0.005)
 
     async def _take(self, connection: socket.socket) -> asyncio.Future[None]:
         """Serve a connection that the parent accepted; what is done when it is closed."""
@@ -369,42 +409,51 @@ async def serve(
     *,
     place: Place | None = None,
     on_ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Run a frontend until SIGTERM or SIGINT; a second signal cuts the streams short.
+) -> int:
+    """Run a frontend until it has drained; returns its exit status (`drain.ExitStatus`).
 
-    One of several processes may get SIGTERM from its parent and from systemd, which sends it to
-    all: there only SIGINT means a second signal.
+    SIGTERM and SIGINT begin a drain, a second one ends it. One of several processes may get SIGTERM
+    from its parent and from systemd, which sends it to all: there only SIGINT means a second one.
     """
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
-    again = asyncio.Event()
+    hurry = asyncio.Event()
+    frontend = Frontend(config, place=place)
 
     def receive(number: signal.Signals) -> None:
-        is_second = signalled.is_set() if place is None else number is signal.SIGINT
+        is_again = signalled.is_set() if place is None else number is signal.SIGINT
         signalled.set()
-        if is_second:
-            again.set()
+        if is_again:
+            hurry.set()
+        if frontend.has_started:
+            frontend.draining.tell(drain.Signalled(is_again=is_again))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, receive, number)
-    frontend = Frontend(config, place=place)
-    await frontend.start()
+    starting = asyncio.create_task(frontend.start())
+    in_a_hurry = asyncio.create_task(hurry.wait())
+    try:
+        await asyncio.wait({starting, in_a_hurry}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        in_a_hurry.cancel()
+    if not starting.done():  # It has served nobody.
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return ExitStatus.CUT_SHORT
+    starting.result()
     on_ready()
     # What the start made lives as long as the process. A full collection that looks at it takes
     # 10 to 20 ms, in which every stream would stand still.
     gc.collect()
     gc.freeze()
-    asked = asyncio.create_task(signalled.wait())
+    if signalled.is_set():
+        frontend.draining.tell(drain.Signalled(is_again=hurry.is_set()))
+    asked = asyncio.create_task(frontend.draining.stop_wanted.wait())
     life = asyncio.create_task(frontend.wait())
     await asyncio.wait({asked, life}, return_when=asyncio.FIRST_COMPLETED)
     if life.done():
         life.result()  # Nobody would tell it of new workers any more.
     life.cancel()
-    _log.info("frontend is asked to stop", grace_s=config.shutdown_grace_s)
-    stopping = asyncio.create_task(frontend.stop(config.shutdown_grace_s))
-    hurry = asyncio.create_task(again.wait())
-    await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
-    if not stopping.done():
-        frontend.cut_short()
-    hurry.cancel()
-    await stopping
+    asked.cancel()
+    await frontend.stop()
+    return frontend.draining.drain.exit_status

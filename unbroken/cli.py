@@ -30,7 +30,7 @@ from unbroken.chaos.play import play as play_faults
 from unbroken.chaos.schedule import ScheduleError, from_lines, plan, to_lines
 from unbroken.client import Client, GenerateOptions
 from unbroken.demo import play
-from unbroken.drain import drain_worker
+from unbroken.drain import drain_frontend, drain_worker
 from unbroken.engine_command import recognise
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.holdings import LISTED_DEFAULT, LISTED_MAX, num_held
@@ -460,39 +460,49 @@ def kill(
 
 @app.command()
 def drain(
-    worker: Annotated[str, typer.Argument(help="Name of the worker.")],
+    name: Annotated[str, typer.Argument(help="Name of a worker or a frontend.")],
     policy: Annotated[
         DrainPolicy | None,
-        typer.Option(help="What becomes of its streams, if not what it is configured for."),
+        typer.Option(help="What becomes of a worker's streams, if not as it is configured."),
     ] = None,
     budget_s: Annotated[
         float | None,
-        typer.Option(min=0, max=86_400, help="With budget: seconds until they are handed over."),
+        typer.Option(
+            min=0,
+            max=86_400,
+            help="Seconds until they are handed over; of a frontend, until they are cut.",
+        ),
     ] = None,
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Take a worker out of service without hurting a stream; ends when it has left the mesh."""
-    if budget_s is not None and policy is not DrainPolicy.BUDGET:
-        raise typer.BadParameter("--budget-s belongs to --policy budget")
+    """Take a worker or a frontend out of service, hurting no stream; ends when it has left."""
 
     async def scenario() -> None:
+        where = discovery.connect(directory)
+        if name in await where.snapshot(discovery.FRONTENDS):
+            if policy is not None:
+                raise typer.BadParameter(f"--policy is for workers, and {name} is a frontend")
+            await _drain_frontend(where, name, budget_s, output)
+            return
+        if budget_s is not None and policy is not DrainPolicy.BUDGET:
+            raise typer.BadParameter("--budget-s belongs to --policy budget")
         drained = await drain_worker(
-            discovery.connect(directory),
-            worker,
+            where,
+            name,
             policy=_drain_policy_to_proto(policy),
             budget_s=budget_s,
-            tell=terminal.DrainNotes(worker),
+            tell=terminal.DrainNotes(name),
         )
         facts = {
-            "worker": worker,
+            "worker": name,
             "incarnation": drained.incarnation,
             "finished": drained.num_finished,
             "handed_over": drained.num_handed_over,
             "took_s": round(drained.took_s, 3),
         }
         text = (
-            f"drained {worker}: {drained.num_finished} streams finished there, "
+            f"drained {name}: {drained.num_finished} streams finished there, "
             f"{drained.num_handed_over} were handed over"
         )
         terminal.show_result(output, facts, text)
@@ -641,6 +651,27 @@ async def _up(mesh: LocalMesh, output: Output, *, is_supervised: bool) -> None:
                     raise MeshError("no frontend is left")
     except asyncio.CancelledError:
         terminal.note("stopped")
+
+
+async def _drain_frontend(
+    where: discovery.Discovery, name: str, budget_s: float | None, output: Output
+) -> None:
+    drained = await drain_frontend(
+        where, name, budget_s=budget_s, tls=_tls.get(), tell=terminal.FrontendDrainNotes(name)
+    )
+    facts = {
+        "frontend": name,
+        "incarnation": drained.incarnation,
+        "finished": drained.num_finished,
+        "moved": drained.num_moved,
+        "cut": drained.num_cut,
+        "took_s": round(drained.took_s, 3),
+    }
+    text = (
+        f"drained {name}: {drained.num_finished} requests finished there, "
+        f"{drained.num_moved} went on elsewhere, {drained.num_cut} were cut"
+    )
+    terminal.show_result(output, facts, text)
 
 
 def _cancel_once(task: asyncio.Task[Any]) -> None:

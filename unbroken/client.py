@@ -16,11 +16,12 @@ import random
 import time
 import uuid
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -34,6 +35,7 @@ from unbroken.outcome import FinishReason
 from unbroken.received import Received
 from unbroken.request import GenerateOptions, request_to_proto
 from unbroken.resumption import ResumeBudget, ResumePolicy, Resumption
+from unbroken.successor import Successor
 from unbroken.tls import ClientTls
 from unbroken.transport import CLIENT_KEEPALIVE, Keepalive
 from unbroken.v1 import admin_service_pb2 as admin_pb
@@ -51,6 +53,10 @@ if TYPE_CHECKING:  # Generic classes in the stubs only.
 CALL_TIMEOUT_S: Final = 10.0
 """Deadline of calls other than `generate`."""
 
+MOVE_PAUSE_S: Final = 0.25
+"""Before a stream whose frontend drains tries again to go on elsewhere, longer each time."""
+_MOVED: Final = frozenset({Reason.FENCED, Reason.DRAINING, Reason.UNREACHABLE})
+"""How a call may end that another one of ours is about to take over."""
 _STREAMS_PAGE_SIZE: Final = 1000
 _CANCELS_AT_ONCE: Final = 32
 """Requests of one tree, at each frontend."""
@@ -133,6 +139,15 @@ class GenerationStream:
         """A seam after which nothing has come yet."""
         self._heard_at = 0.0
         self._error: UnbrokenError | None = None
+        self._successor: Successor | None = None
+        self._reading: asyncio.Task[object] | None = None
+        """Waits for the next message while a successor is waited for, too."""
+        self._ahead: deque[pb.GenerateResponse] = deque()
+        """Messages that came before they were wanted."""
+        self._num_moves_failed = 0
+        """At this frontend, which drains,"""
+        self._move_at: float | None = None
+        """and when to try the next."""
 
     @property
     def started(self) -> pb.StreamStarted | None:
@@ -171,8 +186,7 @@ class GenerationStream:
         """Stop reading, and let the frontend know. Idempotent; also while it is being read."""
         was_over, self._is_over = self._is_over, True
         self._interrupted.set()
-        if self._call is not None:
-            self._call.cancel()
+        self._abandon()
         if not was_over and self.started is not None and self._request.HasField("reader_grace"):
             # A reader that merely leaves is waited for; only this ends the generation.
             with suppress(UnbrokenError):
@@ -226,13 +240,15 @@ class GenerationStream:
                 if self._is_over:
                     return None
                 self._call = await self._begin_call()
-            message = await self._call.read()
+            message = await self._next(self._call)
             if message is grpc.aio.EOF:
                 self._call_ended(None)
                 return None
             response: pb.GenerateResponse = (
                 message.response if isinstance(message, pb.ResumeResponse) else message  # pyright: ignore[reportAssignmentType]
             )
+            if self._received.has_overlap:
+                response = self._received.without_overlap(response)
             self._take(response)
         except grpc.RpcError as error:
             self._call_ended(status.from_rpc_error(error))
@@ -286,9 +302,89 @@ class GenerationStream:
         way.has_started = True
         way.has_token = bool(received.resume_token)
         way.is_finished = is_end
+        if is_end:
+            self._close_successor()
+        elif response.HasField("drain_notice"):
+            way.drains(self._frontend)
+            self._move()
+
+    async def _next(self, call: "_Call") -> object:
+        """The next message, or `EOF`; of the successor's call once that has output."""
+        if self._ahead:
+            return self._ahead.popleft()
+        if self._move_at is not None and time.monotonic() >= self._move_at:
+            self._move()
+        if self._successor is None and self._reading is None:
+            return await call.read()
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(call.read())
+            self._reading.add_done_callback(_seen)
+        if self._successor is not None:
+            waits: set[asyncio.Task[Any]] = {self._reading, self._successor.began}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self._has_moved(self._successor):
+                return self._ahead.popleft()
+        reading, self._reading = self._reading, None
+        try:
+            return await reading
+        except grpc.RpcError as error:
+            successor = self._successor
+            if successor is None or status.from_rpc_error(error).reason not in _MOVED:
+                raise
+            # It has been taken over there, or will be.
+            await asyncio.wait({successor.began})
+            if not self._has_moved(successor):
+                raise
+            return self._ahead.popleft()
+
+    def _move(self) -> None:
+        """Ask another frontend for the stream, and read on at this one meanwhile."""
+        self._move_at = None
+        way = self._resumption
+        if self._successor is not None or not way.can_move():
+            return
+        frontend = way.choose(self._frontends.readiness())
+        if frontend == self._frontend:
+            return
+        left_s = None if way.deadline_at is None else way.deadline_at - time.monotonic()
+        asked = self._received.resume_request()
+        call = self._frontends.stub(frontend).Resume(asked, timeout=left_s)
+        self._successor = Successor(call, frontend, asked)
+
+    def _has_moved(self, successor: Successor) -> bool:
+        """Whether the successor has output, so that the stream goes on by its call from here."""
+        if not successor.began.done():
+            return False
+        self._successor = None
+        try:
+            messages = successor.messages()
+        except UnbrokenError:
+            successor.close()
+            self._num_moves_failed += 1
+            self._resumption.drains(successor.frontend)
+            self._move_at = time.monotonic() + MOVE_PAUSE_S * 2**self._num_moves_failed
+            return False
+        self._note_seam(Reason.DRAINING)
+        if self._call is not None:
+            self._call.cancel()
+        self._call, self._frontend = successor.call, successor.frontend
+        self._reading = self._move_at = None
+        self._num_moves_failed = 0
+        self._received.begin_overlapping_call(successor.asked)
+        self._resumption.moved()
+        self._ahead.extend(messages)
+        return True
+
+    def _note_seam(self, reason: Reason) -> None:
+        """The stream leaves its frontend here."""
+        if self._left is None:
+            num_choices = max(1, self._request.num_choices)
+            offsets = tuple(map(self._received.num_tokens, range(num_choices)))
+            self._left = _Left(self.frontend_address, reason, offsets, self._heard_at)
 
     def _call_ended(self, error: UnbrokenError | None) -> None:
         """Go on elsewhere, after a pause; or raise, or let the stream be over."""
+        self._close_successor()
         self._call = None
         if self._is_over:
             return
@@ -322,11 +418,8 @@ class GenerationStream:
             case resumption.GoOn(pause_s):
                 assert error is not None, "an end without an error is the stream's"
                 self._error = error
-                if self._resumption.has_started and self._left is None:
-                    num_choices = max(1, self._request.num_choices)
-                    offsets = tuple(map(self._received.num_tokens, range(num_choices)))
-                    reason = end.reason or error.reason
-                    self._left = _Left(self.frontend_address, reason, offsets, self._heard_at)
+                if self._resumption.has_started:
+                    self._note_seam(end.reason or error.reason)
                 self._pause_s = pause_s
 
     async def _pause(self) -> None:
@@ -348,8 +441,16 @@ class GenerationStream:
 
     def _abandon(self) -> None:
         self._is_over = True
+        self._close_successor()
         if self._call is not None:
             self._call.cancel()
+
+    def _close_successor(self) -> None:
+        successor, self._successor = self._successor, None
+        if successor is not None:
+            successor.close()
+        self._reading = self._move_at = None
+        self._num_moves_failed = 0
 
 
 class Client:
@@ -602,6 +703,12 @@ class Client:
             if not self.is_closed or (task is not None and task.cancelling()):
                 raise
             raise UnbrokenError(Reason.CANCELLED, "the client was closed") from None
+
+
+def _seen(reading: "asyncio.Task[Any]") -> None:
+    """Whatever it says after its stream has gone on elsewhere."""
+    if not reading.cancelled():
+        reading.exception()
 
 
 def _is_unreachable(error: BaseException) -> bool:

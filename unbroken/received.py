@@ -17,6 +17,16 @@ class ReceivedChoice:
     """Of the tokens, if they were asked for; None if it is not known."""
 
 
+@dataclass(slots=True)
+class _Overlap:
+    """What a call tells of one choice that is known from the call before."""
+
+    offset: int
+    """Of the token that it tells next."""
+    num_text_bytes: int
+    """Of the text that it tells next, how much is known."""
+
+
 class Received:
     """The output of one request over all of its calls (inference_service.proto).
 
@@ -33,6 +43,8 @@ class Received:
         self._wants_logprobs = request.params.HasField("logprobs")
         self._choices = [ReceivedChoice() for _ in range(max(1, request.num_choices))]
         self._is_first = True
+        self._overlaps: dict[int, _Overlap] = {}
+        """By choice; those that are over are gone."""
 
     @classmethod
     def restored(cls, resume: pb.ResumeRequest) -> "Received":
@@ -67,6 +79,58 @@ class Received:
     def begin_call(self) -> None:
         """What comes next is the first message of a call."""
         self._is_first = True
+        self._overlaps.clear()
+
+    def begin_overlapping_call(self, asked: pb.ResumeRequest) -> None:
+        """As `begin_call`, of one that was `asked` for before the last that came.
+
+        What it tells again goes through `without_overlap`.
+        """
+        self.begin_call()
+        positions = {one.choice_index: one for one in asked.positions}
+        for index, choice in enumerate(self._choices):
+            position = positions.get(index, pb.ResumePosition())
+            offset = len(position.token_ids)
+            num_text_bytes = choice.num_text_bytes - position.num_text_bytes
+            if offset < len(choice.token_ids) or num_text_bytes:
+                self._overlaps[index] = _Overlap(offset, num_text_bytes)
+
+    @property
+    def has_overlap(self) -> bool:
+        """Whether the call may tell again what is known."""
+        return bool(self._overlaps)
+
+    def without_overlap(self, response: pb.GenerateResponse) -> pb.GenerateResponse:
+        """The message, to be added, without what is known; raises `PROTOCOL_VIOLATION`."""
+        index = response.choice_index
+        overlap = self._overlaps.get(index)
+        if overlap is None:
+            return response
+        known = self._choices[index].token_ids
+        again = known[overlap.offset : overlap.offset + len(response.token_ids)]
+        if response.token_ids and response.offset != overlap.offset:
+            raise _violation(
+                f"offset {overlap.offset} of choice {index}", f"offset {response.offset}"
+            )
+        if list(response.token_ids[: len(again)]) != again.tolist():
+            raise _violation(f"tokens {again.tolist()}", f"{list(response.token_ids)}")
+        text = response.text.encode()
+        num_bytes = min(len(text), overlap.num_text_bytes)
+        try:
+            rest = text[num_bytes:].decode()
+        except UnicodeDecodeError:
+            raise _violation(f"characters that end after {num_bytes} bytes", "others") from None
+        overlap.offset += len(response.token_ids)
+        overlap.num_text_bytes -= num_bytes
+        if overlap.offset >= len(known) and not overlap.num_text_bytes:
+            del self._overlaps[index]
+        trimmed = pb.GenerateResponse()
+        trimmed.CopyFrom(response)
+        trimmed.text = rest
+        trimmed.offset += len(again)
+        del trimmed.token_ids[: len(again)]
+        del trimmed.logprobs[: len(again)]
+        return trimmed
 
     def add(self, response: pb.GenerateResponse) -> None:
         """Take in the next message; raises `PROTOCOL_VIOLATION`."""

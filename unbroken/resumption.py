@@ -208,6 +208,25 @@ class Resumption:
         """A call was made."""
         self.num_calls += 1
 
+    def can_move(self) -> bool:
+        """Whether a frontend that asks for it is left for another one before it ends the call."""
+        return (
+            self._num_frontends > 1
+            and self.has_token
+            and not self.is_finished
+            and self.num_resumes < self._policy.resumes_max
+        )
+
+    def drains(self, frontend: int) -> None:
+        """It does; others are chosen before it."""
+        self._num_failed[frontend] += 1
+
+    def moved(self) -> None:
+        """The stream goes on by a call that was made while the one before was still good."""
+        self.num_calls += 1
+        self.num_resumes += 1
+        self._has_output = self._is_taken = False
+
     def output_came(self) -> None:
         """The current call has brought output, or the stream's beginning or end."""
         if self._has_output:

@@ -198,6 +198,22 @@ class DrainNotes:
         note(f"{self._worker_id} drains: {progress.num_attempts} streams run{until}")
 
 
+class FrontendDrainNotes:
+    """Says every now and then how many requests a frontend has left."""
+
+    def __init__(self, frontend_id: str) -> None:
+        self._frontend_id = frontend_id
+        self._due_at = time.monotonic() + _DRAIN_NOTE_INTERVAL_S  # Most are over by then.
+
+    def __call__(self, progress: admin_pb.DrainFrontendResponse) -> None:
+        now = time.monotonic()
+        if progress.phase != admin_pb.FRONTEND_DRAIN_PHASE_LEAVING or now < self._due_at:
+            return
+        self._due_at = now + _DRAIN_NOTE_INTERVAL_S
+        left_s = progress.budget_left.ToMilliseconds() / 1000
+        note(f"{self._frontend_id} drains: {progress.num_requests} requests, {left_s:.1f} s left")
+
+
 def show_mesh(mesh: LocalMesh, output: Output) -> None:
     """Show where a mesh that has started can be reached."""
     if output is Output.JSON:

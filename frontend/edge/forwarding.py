@@ -58,8 +58,8 @@ class ForwardedCall:
         self._has_room = asyncio.Event()
         if not request.path.startswith(b"/") or not request.path.isascii():
             raise Refused(Code.UNIMPLEMENTED, "expected a path of a service and a method")
-        self._path = request.path.decode()
-        method = cast("Any", channel).stream_stream(self._path)
+        self.path = request.path.decode()
+        method = cast("Any", channel).stream_stream(self.path)
         call = method(timeout=timeout_s(request), metadata=tuple(metadata(request.fields)))
         self._call = cast("_Call", call)
         self._task = asyncio.create_task(self._run())
@@ -101,7 +101,7 @@ class ForwardedCall:
         try:
             await self._answer()
         except Exception as error:
-            code, detail, _ = status.trailing(status.translated(error, self._path))
+            code, detail, _ = status.trailing(status.translated(error, self.path))
             self.client.connection.end(self.stream_id, trailers(code, detail))
             self._server.touch(self.client)
         finally:
@@ -164,7 +164,7 @@ class ForwardedCall:
 
     def _takes_one_message(self) -> bool:
         """Whether the method is known, and is called with one message and not with many."""
-        service, _, name = self._path[1:].partition("/")
+        service, _, name = self.path[1:].partition("/")
         try:
             methods = Default().FindServiceByName(service).methods_by_name
         except KeyError:

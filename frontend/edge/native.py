@@ -69,6 +69,10 @@ class NativeEdge:
         """Serve a connection that was accepted elsewhere. Raises OSError, also of TLS."""
         return await self._server.take(connection)
 
+    def is_called(self, path: str) -> bool:
+        """Whether a call of another method than the edge's own still runs."""
+        return self._server.is_called(path)
+
     def drain(self) -> None:
         """Ask clients to open no more streams on the connections that they have."""
         self._server.drain()

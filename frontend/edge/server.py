@@ -152,6 +152,14 @@ class EdgeServer:
         )
         return client
 
+    def is_called(self, path: str) -> bool:
+        """Whether a call of that path to the server behind still runs."""
+        return any(
+            isinstance(call, ForwardedCall) and call.path == path
+            for client in self.clients
+            for call in client.calls.values()
+        )
+
     def drain(self) -> None:
         """Let clients open no more streams on the connections that they have."""
         for client in list(self.clients):

@@ -35,6 +35,8 @@ from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc
 READY: Final = b"ready\n"
 CLOSED: Final = b"closed"
 """What a process tells its parent of a connection."""
+DRAINS: Final = b"drains "
+"""What it tells it when all are to drain; seconds follow, or nothing for what is configured."""
 TAKEN_AT_ONCE: Final = 64
 LAST_WORDS_S: Final = 1.0
 """How long siblings may take to read the ends of what they pass on, when this process stops."""
@@ -75,6 +77,7 @@ class Family:
         self._server = make_server()
         self._inbound = Inbound(place.connections)
         self._whole: Whole | None = None
+        self._admin: WholeAdmin | None = None
 
     def whole(self, gateway: Gateway) -> Whole:
         """What clients are served."""
@@ -83,7 +86,20 @@ class Family:
 
     def whole_admin(self, own: Admin) -> Admin:
         """What operators are served."""
-        return WholeAdmin(own, self._siblings)
+        self._admin = WholeAdmin(own, self._siblings, tell_parent=self._inbound.tell_drain)
+        return self._admin
+
+    @property
+    def num_waited_for(self) -> int:
+        """What this process has to do for its siblings: pass on their words, and tell of them."""
+        assert self._whole is not None, "it is served"
+        assert self._admin is not None, "it is served"
+        return self._whole.num_passed_on + self._admin.num_watching
+
+    def on_less_passed_on(self, callback: Callable[[], None]) -> None:
+        """Have it called when a call is passed on no more."""
+        assert self._whole is not None, "it is served"
+        self._whole.on_less.append(callback)
 
     async def start(
         self, gateway: Gateway, admin: Admin, requests: Requests, registry: CollectorRegistry
@@ -93,17 +109,13 @@ class Family:
             GrpcioEdge(gateway), self._server
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._server)
-        add_siblings(self._server, requests, registry)
+        add_siblings(self._server, requests, registry, admin.draining)
         listen_locally(self._server, socket_of(self._directory, os.getpid()))
         await self._server.start()
 
     def receive(self, take: Callable[[socket.socket], Awaitable[asyncio.Future[None]]]) -> None:
         """Serve the connections that come from now on."""
         self._inbound.start(take)
-
-    async def until_none(self, timeout_s: float) -> bool:
-        """Wait until nothing is passed on any more; False if something still is."""
-        return self._whole is None or await self._whole.until_none(timeout_s)
 
     def end_passed_on(self) -> None:
         """Pass nothing on any more. Idempotent."""
@@ -126,6 +138,7 @@ class Inbound:
         self._channel.setblocking(False)
         self._num_untold = 0
         """Closed connections of which the parent does not know yet."""
+        self._untold_drains: list[bytes] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._take: Callable[[socket.socket], Awaitable[asyncio.Future[None]]] | None = None
 
@@ -143,6 +156,12 @@ class Inbound:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def tell_drain(self, budget_s: float | None) -> None:
+        """All processes are about to drain; None: as they are configured."""
+        self._untold_drains.append(DRAINS + (b"" if budget_s is None else b"%f" % budget_s))
+        if self._channel.fileno() >= 0:
+            self._tell()
 
     def _read(self) -> None:
         for _ in range(TAKEN_AT_ONCE):
@@ -181,6 +200,9 @@ class Inbound:
     def _tell(self) -> None:
         loop = asyncio.get_running_loop()
         try:
+            while self._untold_drains:
+                self._channel.send(self._untold_drains[0])
+                self._untold_drains.pop(0)
             while self._num_untold:
                 self._channel.send(CLOSED)
                 self._num_untold -= 1
@@ -207,7 +229,7 @@ def main() -> None:
             stdout.write(READY)
 
     try:
-        uvloop.run(serve(config, place=place, on_ready=tell_ready))
+        sys.exit(uvloop.run(serve(config, place=place, on_ready=tell_ready)))
     except (OSError, UnbrokenError) as error:
         logger.error("frontend cannot start", detail=str(error))
         sys.exit(1)

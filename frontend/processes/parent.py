@@ -25,14 +25,17 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from frontend.config import FrontendConfig
+from frontend.drain import ExitStatus
 from frontend.edge.server import BACKLOG
 from frontend.metrics import ParentMetrics
-from frontend.processes.child import CLOSED, READY, TAKEN_AT_ONCE, Place
+from frontend.processes.child import DRAINS, READY, TAKEN_AT_ONCE, Place
 from frontend.processes.siblings import Siblings, ask_metrics, families_of, socket_of
 from frontend.processes.sums import Sums
 from unbroken import discovery, log, metrics, tether
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS
+from unbroken.health import HealthServicer
+from unbroken.probes import Probes
 from unbroken.restart import RestartPolicy, Restarts
 from unbroken.scratch import Scratch
 from unbroken.v1 import worker_pb2
@@ -55,7 +58,6 @@ ACCEPT_PAUSE_S: Final = 0.1
 """After an error of `accept`, such as too many open files."""
 SCRAPE_TIMEOUT_S: Final = 3.0
 
-EXIT_NOT_IN_ORDER: Final = 1
 EXIT_GIVEN_UP: Final = 3
 
 _log = log.get_logger(__name__)
@@ -100,11 +102,17 @@ class Parent:
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: discovery.Registration[worker_pb2.FrontendRecord] | None = None
         self._is_stopping = asyncio.Event()
+        self._num_signals = 0
+        self._budget_s = config.shutdown_grace_s
+        """How long what runs may go on when they stop."""
         self._is_accepting = False
         self._children: list[Child] = []
         self._asked: list[Child] = []
         """Those that served when all were asked to stop: the status is theirs."""
         self._tasks: list[asyncio.Task[None]] = []
+        self._health = HealthServicer(["startup", "readiness"])
+        self._health.set("liveness", is_serving=True)
+        self._probes = Probes(self._health)
         self._sums = Sums()
         self._registry = metrics.new_registry()
         self._counted = ParentMetrics(self._registry)
@@ -118,7 +126,9 @@ class Parent:
         if config.metrics_listen is not None:
             registry = CollectorRegistry()
             registry.register(_Whole(self))
-            self._metrics_server = metrics.serve(registry, *split_address(config.metrics_listen))
+            self._metrics_server = metrics.serve(
+                registry, *split_address(config.metrics_listen), probes=self._probes
+            )
         self._children = [Child(self, number + 1) for number in range(config.processes)]
         await asyncio.gather(*(child.start() for child in self._children))
         for child in self._children:
@@ -127,6 +137,7 @@ class Parent:
         self._tasks = [
             *(asyncio.create_task(child.keep()) for child in self._children),
             asyncio.create_task(self._poll()),
+            asyncio.create_task(self._probes.run()),
         ]
         where = discovery.connect(config.discovery)
         incarnation = await where.new_incarnation(FRONTENDS, config.frontend_id)
@@ -138,6 +149,8 @@ class Parent:
             metrics_address=self._metrics_server.address if self._metrics_server else "",
         )
         self._registration = await where.register(FRONTENDS, record)
+        for probe in ("startup", "readiness"):
+            self._health.set(probe, is_serving=not self.is_stopping)
         _log.info("frontend serves", address=self._address, processes=config.processes)
 
     async def run(self) -> int:
@@ -156,7 +169,9 @@ class Parent:
         await asyncio.gather(*(child.until_stopped() for child in self._children))
         statuses = [child.status for child in self._asked]
         _log.info("frontend stopped", statuses=statuses)
-        return EXIT_NOT_IN_ORDER if any(statuses) else 0
+        if not all(status in (ExitStatus.DRAINED, ExitStatus.CUT_SHORT) for status in statuses):
+            return ExitStatus.FAILED
+        return ExitStatus.CUT_SHORT if ExitStatus.CUT_SHORT in statuses else ExitStatus.DRAINED
 
     async def close(self) -> None:
         """Leave nothing and nobody behind."""
@@ -174,13 +189,22 @@ class Parent:
 
     def asked_to_stop(self) -> None:
         """A signal came: pass it on. The second one means at once."""
-        _log.info("frontend is asked to stop", grace_s=self._config.shutdown_grace_s)
-        is_second = self._is_stopping.is_set()
-        if not is_second:
-            self._is_stopping.set()
-            self._asked = [child for child in self._children if child.is_ready]
+        self._num_signals += 1
+        self._stop(self._config.shutdown_grace_s)
         for child in self._children:
-            child.signal(signal.SIGINT if is_second else signal.SIGTERM)
+            child.signal(signal.SIGTERM if self._num_signals == 1 else signal.SIGINT)
+
+    def asked_to_drain(self, budget_s: float | None) -> None:
+        """One of the processes was asked to, and tells the others."""
+        self._stop(self._config.shutdown_grace_s if budget_s is None else budget_s)
+
+    def _stop(self, budget_s: float) -> None:
+        if not self._is_stopping.is_set():
+            _log.info("frontend is asked to stop", budget_s=budget_s)
+            self._is_stopping.set()
+            self._health.set("readiness", is_serving=False)
+            self._asked = [child for child in self._children if child.is_ready]
+            self._budget_s = budget_s
 
     # What children need.
 
@@ -191,7 +215,7 @@ class Parent:
     @property
     def stop_timeout_s(self) -> float:
         """How long a process may take to stop."""
-        return self._config.shutdown_grace_s + STOP_MARGIN_S
+        return self._budget_s + STOP_MARGIN_S
 
     def command(self, place: Place) -> Sequence[str]:
         """What a process is started with; it dies with this one."""
@@ -448,10 +472,10 @@ class Child:
             self.signal(signal.SIGKILL)
 
     def _read(self, channel: socket.socket) -> None:
-        """Connections were closed."""
+        """Connections were closed, or it was asked to drain."""
         for _ in range(TAKEN_AT_ONCE):
             try:
-                data = channel.recv(len(CLOSED))
+                data = channel.recv(64)
             except BlockingIOError:
                 return
             except OSError:
@@ -459,7 +483,11 @@ class Child:
             if not data:
                 asyncio.get_running_loop().remove_reader(channel.fileno())
                 return
-            self.num_connections -= 1
+            if data.startswith(DRAINS):
+                budget = data.removeprefix(DRAINS)
+                self._parent.asked_to_drain(float(budget) if budget else None)
+            else:
+                self.num_connections -= 1
 
     def _ended(self) -> None:
         self.is_ready = False

@@ -12,18 +12,23 @@ import grpc
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
+from frontend import drain
+from frontend.draining import BUDGET_S_MAX, Draining
 from frontend.processes import sums
 from frontend.processes.sums import Family
 from frontend.requests import Requests
 from unbroken import status
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.transport import open_channel
+from unbroken.v1 import admin_service_pb2 as pb_admin
 from unbroken.v1 import inference_service_pb2 as pb
 
 SERVICE: Final = "unbroken.frontend.Siblings"
 """Of the processes among themselves; never served to clients, and of one version at any time."""
 CALL_TIMEOUT_S: Final = 2.0
 """How long a sibling may take to answer."""
+DRAIN_TIMEOUT_S: Final = BUDGET_S_MAX + 60.0
+"""How long one may take to drain."""
 
 T = TypeVar("T")
 Key = tuple[str, str]
@@ -91,6 +96,23 @@ class Siblings:
         answers = await self.ask_all(lambda channel: _call(channel, "Cancel", message))
         return {(tenant, name) for answer in answers for tenant, name in json.loads(answer)}
 
+    async def drain(
+        self, budget_s: float | None, *, to_the_end: bool = False
+    ) -> Mapping[int, pb_admin.DrainFrontendResponse]:
+        """Have the others drain, too; how far each of them is that still lives, by process id.
+
+        `to_the_end`: answer when nothing is left there.
+        """
+        message = json.dumps([budget_s, to_the_end]).encode()
+        timeout_s = DRAIN_TIMEOUT_S if to_the_end else CALL_TIMEOUT_S
+        answers = await self.ask_all(lambda channel: _call(channel, "Drain", message, timeout_s))
+        return {
+            int.from_bytes(answer[:4], "little"): pb_admin.DrainFrontendResponse.FromString(
+                answer[4:]
+            )
+            for answer in answers
+        }
+
 
 def has_been_cancelled() -> bool:
     """Whether this task was cancelled, and not merely a call that it waits for."""
@@ -120,7 +142,9 @@ def families_of(registry: CollectorRegistry) -> list[Family]:
     ]
 
 
-def add_siblings(server: grpc.aio.Server, requests: Requests, registry: CollectorRegistry) -> None:
+def add_siblings(
+    server: grpc.aio.Server, requests: Requests, registry: CollectorRegistry, draining: Draining
+) -> None:
     """Serve what only siblings and the parent may ask."""
     counting = ThreadPoolExecutor(1, thread_name_prefix="metrics")
 
@@ -141,8 +165,19 @@ def add_siblings(server: grpc.aio.Server, requests: Requests, registry: Collecto
         families = await loop.run_in_executor(counting, families_of, registry)
         return json.dumps(sums.to_json(families)).encode()
 
+    async def drain_too(message: bytes, _: _Context) -> bytes:
+        budget_s, is_waiting = json.loads(message)
+        draining.tell(drain.Asked(budget_s))
+        if is_waiting:
+            await draining.stop_wanted.wait()
+        return os.getpid().to_bytes(4, "little") + draining.response().SerializeToString()
+
     made: Any = grpc.unary_unary_rpc_method_handler  # For handlers of `grpc`, says its stub.
-    handlers: Any = {"Cancel": made(cancel), "Metrics": made(metrics)}
+    handlers: Any = {
+        "Cancel": made(cancel),
+        "Metrics": made(metrics),
+        "Drain": made(drain_too),
+    }
     handler = grpc.method_handlers_generic_handler(SERVICE, handlers)
     server.add_generic_rpc_handlers((handler,))
 

@@ -7,14 +7,24 @@ to that, `Generate` and `Resume` message by message; what is asked of all is ask
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+    Set,
+)
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import grpc
 import grpc.aio
 from typing_extensions import override
 
+from frontend import drain
 from frontend.admin import Admin
+from frontend.draining import budget_of
 from frontend.gateway import Gateway, cancelled, check_request_id
 from frontend.processes.claims import Elsewhere
 from frontend.processes.siblings import CALL_TIMEOUT_S, Key, Siblings, has_been_cancelled
@@ -39,6 +49,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 TRIES_MAX: Final = 5
 """How often a request is looked for that is let go by one process while another is asked."""
 TRY_INTERVAL_S: Final = 0.05
+DRAIN_LOOK_S: Final = 0.1
+"""Between two looks at how far the drains of siblings are."""
 AHEAD_MAX: Final = 16
 """Messages of a sibling that wait for a client."""
 
@@ -51,16 +63,13 @@ class Whole:
         self._gateway = gateway
         self._siblings = siblings
         self._passed_on: set[PassedOn] = set()
+        self.on_less: list[Callable[[], None]] = []
+        """Called when a call is passed on no more."""
 
-    async def until_none(self, timeout_s: float) -> bool:
-        """Wait until no call is passed on any more; False if one still is after `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._passed_on:
-                    await asyncio.wait([one.ended for one in self._passed_on])
-        except TimeoutError:
-            return False
-        return True
+    @property
+    def num_passed_on(self) -> int:
+        """Calls of clients of this process for requests of siblings."""
+        return len(self._passed_on)
 
     def close(self) -> None:
         """End what is passed on."""
@@ -169,7 +178,7 @@ class Whole:
                 pid = elsewhere.pid
             stub = InferenceServiceStub(self._siblings.channel(pid))
             call = ask_there(stub, left_s)
-            passed_on = PassedOn(call, on_news, self._passed_on.discard)
+            passed_on = PassedOn(call, on_news, self._forget)
             self._passed_on.add(passed_on)
             try:
                 await passed_on.begin()
@@ -186,6 +195,11 @@ class Whole:
                 return passed_on
         raise AssertionError("the last try raises")
 
+    def _forget(self, one: "PassedOn") -> None:
+        self._passed_on.discard(one)
+        for callback in self.on_less:
+            callback()
+
 
 class PassedOn:
     """Reads, for a client of this process, a request of a sibling. As `Reader`."""
@@ -198,7 +212,6 @@ class PassedOn:
         self.error: UnbrokenError | None = None
         self.is_current = True
         """The sibling knows better, and says so by an error."""
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._call = call
         self._on_news = on_news
         self._on_end = on_end
@@ -266,8 +279,6 @@ class PassedOn:
         self._call.cancel()
         if self._task is not None:
             self._task.cancel()
-        if not self.ended.done():
-            self.ended.set_result(None)
         self._on_end(self)
 
     async def _run(self) -> None:
@@ -299,10 +310,15 @@ class PassedOn:
 class WholeAdmin(Admin):
     """AdminService of all processes together."""
 
-    def __init__(self, own: Admin, siblings: Siblings) -> None:
-        """`own` is that of this process."""
+    def __init__(
+        self, own: Admin, siblings: Siblings, *, tell_parent: Callable[[float | None], None]
+    ) -> None:
+        """`own` is that of this process; `tell_parent` says that all drain."""
+        self.num_watching = 0
+        """Calls that tell how far the drains of siblings are."""
         self._own = own
         self._siblings = siblings
+        self._tell_parent = tell_parent
 
     @override
     async def GetThresholds(
@@ -353,6 +369,55 @@ class WholeAdmin(Admin):
             worker.CopyFrom(min(seen, key=_fares_well))
             worker.num_attempts = sum(view.num_attempts for view in seen)
         return whole
+
+    @override
+    async def DrainFrontend(
+        self, request: admin_pb.DrainFrontendRequest, context: _Context
+    ) -> AsyncIterator[admin_pb.DrainFrontendResponse]:
+        """All drain, and this one stays until the others have nothing left."""
+        draining = self._own.draining
+        budget_s = budget_of(request, draining.frontend_id)
+        self._tell_parent(budget_s)  # First, so that it starts none of them again.
+        others: dict[int, admin_pb.DrainFrontendResponse] = {}
+        num_told: int | None = None
+        self.num_watching += 1
+        ends: asyncio.Task[Mapping[int, admin_pb.DrainFrontendResponse]] | None = None
+        try:
+            draining.tell(drain.Asked(budget_s))
+            others.update(await self._siblings.drain(budget_s))
+            ends = asyncio.create_task(self._siblings.drain(budget_s, to_the_end=True))
+            while not ends.done() and draining.drain.phase is not drain.Phase.STOPPING:
+                response = _together(draining.response(), others.values())
+                if response.num_requests != num_told:
+                    num_told = response.num_requests
+                    yield response
+                await asyncio.wait({ends}, timeout=DRAIN_LOOK_S)
+                if not ends.done():
+                    others.update(await self._siblings.drain(budget_s))
+            for other in others.values():
+                other.num_requests = 0
+            if ends.done():
+                others.update(ends.result())
+        finally:
+            if ends is not None:
+                ends.cancel()
+            self.num_watching -= 1
+            draining.look()
+        async for own in draining.progress(context):
+            yield _together(own, others.values())
+
+
+def _together(
+    own: admin_pb.DrainFrontendResponse, others: Iterable[admin_pb.DrainFrontendResponse]
+) -> admin_pb.DrainFrontendResponse:
+    whole = admin_pb.DrainFrontendResponse()
+    whole.CopyFrom(own)
+    for other in others:
+        whole.num_requests += other.num_requests
+        whole.num_finished += other.num_finished
+        whole.num_moved += other.num_moved
+        whole.num_cut += other.num_cut
+    return whole
 
 
 def _fares_well(worker: admin_pb.WorkerInfo) -> tuple[bool, bool]:

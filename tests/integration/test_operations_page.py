@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "OPERATIONS.md"
 
 
 def mesh_for_the_page(directory: Path) -> Any:
-    return real_mesh(directory, num_workers=3, engine_options="--step-base-ms 10")
+    return real_mesh(directory, num_workers=4, num_frontends=2, engine_options="--step-base-ms 10")
 
 
 async def block_played(world: World, block: str, directory: Path) -> list[Step]:

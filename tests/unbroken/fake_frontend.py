@@ -146,6 +146,12 @@ class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServ
     ) -> admin_pb.GetLedgerResponse:
         return admin_pb.GetLedgerResponse()
 
+    @override
+    async def DrainFrontend(
+        self, request: admin_pb.DrainFrontendRequest, context: Context
+    ) -> AsyncIterator[admin_pb.DrainFrontendResponse]:
+        yield admin_pb.DrainFrontendResponse(phase=admin_pb.FRONTEND_DRAIN_PHASE_STOPPING)
+
 
 def started(**fields: Any) -> pb.GenerateResponse:
     """The first message of a stream; its id is that of the request."""

@@ -14,6 +14,8 @@ import uvloop
 from prometheus_client import Counter
 from typing_extensions import override
 
+from frontend.drain import Drain
+from frontend.draining import Draining, Leaving
 from frontend.processes.siblings import Siblings, add_siblings, ask_metrics, socket_of
 from frontend.processes.whole import PassedOn
 from frontend.requests import Requests
@@ -52,13 +54,32 @@ class Hanging(FakeFrontend):
         return pb.ListModelsResponse()
 
 
+class _Staying(Leaving):
+    """A frontend that nobody asks to drain."""
+
+    @override
+    def leave(self) -> None: ...
+
+    @override
+    def go_away(self, within_s: float) -> None: ...
+
+    @override
+    def cut_short(self) -> None: ...
+
+    @override
+    def num_elsewhere(self) -> int:
+        return 0
+
+
 @asynccontextmanager
 async def sibling(directory: Path, pid: int) -> AsyncGenerator[Hanging]:
     """One that serves as the process of that id, and has counted to 3."""
     registry = metrics.new_registry()
     Counter("counted", "What it has counted.", registry=registry).inc(3)
     server, hanging = make_server(), Hanging()
-    add_siblings(server, Requests(running_max=1), registry)
+    requests = Requests(running_max=1)
+    draining = Draining(Drain(1.0), "f", requests, _Staying())
+    add_siblings(server, requests, registry, draining)
     add_InferenceServiceServicer_to_server(hanging, server)
     listen_locally(server, socket_of(directory, pid))
     await server.start()
