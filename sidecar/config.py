@@ -53,6 +53,15 @@ class SidecarConfig(ProcessConfig):
     """How long a step may take while prompts are computed, before the rate of that was measured."""
     engine_stall_restart_s: float = Field(5.0, ge=0.1, le=3600)
     """An engine that makes no progress for so long, after it was called stalled, is restarted."""
+    canary_period_s: float = Field(10.0, ge=0, le=3600)
+    """An engine that computes nothing for so long is asked for a token; 0: never."""
+    canary_timeout_s: float = Field(5.0, ge=0.1, le=3600)
+    """How long that token may take; then the engine gets no work until it gives one."""
+    canary_failures_max: int = Field(3, ge=0, le=1000)
+    """An engine that fails so many times in a row is given up: what can be saved is handed over,
+    and the sidecar exits with 1. 0: never."""
+    canary_prompt: str = Field("", pattern=r"^(\d+(,\d+)*)?$", max_length=1000)
+    """Token ids to ask it with, separated by commas; without, how the tokenizer begins a text."""
     heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)
     """Between two heartbeats to a frontend."""
     link_silence_max_s: float = Field(5.0, ge=0.1, le=600)
@@ -80,6 +89,21 @@ class SidecarConfig(ProcessConfig):
                 f"({self.link_silence_max_s:g}), got {self.heartbeat_interval_s:g}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _canary_is_quick(self) -> "SidecarConfig":
+        # What fails is noticed within two periods.
+        if self.canary_period_s and self.canary_timeout_s > self.canary_period_s:
+            raise ValueError(
+                f"expected canary_timeout_s up to canary_period_s ({self.canary_period_s:g}), got "
+                f"{self.canary_timeout_s:g}"
+            )
+        return self
+
+    @property
+    def canary_ids(self) -> tuple[int, ...]:
+        """What the canary asks with; empty if it is not configured."""
+        return tuple(map(int, filter(None, self.canary_prompt.split(","))))
 
     @model_validator(mode="after")
     def _one_engine(self) -> "SidecarConfig":

@@ -88,7 +88,9 @@ class Hub(EngineListener):
         self.num_handed_over = 0
         """Attempts that the drain ended."""
         self.num_tokens = 0
-        """Tokens relayed since the start."""
+        """Tokens from the engine since the start,"""
+        self.num_probe_tokens = 0
+        """and those of them that nobody asked for but the canary."""
         self.num_engine_failures = 0
         self.num_engine_restarts = 0
         self.attempts = Rate()
@@ -120,17 +122,34 @@ class Hub(EngineListener):
         self._cached_blocks: dict[int, set[int]] = {}  # By rank.
         self._ticked_at = clock()
         self._has_handed_over = False
+        self._unfit: tuple[FailureKind, str] | None = None  # What the canary found.
+        self._probes: dict[int, Attempt] = {}  # The canary's, by engine slot, while they run.
 
     @property
     def takes_work(self) -> bool:
         """Whether attempts are begun here now."""
-        return self.up is not None and not self.is_draining and not self.watchdog.is_stalled
+        return (
+            self.up is not None
+            and not self.is_draining
+            and not self.watchdog.is_stalled
+            and self._unfit is None
+        )
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether anything runs that is not the canary's."""
+        return len(self.ledger.running) > len(self._probes)
+
+    @property
+    def num_running(self) -> int:
+        """Attempts on the engine, without the canary's."""
+        return len(self.ledger.running) - len(self._probes)
 
     @property
     def num_left(self) -> int:
         """Attempts that somebody waits for: they run, or their reader has yet to be told more."""
         running = {attempt.slot for attempt in self.ledger if attempt.given_up is None}
-        return len(running | self._replaying.keys())
+        return len((running | self._replaying.keys()) - self._probes.keys())
 
     @property
     def engine_load(self) -> EngineLoad | None:
@@ -337,6 +356,44 @@ class Hub(EngineListener):
             if attempt.owner == link.owner and attempt.link is None and attempt.given_up is None:
                 self._give_up(attempt, FailureKind.PARTITION, "its frontend let go of it")
 
+    # The canary.
+
+    def probe(self, message: attempt_pb2.StartAttempt) -> Attempt:
+        """Begin an attempt that nobody reads. What comes of it is found in it."""
+        assert self.up is not None, "only who is up is asked"
+        now = self._clock()
+        attempt, _ = self.ledger.begin(
+            message,
+            None,
+            owner=("", 0),
+            orphan_grace_s=0.0,
+            engine_incarnation=self.up.incarnation,
+            now=now,
+        )
+        self._probes[attempt.slot] = attempt
+        message.slot = attempt.slot
+        if not self.has_requests:
+            self.watchdog.work_began(now)
+        self._engine.start(message)
+        return attempt
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Wait for a probe no longer."""
+        if attempt.ended is None:
+            self._engine.abort(attempt.slot)
+
+    def call_unfit(self, failure: FailureKind, detail: str) -> None:
+        """Send the engine no work, and tell the frontends what speaks against it."""
+        self._unfit = failure, detail
+        if self.up is not None and not self.watchdog.is_stalled:
+            self._say_stalled(failure, detail)
+
+    def call_fit(self) -> None:
+        """Nothing speaks against it any more."""
+        was_unfit, self._unfit = self._unfit is not None, None
+        if was_unfit and self.up is not None and not self.watchdog.is_stalled:
+            self._say_serving()
+
     # The engine.
 
     @override
@@ -353,7 +410,7 @@ class Hub(EngineListener):
 
     @override
     def on_down(self, down: EngineDown) -> None:
-        self.up = self.load = None
+        self.up = self.load = self._unfit = None
         self.watchdog.down()
         self._prefilled = 0
         self._prefilling.clear()
@@ -502,14 +559,7 @@ class Hub(EngineListener):
             case watchdog.Stalled(failure=failure, detail=detail):
                 assert self.up is not None, "it is watched while it is up"
                 _log.warning("engine stalled", failure=failure.name, detail=detail)
-                self._say(
-                    pb.EngineVerdict(
-                        state=worker_pb2.ENGINE_STATE_STALLED,
-                        engine_incarnation=self.up.incarnation,
-                        failure=_to_proto(failure),
-                        detail=detail,
-                    )
-                )
+                self._say_stalled(failure, detail)
             case watchdog.Restart(failure=failure, detail=detail, stalled_s=stalled_s):
                 self._engine.fail(detail, failure, after_s=stalled_s)
             case _:
@@ -522,7 +572,9 @@ class Hub(EngineListener):
         is_told = self.up is not None and self.up.tells_steps
         if is_told and load is not None and now - self._load_at <= _LOAD_FRESH_S:
             return watchdog.Work(_is_busy(load), queued)
-        has_steps = any(attempt.has_room for attempt in self.ledger)
+        has_steps = any(
+            attempt.has_room for attempt in self.ledger if attempt.slot not in self._probes
+        )
         return watchdog.Work(has_steps, queued)
 
     @property
@@ -553,7 +605,7 @@ class Hub(EngineListener):
             return
         left = {attempt.slot: attempt for attempt in self.ledger} | self._replaying
         for attempt in left.values():
-            self.num_handed_over += attempt.given_up is None
+            self.num_handed_over += attempt.given_up is None and attempt.slot not in self._probes
             self._give_up(attempt, FailureKind.DRAIN, "the worker drains")
 
     def accounted_blocks(self) -> int:
@@ -599,6 +651,8 @@ class Hub(EngineListener):
             return FailureKind.CRASH, f"expected an engine, its state is {state}"
         if self.watchdog.is_stalled:
             return FailureKind(self._verdict.failure), self._verdict.detail
+        if self._unfit is not None:
+            return self._unfit
         if message.engine_incarnation not in (0, self.up.incarnation):
             return (
                 FailureKind.FENCED,
@@ -664,8 +718,22 @@ class Hub(EngineListener):
             self._prefill_tokens -= num_tokens
             self.ledger.running[slot].prefilled_in_s = now - since
 
+    def _say_stalled(self, failure: FailureKind, detail: str) -> None:
+        assert self.up is not None, "only who is up stalls"
+        self._say(
+            pb.EngineVerdict(
+                state=worker_pb2.ENGINE_STATE_STALLED,
+                engine_incarnation=self.up.incarnation,
+                failure=_to_proto(failure),
+                detail=detail,
+            )
+        )
+
     def _say_serving(self) -> None:
         assert self.up is not None, "only who is up serves"
+        if self._unfit is not None:
+            self._say_stalled(*self._unfit)
+            return
         self._say(
             pb.EngineVerdict(
                 state=worker_pb2.ENGINE_STATE_SERVING,
@@ -683,6 +751,9 @@ class Hub(EngineListener):
 
     def _end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded, now: float) -> None:
         """The engine has done with an attempt."""
+        if self._probes.pop(attempt.slot, None) is not None:
+            self.ledger.end(attempt, ended, now)
+            return
         self._count_fault(ended.failure, now)
         self.admission.over(attempt.slot)
         is_cancelled = ended.finish_reason == generation_pb2.FINISH_REASON_CANCELLED

@@ -207,7 +207,7 @@ class Ledger(Generic[LinkT]):
     def begin(
         self,
         start: pb.StartAttempt,
-        link: LinkT,
+        link: LinkT | None,
         *,
         owner: Owner,
         orphan_grace_s: float,
@@ -217,7 +217,8 @@ class Ledger(Generic[LinkT]):
     ) -> tuple[Attempt[LinkT], Attempt[LinkT] | None]:
         """Enter a new attempt; also returns the one it revokes, if that still runs.
 
-        Of its time, the engine gets all but the margin. Raises `Fenced`.
+        Of its time, the engine gets all but the margin. Without a `link` nobody reads it, and it is
+        no orphan either. Raises `Fenced`.
         """
         stream = stream_id(start.stream)
         self._claim(stream, start.epoch)

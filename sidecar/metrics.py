@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
+from sidecar.canary import Canary
 from sidecar.engine_load import EngineLoad
 from sidecar.hub import Hub
 from sidecar.watchdog import Work
@@ -18,15 +19,16 @@ _PREFIX = "unbroken_sidecar"
 class HubCollector(Collector):
     """Figures of the hub at the moment of the scrape: nothing is counted on the hot path."""
 
-    def __init__(self, hub: Hub, registry: CollectorRegistry) -> None:
+    def __init__(self, hub: Hub, canary: Canary, registry: CollectorRegistry) -> None:
         self._hub = hub
+        self._canary = canary
         registry.register(self)
 
     @override
     def collect(self) -> Iterator[Metric]:
         hub = self._hub
         yield _gauge("links", "Open Relay calls of frontends.", lambda: len(hub.links))
-        yield _gauge("attempts_running", "Attempts on the engine.", lambda: len(hub.ledger.running))
+        yield _gauge("attempts_running", "Attempts on the engine.", lambda: hub.num_running)
         yield _gauge("engine_up", "1 while the engine takes work.", lambda: hub.takes_work)
         yield _gauge("draining", "1 while the worker takes no new work.", lambda: hub.is_draining)
         yield _gauge(
@@ -35,7 +37,9 @@ class HubCollector(Collector):
             hub.accounted_blocks,
         )
         yield CounterMetricFamily(
-            f"{_PREFIX}_tokens", "Tokens relayed from the engine.", value=hub.num_tokens
+            f"{_PREFIX}_tokens",
+            "Tokens relayed from the engine.",
+            value=hub.num_tokens - hub.num_probe_tokens,
         )
         yield CounterMetricFamily(
             f"{_PREFIX}_attempts_drained",
@@ -68,6 +72,21 @@ class HubCollector(Collector):
             value=hub.watchdog.num_stalls,
         )
         yield from self._watchdog()
+        yield CounterMetricFamily(
+            f"{_PREFIX}_canary_probes",
+            "Tokens asked of an idle engine to see whether it works; counted nowhere else.",
+            value=self._canary.num_probes,
+        )
+        yield CounterMetricFamily(
+            f"{_PREFIX}_canary_failures",
+            "Times that it gave none, or another than always.",
+            value=self._canary.num_failures,
+        )
+        yield _gauge(
+            "canary_failing",
+            "1 while the engine gets no work because of that.",
+            lambda: self._canary.is_failing,
+        )
         load = hub.load  # Scrapes have a thread of their own; meanwhile the hub goes on.
         if load is not None:
             yield from self._ranks(load)

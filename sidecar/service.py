@@ -14,6 +14,8 @@ import grpc.aio
 
 from sidecar import drain
 from sidecar.admin import Admin
+from sidecar.canary import Canary, CanaryPolicy
+from sidecar.canary_watch import CanaryWatch
 from sidecar.config import SidecarConfig
 from sidecar.drain import Drain, Plan
 from sidecar.engine_load import orca_report
@@ -29,6 +31,7 @@ from unbroken.config import split_address
 from unbroken.discovery import WORKERS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.health import HealthServicer, add_health
+from unbroken.probes import Probes
 from unbroken.third_party import orca_pb2_grpc
 from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
 from unbroken.transport import listen, make_server
@@ -70,6 +73,13 @@ class Sidecar:
             ),
             clock=clock,
         )
+        self._canary = Canary(
+            CanaryPolicy(
+                period_s=config.canary_period_s,
+                timeout_s=config.canary_timeout_s,
+                failures_max=config.canary_failures_max,
+            )
+        )
         self._drain_plan = Plan(config.drain_policy, config.drain_budget_s)
         self.drain = Drain(self._drain_plan)
         self.stop_wanted = asyncio.Event()
@@ -94,10 +104,17 @@ class Sidecar:
         """Serve and join the mesh; the engine starts meanwhile. Raises OSError."""
         config = self._config
         registry = metrics.new_registry()
-        HubCollector(self.hub, registry)
+        HubCollector(self.hub, self._canary, registry)
         incarnation = await self._discovery.new_incarnation(WORKERS, config.worker_id)
         self._identity = worker_pb2.WorkerIdentity(
             worker_id=config.worker_id, incarnation=incarnation
+        )
+        self._canary_watch = CanaryWatch(
+            self.hub,
+            self._canary,
+            name=str(incarnation),
+            prompt=config.canary_ids,
+            on_unfit=lambda: self.tell_drain(drain.Failed()),
         )
         reporter = orca.LoadReporter(self._load_report, clock=self._clock)
         server = self._server = make_server(trailers=reporter.trailers)
@@ -124,17 +141,20 @@ class Sidecar:
         )
         health.set("liveness", is_serving=True)
         health.set(SIDECAR_SERVICE, is_serving=True)  # Whatever the engine does.
-        health.set("readiness", is_serving=False)
+        for probe in ("startup", "readiness"):
+            health.set(probe, is_serving=False)
+        self._probes = Probes(health)
         self.address = listen(server, config.listen)
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
-            self._metrics_server = metrics.serve(registry, host, port)
+            self._metrics_server = metrics.serve(registry, host, port, probes=self._probes)
         await server.start()
         self.hub.on_change.append(self._changed.set)
         self.hub.on_over.append(self._over.set)
         self._registration = await self._discovery.register(WORKERS, self._record())
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
         self._tasks = [
+            asyncio.create_task(self._probes.run(), name="signs of life"),
             asyncio.create_task(self._tick(), name="heartbeats"),
             asyncio.create_task(self._watch(), name="watchdog"),
             asyncio.create_task(self._follow_engine(), name="follow engine"),
@@ -232,6 +252,7 @@ class Sidecar:
         due = loop.time()
         while True:
             self.hub.watch()
+            self._canary_watch.look()
             due = max(due + LOOK_INTERVAL_S, loop.time())
             await asyncio.sleep(due - loop.time())
 
@@ -257,6 +278,7 @@ class Sidecar:
         up = self.hub.up
         if up is not None:
             self._model = up.description.model
+            self._health.set("startup", is_serving=True)  # It never takes that back.
         services = ["", RELAY_SERVICE, "readiness"]
         if self._model:
             services.append(f"model/{self._model}")

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from sidecar.canary import Canary
 from sidecar.engine_load import EngineLoad, orca_report
 from sidecar.metrics import HubCollector
 from tests.sidecar.fakes import Desk, engine_up
@@ -68,7 +69,7 @@ def test_an_engine_that_takes_no_work_is_full_however_idle_it_was() -> None:
 
 def scraped(desk: Desk) -> dict[str, float]:
     registry = CollectorRegistry()
-    HubCollector(desk.hub, registry)
+    HubCollector(desk.hub, Canary(), registry)
     return {
         family.name: sample.value
         for family in registry.collect()

@@ -55,7 +55,8 @@ def test_a_sidecar_registers_and_says_how_it_is(tmp_path: Path) -> None:
             assert record.identity.incarnation > 1_700_000_000_000_000
             assert os.getpgid(record.engine_pgid) == record.engine_pgid
             health = cast("Any", health_pb2_grpc.HealthStub(world.channel))
-            names = ["", RELAY_SERVICE, SIDECAR_SERVICE, "liveness", "readiness", "model/simulated"]
+            names = ["", RELAY_SERVICE, SIDECAR_SERVICE]
+            names += ["startup", "liveness", "readiness", "model/simulated"]
             assert await statuses(world.channel) == dict.fromkeys(names, SERVING)
             for name in names:
                 response = await health.Check(health_pb2.HealthCheckRequest(service=name))
@@ -270,7 +271,8 @@ def test_health_follows_the_engine_and_stays_down_in_a_drain(tmp_path: Path) -> 
 
             ours = ["", RELAY_SERVICE, "readiness"]
             always = dict.fromkeys(["liveness", SIDECAR_SERVICE], SERVING)
-            await until_statuses(always | dict.fromkeys(ours, NOT_SERVING))
+            await until_statuses(always | dict.fromkeys([*ours, "startup"], NOT_SERVING))
+            always["startup"] = SERVING  # From the first model on, for ever.
             ours.append("model/m")
             engine.on_up(engine_up())
             await until_statuses(always | dict.fromkeys(ours, SERVING))

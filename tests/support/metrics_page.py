@@ -12,6 +12,7 @@ from frontend.processes.sums import PARTS
 from memory_service.accounts import Limits
 from memory_service.holdings import Holdings, Policy
 from memory_service.metrics import HoldingsCollector
+from sidecar.canary import Canary
 from sidecar.metrics import HubCollector
 from tests.sidecar.fakes import Desk
 from unbroken import metrics
@@ -124,7 +125,7 @@ def sidecar() -> dict[str, Row]:
     desk = Desk()
     desk.hub.load = worker_pb2.LoadReport(ranks=[worker_pb2.RankLoad(kv_blocks_total=1)])
     registry = CollectorRegistry()
-    HubCollector(desk.hub, registry)
+    HubCollector(desk.hub, Canary(), registry)
     return rows_of(registry)
 
 

@@ -1,0 +1,154 @@
+"""Does what the canary decides (`canary`): asks the engine, and tells the hub what to think of it.
+
+Everything is seen from the hub's counters, at every look, so the hot path knows nothing of it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final, assert_never
+
+from sidecar import canary
+from sidecar.canary import Canary
+from sidecar.canary_payload import MARK, checkpoint_of
+from sidecar.engines.base import EngineUp
+from sidecar.hub import Hub
+from sidecar.link import Attempt
+from unbroken import log
+from unbroken.outcome import FailureKind
+from unbroken.v1 import attempt_pb2
+
+STEPS_S: Final = 1.0
+"""An engine that said within so long that it made a step says so of its next one, too."""
+
+_log = log.get_logger(__name__)
+
+
+class CanaryWatch:
+    """The canary of one hub."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        decisions: Canary,
+        *,
+        name: str,
+        prompt: tuple[int, ...] = (),
+        on_unfit: Callable[[], None],
+    ) -> None:
+        """Probes are called after `name`, unique to this life of the sidecar. `prompt` is what to
+        ask with instead of the tokenizer's beginning; `on_unfit` is called when the engine is to be
+        given up.
+        """
+        self.decisions = decisions
+        self._hub = hub
+        self._name = name
+        self._prompt = prompt
+        self._on_unfit = on_unfit
+        self._up: EngineUp | None = None
+        self._asked: dict[int, Attempt] = {}
+        self._tokens = 0
+        self._prefilled = 0
+        self._steps = 0
+        self._stepped_at = 0.0
+        self._is_busy_since_asked = False
+
+    def look(self) -> None:
+        """See what has happened; every `watchdog.LOOK_INTERVAL_S`."""
+        hub, decisions, now = self._hub, self.decisions, self._hub.now()
+        if hub.up is not self._up:
+            self._up = hub.up
+            self._asked.clear()
+            self._obey(self._began(now))
+        if self._up is None:
+            return
+        for number, attempt in list(self._asked.items()):
+            if attempt.token_ids:
+                del self._asked[number]
+                self._tokens += 1
+                hub.num_probe_tokens += 1
+                self._obey(decisions.answered(number, attempt.token_ids[0]))
+            elif (ended := attempt.ended) is not None:
+                del self._asked[number]
+                if ended.failure == FailureKind.OVERLOAD:
+                    self._obey(decisions.deferred(number))
+                else:
+                    self._obey(decisions.ended(number, ended.detail or "an end without one"))
+        if self._has_progressed(now):
+            self._obey(decisions.progressed())
+        self._obey(decisions.look(now, is_guarded=self._is_guarded(now)))
+
+    def _is_guarded(self, now: float) -> bool:
+        """Whether the watchdog waits for a step that may well be longer than the canary's time."""
+        hub = self._hub
+        if hub.is_draining or hub.watchdog.is_stalled:
+            return True
+        self._is_busy_since_asked &= bool(self._asked)
+        self._is_busy_since_asked |= hub.has_requests
+        if self._asked and not self._is_busy_since_asked:
+            return False  # It had nothing to do but this.
+        # One that says that it steps, and makes no progress, is not the watchdog's business.
+        return hub.work(now).has_steps and now - self._stepped_at > STEPS_S
+
+    def _began(self, now: float) -> Sequence[canary.Command]:
+        up = self._up
+        self._prefilled = self._steps = 0
+        if up is None:
+            return self.decisions.down()
+        description = up.description
+        numerics = description.numerics
+        return self.decisions.up(
+            now,
+            num_ranks=description.num_ranks,
+            is_repeatable=numerics.batch_invariant and numerics.split_invariant,
+        )
+
+    def _has_progressed(self, now: float) -> bool:
+        """Whether it has computed anything for a request since the last look."""
+        hub, load = self._hub, self._hub.load
+        tokens, self._tokens = self._tokens, hub.num_tokens
+        is_progress = hub.num_tokens > tokens
+        if load is None:
+            return is_progress
+        steps, self._steps = self._steps, load.engine_steps_total
+        prefilled, self._prefilled = self._prefilled, load.prefill_tokens_total
+        has_stepped = load.engine_steps_total > steps
+        if has_stepped:
+            self._stepped_at = now
+        # An engine that does not tell what it has prefilled is believed that its steps are some.
+        has_prefilled = (
+            load.prefill_tokens_total > prefilled if load.prefill_tokens_total else has_stepped
+        )
+        return is_progress or (has_prefilled and hub.has_requests)
+
+    def _obey(self, commands: Sequence[canary.Command]) -> None:
+        for command in commands:
+            match command:
+                case canary.Probe(number=number, rank=rank):
+                    self._asked[number] = self._hub.probe(self._start(number, rank))
+                case canary.Abandon(number=number):
+                    attempt = self._asked.pop(number, None)
+                    if attempt is not None:
+                        self._hub.abandon(attempt)
+                case canary.Failing(failure=failure, detail=detail):
+                    _log.warning("canary fails", failure=failure.name, detail=detail)
+                    self._hub.call_unfit(failure, f"canary: {detail}")
+                case canary.Well():
+                    _log.info("canary is well")
+                    self._hub.call_fit()
+                case canary.Unfit(detail=detail):
+                    _log.error("engine is given up", detail=detail)
+                    self._on_unfit()
+                case _:
+                    assert_never(command)
+
+    def _start(self, number: int, rank: int) -> attempt_pb2.StartAttempt:
+        up = self._up
+        assert up is not None, "only who is up is asked"
+        start = attempt_pb2.StartAttempt(
+            stream=attempt_pb2.StreamKey(request_id=f"{MARK}-{self._name}-{number}", tenant=MARK),
+            epoch=1,
+            checkpoint=checkpoint_of(up.tokenizer, self._prompt),
+            is_probe=True,
+        )
+        if up.description.num_ranks > 1:
+            start.rank = rank
+        return start
