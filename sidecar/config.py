@@ -31,14 +31,16 @@ class SidecarConfig(ProcessConfig):
     """Command that starts another engine, which is reached at --engine-socket or -address."""
     engine_socket: Path | None = None
     """Unix socket of an engine of our contract; without a command, of one that runs already."""
-    engine_protocol: Literal["native", "vllm", "sglang", "trtllm"] = "native"
-    """What the engine speaks: our own contract, or gRPC of its own make (extra engines)."""
+    engine_protocol: Literal["native", "vllm", "sglang", "trtllm", "openai"] = "native"
+    """What the engine speaks: our contract, or, with the extra engines, gRPC of its own or HTTP."""
     engine_address: str | None = Field(default=None, min_length=1)
     """Where an engine of another protocol serves; without a command, one that runs already."""
     engine_tokenizer: Path | None = None
     """Directory with the model's tokenizer.json, for engines that hand out none."""
     engine_model: str = ""
     """Name under which requests ask for the model; empty: the engine's own."""
+    engine_context_length: int = Field(0, ge=0, le=16_777_216)
+    """Most tokens of prompt and output together, for engines that do not tell; 0: they have to."""
     engine_is_invariant: bool = False
     """You vouch that its logits do not depend on batches, so that streams can go on exactly."""
     engine_numerics: str = ""

@@ -1,7 +1,8 @@
 """Which engine a command starts, what it speaks then, and where. No I/O.
 
 `unbroken run -- vllm serve MODEL --grpc` says all that a sidecar needs to know in the engine's own
-words; what is missing is the port, if none is named, and that is added.
+words; what is missing is the port, if none is named, and that is added. An engine that is not told
+to speak gRPC speaks OpenAI's HTTP.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ def _protocol(words: Sequence[str]) -> str:
         "vllm": "vllm" in names or any(word.startswith("vllm.") for word in words),
         "sglang": "sglang" in names or any(word.startswith("sglang.") for word in words),
         "trtllm": "trtllm-serve" in names,
+        "openai": "llama-server" in names,
     }
     found = [protocol for protocol, is_it in made_by.items() if is_it]
     if len(found) != 1:
@@ -56,11 +58,8 @@ def _protocol(words: Sequence[str]) -> str:
             f"expected a command of {', '.join(made_by)}, or --protocol, got {' '.join(words)}"
         )
     # The launcher of vLLM that speaks gRPC only needs no flag for it.
-    if not is_grpc and not any(word.endswith(".grpc_server") for word in words):
-        raise ValueError(
-            f"{found[0]}: expected it to speak gRPC, by one of {', '.join(GRPC_FLAGS)}"
-        )
-    return found[0]
+    is_grpc = is_grpc or any(word.endswith(".grpc_server") for word in words)
+    return found[0] if is_grpc else "openai"
 
 
 def _value(words: Sequence[str], flag: str) -> str | None:

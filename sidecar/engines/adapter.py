@@ -35,6 +35,8 @@ class Discovered:
     batch_size_max: int = 0
     prefill_tokens_max: int = 0
     num_ranks: int = 1
+    has_own_ids: bool = True
+    """The ids that it gives are those that it computed, not made from its text."""
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
     """What its logits depend on, as far as it tells: weights, dtype, kernels, parallelism."""
 

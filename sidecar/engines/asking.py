@@ -5,10 +5,10 @@ engine's words must not be asked to.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from sidecar.engines.adapter import Call, Discovered
+from sidecar.engines.adapter import Call, Discovered, Unusable
 from unbroken.checkpoint import checkpoint_from_proto
 from unbroken.errors import InvalidField
 from unbroken.v1 import attempt_pb2, worker_pb2
@@ -27,6 +27,18 @@ class Vouched:
     """What else its logits depend on: the accelerator, a patch. Equal texts are equal logits."""
     model: str = ""
     """Under which name requests ask for it; empty: the engine's own."""
+    context_length: int = 0
+    """Most tokens of prompt and output, for engines that do not tell; 0: they have to."""
+
+
+def completed(found: Discovered, vouched: Vouched) -> Discovered:
+    """With what the engine left out. Raises `Unusable`."""
+    context_length = found.context_length or vouched.context_length
+    if not context_length:
+        raise Unusable(
+            "it does not tell how long its context is; say so with --engine-context-length"
+        )
+    return replace(found, context_length=context_length)
 
 
 def describe(found: Discovered, vouched: Vouched) -> worker_pb2.EngineDescription:
@@ -38,6 +50,7 @@ def describe(found: Discovered, vouched: Vouched) -> worker_pb2.EngineDescriptio
         **found.facts,
         **({"vouched": vouched.numerics} if vouched.numerics else {}),
     }
+    is_invariant = vouched.is_invariant and found.has_own_ids
     digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=8).hexdigest()
     return worker_pb2.EngineDescription(
         kind=found.kind,
@@ -49,8 +62,8 @@ def describe(found: Discovered, vouched: Vouched) -> worker_pb2.EngineDescriptio
         prefill_tokens_max=found.prefill_tokens_max,
         numerics=worker_pb2.NumericsClass(
             id=f"{found.kind}-{digest}",
-            batch_invariant=vouched.is_invariant,
-            split_invariant=vouched.is_invariant,
+            batch_invariant=is_invariant,
+            split_invariant=is_invariant,
             facts=facts,
         ),
         capabilities=found.capabilities,

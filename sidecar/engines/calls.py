@@ -31,7 +31,7 @@ from sidecar.engines.adapter import (
     Unhealthy,
     Unusable,
 )
-from sidecar.engines.asking import Vouched, call_of, describe
+from sidecar.engines.asking import Vouched, call_of, completed, describe
 from sidecar.engines.base import EngineListener, EngineUp
 from sidecar.engines.columns import Columns, Progress
 from sidecar.engines.kv_blocks import KvBlocks
@@ -227,7 +227,7 @@ class _Life(Life):
     async def _discover(self) -> Discovered:
         while True:
             try:
-                found = await self._adapter.discover()
+                found = completed(await self._adapter.discover(), self._vouched)
                 await self._probe(found)
             except (NotReady, Unhealthy) as error:
                 self._seen = str(error)

@@ -25,6 +25,7 @@ ADAPTERS: Final[Mapping[str, tuple[str, str]]] = {
     "vllm": ("sidecar.engines.vllm", "VllmAdapter"),
     "sglang": ("sidecar.engines.sglang", "SglangAdapter"),
     "trtllm": ("sidecar.engines.trtllm", "TrtllmAdapter"),
+    "openai": ("sidecar.engines.openai", "OpenAiAdapter"),
 }
 """Module and class of each protocol that is not ours. Called with an address and a tokenizer."""
 
@@ -37,7 +38,12 @@ def engine_of(config: SidecarConfig, directory: Path) -> Engine:
     launch = launch_of(config, directory)
     if config.engine_protocol == "native":
         return NativeEngine(launch)
-    vouched = Vouched(config.engine_is_invariant, config.engine_numerics, config.engine_model)
+    vouched = Vouched(
+        config.engine_is_invariant,
+        config.engine_numerics,
+        config.engine_model,
+        config.engine_context_length,
+    )
     return CallEngine(
         launch, adapter_of(config.engine_protocol, config.engine_tokenizer), vouched=vouched
     )

@@ -32,7 +32,8 @@ from sidecar.engines.adapter import (
     Unhealthy,
     Unusable,
 )
-from sidecar.engines.tokenizer_files import ARCHIVE_BYTES_MAX, NAMES, BadTokenizer, unpack
+from sidecar.engines.model_directory import read_directory
+from sidecar.engines.tokenizer_files import ARCHIVE_BYTES_MAX, BadTokenizer, unpack
 from unbroken.generation import TokenLogprobs
 from unbroken.outcome import FailureKind
 from unbroken.transport import open_channel
@@ -216,15 +217,6 @@ class SmgAdapter(Adapter):
                 "--engine-tokenizer"
             ) from error
         return await asyncio.to_thread(unpack, bytes(packed), sha256)
-
-
-def read_directory(directory: Path) -> Mapping[str, bytes]:
-    """The tokenizer's files in a directory. Raises `BadTokenizer`."""
-    try:
-        present = [name for name in NAMES if (directory / name).is_file()]
-        return {name: (directory / name).read_bytes() for name in present}
-    except OSError as error:
-        raise BadTokenizer(f"{directory}: {error}") from error
 
 
 def failed(error: grpc.aio.AioRpcError) -> CallFailed:

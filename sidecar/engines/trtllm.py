@@ -17,7 +17,7 @@ from smg_grpc_proto.generated import trtllm_service_pb2 as pb  # pyright: ignore
 from smg_grpc_proto.generated import trtllm_service_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
-from sidecar.engines.adapter import Call, Delta, Discovered, End, NotReady, Unhealthy
+from sidecar.engines.adapter import Call, Delta, Discovered, End, Unhealthy
 from sidecar.engines.smg import SmgAdapter
 from sidecar.engines.tokenizer_files import asset_of
 from unbroken.generation import Constraint, TokenLogprobs
@@ -55,15 +55,12 @@ class TrtllmAdapter(SmgAdapter):
         server: pb.GetServerInfoResponse = await self._ask(
             "GetServerInfo", pb.GetServerInfoRequest()
         )
-        context_length = model.max_seq_len or model.max_input_len
-        if not context_length:
-            raise NotReady("it does not tell how long its context is")
         files = await self._tokenizer_files(model.model_id)
         return Discovered(
             kind="trtllm",
             version=server.version,
             model=model.model_id,
-            context_length=context_length,
+            context_length=model.max_seq_len or model.max_input_len,
             tokenizer=asset_of(files, vocab_size=model.vocab_size),
             capabilities=_CAPABILITIES,
             block_size=BLOCK_SIZE,

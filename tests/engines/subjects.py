@@ -21,7 +21,7 @@ from sidecar.engines.lives import Launch
 from sidecar.engines.native import NativeEngine
 from sidecar.hub import Hub
 from sidecar.watchdog import WatchdogPolicy
-from tests.engines import sglang_server, trtllm_server, vllm_server
+from tests.engines import openai_server, sglang_server, trtllm_server, vllm_server
 from tests.engines.backend import Backend
 from tests.sidecar.fakes import Frontend
 from tests.worker.engines import Attempt as Expected
@@ -214,10 +214,18 @@ def _grpc(
     return serving
 
 
+@asynccontextmanager
+async def _http(backend: Backend, port: int = 0) -> AsyncGenerator[Served, None]:
+    """OpenAI's HTTP, as vLLM serves it."""
+    async with openai_server.serving(backend, port) as (address, server):
+        yield Served(address, server)
+
+
 SERVERS: Mapping[str, Callable[[Backend, int], AbstractAsyncContextManager[Served]]] = {
     "vllm": _grpc(vllm_server.add),
     "sglang": _grpc(sglang_server.add),
     "trtllm": _grpc(trtllm_server.add),
+    "openai": _http,
 }
 """By protocol: what serves it, at a port or at any."""
 

@@ -192,7 +192,7 @@ def test_load_is_told_while_it_lasts(subject: Subject, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with talk(subject, tmp_path, step_s=0.005) as it:
             for _ in range(3):
-                it.start(greedy(100), window_tokens=60)
+                it.start(greedy(400), window_tokens=60)
             await it.until(
                 lambda: (
                     it.hub.load is not None

@@ -14,6 +14,9 @@ from tests.engines.subjects import FAST, QUICK, SERVERS, Served, Talk, Tending, 
 from tests.engines.test_conformance import LENGTH, greedy
 from unbroken.v1 import worker_pb2
 
+SLOW = "vllm"
+"""For what takes a second and is the same for all."""
+
 
 class Beside:
     """A server that can be killed, and who speaks to it."""
@@ -112,11 +115,9 @@ def test_a_server_that_is_killed_comes_back_as_another_life(protocol: str) -> No
     play(scenario())
 
 
-def test_a_core_that_hangs_is_noticed_by_its_silence_though_it_says_that_it_is_well(
-    protocol: str,
-) -> None:
+def test_a_core_that_hangs_is_noticed_by_its_silence_though_it_says_that_it_is_well() -> None:
     async def scenario() -> None:
-        async with beside(protocol) as (engine, it):
+        async with beside(SLOW) as (engine, it):
             slots = await streaming(it)
             engine.backend.hang()
             await it.state(worker_pb2.ENGINE_STATE_STALLED, 1)
@@ -130,9 +131,9 @@ def test_a_core_that_hangs_is_noticed_by_its_silence_though_it_says_that_it_is_w
     play(scenario())
 
 
-def test_an_idle_core_that_hangs_is_noticed_by_a_probe(protocol: str) -> None:
+def test_an_idle_core_that_hangs_is_noticed_by_a_probe() -> None:
     async def scenario() -> None:
-        async with beside(protocol) as (engine, it):
+        async with beside(SLOW) as (engine, it):
             engine.backend.hang()
             await it.state(worker_pb2.ENGINE_STATE_DEAD, 1)
             (dead,) = [one for one in it.frontend.verdicts if one.failure]
@@ -168,9 +169,9 @@ def test_request_ids_are_never_used_twice_not_even_by_the_next_sidecar(protocol:
     play(scenario())
 
 
-def test_what_others_ask_of_an_engine_is_no_work_of_ours(protocol: str) -> None:
+def test_what_others_ask_of_an_engine_is_no_work_of_ours() -> None:
     async def scenario() -> None:
-        async with beside(protocol) as (engine, it):
+        async with beside(SLOW) as (engine, it):
             await it.ended(it.start(greedy(4)))
             async for _ in engine.backend.generate("of another", [5, 6], greedy(400)):
                 pass  # For most of a second, in which nothing comes from it to us but probes.

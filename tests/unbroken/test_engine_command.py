@@ -21,6 +21,8 @@ def known(command: str, protocol: str | None = None) -> EngineCommand:
         ),
         ("python -m sglang.launch_server --smg-grpc-mode --port 8", "sglang", "127.0.0.1:8"),
         ("trtllm-serve M --grpc --port 8", "trtllm", "127.0.0.1:8"),
+        ("vllm serve M --port 8", "openai", "127.0.0.1:8"),
+        ("./llama-server -m M.gguf --port 8", "openai", "127.0.0.1:8"),
     ],
 )
 def test_an_engine_is_known_by_its_command(command: str, protocol: str, address: str) -> None:
@@ -40,7 +42,7 @@ def test_what_it_speaks_can_be_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "sleep 5", "vllm serve M", "trtllm-serve M", "vllm serve M --grpc --port x"]
+    "command", ["", "sleep 5", "vllm serve sglang", "vllm serve M --grpc --port x"]
 )
 def test_what_is_no_engine_that_can_be_spoken_to_is_refused(command: str) -> None:
     with pytest.raises(ValueError, match="expected"):
