@@ -11,6 +11,9 @@ from tests.memory_service.victim import BLOCK_BYTES, bytes_of, key_of
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory.client import BlockWriter, MemoryClient, SegmentClass
 
+MID_WORK = 200
+"""Blocks that are written while the service is killed and comes back."""
+
 
 @dataclass(slots=True)
 class Outage:
@@ -32,7 +35,7 @@ class Users:
         self.service = service
         self.writing = service.client(client="writer")
         self.reading = service.client(client="reader")
-        self.writer = self.writing.open_writer(BLOCK_BYTES, 4096)
+        self.writer = self.writing.open_writer(BLOCK_BYTES, 8192)
         self.weights = self.writing.create("weights", SegmentClass.WEIGHTS, [4096])
         self.weights.slabs[0][:] = bytes_of(key_of(0, 0))
         self.writing.seal(self.weights)
@@ -40,22 +43,29 @@ class Users:
         self.writing.freeze(self.pool)
         self.epoch = self.pool.epoch
         self.num_told = 0
+        self._goal = 0
         self.errors: list[BaseException] = []
         self._is_over = threading.Event()
+        self._has_goal = threading.Event()
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
     def _write(self) -> None:
         """Blocks, one after the other; each is told of before the next, and counted then."""
         try:
-            while not self._is_over.is_set() and self.num_told < 4000:
+            while self._has_goal.wait() and not self._is_over.is_set():
                 put_one(self.writer, self.num_told)
                 self.num_told += 1
+                if self.num_told >= self._goal:
+                    self._has_goal.clear()
+                    if self.num_told < self._goal:  # It came in between.
+                        self._has_goal.set()
         except BaseException as error:  # Judged by the test.
             self.errors.append(error)
 
     def stop(self) -> None:
         self._is_over.set()
+        self._has_goal.set()
         self._thread.join(30)
         assert not self._thread.is_alive()
 
@@ -66,11 +76,17 @@ class Users:
 
     def until_written(self, number: int) -> None:
         """So many more blocks."""
-        goal = self.num_told + number
+        goal = self._go_on(number)
         until(lambda: self.num_told >= goal or bool(self.errors), "blocks are written", 20)
+
+    def _go_on(self, number: int) -> int:
+        self._goal = goal = self.num_told + number
+        self._has_goal.set()
+        return goal
 
     def lose_service(self, *, with_vault: bool = False) -> Outage:
         """Kill it in mid-work, start another, and see how long that takes and what is there."""
+        self._go_on(MID_WORK)
         before = self.num_told
         killed_at = time.time()
         if with_vault:

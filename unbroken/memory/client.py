@@ -351,11 +351,11 @@ class MemoryClient:
 
     def _bind(self, timeout_s: float) -> None:
         """Begin, or go on, with the service that is there, or comes in time."""
-        if self._sock is not None:
-            self._sock.close()
         self.num_lives += 1
         give_up_at = time.monotonic() + timeout_s
         while True:
+            if self._sock is not None:
+                self._sock.close()
             try:
                 self._sock = sock = _high(channel.connect(self._path))
                 sock.settimeout(CALL_TIMEOUT_S)
@@ -363,6 +363,8 @@ class MemoryClient:
                 response, fds = channel.receive(sock, wire.SessionResponse)
             except (OSError, ChannelClosed) as error:
                 if time.monotonic() > give_up_at:
+                    if self._sock is not None:
+                        self._sock.close()
                     raise UnbrokenError(
                         Reason.UNREACHABLE, f"expected a memory service at {self._path}: {error}"
                     ) from error
@@ -370,6 +372,7 @@ class MemoryClient:
                 continue
             if response.WhichOneof("kind") == "error":
                 channel.close_all(fds)
+                sock.close()
                 raise _raised(response.error)
             break
         bound = response.bound
