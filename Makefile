@@ -74,6 +74,9 @@ recovery: .venv/.dev ## How long a stream stands still when its worker is killed
 storm: .venv/.dev ## A worker dies with 200 long streams: what it does to the others, with and without the resume queue
 	$(BIN)/python -m benchmarks.storm
 
+rollout-proof: .venv/.dev ## A rolling restart of 4 workers and 2 frontends under 200 streams that are longer than it
+	$(BIN)/python -m benchmarks.rollout
+
 frontend-loss: .venv/.dev ## The same when its frontend is killed, with 40 and with 500 streams
 	$(BIN)/python -m benchmarks.frontend_loss
 

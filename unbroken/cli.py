@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Coroutine, Sequence
 from contextvars import ContextVar
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -36,6 +37,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.holdings import LISTED_DEFAULT, LISTED_MAX, num_held
 from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.mesh_ledger import mesh_ledger
+from unbroken.rollout import READY_TIMEOUT_S, roll_out
 from unbroken.terminal import Output
 from unbroken.tls import ClientTls
 from unbroken.v1 import inference_service_pb2 as pb
@@ -505,6 +507,46 @@ def drain(
             f"drained {name}: {drained.num_finished} streams finished there, "
             f"{drained.num_handed_over} were handed over"
         )
+        terminal.show_result(output, facts, text)
+
+    _run(scenario(), output)
+
+
+@app.command()
+def rollout(
+    workers: Annotated[bool, typer.Option(help="Replace the workers.")] = True,
+    frontends: Annotated[bool, typer.Option(help="Replace the frontends, after them.")] = True,
+    policy: Annotated[
+        DrainPolicy | None,
+        typer.Option(help="What becomes of a worker's streams, if not as it is configured."),
+    ] = None,
+    ready_timeout_s: Annotated[
+        float, typer.Option(min=1, max=86_400, help="How long a successor may take to serve.")
+    ] = READY_TIMEOUT_S,
+    directory: DiscoveryOption = DISCOVERY_DEFAULT,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Restart all of a mesh, one after the other, while its streams go on.
+
+    Whoever runs the mesh starts what has left anew, as `unbroken up` does.
+    """
+
+    async def scenario() -> None:
+        replaced = await roll_out(
+            discovery.connect(directory),
+            workers=workers,
+            frontends=frontends,
+            policy=_drain_policy_to_proto(policy),
+            ready_timeout_s=ready_timeout_s,
+            tls=_tls.get(),
+            tell=lambda one: terminal.note(f"replaced {one.name}: {one.num_moved} streams moved"),
+        )
+        facts = {
+            "replaced": [asdict(one) for one in replaced],
+            "moved": sum(one.num_moved for one in replaced),
+            "cut": sum(one.num_cut for one in replaced),
+        }
+        text = f"replaced {', '.join(one.name for one in replaced) or 'nothing'}"
         terminal.show_result(output, facts, text)
 
     _run(scenario(), output)
