@@ -71,6 +71,7 @@ class MemoryService:
             self.holdings, self.keeper, may_use=self._may_use, clock=clock
         )
         self.channel.on_change = self._schedule
+        self.channel.on_due = self._schedule_at
         registry = metrics.new_registry()
         self._registry = registry
         self._collector = HoldingsCollector(
@@ -86,6 +87,7 @@ class MemoryService:
         """host:port of gRPC, if it listens on one."""
         self._lock = -1
         self._due: asyncio.TimerHandle | None = None
+        self._due_at = 0.0
         self._server: grpc.aio.Server | None = None
         self._metrics_server: metrics.MetricsServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -182,13 +184,21 @@ class MemoryService:
 
     def _schedule(self) -> None:
         """Have `handle_timeout` called when it is due."""
-        due_at = self.holdings.deadline()
         if self._due is not None:
             self._due.cancel()
             self._due = None
-        if due_at is not None:
-            wait_s = max(0.0, due_at - self._clock())
-            self._due = self._loop.call_later(wait_s, self._timeout)
+        if (due_at := self.holdings.deadline()) is not None:
+            self._schedule_at(due_at)
+
+    def _schedule_at(self, due_at: float) -> None:
+        """At this time at the latest."""
+        if self._due is not None:
+            if self._due_at <= due_at:
+                return
+            self._due.cancel()
+        self._due_at = due_at
+        wait_s = max(0.0, due_at - self._clock())
+        self._due = self._loop.call_later(wait_s, self._timeout)
 
     def _timeout(self) -> None:
         self._due = None

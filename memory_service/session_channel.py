@@ -39,6 +39,9 @@ CALLS_A_TURN: Final = 16
 PROBE_INTERVALS_S: Final = (0.0002, 0.001, 0.01)
 """Between two looks at a lifeline: at first, after 10 ms, after a second."""
 
+HOT: Final = frozenset({"find", "get", "commit", "reclaim", "release_pin"})
+"""Calls that change no deadline but that of their own pin."""
+
 _SO_PEERPIDFD: Final = 77
 _CREDENTIALS: Final = struct.Struct("3i")
 
@@ -77,6 +80,8 @@ class SessionChannel:
         self.num_calls = 0
         self.on_change: Callable[[], None] = lambda: None
         """Called after whatever may have changed a deadline."""
+        self.on_due: Callable[[float], None] = lambda _: None
+        """Called with a new deadline."""
         self.loop = asyncio.get_running_loop()
         self.connections: dict[int, Connection] = {}
         """By session."""
@@ -234,7 +239,8 @@ class Connection:
                 return
             channel.close_all(fds)
             self._owner.num_calls += 1
-            if request.WhichOneof("kind") == "seal":
+            kind = request.WhichOneof("kind")
+            if kind == "seal":
                 self._owner.loop.remove_reader(self._sock.fileno())
                 self._task = self._owner.loop.create_task(self._seal(request))
                 return
@@ -242,8 +248,10 @@ class Connection:
                 answer = self._answer(request)
             except UnbrokenError as error:
                 answer = _failed(error)
-            self._owner.keeper.obey()
-            self._owner.on_change()
+            if self._owner.holdings.commands:
+                self._owner.keeper.obey()
+            if kind not in HOT:
+                self._owner.on_change()
             self._send(answer)
 
     def _send(self, answer: Answer) -> None:
@@ -456,6 +464,7 @@ class Connection:
         pin, new = owner.holdings.get(session, _keys(get.keys), ttl_s, now)
         if pin is None:
             return _reply(pinned=wire.Pinned())
+        owner.on_due(pin.expires_at)
         try:
             fds = owner.keeper.read_only([slab.slab_id for slab in new]) if new else []
         except UnbrokenError:

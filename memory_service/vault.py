@@ -126,7 +126,10 @@ def main() -> int:
             os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    (given.socket.parent / "vault.pid").write_text(f"{os.getpid()}\n")
+    pid_file = given.socket.parent / "vault.pid"
+    new = pid_file.with_suffix(".new")
+    new.write_text(f"{os.getpid()}\n")
+    new.replace(pid_file)
     vault.run()
     given.socket.unlink(missing_ok=True)
     return 0

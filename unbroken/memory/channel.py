@@ -2,6 +2,7 @@
 
 import array
 import socket
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ PACKET_BYTES_MAX = 64 * 1024
 FDS_MAX = 250
 """Descriptors in one packet; the kernel takes 253."""
 
+_TIMEVAL = struct.Struct("ll")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -32,6 +34,15 @@ def connect(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def set_timeout(sock: socket.socket, timeout_s: float) -> None:
+    """Let the kernel end a wait; 0: never. Python's own timeouts cost a system call each time."""
+    seconds, rest = divmod(timeout_s, 1)
+    sock.setblocking(True)
+    value = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
 def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:

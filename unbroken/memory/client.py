@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory import channel, records
@@ -41,6 +41,8 @@ FLUSH_BLOCKS = 64
 RECLAIM_BLOCKS = 64
 """Blocks that make room for new ones at once."""
 KEYS_A_CALL = 1000
+OWED_MAX = 64
+"""Pins that are released before their answers are received."""
 CALL_TIMEOUT_S = 30.0
 """A service that takes longer is taken for dead; sealing, which reads everything, has no limit."""
 _HIGH_FD = 512
@@ -77,8 +79,7 @@ class Segment:
             self.slabs.pop()
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBlock:
+class StoredBlock(NamedTuple):
     """A block where it lies, for as long as its pin lasts."""
 
     data: memoryview
@@ -176,6 +177,8 @@ class MemoryClient:
         self._lifeline: mmap.mmap | None = None
         self._reading: dict[int, _ReaderSlab] = {}
         self._writers: dict[int, BlockWriter] = {}
+        self._num_owed = 0
+        """Answers that have yet to be received, before that of the next call."""
         self.num_lives = 0
         self._bind(self._rebind_timeout_s)
 
@@ -228,7 +231,7 @@ class MemoryClient:
             seal = wire.SealSegment(
                 name=segment.name, epoch=segment.epoch, checksums=checksums, layout=layout
             )
-            self._call(wire.SessionRequest(seal=seal), timeout_s=None)
+            self._call(wire.SessionRequest(seal=seal), timeout_s=0)
 
     def freeze(self, segment: Segment, layout: bytes = b"") -> None:
         """Let a pool be adopted if this process dies."""
@@ -298,23 +301,49 @@ class MemoryClient:
             response, fds = self._call(wire.SessionRequest(get=get))
             pinned = response.pinned
             self._map_new(pinned.new_slabs, fds)
-            blocks: list[StoredBlock] = []
-            for i, slab_id in enumerate(pinned.slab_ids):
+            # Columns as lists, and no loop of our own where none is needed: this is a hot path.
+            slab_ids, slots = list(pinned.slab_ids), list(pinned.slots)
+            views: dict[int, tuple[memoryview, int]] = {}
+            for slab_id in set(slab_ids):
                 slab = self._readable(slab_id)
-                start = pinned.slots[i] * slab.block_bytes
-                data = memoryview(slab.mapping)[start : start + slab.block_bytes].toreadonly()
-                if checked and records.checksum(data) != pinned.checksums[i]:
-                    self._report(slab_id, pinned.slots[i], pinned.generations[i])
-                    break
-                blocks.append(StoredBlock(data, pinned.num_tokens[i]))
+                views[slab_id] = (memoryview(slab.mapping).toreadonly(), slab.block_bytes)
+            if len(views) == 1:
+                ((view, size),) = views.values()
+                datas = [view[slot * size : (slot + 1) * size] for slot in slots]
+            else:
+                datas = [
+                    view[slot * size : (slot + 1) * size]
+                    for slot, (view, size) in zip(
+                        slots, map(views.__getitem__, slab_ids), strict=True
+                    )
+                ]
+            if checked:
+                datas = datas[: self._num_intact(pinned, datas)]
+            blocks = list(map(StoredBlock._make, zip(datas, pinned.num_tokens, strict=False)))
             return Pinned(self, pinned.pin_id, blocks, begun + ttl_s)
 
     def release_pin(self, pin_id: int, life: int) -> None:
         """End a pin of this life; one of an earlier life has ended with it."""
         with self._lock:
-            if life == self.num_lives:
-                release = wire.ReleasePin(pin_id=pin_id)
-                self._call(wire.SessionRequest(release_pin=release))
+            if life != self.num_lives or self._sock is None:
+                return
+            release = wire.ReleasePin(pin_id=pin_id)
+            request = wire.SessionRequest(boot_token=self._boot_token, release_pin=release)
+            try:
+                channel.send(self._sock, request)
+                self._num_owed += 1
+                if self._num_owed >= OWED_MAX:
+                    self._take_owed()
+            except (ChannelClosed, BlockingIOError):
+                pass  # Then it ends with its connection; the next call notices.
+
+    def _take_owed(self) -> None:
+        """Receive answers that nobody waited for: to releases of pins, which cannot fail."""
+        assert self._sock is not None, "it is open"
+        while self._num_owed:
+            _, fds = channel.receive(self._sock, wire.SessionResponse)
+            channel.close_all(fds)
+            self._num_owed -= 1
 
     # The session.
 
@@ -329,7 +358,7 @@ class MemoryClient:
         self._writers.pop(slab_id, None)
 
     def _call(
-        self, request: wire.SessionRequest, *, timeout_s: float | None = CALL_TIMEOUT_S
+        self, request: wire.SessionRequest, *, timeout_s: float = CALL_TIMEOUT_S
     ) -> tuple[wire.SessionResponse, list[int]]:
         """One call, made again if the service died over it. Raises what the service answers."""
         with self._lock:
@@ -338,10 +367,14 @@ class MemoryClient:
             while True:
                 request.boot_token = self._boot_token
                 try:
-                    self._sock.settimeout(timeout_s)
+                    if timeout_s != CALL_TIMEOUT_S:
+                        channel.set_timeout(self._sock, timeout_s)
                     channel.send(self._sock, request)
+                    self._take_owed()
                     response, fds = channel.receive(self._sock, wire.SessionResponse)
-                except ChannelClosed:
+                    if timeout_s != CALL_TIMEOUT_S:
+                        channel.set_timeout(self._sock, CALL_TIMEOUT_S)
+                except (ChannelClosed, BlockingIOError):  # The latter: it took too long.
                     self._bind(self._rebind_timeout_s)
                     continue
                 if response.WhichOneof("kind") == "error":
@@ -352,16 +385,17 @@ class MemoryClient:
     def _bind(self, timeout_s: float) -> None:
         """Begin, or go on, with the service that is there, or comes in time."""
         self.num_lives += 1
+        self._num_owed = 0
         give_up_at = time.monotonic() + timeout_s
         while True:
             if self._sock is not None:
                 self._sock.close()
             try:
                 self._sock = sock = _high(channel.connect(self._path))
-                sock.settimeout(CALL_TIMEOUT_S)
+                channel.set_timeout(sock, CALL_TIMEOUT_S)
                 channel.send(sock, wire.SessionRequest(bind=self._identity))
                 response, fds = channel.receive(sock, wire.SessionResponse)
-            except (OSError, ChannelClosed) as error:
+            except (OSError, ChannelClosed) as error:  # Or it took too long.
                 if time.monotonic() > give_up_at:
                     if self._sock is not None:
                         self._sock.close()
@@ -421,6 +455,14 @@ class MemoryClient:
         if slab_id in self._reading:
             return self._reading[slab_id]
         return self._writers[slab_id].as_reader()
+
+    def _num_intact(self, pinned: wire.Pinned, datas: Sequence[memoryview]) -> int:
+        """How many of the first blocks are intact; the service is told of the one that is not."""
+        for i, (data, expected) in enumerate(zip(datas, pinned.checksums, strict=True)):
+            if records.checksum(data) != expected:
+                self._report(pinned.slab_ids[i], pinned.slots[i], pinned.generations[i])
+                return i
+        return len(datas)
 
     def _report(self, slab_id: int, slot: int, generation: int) -> None:
         report = wire.ReportCorrupt(slab_id=slab_id, slot=slot, generation=generation)
