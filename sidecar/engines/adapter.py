@@ -95,6 +95,8 @@ class Call:
     params: GenerationParams
     max_tokens: int
     priority: int = 0
+    rank: int | None = None
+    """Which data-parallel rank has to compute it; None: whichever."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,9 +103,12 @@ def call_of(start: attempt_pb2.StartAttempt, found: Discovered, request_id: str)
     constraint = params.constraint
     if constraint is not None and not getattr(able.constraints, constraint.kind):
         raise InvalidField("params.constraint", f"a kind that {found.kind} has", constraint.kind)
+    rank = start.rank if start.HasField("rank") else None
+    if rank is not None and rank >= found.num_ranks:
+        raise InvalidField("rank", f"one of {found.num_ranks}", rank)
     max_tokens = room if stopping.max_tokens is None else min(stopping.max_tokens, room)
     if stopping.min_tokens > max_tokens:
         raise InvalidField(
             "params.stopping.min_tokens", f"at most {max_tokens}", stopping.min_tokens
         )
-    return Call(request_id, prompt, params, max_tokens, start.priority)
+    return Call(request_id, prompt, params, max_tokens, start.priority, rank)

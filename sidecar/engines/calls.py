@@ -4,8 +4,9 @@
 
 An engine that is asked so has no socket whose end is its death. It is dead when it says so, when it
 refuses calls, or when its process ends; a call that fails is asked about before its request is
-blamed for it. A call that says nothing is the watchdog's business (`sidecar.watchdog`), an engine
-that has nothing to do is asked for a token now and then: its own word about its health is a flag.
+blamed for it. Its word about its health is a flag, and not believed when it is good: a call that
+says nothing is the watchdog's business (`sidecar.watchdog`), an engine that has nothing to do the
+canary's (`sidecar.canary`), and no life begins before a token has come.
 """
 
 import asyncio
@@ -62,14 +63,13 @@ _log = log.get_logger(__name__)
 class Pace:
     """How often an engine is asked. Times in seconds."""
 
+    gather_s: float = 0.001
+    """What comes within so long becomes one frame: the messages of a step do not come at once."""
     health_s: float = 0.5
     load_s: float = 0.2
     load_fresh_s: float = 2.0
     """So long counts what an engine pushed about its load."""
     tap_retry_s: float = 1.0
-    probe_idle_s: float = 10.0
-    """An engine from which nothing came for so long, for lack of work, is asked for a token."""
-    probe_timeout_s: float = 5.0
 
 
 class CallEngine(Lives["_Life"]):
@@ -432,10 +432,10 @@ class _Life(Life):
         return attempt
 
     def _flush_soon(self) -> None:
-        """With everything else that is said in this turn of the loop."""
+        """With everything else that is said in this moment."""
         if not self._is_flush_due:
             self._is_flush_due = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_later(self._pace.gather_s, self._flush)
 
     def _flush(self) -> None:
         self._is_flush_due = False
@@ -450,14 +450,11 @@ class _Life(Life):
     # How it is.
 
     async def _watch_health(self) -> None:
-        pace = self._pace
         while True:
-            await asyncio.sleep(pace.health_s)
+            await asyncio.sleep(self._pace.health_s)
             await self._ask_health()
             if self._over.done():
                 return
-            if not self._attempts and self._loop.time() - self._heard_at >= pace.probe_idle_s:
-                await self._probe_idle()
 
     async def _ask_health(self) -> None:
         asked_at = self._loop.time()
@@ -470,24 +467,6 @@ class _Life(Life):
                 self.fail(f"{detail}, not even how it is", FailureKind.HANG)
         except Unhealthy as error:
             await self._dead(f"{error}")
-
-    async def _probe_idle(self) -> None:
-        asked_at = self._loop.time()
-        assert self._found is not None, "it serves"
-        try:
-            async with asyncio.timeout(self._pace.probe_timeout_s):
-                await self._probe(self._found)
-            self._heard_at = self._loop.time()
-        except TimeoutError:
-            if self._heard_at < asked_at:
-                detail = f"a probe got no token within {self._pace.probe_timeout_s:g} s"
-                self.fail(detail, FailureKind.HANG)
-        except CallFailed as failed:
-            if failed.failure is FailureKind.OVERLOAD:
-                return
-            await self._confirm_alive()
-            if not self._over.done():
-                _log.warning("probe failed", detail=failed.detail)
 
     async def _confirm_alive(self) -> None:
         """Ask until it had time to notice its own death; one who asks is enough."""

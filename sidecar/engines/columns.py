@@ -1,7 +1,7 @@
 """What many calls to an engine said, gathered into frames of the contract. No I/O.
 
-Engines that are asked by one call per attempt know no steps. What all calls said in one turn of
-the event loop becomes one frame: that is an engine step, or nearly so. Windows are kept here, since
+Engines that are asked by one call per attempt know no steps. What all calls said within a
+moment becomes one frame: that is an engine step, or nearly so. Windows are kept here, since
 such engines cannot pause: tokens beyond one are held until it moves.
 """
 

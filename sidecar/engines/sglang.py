@@ -109,6 +109,7 @@ class SglangAdapter(SmgAdapter):
             logprob_start_len=-1,
             top_logprobs_num=num_top or 0,
             stream=True,
+            data_parallel_rank=call.rank,
         )
 
     @override

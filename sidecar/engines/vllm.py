@@ -157,6 +157,7 @@ def request_of(call: Call) -> pb.GenerateRequest:
         tokenized=pb.TokenizedInput(input_ids=call.prompt),
         sampling_params=params,
         stream=True,
+        data_parallel_rank=call.rank,
     )
 
 

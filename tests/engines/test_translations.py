@@ -21,16 +21,17 @@ from sidecar.engines.adapter import (
     Discovered,
     LoadOfRank,
 )
-from sidecar.engines.asking import Vouched, describe
+from sidecar.engines.asking import Vouched, call_of, describe
 from sidecar.engines.kv_blocks import KvBlocks
 from sidecar.engines.occupancy import Asked, load_report
 from sidecar.engines.tokenizer_files import BadTokenizer, asset_of, unpack
 from tests.engines.vllm_server import zipped
 from unbroken import blocks
+from unbroken.errors import InvalidField
 from unbroken.generation import GenerationParams, SamplingParams, StopConditions
 from unbroken.outcome import FailureKind
 from unbroken.tokenizer import Tokenizer
-from unbroken.v1 import worker_pb2
+from unbroken.v1 import attempt_pb2, worker_pb2
 from worker import simulated_tokenizer
 
 FOUND = Discovered(
@@ -229,3 +230,18 @@ def test_every_status_of_an_engine_has_a_meaning(
 ) -> None:
     nothing = grpc.aio.Metadata()
     assert smg.failed(grpc.aio.AioRpcError(code, nothing, nothing, "why")).failure is failure
+
+
+def test_a_request_for_one_rank_says_so() -> None:
+    pinned = replace(call(), rank=0)
+    assert vllm.request_of(pinned).HasField("data_parallel_rank")
+    assert not vllm.request_of(call()).HasField("data_parallel_rank")
+
+
+def test_a_rank_that_there_is_not_is_refused() -> None:
+    start = attempt_pb2.StartAttempt(
+        rank=1, checkpoint=attempt_pb2.Checkpoint(prompt_token_ids=[1])
+    )
+    with pytest.raises(InvalidField, match="rank"):
+        call_of(start, FOUND, "r")
+    assert call_of(start, replace(FOUND, num_ranks=2), "r").rank == 1
