@@ -30,6 +30,7 @@ def world(
     with real_mesh(
         tmp_path_factory.mktemp("mesh"),
         num_workers=1,
+        is_emptied=True,
         engine_options="--step-base-ms 2",
         frontend_flags=["--edge", request.param],
     ) as world:

@@ -18,7 +18,10 @@ from unbroken.history import record
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
     with real_mesh(
-        tmp_path_factory.mktemp("mesh"), num_workers=2, engine_options="--step-base-ms 5"
+        tmp_path_factory.mktemp("mesh"),
+        num_workers=2,
+        is_emptied=True,
+        engine_options="--step-base-ms 5",
     ) as world:
         yield world
 

@@ -29,6 +29,7 @@ def world(each_edge: str, tmp_path_factory: pytest.TempPathFactory) -> Generator
     with real_mesh(
         tmp_path_factory.mktemp(each_edge),
         num_workers=2,
+        is_emptied=True,
         engine_options=f"--step-base-ms 10 --crash-on-token {DEADLY_TOKEN}",
     ) as world:
         yield world

@@ -30,6 +30,7 @@ def world(each_edge: str, tmp_path_factory: pytest.TempPathFactory) -> Generator
         tmp_path_factory.mktemp(each_edge),
         num_workers=2,
         num_frontends=2,
+        is_emptied=True,
         engine_options="--step-base-ms 10",
     ) as world:
         yield world

@@ -32,6 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[World]:
     with real_mesh(
         tmp_path_factory.mktemp("mesh"),
         num_workers=2,
+        is_emptied=True,
         engine_options="--step-base-ms 10",
         frontend_flags=FLAGS,
     ) as world:

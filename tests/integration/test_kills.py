@@ -35,6 +35,7 @@ def world(each_edge: str, tmp_path_factory: pytest.TempPathFactory) -> Generator
     with real_mesh(
         tmp_path_factory.mktemp(each_edge),
         num_workers=len(WORKER_IDS),
+        is_emptied=True,
         engine_options=ENGINE_OPTIONS,
         # Engines that are killed one after the other under a stream look like its doing.
         frontend_flags=["--query-deaths-max", "1000"],

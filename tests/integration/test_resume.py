@@ -135,6 +135,7 @@ def test_whatever_a_request_uses_it_goes_on_exactly_at_another_frontend(
         tmp_path,
         num_workers=2,
         num_frontends=2,
+        is_emptied=True,
         engine_options=options,
         frontend_flags=["--edge", edge],
     ) as world:
