@@ -57,7 +57,7 @@ EMPTY_WITHIN_S: Final = 10.0
 ASK_TIMEOUT_S: Final = 1.0
 MOMENT_S_MAX: Final = 1.0
 """Of a request's life, at which it is cancelled."""
-HOPELESS: Final = 0.4
+HOPELESS: Final = 0.25
 """With so small a part of the time that its prompt takes alone, a request must be refused."""
 
 
@@ -131,34 +131,43 @@ class Engines:
         return {
             holding.stream.request_id: holding.detail
             for processes in answers
-            for process in processes
-            if process.role == holding_pb2.PROCESS_ROLE_ENGINE
+            for process in processes or ()
             for holding in process.holdings
         }
 
     async def until_free(self, request_ids: Iterable[str], since: float) -> float:
         """Seconds since then until no engine holds anything for these requests."""
         wanted = set(request_ids)
+        records = list(self._mesh.workers.values())
+        times = await asyncio.gather(
+            *(self._until_free_at(record.address, wanted, since) for record in records)
+        )
+        return max(times, default=0.0)
+
+    async def _until_free_at(self, address: str, wanted: set[str], since: float) -> float:
         while True:
-            asked = await self.stages()
-            now = time.monotonic()
-            if not wanted & asked.keys():
-                return now - since
-            if now - since > EMPTY_WITHIN_S:
-                return now - since
+            processes = await self._ask(address)
+            took_s = time.monotonic() - since
+            if processes is None:
+                return 0.0  # What a dead engine had is free.
+            held = {h.stream.request_id for process in processes for h in process.holdings}
+            if not wanted & held or took_s > EMPTY_WITHIN_S:
+                return took_s
             await asyncio.sleep(0.003)
 
-    async def _ask(self, address: str) -> Sequence[holding_pb2.ProcessHoldings]:
-        """Nothing from one that is dead, starts or stops."""
+    async def _ask(self, address: str) -> Sequence[holding_pb2.ProcessHoldings] | None:
+        """What the engine of a worker holds; None of one that is dead, starts or stops."""
         channel = self._channels.get(address)
         if channel is None:
             channel = self._channels[address] = open_channel(address)
         request = sidecar_pb.GetWorkerLedgerRequest(holdings_max=10_000)
         try:
             call = SidecarServiceStub(channel).GetWorkerLedger(request, timeout=ASK_TIMEOUT_S)
-            return (await call).processes
+            processes = (await call).processes
         except grpc.aio.AioRpcError:
-            return ()
+            return None
+        engines = [one for one in processes if one.role == holding_pb2.PROCESS_ROLE_ENGINE]
+        return engines if all(not one.detail for one in engines) else None
 
 
 class Bench:

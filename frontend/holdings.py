@@ -55,9 +55,9 @@ class FrontendHoldings:
         for worker_id, choice in self._dispatcher.unlinked():
             detail = f"waits for the link to {worker_id}"
             yield Holding(Kind.QUEUE_ENTRY, choice.name, detail=detail)
-        for choice, life, num_tokens in queue.computing():
+        for choice, life, num_tokens, since in queue.computing():
             detail = f"at {life.worker_id}, until its prompt is computed"
-            yield Holding(Kind.RESERVATION, choice.name, amount=num_tokens, detail=detail)
+            yield Holding(Kind.RESERVATION, choice.name, since, num_tokens, detail=detail)
 
 
 def _name(request: Request) -> StreamName:

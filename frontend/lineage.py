@@ -1,6 +1,6 @@
 """Which requests are cancelled with which, and what was cancelled just now: no I/O.
 
-    enter ──▶ here ──leave──▶ gone, or kept as long as it has children
+    enter ──▶ here ──leave──▶ gone, or kept where it is as long as it has children
       │
       └── its parent was cancelled just now: it is born killed
 
@@ -24,6 +24,8 @@ REMEMBERED_S: Final = 60.0
 """For so long a cancelled request gets no new children."""
 REMEMBERED_MAX: Final = 10_000
 """Of so many that is known."""
+DEPTH_MAX: Final = 100
+"""Of so many above it, a request that has ended still hands on what it is cancelled with."""
 
 
 class Member:
@@ -78,10 +80,9 @@ class Lineage:
             return
         if member.context.is_stopped:
             self.remember(member.key, now)
-        parent, member.parent = member.parent, None
-        if parent is not None:
-            del parent.children[member]
-            parent.context.unlink(member.context)
+        if _is_in_ring(member):  # Else its members would keep each other for ever.
+            parent = member.parent
+            _detach(member)
             self._drop_if_unused(parent)
         self._drop_if_unused(member)
 
@@ -140,20 +141,43 @@ class Lineage:
         self._by_id.setdefault(key[1], {})[key] = None
         return member
 
-    def _drop_if_unused(self, member: Member) -> None:
-        if member.num_here or member.children:
-            return
-        member.context.close()
-        if self._members.get(member.key) is member:
-            del self._members[member.key]
-            same_id = self._by_id[member.key[1]]
-            del same_id[member.key]
-            if not same_id:
-                del self._by_id[member.key[1]]
+    def _drop_if_unused(self, member: Member | None) -> None:
+        """Forget a name that is neither here nor anybody's parent, and so on upwards."""
+        while member is not None and not member.num_here and not member.children:
+            parent = member.parent
+            _detach(member)
+            member.context.close()
+            if self._members.get(member.key) is member:
+                del self._members[member.key]
+                same_id = self._by_id[member.key[1]]
+                del same_id[member.key]
+                if not same_id:
+                    del self._by_id[member.key[1]]
+            member = parent
 
     def _is_cancelled(self, key: Key, now: float) -> bool:
         since = max(self._cancelled.get(name, float("-inf")) for name in (key, (None, key[1])))
         return now - since <= REMEMBERED_S
+
+
+def _detach(member: Member) -> None:
+    """It is below nobody any more."""
+    parent, member.parent = member.parent, None
+    if parent is not None:
+        parent.children.pop(member, None)
+        parent.context.unlink(member.context)
+
+
+def _is_in_ring(member: Member) -> bool:
+    """Whether it is above itself; or so deep in a tree that nobody looks any further."""
+    above = member.parent
+    for _ in range(DEPTH_MAX):
+        if above is None:
+            return False
+        if above is member:
+            return True
+        above = above.parent
+    return True
 
 
 def _below(members: Iterable[Member]) -> list[Member]:

@@ -208,6 +208,7 @@ class _Computing:
     price: int
     is_counted: bool
     """It fills the window; new work that nobody held back does not."""
+    since: float
 
 
 class _Fleet(Generic[K]):
@@ -378,10 +379,10 @@ class ResumeQueue(Generic[K]):
         for entry in self._entries.values():
             yield entry.key, entry.ticket, entry.since
 
-    def computing(self) -> Iterator[tuple[K, Life, int]]:
-        """Who is on a worker's account, on whose, and with how many prompt tokens."""
+    def computing(self) -> Iterator[tuple[K, Life, int, float]]:
+        """Who is on a worker's account, on whose, with how many prompt tokens, and since when."""
         for key, one in self._computing.items():
-            yield key, one.worker.view.life, one.price
+            yield key, one.worker.view.life, one.price, one.since
 
     def deadline(self) -> float | None:
         """When `next` may have somebody though nothing happened."""
@@ -448,7 +449,7 @@ class ResumeQueue(Generic[K]):
         is_counted = self._limits.is_on and (is_holding or ticket.work is Work.RESUME)
         self.cancel(key)
         price = ticket.price_at(life)
-        self._computing[key] = _Computing(worker, price, is_counted)
+        self._computing[key] = _Computing(worker, price, is_counted, now)
         worker.tokens_sent += price
         if is_counted:
             worker.pay(now)

@@ -93,7 +93,7 @@ class _Life(Life):
         self._connect_error: OSError | None = None
         self._tells_holdings = False
         self._num_questions = 0
-        self._questions: dict[int, asyncio.Future[Sequence[holding_pb2.Holding]]] = {}
+        self._questions: dict[int, asyncio.Future[Sequence[holding_pb2.Holding] | None]] = {}
 
     @override
     def launch(self) -> None:
@@ -108,8 +108,13 @@ class _Life(Life):
 
     @override
     async def live(self) -> NoReturn:
-        ready, first_frames = await self.greet()
-        await self.serve(ready, first_frames)
+        try:
+            ready, first_frames = await self.greet()
+            await self.serve(ready, first_frames)
+        finally:
+            for answer in self._questions.values():
+                if not answer.done():
+                    answer.set_result(None)
 
     async def greet(self) -> tuple[engine_pb2.EngineReady, Sequence[engine_pb2.EngineResponse]]:
         """Shake hands when it listens; also returns what came right after. Raises `LifeOver`."""

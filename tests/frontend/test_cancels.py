@@ -34,9 +34,14 @@ def test_a_soft_cancel_waits_for_the_next_step_although_something_is_to_be_sent(
             sidecar.step()
             request = next(iter(it.frontend.requests.running))
             await it.until(lambda: all(c.stream.num_sent == 1 for c in request.choices))
+            tell, request.news.tell = request.news.tell, lambda: None  # What comes is not sent.
             sidecar.step()
             await it.until(lambda: all(len(c.stream.ledger) == 2 for c in request.choices))
             await it.client.cancel("r", is_soft=True)
+            request.news.tell = tell
+            tell()
+            await it.until(lambda: all(c.stream.num_sent == 2 for c in request.choices))
+            assert not request.is_done
             sidecar.step()
             assert (await reading).reason is Reason.CANCELLED
             assert [choice.num_tokens for choice in finished(stream).choices] == [3, 3]
