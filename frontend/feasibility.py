@@ -2,20 +2,25 @@
 
 What it takes is estimated for each worker that could have it, and the fastest counts:
 
-    prompt tokens before it and its own, less what is cached there
-    ────────────────────────────────────────────────────────────── + one step
-              prompt tokens a second, as measured
+    its prompt tokens, less what is cached there, and half of those before it: at the measured rate,
+    and a step for each that is filled by them
 
 Nothing feasible may be refused, so what is not known takes no time: the rate of a worker that was
 not measured yet, and the line of one where streams wait for the batch, since newcomers may pass
-them by priority or by fairness. Of the sum only a share counts, because rates vary.
+them by priority or by fairness. Those in the batch count half, since they may leave. Of the sum
+only a share counts, because rates vary.
 """
 
+import math
+
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from frontend.placement import WorkerView, num_cached_tokens
 from frontend.step_cost import StepCost
 from frontend.stream import Life
+
+QUEUED_SHARE: Final = 0.5
 
 
 def first_token_s(
@@ -50,5 +55,10 @@ def _at(
     if not any(rank.requests_waiting for rank in view.ranks):
         # All of it is in the batch, where prompts are computed in the order of their coming. Other
         # ranks compute theirs at the same time.
-        num_tokens += min((rank.prefill_tokens_queued for rank in view.ranks), default=0)
-    return max(0, num_tokens) / rate + (cost.step_s or 0.0)
+        queued = min((rank.prefill_tokens_queued for rank in view.ranks), default=0)
+        num_tokens += int(QUEUED_SHARE * queued)
+    num_tokens = max(1, num_tokens)
+    num_steps = 1
+    if view.prefill_tokens_max:
+        num_steps = math.ceil(num_tokens * max(1, view.num_ranks) / view.prefill_tokens_max)
+    return num_tokens / rate + num_steps * (cost.step_s or 0.0)

@@ -278,7 +278,7 @@ class Gateway:
         if (joined := self._join(envelope, digest, positions, deadline_at)) is not None:
             return joined
         self._requests.check_room()
-        with self._requests.entering(envelope, arrived_at) as entrant:
+        with self._requests.entering(envelope, arrived_at, is_resumed=True) as entrant:
             model = await self._wait_for_model(envelope, entrant, deadline_at, is_known=True)
             _check_ids(positions, model.tokenizer.asset.vocab_size)
             if admission.num_text_bytes(request) > LONG_TEXT_BYTES:

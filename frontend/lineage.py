@@ -12,7 +12,7 @@ on its way.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from unbroken.context import Context
 from unbroken.errors import Reason, UnbrokenError
@@ -42,22 +42,32 @@ class Member:
         self.children: dict[Member, None] = {}
 
 
+class _Cancelled(NamedTuple):
+    """A cancel that is remembered."""
+
+    at: float
+    is_by_name: bool
+
+
 class Lineage:
     """The requests of one process of a frontend. Times are monotonic seconds."""
 
     def __init__(self) -> None:
         self._members: dict[Key, Member] = {}
         self._by_id: dict[str, dict[Key, None]] = {}
-        self._cancelled: OrderedDict[tuple[str | None, str], float] = OrderedDict()
-        """When, by tenant (None: whichever) and request id."""
+        self._cancelled: OrderedDict[tuple[str | None, str], _Cancelled] = OrderedDict()
+        """By tenant (None: whichever) and request id."""
 
-    def enter(self, key: Key, parent_id: str, now: float) -> Member:
+    def enter(self, key: Key, parent_id: str, now: float, *, is_resumed: bool = False) -> Member:
         """A request came, with an empty `parent_id` if it has no parent; it MUST `leave`.
 
-        Its context is killed already if its parent was cancelled just now.
+        Its context is killed already if its parent was cancelled just now. `is_resumed`: it began
+        elsewhere, or before. Raises CANCELLED if it was cancelled by name meanwhile.
         """
+        if is_resumed and any(one.is_by_name for one in self._cancels_of(key, now)):
+            raise UnbrokenError(Reason.CANCELLED, "cancelled by request")
         for name in (key, (None, key[1])):
-            self._cancelled.pop(name, None)  # This is another request of that name.
+            self._cancelled.pop(name, None)  # It lives, or this is another request of that name.
         known = self._members.get(key)
         if known is not None and not known.num_here and known.context.is_stopped:
             known = None
@@ -68,7 +78,7 @@ class Lineage:
             parent = self._members.get(parent_key) or self._add(parent_key)
             member.parent = parent
             parent.children[member] = None
-            if not parent.num_here and self._is_cancelled(parent_key, now):
+            if not parent.num_here and self._cancels_of(parent_key, now):
                 parent.context.kill(UnbrokenError(Reason.CANCELLED, "its parent was cancelled"))
             parent.context.link(member.context)
         return member
@@ -78,7 +88,7 @@ class Lineage:
         member.num_here -= 1
         if member.num_here:
             return
-        if member.context.is_stopped:
+        if member.context.is_stopped and not self._cancels_of(member.key, now):
             self.remember(member.key, now)
         if _is_in_ring(member):  # Else its members would keep each other for ever.
             parent = member.parent
@@ -109,12 +119,15 @@ class Lineage:
                 member.context.kill(error)
         return [member.key for member in fresh]
 
-    def remember(self, name: tuple[str | None, str], now: float) -> None:
+    def remember(
+        self, name: tuple[str | None, str], now: float, *, is_by_name: bool = False
+    ) -> None:
         """What has this name was cancelled, whether it is here or not.
 
-        `name` is a tenant (None: whichever) and a request id.
+        `name` is a tenant (None: whichever) and a request id; `is_by_name`: it was not its client
+        that left, which may come back.
         """
-        self._cancelled[name] = now
+        self._cancelled[name] = _Cancelled(now, is_by_name)
         self._cancelled.move_to_end(name)
         if len(self._cancelled) > REMEMBERED_MAX:
             self._cancelled.popitem(last=False)
@@ -155,9 +168,10 @@ class Lineage:
                     del self._by_id[member.key[1]]
             member = parent
 
-    def _is_cancelled(self, key: Key, now: float) -> bool:
-        since = max(self._cancelled.get(name, float("-inf")) for name in (key, (None, key[1])))
-        return now - since <= REMEMBERED_S
+    def _cancels_of(self, key: Key, now: float) -> list["_Cancelled"]:
+        """What is remembered of cancels of a request."""
+        found = [self._cancelled.get(name) for name in (key, (None, key[1]))]
+        return [one for one in found if one is not None and now - one.at <= REMEMBERED_S]
 
 
 def _detach(member: Member) -> None:

@@ -518,10 +518,17 @@ class Requests:
             callback(request)
 
     @contextmanager
-    def entering(self, envelope: Envelope, arrived_at: float) -> Generator[Entrant]:
-        """A call asks for a request that is not here; it can be cancelled from here on."""
+    def entering(
+        self, envelope: Envelope, arrived_at: float, *, is_resumed: bool = False
+    ) -> Generator[Entrant]:
+        """A call asks for a request that is not here; it can be cancelled from here on.
+
+        Raises CANCELLED if it is to be resumed and was cancelled by name meanwhile.
+        """
         key = envelope.tenant, envelope.request_id
-        member = self._lineage.enter(key, envelope.parent_request_id, self._clock())
+        member = self._lineage.enter(
+            key, envelope.parent_request_id, self._clock(), is_resumed=is_resumed
+        )
         entrant = Entrant(member, arrived_at)
         self._entrants[entrant] = None
         try:
@@ -541,13 +548,13 @@ class Requests:
 
         Those of every tenant, unless one is named. Returns those that were running, parents first.
         """
-        self._lineage.remember((tenant or None, request_id), self._clock())
+        self._lineage.remember((tenant or None, request_id), self._clock(), is_by_name=True)
         return self._cancel_all(self._lineage.named(request_id, tenant), soft=soft)
 
     def cancel_below(self, parents: Set[Key], *, soft: bool) -> Sequence[Key]:
         """Cancel the requests below others, which are elsewhere; returns those that ran."""
         for key in parents:
-            self._lineage.remember(key, self._clock())
+            self._lineage.remember(key, self._clock(), is_by_name=True)
         return self._cancel_all(parents, soft=soft)
 
     def _cancel_all(self, keys: Iterable[Key], *, soft: bool) -> Sequence[Key]:

@@ -135,6 +135,28 @@ def test_a_request_that_comes_after_the_cancel_of_its_parent_is_refused() -> Non
     run(scenario())
 
 
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_a_stream_that_is_cancelled_while_nobody_has_it_is_not_resumed(is_cancelled: bool) -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=200, request_id="r")
+            await read_some(stream, 5)
+            checkpoint = stream.checkpoint()
+            await stream.cancel()
+            await it.until(lambda: it.num_running() == 0)
+            if is_cancelled:
+                assert not await it.another_client().cancel("r")
+            resumed = it.client.resume(checkpoint)
+            if is_cancelled:
+                assert (await failure_of(resumed)).reason is Reason.CANCELLED
+                assert it.num_running() == 0
+            else:
+                await read(resumed)
+                assert finished(resumed).usage.completion_tokens == 200
+
+    run(scenario())
+
+
 def test_a_request_that_waits_for_its_model_can_be_cancelled() -> None:
     async def scenario() -> None:
         async with world() as it:

@@ -2,6 +2,8 @@
 
 from random import Random
 
+import pytest
+
 from frontend.lineage import DEPTH_MAX, REMEMBERED_MAX, REMEMBERED_S, Key, Lineage, Member
 from unbroken.errors import Reason, UnbrokenError
 
@@ -27,7 +29,7 @@ class Requests:
             self.lineage.check()
 
     def cancel(self, name: str, tenant: str = "", *, is_soft: bool = False) -> list[Key]:
-        self.lineage.remember((tenant or None, name), self.now)
+        self.lineage.remember((tenant or None, name), self.now, is_by_name=True)
         keys = self.lineage.named(name, tenant)
         return self.lineage.cancel(keys, WHY, is_soft=is_soft)
 
@@ -126,6 +128,27 @@ def test_tenants_are_apart_unless_none_is_named() -> None:
     it.lineage.leave(mine, it.now)
     late = it.lineage.enter(("others", "late"), "r", it.now)
     assert late.context.is_killed, "it was cancelled for all tenants"
+
+
+def test_what_was_cancelled_by_name_is_not_resumed_and_what_its_client_left_is() -> None:
+    it = Requests()
+    it.cancel("r", "t")
+    with pytest.raises(UnbrokenError) as caught:
+        it.lineage.enter(("t", "r"), "", it.now, is_resumed=True)
+    assert caught.value.reason is Reason.CANCELLED
+    it.lineage.leave(it.lineage.enter(("u", "r"), "", it.now, is_resumed=True), it.now)
+    it.enter("r")
+    it.members["r"].context.kill(WHY)
+    it.leave("r")
+    it.lineage.leave(it.lineage.enter(("t", "r"), "", it.now, is_resumed=True), it.now)
+    it.enter("s")
+    it.cancel("s")
+    it.leave("s")
+    with pytest.raises(UnbrokenError):
+        it.lineage.enter(("t", "s"), "", it.now, is_resumed=True)
+    it.now += REMEMBERED_S + 1
+    it.lineage.leave(it.lineage.enter(("t", "s"), "", it.now, is_resumed=True), it.now)
+    assert it.lineage.num_known == 0
 
 
 def test_equal_calls_that_wait_are_cancelled_together() -> None:
