@@ -12,7 +12,6 @@ only a share counts, because rates vary.
 """
 
 import math
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
