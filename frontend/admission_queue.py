@@ -287,12 +287,12 @@ class _Line(Generic[K]):
         """Who has the next turn."""
         for priority in self.levels():
             found = [
-                (max(tenant.start, self.virtual_now), entry)
+                (max(tenant.start, self.virtual_now), tenant.start, entry)
                 for tenant in self.tenants.values()
                 if (entry := tenant.first(priority)) is not None
             ]
             if found:
-                return min(found)[1]
+                return min(found)[2]  # Of equal turns, whoever had his last one before.
         return None
 
     def put(self, entry: _Entry[K]) -> None:
@@ -441,6 +441,12 @@ class AdmissionQueue(Generic[K]):
         """Whether whoever comes has to stand behind somebody."""
         line = self._lines.get(model)
         return line is not None and line.num_waiting > len(line.aside)
+
+    def first(self, model: str) -> tuple[K, str] | None:
+        """Who has the next turn, and of which tenant he is."""
+        line = self._lines.get(model)
+        entry = line.first() if line is not None else None
+        return None if entry is None else (entry.key, entry.arrival.tenant)
 
     def detail(self, key: K) -> str:
         """What it waits for, for people; empty if it is not in line."""

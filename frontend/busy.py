@@ -41,13 +41,20 @@ RETRY_SPREAD: Final = 0.5
 """Those who are refused are told to come back over so much longer a time, not all at one moment."""
 QUEUE: Final = "queue"
 """Named as the threshold where a line is long though no worker is busy any more."""
+QUEUE_LIMIT: Final = "queue_limit"
+"""Metadata of who was sent away by the line: why."""
 MEMORY_S: Final = 10.0
 """What was measured so long ago counts a third."""
 
 
 def judge(view: WorkerView, thresholds: Thresholds) -> Verdict:
-    """Which of a worker's ranks are beyond which thresholds, with what was placed there since."""
-    given = Given(view.prefill_tokens_placed, view.blocks_placed)
+    """Which of a worker's ranks are beyond which thresholds, with what was placed there since: by
+    this frontend, and as it seems by others.
+    """
+    crowding = view.crowding
+    given = Given(
+        round(view.prefill_tokens_placed * crowding), round(view.blocks_placed * crowding)
+    )
     engine = Engine(view.block_size, view.num_ranks, view.prefill_tokens_max)
     return judge_ranks(view.ranks, given, thresholds, engine)
 
@@ -192,13 +199,20 @@ class Shedder:
         return busy
 
     def overloaded(
-        self, model: str, busy: Sequence[Busy], retry_after_s: float, detail: str = ""
+        self,
+        model: str,
+        busy: Sequence[Busy],
+        retry_after_s: float,
+        *,
+        queue_limit: str = "",
+        detail: str = "",
     ) -> UnbrokenError:
-        """What whoever is refused is told; `detail` is what is to be said of the line before these
-        workers, or if none of them is busy any more.
+        """What whoever is refused is told; `queue_limit` and `detail` are about the line before
+        these workers, of which perhaps none is busy any more.
         """
+        more = {QUEUE_LIMIT: queue_limit} if queue_limit else {}
         if not busy:
-            metadata = {"model": model, "thresholds": QUEUE, QUEUE: detail}
+            metadata = {"model": model, "thresholds": QUEUE, QUEUE: detail, **more}
             return UnbrokenError(
                 Reason.OVERLOADED, detail, metadata=metadata, retry_after_s=retry_after_s
             )
@@ -212,7 +226,7 @@ class Shedder:
         return UnbrokenError(
             Reason.OVERLOADED,
             f"{shown}; {detail}" if detail else shown,
-            metadata={"model": model, "thresholds": ",".join(told), **told},
+            metadata={"model": model, "thresholds": ",".join(told), **told, **more},
             retry_after_s=retry_after_s,
         )
 

@@ -205,6 +205,7 @@ class Dispatcher:
         if standing is not None:
             error, may_go = self.room.line_up(choice, standing)
             if not may_go:
+                self._give_turns_soon()  # Its tenant may have nothing with any worker.
                 return error
         error = self.queue.offer(choice, ticket, self.clock())
         if error is None:
@@ -255,7 +256,7 @@ class Dispatcher:
         self.queue.workers(self.mesh.views(), self.clock())
         self.shedder.workers(self.mesh.views())
         self.room.queue.models_known(self.mesh.model_names())
-        self.room.queue.changed()
+        self.room.changed()
         self._give_turns_soon()
 
     def _room_changed(self) -> None:
@@ -273,7 +274,7 @@ class Dispatcher:
             self.queue.reported(worker.view.life, worker.load, worker.load_at)
             if not self.shedder.thresholds_of(worker.view.model).is_off:
                 self.shedder.reported(worker.view.life, worker.load, worker.load_at)
-                self.room.queue.changed()
+                self.room.changed()
             self._give_turns_soon()
 
     def _give_turns_soon(self) -> None:
@@ -665,8 +666,10 @@ class Choice:
         waiting room; others waited for a turn, or only some workers could take them.
         """
         dispatcher = self._dispatcher
+        standing = self._standing
         return (
             self._is_to_be_refused
+            and not (standing is not None and standing.may_pass)
             and dispatcher.shedder.is_busy(chosen)
             and dispatcher.is_overloaded(self._model.name, self._may_start_at)
         )
@@ -685,6 +688,11 @@ class Choice:
         assert error is not None, "all are busy that could take it"
         self._refuse(error)
 
+    @property
+    def waits_as(self) -> Standing | None:
+        """Its place in the waiting room, if it has one."""
+        return self._standing
+
     def standing(self, ticket: Ticket) -> Standing | None:
         """Its place in the waiting room; None if it need not wait there."""
         if not self._is_to_be_refused or not self._dispatcher.room.is_for(ticket.model):
@@ -699,7 +707,7 @@ class Choice:
                 num_tokens=max(1, ticket.num_tokens * envelope.num_choices),
                 deadline=ticket.give_up_at,
             )
-            self._standing = Standing(arrival, self._dispatcher.clock())
+            self._standing = Standing(arrival, self._dispatcher.clock(), envelope.num_choices)
         return self._standing
 
     def ticket(self) -> Ticket:
@@ -834,6 +842,7 @@ class Choice:
 
     def _computed(self) -> None:
         self._is_computing = False
+        self._dispatcher.room.computed(self._standing)
         self._dispatcher.computed(self)
 
     def _relink(self, order: machine.Relink) -> Sequence[machine.Command]:

@@ -169,6 +169,7 @@ class MeshView:
         if worker.view is not None and verdict.HasField("load"):
             worker.load, worker.load_at = verdict.load, now
             worker.view.reported(rank_states(verdict.load))
+            worker.view.crowded()
 
     def refresh(self, worker: Worker) -> None:
         """Derive anew whether the worker takes work, after its link or engine changed."""

@@ -76,7 +76,7 @@ class FrontendMetrics:
         )
         self.queue_wait_s = Histogram(
             f"{_PREFIX}_queue_wait_seconds",
-            "Time that a new request waited because all workers were busy.",
+            "Time that a new request waited because all were busy, until it was sent to a worker.",
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )

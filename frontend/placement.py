@@ -21,6 +21,11 @@ REPEATS_BELIEVED: Final = 5
 """A report that is told so often after a placement does show it: the attempt was refused, or ended
 before the engine saw it."""
 
+CROWDING_GROWTH: Final = 1.25
+CROWDING_DECAY: Final = 0.95
+"""With four attempts that are taken for one that is refused, the estimate stays where it is."""
+CROWDING_MAX: Final = 16.0
+
 
 @dataclass(slots=True)
 class WorkerView:
@@ -48,6 +53,8 @@ class WorkerView:
     blocks_placed: int = 0
     """KV blocks of attempts placed here since the last report."""
     prefill_tokens_placed: int = 0
+    crowding: float = 1.0
+    """So many times what this frontend places there all of them do, as its refusals show."""
     num_repeats: int = 0
     """Times that the last report was repeated since the last placement."""
     num_attempts: int = 0
@@ -57,9 +64,14 @@ class WorkerView:
     def placed(self, num_tokens: int, num_tokens_cached: int) -> None:
         """Count an attempt that the next report will include."""
         self.num_attempts += 1
+        self.crowding = max(1.0, self.crowding * CROWDING_DECAY)
         self.prefill_tokens_placed += num_tokens - num_tokens_cached
         self.blocks_placed += -(-num_tokens // self.block_size)
         self.num_repeats = 0
+
+    def crowded(self) -> None:
+        """It refused an attempt: others had been there before."""
+        self.crowding = min(CROWDING_MAX, self.crowding * CROWDING_GROWTH)
 
     def repeated(self) -> None:
         """The last report was told again. What was placed is not in there, unless it has gone."""

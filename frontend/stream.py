@@ -192,6 +192,8 @@ stream, in milliseconds, so that epochs of a later owner are above all of an ear
 ADOPTION_S_MAX = 3.0
 """How long a sidecar, whose link is up, may take to answer an adoption. Longer than any silent or
 deaf link lives: who is merely busy, as this process may be, must not be left for another worker."""
+BUSY_AT_ONCE = 3
+"""So many more refusals by busy workers are bad luck: several frontends want the same room."""
 BUSY_PAUSE_S_MAX = 0.02
 """Who was refused by a busy worker knows its load, and would know it soon without."""
 _OUTBIDS_MAX = 3
@@ -811,7 +813,7 @@ class Stream(_Flow):
             self._attempts.pop()
             self._life = None
             self._num_refusals += 1
-            return [self._place(min(_pause_s(self._num_refusals), BUSY_PAUSE_S_MAX))]
+            return [self._place(min(_pause_s(self._num_refusals - BUSY_AT_ONCE), BUSY_PAUSE_S_MAX))]
         self._avoid |= {attempt.life}
         return [self._place_after_refusal()]
 

@@ -6,6 +6,7 @@ in it: a refusal must not take the capacity that it protects. When its first cho
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,8 +29,13 @@ class Standing:
 
     arrival: Arrival
     came_at: float
+    num_choices: int = 1
     is_in: bool = False
     """It was let in once."""
+    may_pass: bool = False
+    """It is tried although all workers are busy: the sidecar decides."""
+    is_computing: bool = False
+    """Its prompt is with a worker, and not computed yet."""
 
 
 class WaitingRoom:
@@ -57,6 +63,8 @@ class WaitingRoom:
         self._clock = clock
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._computing = Counter[tuple[str, str]]()  # Requests by model and tenant.
+        self._has_passed: set[tuple[str, str]] = set()  # Tenants, since the last news of workers.
 
     # Questions.
 
@@ -101,6 +109,7 @@ class WaitingRoom:
 
     def come_back(self, choice: "Choice", standing: Standing) -> None:
         """It was let in, and no worker took it."""
+        standing.may_pass = False
         if self.queue.is_called(choice):
             self.queue.passed_over(choice, self._clock())
         else:
@@ -111,14 +120,48 @@ class WaitingRoom:
     def next(self, is_held: Callable[[str], bool]) -> "Choice | None":
         """Whose turn it is, of a model that has room, and whose new work nobody holds back."""
         for model in self.queue.models():
-            if not is_held(model) and self.has_room(model):
+            if not is_held(model) and (self.has_room(model) or self._may_pass(model)):
                 return self.queue.next(model, self._clock())
         return None
+
+    def _may_pass(self, model: str) -> bool:
+        """Whether the next one is tried although all workers are busy: its tenant has no prompt
+        with them as far as is known here, and sidecars keep their last batch for such.
+        """
+        first = self.queue.first(model)
+        if first is None:
+            return False
+        key, tenant = first
+        standing = key.waits_as
+        name = model, tenant
+        if standing is None or standing.num_choices > 1:
+            return False  # What a sidecar refuses in part is not to be refused.
+        if self._computing[name] or name in self._has_passed:
+            return False
+        self._has_passed.add(name)
+        standing.may_pass = True
+        return True
+
+    def changed(self) -> None:
+        """There is news of workers."""
+        self._has_passed.clear()
+        self.queue.changed()
+
+    def computed(self, standing: Standing | None) -> None:
+        """The prompt of a request is computed, or nobody computes it any more."""
+        if standing is not None and standing.is_computing:
+            standing.is_computing = False
+            name = standing.arrival.model, standing.arrival.tenant
+            self._computing[name] -= 1
+            if not self._computing[name]:
+                del self._computing[name]
 
     def settled(self, choice: "Choice", standing: Standing | None) -> None:
         """It goes to a worker, perhaps having been called."""
         if standing is not None:
-            standing.is_in = True
+            standing.is_in, standing.may_pass = True, False
+            standing.is_computing = True
+            self._computing[standing.arrival.model, standing.arrival.tenant] += 1
         if self.queue.is_called(choice):
             self._metrics.queue_wait_s.observe(self.queue.settled(choice, self._clock()))
 
@@ -160,7 +203,13 @@ class WaitingRoom:
         """As the client is told, with the thresholds that made it wait."""
         self._metrics.queue_refused.labels(refusal.limit.value).inc()
         busy = self._shedder.busy(model, self._views_of(model))
-        error = self._shedder.overloaded(model, busy, refusal.retry_after_s, refusal.detail)
+        error = self._shedder.overloaded(
+            model,
+            busy,
+            refusal.retry_after_s,
+            queue_limit=refusal.limit.value,
+            detail=refusal.detail,
+        )
         for threshold in error.metadata["thresholds"].split(","):
             self._metrics.requests_shed.labels(threshold).inc()
         return error

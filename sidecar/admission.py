@@ -5,10 +5,12 @@
 
 Each frontend places by what it sees, which is a little old and shows nothing of what others place
 meanwhile. Here everything passes, so a threshold is passed by the one request that crosses it,
-however many frontends there are. Only new work is refused: what was admitted before counts, and
-gets in. docs/decisions/thresholds.md says why.
+however many frontends there are; or, by tenants that have no prompt before the engine, up to one
+batch of the engine, so that one tenant's line is not another's. Only new work is refused: what was
+admitted before counts, and gets in. docs/decisions/thresholds.md says why.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
@@ -29,6 +31,10 @@ from unbroken.v1 import worker_pb2
 LinkT = TypeVar("LinkT", bound=Hashable)
 """What stands for one Relay call."""
 
+KEPT_S: Final = 0.05
+"""After a report that shows room it is kept so long for tenants that were refused and have less
+before the engine than others: frontends hear of it at that moment."""
+KEPT_MAX: Final = 1024
 REPORTS_BELIEVED: Final = 2
 """Of an engine that does not say how far it has read, so many reports of progress after an attempt
 was given to it show it: the first may be of a step that began before."""
@@ -58,8 +64,12 @@ class Busy:
 
     told: Told
     verdict: Verdict
+    is_kept: bool = False
+    """There is room, and it is for another tenant."""
 
     def __str__(self) -> str:
+        if self.is_kept:
+            return "room is kept for a tenant that has less before the engine"
         return ", ".join(map(str, self.verdict.nearest))
 
 
@@ -75,6 +85,10 @@ class Admission(Generic[LinkT]):
         self._fresh: dict[int, _Fresh] = {}  # By slot, which ascend.
         self._prefill_tokens = 0  # Of all of them,
         self._kv_blocks = 0  # and what they will fill.
+        self._tenants: dict[int, tuple[str, int]] = {}  # By slot, of prompts not computed yet,
+        self._prefilling = Counter[str]()  # and how many tokens of them each tenant has.
+        self._kept: dict[str, float | None] = {}
+        """Tenants for which room is kept, until when; None: until the next report and a while."""
 
     # Questions.
 
@@ -99,18 +113,50 @@ class Admission(Generic[LinkT]):
         newest = max(self._told.values(), key=lambda told: told.version, default=own)
         return newest if newest.version > own.version else own
 
-    def reason_to_refuse(self, link: LinkT) -> Busy | None:
-        """Why new work of a frontend is refused now, if it is."""
+    def reason_to_refuse(
+        self, link: LinkT, tenant: str, num_tokens: int, now: float
+    ) -> Busy | None:
+        """Why new work of a frontend with so many prompt tokens is refused now, if it is."""
         if not self._told:
             return None
         told = self.thresholds_for(link)
         if told.thresholds.is_off:
             return None
         verdict = judge_ranks(self._ranks, self.given, told.thresholds, self._engine)
-        return Busy(told, verdict) if verdict.is_busy else None
+        mine, batch = self._prefilling[tenant], self._engine.batch
+        if not verdict.is_busy:
+            if mine and self._is_kept(tenant, mine, now):
+                return Busy(told, verdict, is_kept=True)
+            if mine and len(self._prefilling) > 1:
+                # Nor does one that has some cross a threshold, as long as there are others.
+                lowered = told.thresholds.raised(-num_tokens, batch)
+                if judge_ranks(self._ranks, self.given, lowered, self._engine).is_busy:
+                    return Busy(told, verdict, is_kept=True)
+            return None
+        if not mine and num_tokens < batch:
+            # The last batch is for tenants that have nothing before it.
+            raised = told.thresholds.raised(batch - num_tokens, batch)
+            if not judge_ranks(self._ranks, self.given, raised, self._engine).is_busy:
+                return None
+        if mine < max(self._prefilling.values(), default=0) and len(self._kept) < KEPT_MAX:
+            self._kept.setdefault(tenant, None)
+        return Busy(told, verdict)
 
-    def load(self, reported: worker_pb2.LoadReport | None) -> worker_pb2.LoadReport:
-        """The latest report, with what the engine was given since."""
+    def _is_kept(self, tenant: str, mine: int, now: float) -> bool:
+        """Whether room is kept for a tenant that was refused, and has less before the engine."""
+        for name, until in list(self._kept.items()):
+            if until is not None and until <= now:
+                del self._kept[name]
+            elif name != tenant and self._prefilling[name] < mine:
+                return True
+        return False
+
+    def load(
+        self, reported: worker_pb2.LoadReport | None, busy: Busy | None = None
+    ) -> worker_pb2.LoadReport:
+        """The latest report, with what the engine was given since; and if room is kept for others,
+        as if it were used.
+        """
         load = worker_pb2.LoadReport()
         if reported is not None:
             load.CopyFrom(reported)
@@ -121,7 +167,21 @@ class Admission(Generic[LinkT]):
         for rank, num_tokens, num_blocks in zip(load.ranks, tokens, blocks, strict=True):
             rank.prefill_tokens_queued = round(num_tokens)
             rank.kv_blocks_used = round(num_blocks)
+            if busy is not None and busy.is_kept:
+                self._fill(rank, busy.told.thresholds)
         return load
+
+    def _fill(self, rank: worker_pb2.RankLoad, thresholds: Thresholds) -> None:
+        """Have it look over the thresholds."""
+        tokens, share = thresholds.prefill_tokens, thresholds.prefill_share
+        limits = [tokens] if tokens is not None else []
+        if share is not None and self._engine.batch:
+            limits.append(int(share * self._engine.batch))
+        if limits:
+            rank.prefill_tokens_queued = max(rank.prefill_tokens_queued, min(limits) + 1)
+        elif thresholds.kv_blocks_share is not None:
+            limit = int(thresholds.kv_blocks_share * rank.kv_blocks_total)
+            rank.kv_blocks_used = max(rank.kv_blocks_used, limit + 1)
 
     # Events.
 
@@ -143,10 +203,16 @@ class Admission(Generic[LinkT]):
         )
         self._ranks = ()
         self._fresh.clear()
+        self._tenants.clear()
+        self._kept.clear()
+        self._prefilling.clear()
         self._prefill_tokens = self._kv_blocks = self._steps_total = 0
 
-    def began(self, slot: int, num_tokens: int) -> None:
+    def began(self, slot: int, num_tokens: int, tenant: str = "") -> None:
         """The engine was given an attempt."""
+        self._kept.pop(tenant, None)
+        self._tenants[slot] = tenant, num_tokens
+        self._prefilling[tenant] += num_tokens
         num_blocks = -(-num_tokens // self._engine.block_size)
         self._fresh[slot] = _Fresh(num_tokens, num_blocks, self._num_reports)
         self._prefill_tokens += num_tokens
@@ -154,6 +220,7 @@ class Admission(Generic[LinkT]):
 
     def computed(self, slot: int) -> None:
         """The prompt of an attempt is computed. What it holds is told by the next report."""
+        self._left_prefill(slot)
         fresh = self._fresh.get(slot)
         if fresh is not None:
             self._prefill_tokens -= fresh.prefill_tokens
@@ -161,13 +228,28 @@ class Admission(Generic[LinkT]):
 
     def over(self, slot: int) -> None:
         """An attempt has ended, or did not begin. Idempotent."""
+        self._left_prefill(slot)
+        self._shown(slot)
+
+    def _left_prefill(self, slot: int) -> None:
+        tenant, num_tokens = self._tenants.pop(slot, ("", 0))
+        if num_tokens:
+            self._prefilling[tenant] -= num_tokens
+            if not self._prefilling[tenant]:
+                del self._prefilling[tenant]
+
+    def _shown(self, slot: int) -> None:
+        """A report counts it, or nothing does any more."""
         fresh = self._fresh.pop(slot, None)
         if fresh is not None:
             self._prefill_tokens -= fresh.prefill_tokens
             self._kv_blocks -= fresh.kv_blocks
 
-    def reported(self, load: worker_pb2.LoadReport, slot_seen: int) -> None:
+    def reported(self, load: worker_pb2.LoadReport, slot_seen: int, now: float) -> None:
         """The engine told its load; it had dealt with slots up to `slot_seen`, if that is not 0."""
+        for name, until in self._kept.items():
+            if until is None:
+                self._kept[name] = now + KEPT_S
         self._ranks = tuple(rank_states(load))
         if load.engine_steps_total > self._steps_total:
             self._steps_total = load.engine_steps_total
@@ -178,11 +260,15 @@ class Admission(Generic[LinkT]):
             is_shown = slot <= slot_seen if slot_seen else fresh.num_reports <= shown_before
             if not is_shown:
                 break
-            self.over(slot)
+            self._shown(slot)
 
     def check(self) -> None:
         """Assert what is always true."""
         fresh = self._fresh.values()
         assert self._prefill_tokens == sum(one.prefill_tokens for one in fresh)
         assert self._kv_blocks == sum(one.kv_blocks for one in fresh)
+        tokens = Counter[str]()
+        for tenant, num_tokens in self._tenants.values():
+            tokens[tenant] += num_tokens
+        assert self._prefilling == tokens, "tenants are counted"
         assert list(self._fresh) == sorted(self._fresh), "slots ascend"

@@ -222,10 +222,13 @@ class Hub(EngineListener):
             self._count_fault(reason[0], now)
             _refuse(link, message.slot, *reason)
             return
-        busy = self.admission.reason_to_refuse(link) if message.is_new_work else None
-        if busy is not None:
-            self._shed(link, message.slot, busy)
-            return
+        if message.is_new_work:
+            checkpoint = message.checkpoint
+            num_tokens = len(checkpoint.prompt_token_ids) + len(checkpoint.output_token_ids)
+            busy = self.admission.reason_to_refuse(link, message.stream.tenant, num_tokens, now)
+            if busy is not None:
+                self._shed(link, message.slot, busy)
+                return
         grace_s = self._orphan_grace_s
         if message.HasField("orphan_grace"):
             grace_s = message.orphan_grace.ToNanoseconds() / 1e9
@@ -253,7 +256,7 @@ class Hub(EngineListener):
         self._prefilling[attempt.slot] = (attempt.num_tokens, now)
         self._prefill_tokens += attempt.num_tokens
         if not message.is_probe:
-            self.admission.began(attempt.slot, attempt.num_tokens)
+            self.admission.began(attempt.slot, attempt.num_tokens, message.stream.tenant)
         self._engine.start(message)
 
     def abort(self, link: Link, slot: int) -> None:
@@ -456,7 +459,7 @@ class Hub(EngineListener):
             self._replay(attempt)
         if frame.HasField("load"):
             self.load = frame.load
-            self.admission.reported(frame.load, frame.slot_seen)
+            self.admission.reported(frame.load, frame.slot_seen, self._clock())
             for link in self._links:
                 link.load(frame.load)
         for events in frame.kv_events:
@@ -673,7 +676,7 @@ class Hub(EngineListener):
         verdict = attempt_pb2.BusyVerdict(
             thresholds=to_proto(busy.told.thresholds),
             version=busy.told.version,
-            load=self.admission.load(self.load),
+            load=self.admission.load(self.load, busy),
         )
         overload = _to_proto(FailureKind.OVERLOAD)
         link.refuse(

@@ -50,6 +50,15 @@ class Thresholds:
             and self.prefill_share is None
         )
 
+    def raised(self, num_tokens: float, batch: float) -> "Thresholds":
+        """With room for so many prompt tokens more; `batch` is what a rank computes in one step."""
+        tokens, share = self.prefill_tokens, self.prefill_share
+        return Thresholds(
+            self.kv_blocks_share,
+            None if tokens is None else tokens + int(num_tokens),
+            None if share is None or not batch else share + num_tokens / batch,
+        )
+
     def check(self) -> None:
         """Raises `InvalidField`, which names the field."""
         for field in fields(self):
@@ -88,6 +97,11 @@ class Engine:
     num_ranks: int = 1
     prefill_tokens_max: int = 0
     """Prompt tokens that one step of all ranks computes; 0 if that is not known."""
+
+    @property
+    def batch(self) -> float:
+        """The same, of one rank."""
+        return self.prefill_tokens_max / max(1, self.num_ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +169,7 @@ def judge_ranks(
     states = ranks or (RankState(),) * num_ranks
     tokens = shared_out([rank.prefill_tokens_queued for rank in states], given.prefill_tokens)
     blocks = shared_out([_blocks(rank, engine.block_size) for rank in states], given.kv_blocks)
-    batch = engine.prefill_tokens_max / num_ranks
+    batch = engine.batch
     return Verdict(
         tuple(
             tuple(_excesses(index, thresholds, state, tokens[index], blocks[index], batch))

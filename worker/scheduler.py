@@ -18,6 +18,7 @@ somebody needs them.
 
 The line is ordered by priority, then by fair turns of the tenants (start-time fair queueing, Goyal
 et al., 1996, with prompt tokens as cost), then by arrival. A sequence keeps its place for life.
+Prompts are computed in that order too, so that a tenant's many do not stand before another's one.
 """
 
 import heapq
@@ -197,9 +198,10 @@ class Scheduler:
                 )
         plan = StepPlan()
         for rank in self._ranks:
-            for stream in rank.plan(plan):
-                place = _standing(stream).place
-                self._virtual_now = max(self._virtual_now, place[1])
+            rank.plan(plan)
+        for chunk in plan.prefills:
+            place = _standing(chunk.sequence).place
+            self._virtual_now = max(self._virtual_now, place[1])
         plan.sampled = [c.sequence for c in plan.prefills if c.samples] + plan.decodes
         # Trims alone can wait for the next step.
         if not plan.prefills and not plan.decodes:
@@ -376,8 +378,8 @@ class Scheduler:
             heapq.heapify(self._deadlines)
 
     def _place(self, stream: Stream) -> _Place:
-        if not any(rank.num_waiting for rank in self._ranks):
-            # Nobody is in line, so nobody has had more turns than others.
+        if not any(rank.num_waiting or rank.prefilling for rank in self._ranks):
+            # Nobody waits for a prefill, so nobody has had more turns than others.
             self._virtual_now = max(self._virtual_now, *self._tenant_end.values(), 0.0)
             self._tenant_end.clear()
         elif len(self._tenant_end) > _TENANTS_SLACK:
@@ -499,13 +501,12 @@ class _Rank:
 
     # One step.
 
-    def plan(self, plan: StepPlan) -> list[Stream]:
-        """Add this rank's rows to `plan`; returns who left the line for it."""
+    def plan(self, plan: StepPlan) -> None:
+        """Add this rank's rows to `plan`."""
         self._feed_starved()
-        admitted = self._admit()
+        self._admit()
         self._plan_prefills(plan)
         plan.decodes += self.decoding
-        return admitted
 
     def _feed_starved(self) -> None:
         """Give who decodes its next block, first in line first, at the cost of the last."""
@@ -524,8 +525,7 @@ class _Rank:
                 self.decoding[stream] = None
                 _set_next_check(stream)
 
-    def _admit(self) -> list[Stream]:
-        admitted: list[Stream] = []
+    def _admit(self) -> None:
         while self._line:
             place, stream = self._line[0]
             if _standing(stream).state is not State.WAITING:  # Ended while in line.
@@ -542,8 +542,6 @@ class _Rank:
                 break
             heapq.heappop(self._line)
             self.num_waiting -= 1
-            admitted.append(stream)
-        return admitted
 
     def _enter(self, stream: Stream) -> bool:
         """Bring the first in line into the batch, if there is memory for it."""
@@ -588,7 +586,7 @@ class _Rank:
         replay_budget = (
             spec.prefill_tokens_max if spec.replay_tokens_max is None else spec.replay_tokens_max
         )
-        for stream in self.prefilling:
+        for stream in sorted(self.prefilling, key=_place_of):
             standing = _standing(stream)
             start, num_prompt = standing.num_computed, len(stream.prompt)
             if start < num_prompt:

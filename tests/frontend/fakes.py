@@ -106,6 +106,20 @@ def reference(prompt: Sequence[int], num_tokens: int, seed: int = 0) -> list[int
     return [engine.next_token() for _ in range(num_tokens)]
 
 
+def busy(queued: int, *, limit: int = 100, slot: int = 0) -> attempt_pb2.AttemptRefused:
+    """What a sidecar says whose ranks have been given so much, by whichever frontends."""
+    ranks = [worker_pb2.RankLoad(rank=rank, prefill_tokens_queued=queued) for rank in range(2)]
+    return attempt_pb2.AttemptRefused(
+        slot=slot,
+        kind=worker_pb2.FAILURE_KIND_OVERLOAD,
+        detail="prefill_tokens of rank 0",
+        busy=attempt_pb2.BusyVerdict(
+            thresholds=worker_pb2.BusyThresholds(prefill_tokens=limit),
+            load=worker_pb2.LoadReport(ranks=ranks),
+        ),
+    )
+
+
 @dataclass
 class Running:
     """One attempt at the fake engine."""
@@ -155,6 +169,8 @@ class FakeSidecar(RelayServiceServicer):
         default_factory=list[attempt_pb2.AttemptRefused]
     )
     """Refusals for the next starts; slots are filled in."""
+    full_with: int | None = None
+    """It refuses new work, because each of its ranks has so many prompt tokens queued."""
     on_step: Callable[[attempt_pb2.StepFrame], None] | None = None
     """May change a frame before it is sent."""
     tokens_per_step: int = 1
@@ -165,6 +181,8 @@ class FakeSidecar(RelayServiceServicer):
         self.address = ""
         self.hellos: list[relay_service_pb2.RelayHello] = []
         self.starts: list[attempt_pb2.StartAttempt] = []
+        self.num_turned_away = 0
+        """New work that it refused because it was full."""
         self.adopts: list[relay_service_pb2.AdoptAttempt] = []
         self.num_releases = 0
         self.thresholds: list[relay_service_pb2.PushThresholds] = []
@@ -444,6 +462,10 @@ class FakeSidecar(RelayServiceServicer):
             )
 
     def _start(self, start: attempt_pb2.StartAttempt) -> None:
+        if self.full_with is not None and start.is_new_work:
+            self.num_turned_away += 1
+            self.say_frame(attempt_pb2.StepFrame(refused=[busy(self.full_with, slot=start.slot)]))
+            return
         self.starts.append(start)
         if self.refuse:
             refused = self.refuse.pop(0)

@@ -11,13 +11,13 @@ from google.rpc import error_details_pb2  # pyright: ignore[reportMissingTypeStu
 from google.rpc import status_pb2 as rpc_status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from frontend.dispatch import MOVE_TOLD_S
-from tests.frontend.fakes import MODEL, FakeSidecar, reference
+from tests.frontend.fakes import MODEL, FakeSidecar, busy, reference
 from tests.frontend.worlds import World, failure_of, read, read_some, run, world
 from unbroken.client import Client
 from unbroken.errors import Reason
 from unbroken.resumption import ResumePolicy
-from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
+from unbroken.v1 import relay_service_pb2, worker_pb2
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 pytestmark = pytest.mark.usefixtures("each_edge")
@@ -243,19 +243,6 @@ def test_an_equal_request_joins_the_one_that_runs_though_all_are_busy() -> None:
 
 
 # Workers that refuse by thresholds.
-
-
-def busy(queued: int, limit: int = 100) -> attempt_pb2.AttemptRefused:
-    """What a sidecar says that was given more than this frontend knows of."""
-    ranks = [worker_pb2.RankLoad(rank=rank, prefill_tokens_queued=queued) for rank in range(2)]
-    return attempt_pb2.AttemptRefused(
-        kind=worker_pb2.FAILURE_KIND_OVERLOAD,
-        detail="prefill_tokens of rank 0",
-        busy=attempt_pb2.BusyVerdict(
-            thresholds=worker_pb2.BusyThresholds(prefill_tokens=limit),
-            load=worker_pb2.LoadReport(ranks=ranks),
-        ),
-    )
 
 
 def test_who_is_refused_by_a_busy_worker_goes_to_another_and_its_client_sees_nothing() -> None:

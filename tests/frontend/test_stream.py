@@ -8,6 +8,7 @@ from frontend.continuation import Abilities
 from frontend.failure_detector import DetectorLimits
 from frontend.stream import (
     ADOPTION_S_MAX,
+    BUSY_AT_ONCE,
     BUSY_PAUSE_S_MAX,
     EPOCH_MAX,
     GENERATION_BITS,
@@ -542,13 +543,17 @@ def test_a_stream_that_a_busy_worker_refused_was_never_there() -> None:
     commands = stream.refused(1, busy, "over a threshold", now=2.0, is_busy=True)
     assert commands == [Place(2, frozenset())], "nobody is avoided, and there is no pause"
     assert (stream.attempts, stream.has_begun, stream.standing.life) == ([], False, None)
-    place(stream, W2)
-    (command,) = stream.refused(2, busy, "over a threshold", now=2.0, is_busy=True)
-    assert isinstance(command, Place)
-    assert 0 < command.pause_s <= BUSY_PAUSE_S_MAX, "two that contradict each other are no loop"
+    pauses: list[float] = []
+    for epoch in range(2, 10):
+        place(stream, W2)
+        (command,) = stream.refused(epoch, busy, "over a threshold", now=2.0, is_busy=True)
+        assert isinstance(command, Place)
+        pauses.append(command.pause_s)
+    assert pauses[:BUSY_AT_ONCE] == [0.0] * BUSY_AT_ONCE
+    assert pauses[-1] == BUSY_PAUSE_S_MAX, "two that contradict each other are no loop"
     place(stream, W1)
-    stream.tokens(3, 0, [A], 2.1)
-    assert [attempt.epoch for attempt in stream.attempts] == [3]
+    stream.tokens(10, 0, [A], 2.1)
+    assert [attempt.epoch for attempt in stream.attempts] == [10]
     stream.check()
 
 

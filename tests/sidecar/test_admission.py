@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.admission import REPORTS_BELIEVED, Admission, Told
+from sidecar.admission import KEPT_S, REPORTS_BELIEVED, Admission, Told
 from unbroken.errors import InvalidField
 from unbroken.thresholds import Thresholds
 from unbroken.v1 import worker_pb2
@@ -26,6 +26,7 @@ class Door:
         self.num_ranks = num_ranks
         for link in links or ("a",):
             self.tell(link)
+        self.now = 100.0
         self.slot = 0
         self.queued: dict[int, int] = {}
         """What the engine has not computed, by slot, of what it has read."""
@@ -35,18 +36,18 @@ class Door:
     def tell(self, link: str, limit: int | None = LIMIT, version: int = 0) -> None:
         self.admission.told(link, Told(Thresholds(prefill_tokens=limit), version))
 
-    def offer(self, num_tokens: int, link: str = "a") -> bool:
+    def offer(self, num_tokens: int, link: str = "a", tenant: str = "t") -> bool:
         """New work; whether it gets in."""
-        if self.admission.reason_to_refuse(link) is not None:
+        if self.admission.reason_to_refuse(link, tenant, num_tokens, self.now) is not None:
             return False
-        self.give(num_tokens)
+        self.give(num_tokens, tenant)
         return True
 
-    def give(self, num_tokens: int) -> int:
+    def give(self, num_tokens: int, tenant: str = "t") -> int:
         """What gets in anyway."""
         self.slot += 1
         self.unread[self.slot] = num_tokens
-        self.admission.began(self.slot, num_tokens)
+        self.admission.began(self.slot, num_tokens, tenant)
         return self.slot
 
     def read(self, number: int) -> None:
@@ -56,7 +57,7 @@ class Door:
 
     def compute(self, num_tokens: int) -> None:
         """The engine computes, first come first served."""
-        self.steps += 1
+        self.steps += bool(self.queued)
         for slot in list(self.queued):
             done = min(num_tokens, self.queued[slot])
             num_tokens -= done
@@ -69,7 +70,7 @@ class Door:
         seen = min(self.unread, default=self.slot + 1) - 1
         load = worker_pb2.LoadReport(engine_steps_total=self.steps)
         load.ranks.add(prefill_tokens_queued=sum(self.queued.values()), kv_blocks_total=1000)
-        self.admission.reported(load, seen if says_slot else 0)
+        self.admission.reported(load, seen if says_slot else 0, self.now)
 
     @property
     def num_tokens(self) -> int:
@@ -115,7 +116,7 @@ def test_what_is_computed_makes_room_before_the_next_report_unless_it_was_report
     door.read(2)
     door.report()
     door.compute(2000)
-    assert not door.offer(1), "how much of it was left at the report is not known"
+    assert not door.offer(BATCH), "how much of it was left at the report is not known"
     door.report()
     assert door.offer(1)
 
@@ -171,6 +172,69 @@ def test_frontends_that_tell_nothing_are_refused_nothing() -> None:
     assert door.offer(1)
 
 
+def test_the_last_batch_is_for_tenants_that_have_no_prompt_before_the_engine() -> None:
+    door = Door()
+    while door.offer(100, tenant="many"):
+        pass
+    assert door.num_tokens == 1100
+    assert not door.offer(BATCH, tenant="one"), "together they would be beyond a batch more"
+    assert door.offer(300, tenant="one")
+    assert not door.offer(10, tenant="one"), "it has one before the engine now"
+    assert door.offer(100, tenant="another")
+    assert not door.offer(100, tenant="yet another")
+    assert door.num_tokens <= LIMIT + BATCH
+    door.read(20)
+    door.report()
+    door.compute(1500)
+    assert door.num_tokens == 0
+    assert door.offer(1, tenant="many"), "it has none before the engine any more"
+    door.admission.check()
+
+
+def test_room_is_kept_for_a_moment_for_a_tenant_that_was_refused_and_has_less() -> None:
+    door = Door()
+    while door.offer(300, tenant="many"):
+        pass
+    assert door.offer(300, tenant="one")
+    assert not door.offer(300, tenant="one")
+    door.read(9)
+    door.compute(600)
+    door.report()
+    assert door.num_tokens == 900
+    refusal = door.admission.reason_to_refuse("a", "many", 300, door.now)
+    assert refusal is not None
+    assert "room is kept" in str(refusal)
+    told = door.admission.load(None, refusal)
+    assert told.ranks[0].prefill_tokens_queued == LIMIT + 1, "busy, for this one"
+    assert door.offer(50, tenant="one"), "it is back"
+    assert door.offer(50, tenant="many"), "and nothing is kept any more"
+    assert not door.offer(300, tenant="many"), "nobody crosses a threshold beside others"
+    door.admission.check()
+
+
+def test_room_is_not_kept_for_who_does_not_come() -> None:
+    door = Door()
+    while door.offer(300, tenant="many"):
+        pass
+    door.offer(300, tenant="one")
+    door.offer(300, tenant="one")
+    door.read(9)
+    door.now += 10.0
+    door.compute(600)
+    door.report()
+    assert not door.offer(300, tenant="many"), "however long it took until there was room"
+    door.now += KEPT_S
+    assert door.offer(100, tenant="many")
+
+
+def test_kv_blocks_are_kept_for_nobody() -> None:
+    door = Door()
+    door.admission.told("a", Told(Thresholds(kv_blocks_share=0.5)))
+    door.report()
+    assert door.offer(16 * 501, tenant="many")
+    assert not door.offer(16, tenant="one")
+
+
 def test_thresholds_that_make_no_sense_are_not_taken() -> None:
     door = Door()
     with pytest.raises(InvalidField):
@@ -193,7 +257,7 @@ def test_a_worker_takes_work_while_one_of_its_ranks_does() -> None:
     load = worker_pb2.LoadReport(engine_steps_total=1)
     for queued in (5000, 900):
         load.ranks.add(rank=len(load.ranks), prefill_tokens_queued=queued)
-    door.admission.reported(load, 0)
+    door.admission.reported(load, 0, door.now)
     assert door.offer(200), "the second rank has room"
     assert not door.offer(1)
     told = door.admission.load(load)
@@ -219,14 +283,14 @@ def test_a_new_life_of_the_engine_has_nothing() -> None:
         max_size=80,
     )
 )
-def test_whatever_happens_no_more_than_one_request_is_beyond_the_threshold(
+def test_whatever_happens_no_more_than_one_batch_is_beyond_the_threshold(
     events: list[tuple[str, int]],
 ) -> None:
     door = Door("a", "b")
     for index, (kind, amount) in enumerate(events):
         match kind:
             case "offer":
-                door.offer(amount, "ab"[index % 2])
+                door.offer(amount, "ab"[index % 2], "xyz"[index % 3])
             case "read":
                 door.read(amount)
             case "compute":

@@ -278,6 +278,21 @@ def test_a_tenant_with_many_requests_does_not_hold_up_the_others() -> None:
     assert [slot for slot in order if slot != lone] == crowd, "in order of arrival"
 
 
+def test_prompts_in_the_batch_are_computed_in_turns_of_the_tenants_too() -> None:
+    engine = small(batch_size_max=16, kv_blocks=64)
+    crowd = [
+        engine.start(starting([n] * 8, max_tokens=1, tenant="crowd", request_id=f"c{n}"))
+        for n in range(10)
+    ]
+    engine.step()
+    lone = engine.start(starting([99] * 8, max_tokens=1, tenant="lone"))
+    order: list[int] = []
+    while engine.step():
+        order += [s for s, a in engine.attempts.items() if a.ended is not None and s not in order]
+    assert order.index(lone) <= 2
+    assert [slot for slot in order if slot != lone] == crowd, "in order of arrival"
+
+
 def test_nobody_overtakes_who_needs_much_room() -> None:
     engine = small()
     engine.start(starting([1] * 30, max_tokens=20))
