@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie memory-proof recovery storm frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
+.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie memory-proof recovery storm bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -76,6 +76,9 @@ storm: .venv/.dev ## A worker dies with 200 long streams: what it does to the ot
 
 rollout-proof: .venv/.dev ## A rolling restart of 4 workers and 2 frontends under 200 streams that are longer than it
 	$(BIN)/python -m benchmarks.rollout
+
+bench-overload: .venv/.dev ## Ten times more work than workers can do: who gets in, who is told to come back, who comes back (SHORT=1: less)
+	$(BIN)/python -m benchmarks.overload $(if $(SHORT),--short)
 
 frontend-loss: .venv/.dev ## The same when its frontend is killed, with 40 and with 500 streams
 	$(BIN)/python -m benchmarks.frontend_loss
