@@ -4,7 +4,7 @@ Everything is seen from the hub's counters, at every look, so the hot path knows
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final, assert_never
+from typing import assert_never
 
 from sidecar import canary
 from sidecar.canary import Canary
@@ -15,9 +15,6 @@ from sidecar.link import Attempt
 from unbroken import log
 from unbroken.outcome import FailureKind
 from unbroken.v1 import attempt_pb2
-
-STEPS_S: Final = 1.0
-"""An engine that said within so long that it made a step says so of its next one, too."""
 
 _log = log.get_logger(__name__)
 
@@ -63,8 +60,6 @@ class CanaryWatch:
         for number, attempt in list(self._asked.items()):
             if attempt.token_ids:
                 del self._asked[number]
-                self._tokens += 1
-                hub.num_probe_tokens += 1
                 self._obey(decisions.answered(number, attempt.token_ids[0]))
             elif (ended := attempt.ended) is not None:
                 del self._asked[number]
@@ -86,7 +81,11 @@ class CanaryWatch:
         if self._asked and not self._is_busy_since_asked:
             return False  # It had nothing to do but this.
         # One that says that it steps, and makes no progress, is not the watchdog's business.
-        return hub.work(now).has_steps and now - self._stepped_at > STEPS_S
+        return hub.work(now).has_steps and not self._is_stepping(now)
+
+    def _is_stepping(self, now: float) -> bool:
+        """Whether it said not long ago that it made a step; it tells every 0.2 s or so."""
+        return now - self._stepped_at <= self.decisions.policy.timeout_s / 2
 
     def _began(self, now: float) -> Sequence[canary.Command]:
         up = self._up
@@ -104,8 +103,8 @@ class CanaryWatch:
     def _has_progressed(self, now: float) -> bool:
         """Whether it has computed anything for a request since the last look."""
         hub, load = self._hub, self._hub.load
-        tokens, self._tokens = self._tokens, hub.num_tokens
-        is_progress = hub.num_tokens > tokens
+        tokens, self._tokens = self._tokens, hub.num_relayed
+        is_progress = self._tokens > tokens
         if load is None:
             return is_progress
         steps, self._steps = self._steps, load.engine_steps_total

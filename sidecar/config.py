@@ -57,7 +57,7 @@ class SidecarConfig(ProcessConfig):
     """An engine that makes no progress for so long, after it was called stalled, is restarted."""
     canary_period_s: float = Field(10.0, ge=0, le=3600)
     """An engine that computes nothing for so long is asked for a token; 0: never."""
-    canary_timeout_s: float = Field(5.0, ge=0.1, le=3600)
+    canary_timeout_s: float = Field(5.0, ge=0.5, le=3600)
     """How long that token may take; then the engine gets no work until it gives one."""
     canary_failures_max: int = Field(3, ge=0, le=1000)
     """An engine that fails so many times in a row is given up: what can be saved is handed over,

@@ -88,9 +88,8 @@ class Hub(EngineListener):
         self.num_handed_over = 0
         """Attempts that the drain ended."""
         self.num_tokens = 0
-        """Tokens from the engine since the start,"""
-        self.num_probe_tokens = 0
-        """and those of them that nobody asked for but the canary."""
+        """Tokens from the engine since the start, the canary's too."""
+        self._num_probe_tokens = 0  # Of those, of probes that have ended.
         self.num_engine_failures = 0
         self.num_engine_restarts = 0
         self.attempts = Rate()
@@ -139,6 +138,12 @@ class Hub(EngineListener):
     def has_requests(self) -> bool:
         """Whether anything runs that is not the canary's."""
         return len(self.ledger.running) > len(self._probes)
+
+    @property
+    def num_relayed(self) -> int:
+        """Tokens relayed since the start. From any thread."""
+        of_probes = sum(len(attempt.token_ids) for attempt in list(self._probes.values()))
+        return self.num_tokens - of_probes - self._num_probe_tokens
 
     @property
     def num_running(self) -> int:
@@ -755,6 +760,7 @@ class Hub(EngineListener):
     def _end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded, now: float) -> None:
         """The engine has done with an attempt."""
         if self._probes.pop(attempt.slot, None) is not None:
+            self._num_probe_tokens += len(attempt.token_ids)
             self.ledger.end(attempt, ended, now)
             return
         self._count_fault(ended.failure, now)

@@ -39,7 +39,7 @@ class HubCollector(Collector):
         yield CounterMetricFamily(
             f"{_PREFIX}_tokens",
             "Tokens relayed from the engine.",
-            value=hub.num_tokens - hub.num_probe_tokens,
+            value=hub.num_relayed,
         )
         yield CounterMetricFamily(
             f"{_PREFIX}_attempts_drained",

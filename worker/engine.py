@@ -177,6 +177,8 @@ class Sequence:
     deadline: float | None = None
     """When it has to stop, on the clock that the scheduler is given."""
     is_probe: bool = False
+    rank: int | None = None
+    """Which one has to compute it; None: any."""
 
     kv_slot: int = -1
     """Where its KV lives, in an engine with slots; -1 before it is in the batch."""
@@ -382,4 +384,5 @@ def admit(
             else None
         ),
         is_probe=start.is_probe,
+        rank=start.rank if start.HasField("rank") else None,
     )

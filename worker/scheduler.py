@@ -393,6 +393,8 @@ class Scheduler:
     def _choose_rank(self, stream: Stream, chain: BlockChain) -> "_Rank":
         if len(self._ranks) == 1:
             return self._ranks[0]
+        if stream.rank is not None and stream.rank < len(self._ranks):
+            return self._ranks[stream.rank]
         _bring_up_to_date(chain, stream, self._spec)
         idlest = min(rank.num_streams for rank in self._ranks)
         return max(

@@ -28,9 +28,8 @@ from unbroken.v1.admin_service_pb2_grpc import AdminServiceStub
 
 NUM_STREAMS = 8
 GAP_MAX_S = 0.3
-EDGES = {
+EDGES = {  # The native edge alone: `make test-native`.
     "grpcio": ["--edge", "grpcio"],
-    "native": ["--edge", "native"],
     "two processes": ["--edge", "native", "--processes", "2"],
 }
 

@@ -216,7 +216,7 @@ def test_an_idle_engine_is_asked_for_one_token_that_nobody_counts() -> None:
         it.desk.end(attempt_pb2.AttemptEnded(slot=one.slot, end_offset=1, finish_reason=length))
     it.after(0.1)
     hub = it.desk.hub
-    assert hub.num_tokens - hub.num_probe_tokens == 0
+    assert (hub.num_tokens, hub.num_relayed) == (2, 0)
     assert hub.num_drained == hub.num_handed_over == 0
     assert it.state() == SERVING
     it.desk.check()
