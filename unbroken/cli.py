@@ -35,6 +35,7 @@ from unbroken.drain import drain_frontend, drain_worker
 from unbroken.engine_command import recognise
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.holdings import LISTED_DEFAULT, LISTED_MAX, num_held
+from unbroken.memory.commands import app as memory_app
 from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.mesh_ledger import mesh_ledger
 from unbroken.rollout import READY_TIMEOUT_S, roll_out
@@ -55,6 +56,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(memory_app, name="memory")
 
 
 class EngineKind(StrEnum):

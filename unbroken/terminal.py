@@ -166,7 +166,7 @@ def migration_notes(finished: pb.StreamFinished) -> list[str]:
         before[attempt.choice_index] = attempt
         if last is None:
             continue
-        kind = _short(worker_pb2.FailureKind, last.failure)
+        kind = short(worker_pb2.FailureKind, last.failure)
         result = next(
             (c for c in finished.choices if c.choice_index == attempt.choice_index),
             pb.ChoiceResult(),
@@ -176,7 +176,7 @@ def migration_notes(finished: pb.StreamFinished) -> list[str]:
         )
         notes.append(
             f"moved from {last.worker.worker_id} ({kind}) to {attempt.worker.worker_id} "
-            f"at token {attempt.first_offset}{gap}, {_short(pb.Continued, result.continued)}"
+            f"at token {attempt.first_offset}{gap}, {short(pb.Continued, result.continued)}"
         )
     return notes
 
@@ -255,6 +255,11 @@ def show_list(output: Output, messages: Sequence[MessageT], table: Table[Message
     _print_table(messages, table)
 
 
+def show_message(message: Message) -> None:
+    """Show a message as one line of JSON."""
+    print(json.dumps(_to_dict(message)), flush=True)  # noqa: T201
+
+
 def show_thresholds(
     output: Output, models: Sequence[admin_pb.ThresholdsInfo], version: int
 ) -> None:
@@ -293,7 +298,7 @@ def _holding_row(
     tenant = f"{stream.tenant}/" if stream.tenant else ""
     return (
         _process_name(process),
-        _short(holding_pb2.HoldingKind, holding.kind),
+        short(holding_pb2.HoldingKind, holding.kind),
         f"{tenant}{stream.request_id}" if holding.HasField("stream") else "-",
         stream.choice_index,
         holding.epoch or "-",
@@ -304,7 +309,7 @@ def _holding_row(
 
 
 def _process_name(process: holding_pb2.ProcessHoldings) -> str:
-    return f"{_short(holding_pb2.ProcessRole, process.role)}/{process.name}"
+    return f"{short(holding_pb2.ProcessRole, process.role)}/{process.name}"
 
 
 def _print_table(messages: Sequence[MessageT], table: Table[MessageT]) -> None:
@@ -338,11 +343,11 @@ def note(text: str) -> None:
 def _worker_row(worker: admin_pb.WorkerInfo) -> Sequence[object]:
     ranks = worker.load.ranks
     is_up = worker.link == admin_pb.LINK_STATE_UP  # Else what is known of the engine is old.
-    engine = _short(worker_pb2.EngineState, worker.engine) if is_up else "-"
+    engine = short(worker_pb2.EngineState, worker.engine) if is_up else "-"
     return (
         worker.record.identity.worker_id,
         worker.description.model or worker.record.model,
-        _short(admin_pb.LinkState, worker.link),
+        short(admin_pb.LinkState, worker.link),
         _liveness(worker),
         _engine_row(worker, engine),
         worker.num_attempts,
@@ -371,7 +376,7 @@ def _liveness(worker: admin_pb.WorkerInfo) -> str:
     """The failure detector's opinion; how strong a suspicion is."""
     if worker.liveness == admin_pb.LIVENESS_UNSPECIFIED:
         return "-"
-    name = _short(admin_pb.Liveness, worker.liveness)
+    name = short(admin_pb.Liveness, worker.liveness)
     is_suspect = worker.liveness == admin_pb.LIVENESS_SUSPECT
     return f"{name} ({worker.suspicion:.1f})" if is_suspect else name
 
@@ -383,8 +388,8 @@ def _stream_row(stream: pb.StreamInfo) -> Sequence[object]:
     return (
         stream.request_id,
         stream.model,
-        _short(pb.ContinuationClass, stream.continuation_class),
-        ",".join(_short(pb.StreamState, state) for state in states),
+        short(pb.ContinuationClass, stream.continuation_class),
+        ",".join(short(pb.StreamState, state) for state in states),
         ",".join(names) or "-",
         sum(choice.num_tokens for choice in stream.choices),
         sum(choice.num_tokens_sent for choice in stream.choices),
@@ -446,11 +451,13 @@ def _to_dict(message: Message) -> dict[str, Any]:
     )
 
 
-class _EnumType(Protocol):
+class EnumType(Protocol):
+    """An enum of the contract."""
+
     def Name(self, number: Any) -> str: ...  # noqa: N802
 
 
-def _short(enum: _EnumType, value: int) -> str:
+def short(enum: EnumType, value: int) -> str:
     """The name of an enum's value without what all its names begin with; "-" for none."""
     if value == 0:
         return "-"

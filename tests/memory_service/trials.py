@@ -2,8 +2,9 @@
 
 import asyncio
 import signal
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.memory_service.processes import ServiceProcess, Victims, until
 from tests.memory_service.victim import BLOCK_BYTES, bytes_of, key_of
@@ -14,6 +15,7 @@ from unbroken.v1 import memory_pb2_grpc
 
 EVERY_LINE = 10**9
 """A line that no victim comes to: it counts those it runs, and lives."""
+ResultT = TypeVar("ResultT")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGABRT)
 
 
@@ -34,36 +36,40 @@ class Control:
     """The control side of a service, asked from code that does not wait otherwise."""
 
     def __init__(self, service: ServiceProcess) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner()
         self._service = service
-        self._loop.run_until_complete(self._connect())
+        self._runner.run(self._connect())
 
     async def _connect(self) -> None:
         self._channel = open_channel(self._service.control)
         self._stub = memory_pb2_grpc.MemoryServiceStub(self._channel)
 
-    def _ask(self, call: Any) -> Any:
-        return self._loop.run_until_complete(asyncio.wait_for(call, 10))
+    def _ask(self, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        async def asked() -> ResultT:
+            async with asyncio.timeout(10):
+                return await call()
+
+        return self._runner.run(asked())
 
     def usage(self) -> pb.GetUsageResponse:
-        return self._ask(self._stub.GetUsage(pb.GetUsageRequest()))
+        return self._ask(lambda: self._stub.GetUsage(pb.GetUsageRequest()))
 
     def sessions(self) -> dict[int, pb.Session]:
-        response = self._ask(self._stub.ListSessions(pb.ListSessionsRequest()))
+        response = self._ask(lambda: self._stub.ListSessions(pb.ListSessionsRequest()))
         return {session.session_id: session for session in response.sessions}
 
     def segments(self) -> list[pb.Segment]:
-        return list(self._ask(self._stub.ListSegments(pb.ListSegmentsRequest())).segments)
+        return list(self._ask(lambda: self._stub.ListSegments(pb.ListSegmentsRequest())).segments)
 
     def evict(self, segment: str = "") -> int:
-        return self._ask(self._stub.Evict(pb.EvictRequest(segment=segment))).freed_bytes
+        return self._ask(lambda: self._stub.Evict(pb.EvictRequest(segment=segment))).freed_bytes
 
     def verify(self) -> pb.VerifyResponse:
-        return self._ask(self._stub.Verify(pb.VerifyRequest()))
+        return self._ask(lambda: self._stub.Verify(pb.VerifyRequest()))
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._channel.close())
-        self._loop.close()
+        self._runner.run(self._channel.close())
+        self._runner.close()
 
 
 class Trials:
