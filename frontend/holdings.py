@@ -25,8 +25,9 @@ class FrontendHoldings:
         yield from self._of_requests()
         yield from self._of_lines()
         for worker_id, seat in self._links.seats():
-            detail = f"at {worker_id}"
-            yield Holding(Kind.ATTEMPT, seat.name, seat.started_at, 1, seat.epoch, detail)
+            if not seat.is_probe:
+                detail = f"at {worker_id}"
+                yield Holding(Kind.ATTEMPT, seat.name, seat.started_at, 1, seat.epoch, detail)
 
     def _of_requests(self) -> Iterator[Holding]:
         for request in self._requests.running:

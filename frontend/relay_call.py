@@ -151,6 +151,8 @@ class Seat:
     """When the attempt has to be over."""
     is_adopting: bool = False
     """It waits to be told that it has the attempt."""
+    is_probe: bool = False
+    """It is nobody's request."""
 
 
 class _BrokenContract(Exception):  # noqa: N818 - it names what happened.
@@ -302,6 +304,7 @@ class RelayCall:
             request.start.engine_incarnation,
             _name(request.start.stream),
             _deadline_at(request.start, self._clock()),
+            is_probe=request.start.is_probe,
         )
         self._sit(seat, vocab_size)
         self._enqueue(request)

@@ -19,7 +19,7 @@ def held(
     slots_by_frontend: Iterable[tuple[str, Iterable[Attempt]]],
     block_size: int,
 ) -> list[Holding]:
-    """What is held for attempts that run, that are told again, and by mistake.
+    """What is held for attempts that run, that are told again, and by mistake; not for probes.
 
     `prefilling` has the tokens that wait for their prefill, and `given` the KV blocks that no load
     report shows yet, by engine slot; `slots_by_frontend` are the attempts that each link knows by a
@@ -29,6 +29,8 @@ def held(
     known: set[int] = set()
     for attempt in running:
         known.add(attempt.slot)
+        if attempt.is_probe:
+            continue
         kind = Kind.ATTEMPT if attempt.orphaned_until is None else Kind.ORPHAN
         detail = "" if attempt.given_up is None else f"aborted: {attempt.given_up[1]}"
         found.append(_holding(attempt, kind, detail=detail))

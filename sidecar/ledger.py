@@ -106,6 +106,8 @@ class Attempt(Generic[LinkT]):
     """Why the sidecar itself had it aborted."""
     began_at: float = 0.0
     """Monotonic seconds."""
+    is_probe: bool = False
+    """It is nobody's request."""
     prefilled_in_s: float | None = None
     """From its start to its first token; None: there was none yet."""
     ended: pb.AttemptEnded | None = None
@@ -246,6 +248,7 @@ class Ledger(Generic[LinkT]):
             deadline_at=deadline_at,
             logprobs=[] if start.checkpoint.params.HasField("logprobs") else None,
             began_at=now,
+            is_probe=start.is_probe,
         )
         self._next_slot += 1
         self.running[attempt.slot] = self._by_stream[stream] = attempt

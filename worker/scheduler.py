@@ -270,9 +270,11 @@ class Scheduler:
         )
 
     def held(self) -> list[Held]:
-        """Everything that sequences hold now."""
+        """Everything that sequences of requests hold now."""
         held: list[Held] = []
         for stream in self._streams.values():
+            if stream.is_probe:
+                continue  # It is nobody's request.
             standing = _standing(stream)
             detail = standing.state.name.lower()
             if standing.state is State.WAITING:

@@ -453,6 +453,16 @@ def test_what_sequences_hold_is_told_and_goes_with_them() -> None:
     assert engine.scheduler.held() == []
 
 
+def test_a_probe_is_nobodys_request_and_its_blocks_are_no_leak() -> None:
+    engine = small()
+    probe = starting([1] * 20, max_tokens=50)
+    probe.is_probe = True
+    engine.start(probe)
+    engine.step()
+    assert engine.scheduler.load().ranks[0].kv_blocks_used
+    assert engine.scheduler.held() == []
+
+
 def test_blocks_that_no_sequence_holds_are_told_as_a_leak() -> None:
     engine = small()
     slot = engine.start(starting([1] * 20, max_tokens=50))
