@@ -55,6 +55,8 @@ _CONFIRM_AFTER_S: Final = (0.0, 0.05, 0.1)
 """When an engine is asked how it is after a call failed: it may take a moment to know."""
 _ABORT_TIMEOUT_S: Final = 2.0
 _EXIT_TIMEOUT_S: Final = 0.05
+_STOPPING_S: Final = 0.15
+"""An engine that refuses calls and still gives tokens after so long is one that stops."""
 
 _log = log.get_logger(__name__)
 
@@ -166,6 +168,8 @@ class _Life(Life):
         self._confirming: asyncio.Task[None] | None = None
         self._is_flush_due = False
         self._heard_at = self._began
+        self._num_failed = 0
+        """Calls that failed by no fault of their request, perhaps."""
         self._told: dict[int, tuple[float, LoadOfRank]] = {}  # Pushed, by rank, and when.
         self._found: Discovered | None = None
         self._seen: str | None = None  # What came of reaching it.
@@ -385,6 +389,7 @@ class _Life(Life):
         failure, detail = failed.failure, failed.detail
         about_request = failure in (FailureKind.REJECTED, FailureKind.OVERLOAD)
         if not about_request:
+            self._num_failed += 1
             await self._confirm_alive()
             if self._over.done():
                 return
@@ -456,8 +461,10 @@ class _Life(Life):
             if self._over.done():
                 return
 
-    async def _ask_health(self) -> None:
+    async def _ask_health(self, *, is_suspect: bool = False) -> None:
+        """`is_suspect`: a call of it failed."""
         asked_at = self._loop.time()
+        num_failed = -1 if is_suspect else self._num_failed
         try:
             async with asyncio.timeout(self._adapter.health_timeout_s):
                 await self._adapter.check_health()
@@ -466,7 +473,7 @@ class _Life(Life):
                 detail = f"the engine says nothing for {self._adapter.health_timeout_s:g} s"
                 self.fail(f"{detail}, not even how it is", FailureKind.HANG)
         except Unhealthy as error:
-            await self._dead(f"{error}")
+            await self._dead(f"{error}", num_failed)
 
     async def _confirm_alive(self) -> None:
         """Ask until it had time to notice its own death; one who asks is enough."""
@@ -477,17 +484,27 @@ class _Life(Life):
     async def _confirm(self) -> None:
         for delay_s in _CONFIRM_AFTER_S:
             await asyncio.sleep(delay_s)
-            await self._ask_health()
+            await self._ask_health(is_suspect=True)
             if self._over.done():
                 return
 
-    async def _dead(self, detail: str) -> None:
-        """It says so, or cannot be reached; of what did it die, if it was ours?"""
-        if self.process is not None:
-            await asyncio.wait((self.process.exited,), timeout=_EXIT_TIMEOUT_S)
-            if self.process.exited.done():
-                detail = f"the engine {self.process.exited.result()}"
-        self.fail(detail, FailureKind.CRASH)
+    async def _dead(self, detail: str, num_failed: int) -> None:
+        """It says so, or cannot be reached. Of what did it die, if it was ours, or does it stop?"""
+        answered_at = self._loop.time()
+        is_suspect = num_failed != self._num_failed  # Its calls fail, too.
+        timeout_s = _EXIT_TIMEOUT_S if is_suspect else _STOPPING_S
+        await asyncio.wait((self._exited or self._over,), timeout=timeout_s)
+        if self._exited is not None and self._exited.done():
+            self.fail(f"the engine {self._exited.result()}", FailureKind.CRASH)
+        elif num_failed == self._num_failed and self._heard_at > answered_at:
+            # As one does that was told to stop, and cuts its streams in a few seconds.
+            self.fail(f"{detail}, while its streams go on", FailureKind.DRAIN)
+        else:
+            self.fail(detail, FailureKind.CRASH)
+
+    @property
+    def _exited(self) -> "asyncio.Future[Exit] | None":
+        return None if self.process is None else self.process.exited
 
     @override
     def _process_exited(self, _exited: "asyncio.Future[Exit]") -> None:

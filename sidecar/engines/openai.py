@@ -115,8 +115,9 @@ class OpenAiAdapter(Adapter):
             context_length = number(settings.get("n_ctx")) or context_length
             batch_size_max = number(props.get("total_slots"))
         asset = asset_of(await self._files(str(model.get("root", ""))))
-        self._tokenizer = Tokenizer(asset)
         await self._try(asset.bos_token_id if asset.bos_token_id is not None else 1)
+        if self._ids is Ids.NOWHERE or not self._takes_ids:
+            self._tokenizer = Tokenizer(asset)
         return Discovered(
             kind=self._product.kind,
             version=version,
@@ -141,9 +142,8 @@ class OpenAiAdapter(Adapter):
     async def _try(self, token_id: int) -> None:
         """Learn from one token how the server takes prompts and gives tokens."""
         plain = {"model": self._model, "prompt": [token_id], "max_tokens": 1, "temperature": 0}
-        more = {"return_token_ids": True, "logprobs": 1}
-        assert self._tokenizer is not None, "it was read before"
-        texts = plain | {"prompt": self._tokenizer.pieces[token_id].decode(errors="replace") or " "}
+        more = {"return_token_ids": True, "logprobs": 1, "ignore_eos": True}
+        texts = plain | {"prompt": "a"}
         for body in (plain | more, plain, texts):
             self._takes_ids = body is not texts
             try:

@@ -11,6 +11,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Final, cast
 
 import tokenizers
@@ -62,6 +63,16 @@ def asset_of(
 
     Raises `BadTokenizer`.
     """
+    return _asset_of(frozenset(files.items()), vocab_size, frozenset(eos_token_ids))
+
+
+# A large one takes most of a second, in which nothing else happens: too long for every life of an
+# engine, while the links of its sidecar are watched.
+@lru_cache(maxsize=2)
+def _asset_of(
+    items: frozenset[tuple[str, bytes]], vocab_size: int, eos_token_ids: frozenset[int]
+) -> TokenizerAsset:
+    files = dict(items)
     data = files.get("tokenizer.json")
     if data is None:
         raise BadTokenizer(f"expected tokenizer.json, got {', '.join(sorted(files)) or 'nothing'}")

@@ -43,6 +43,10 @@ class OpenAiServer:
         with zipfile.ZipFile(io.BytesIO(zipped(backend.spec.tokenizer))) as archive:
             archive.extractall(directory)
 
+    async def stop(self, grace_s: float) -> None:
+        """As vLLM: whatever happens then has no rule."""
+        raise NotImplementedError
+
     def app(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/v1/models", self.models)
@@ -189,6 +193,10 @@ async def serving(
         try:
             yield f"{host}:{bound}", server
         finally:
+            assert runner.server is not None, "it was set up"
+            for connection in runner.server.connections:  # As if killed.
+                if connection.transport is not None:
+                    connection.transport.abort()
             await site.stop()
             await runner.cleanup()
             await asyncio.sleep(0)

@@ -5,7 +5,7 @@ A new engine is a line in `SUBJECTS`.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +194,8 @@ class Served:
 
     address: str
     servicer: object
+    stop: Callable[[float], Awaitable[None]]
+    """Take no more calls, and cut those that run after so many seconds."""
 
 
 def _grpc(
@@ -208,7 +210,7 @@ def _grpc(
         address = listen(server, f"127.0.0.1:{port}")
         await server.start()
         try:
-            yield Served(address, servicer)
+            yield Served(address, servicer, server.stop)
         finally:
             await server.stop(None)
 
@@ -219,7 +221,7 @@ def _grpc(
 async def _http(backend: Backend, port: int = 0) -> AsyncGenerator[Served, None]:
     """OpenAI's HTTP, as vLLM serves it."""
     async with openai_server.serving(backend, port) as (address, server):
-        yield Served(address, server)
+        yield Served(address, server, server.stop)
 
 
 SERVERS: Mapping[str, Callable[[Backend, int], AbstractAsyncContextManager[Served]]] = {

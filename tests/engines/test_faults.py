@@ -119,6 +119,17 @@ def test_a_server_that_is_killed_comes_back_as_another_life(protocol: str) -> No
     play(scenario())
 
 
+def test_an_engine_that_is_told_to_stop_loses_its_streams_before_it_cuts_them() -> None:
+    async def scenario() -> None:
+        async with beside("vllm") as (engine, it):
+            slots = await streaming(it)
+            stopping = asyncio.gather(engine.served.stop(30.0))
+            await assert_all_ended(it, slots, worker_pb2.FAILURE_KIND_DRAIN)
+            await stopping
+
+    play(scenario())
+
+
 def test_a_core_that_hangs_is_noticed_by_its_silence_though_it_says_that_it_is_well() -> None:
     async def scenario() -> None:
         async with beside(SLOW, SOON) as (engine, it):
