@@ -335,7 +335,8 @@ class EngineService:
             session.forget(ended.slot)
         for slot, logprobs in outcome.logprobs:
             frame.logprobs.add(slot=slot, tokens=[logprobs_to_proto(logprobs)])
-        if with_load or is_first:
+        # Else who is idle now would be taken for busy until the next report is due.
+        if with_load or is_first or (outcome.ended and scheduler.is_empty):
             frame.load.CopyFrom(scheduler.load())
             frame.slot_seen = session.slot_seen
             frame.load.is_computing = self._is_computing

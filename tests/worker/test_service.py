@@ -195,6 +195,19 @@ def test_an_idle_engine_gives_signs_of_life(tmp_path: Path) -> None:
     on_stage(scenario, tmp_path)
 
 
+def test_an_engine_says_at_once_that_it_has_nothing_left_to_do(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        sidecar = await stage.greeted()
+        for slot in range(3):
+            sidecar.start(slot, max_tokens=40)
+        await sidecar.until_ended(0, 1, 2)
+        last = [frame for frame in sidecar.frames if frame.ended][-1]
+        assert last.HasField("load")
+        assert [rank.kv_blocks_used for rank in last.load.ranks] == [0]
+
+    on_stage(scenario, tmp_path)
+
+
 def test_a_long_step_gives_signs_of_life_and_says_what_it_computes(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         sidecar = await stage.greeted()
