@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-native check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie memory-proof recovery storm bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie memory-proof recovery storm bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -17,8 +17,8 @@ demo: .venv/.run ## A worker dies in mid-stream, the text goes on, and equals an
 test: .venv/.dev ## All tests that need no accelerator
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-test-native: .venv/.dev ## What clients see, and all that is hurt, with the native edge
-	UNBROKEN_FRONTEND_EDGE=native $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" \
+test-grpcio: .venv/.dev ## What clients see, and all that is hurt, with the grpcio edge
+	UNBROKEN_FRONTEND_EDGE=grpcio $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" \
 		tests/frontend tests/integration tests/faults tests/unbroken/test_mesh.py tests/unbroken/test_client.py
 
 check: lint types protos test ## Everything a change must pass

@@ -112,8 +112,8 @@ class FrontendConfig(ProcessConfig):
     """A request is stopped when so many engines died under it and it never got any further."""
     query_of_death_memory_s: float = Field(600.0, ge=0, le=86400)
     """For how long a request that was stopped so is refused when it is asked again."""
-    edge: Literal["grpcio", "native"] = "grpcio"
-    """What serves clients: grpcio, or the HTTP/2 server of docs/decisions/edge.md."""
+    edge: Literal["grpcio", "native"] = "native"
+    """What serves clients: the HTTP/2 server of docs/decisions/edge.md, or grpcio's."""
     processes: int = Field(1, ge=1, le=64)
     """Processes that serve the port together, each a frontend with links and limits of its own
     (native edge; docs/decisions/processes.md)."""

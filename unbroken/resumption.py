@@ -47,6 +47,15 @@ FINAL: Final = frozenset(
         Reason.REJECTED_BY_ENGINE,
         Reason.DIVERGED,
         Reason.PROTOCOL_VIOLATION,
+        # Of the memory service, which clients do not meet:
+        Reason.SEGMENT_NOT_FOUND,
+        Reason.SEGMENT_BUSY,
+        Reason.STALE_HANDLE,
+        Reason.NOT_FENCED,
+        Reason.QUARANTINED,
+        Reason.CHECKSUM_MISMATCH,
+        Reason.MEMORY_EXHAUSTED,
+        Reason.NOT_PERMITTED,
     }
 )
 """A stream that ends so would end so everywhere, or must not go on."""

@@ -80,8 +80,8 @@ class World:
         )
 
 
-edge = os.environ.get("UNBROKEN_FRONTEND_EDGE", "grpcio")
-"""What serves clients, unless a world says; see the fixture `each_edge`, and `make test-native`."""
+edge = os.environ.get("UNBROKEN_FRONTEND_EDGE", "native")
+"""What serves clients, unless a world says; see the fixture `each_edge`, and `make test-grpcio`."""
 
 
 @asynccontextmanager

@@ -229,7 +229,7 @@ def test_when_all_processes_crash_in_a_loop_the_status_is_3(tmp_path: Path) -> N
 
 
 def test_the_grpcio_edge_is_refused_by_name() -> None:
-    flags = ["--frontend-id", "f", "--discovery", "d", "--processes", "2"]
+    flags = ["--frontend-id", "f", "--discovery", "d", "--processes", "2", "--edge", "grpcio"]
     with pytest.raises(ConfigError, match="expected edge native with processes above 1"):
         merge(FrontendConfig, flags, {}, prog="frontend")
     config = merge(
