@@ -362,8 +362,11 @@ class Witness:
         size = len(ledger)
         unsent = size - len(self.token_ids)
         window = self._limits.window_tokens
+        # Each attempt that goes on after another has a window of its own.
+        not_adopted = sum(a.is_adopted and a.epoch in self._refused for a in stream.attempts)
+        num_windows = 1 + len(self._losses) + len(self._adopted) + not_adopted
         self._expect(
-            not window or unsent <= window * (1 + len(self._losses) + len(self._adopted)),
+            not window or unsent <= window * num_windows,
             f"{unsent} tokens wait for the client, with a window of {window}",
         )
         if size == self._num_checked:
