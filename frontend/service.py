@@ -1,7 +1,6 @@
 """A frontend as a process: what it is made of, how it starts, how it stops."""
 
 import asyncio
-import gc
 import os
 import signal
 import socket
@@ -43,6 +42,7 @@ from unbroken import discovery, log, metrics, orca
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.garbage import collected_in_quiet
 from unbroken.health import add_health
 from unbroken.outcome import ContinuationPolicy, FailureKind
 from unbroken.probes import Probes
@@ -442,18 +442,15 @@ async def serve(
         return ExitStatus.CUT_SHORT
     starting.result()
     on_ready()
-    # What the start made lives as long as the process. A full collection that looks at it takes
-    # 10 to 20 ms, in which every stream would stand still.
-    gc.collect()
-    gc.freeze()
     if signalled.is_set():
         frontend.draining.tell(drain.Signalled(is_again=hurry.is_set()))
-    asked = asyncio.create_task(frontend.draining.stop_wanted.wait())
-    life = asyncio.create_task(frontend.wait())
-    await asyncio.wait({asked, life}, return_when=asyncio.FIRST_COMPLETED)
-    if life.done():
-        life.result()  # Nobody would tell it of new workers any more.
-    life.cancel()
-    asked.cancel()
-    await frontend.stop()
+    async with collected_in_quiet(lambda: frontend.requests.num_running == 0):
+        asked = asyncio.create_task(frontend.draining.stop_wanted.wait())
+        life = asyncio.create_task(frontend.wait())
+        await asyncio.wait({asked, life}, return_when=asyncio.FIRST_COMPLETED)
+        if life.done():
+            life.result()  # Nobody would tell it of new workers any more.
+        life.cancel()
+        asked.cancel()
+        await frontend.stop()
     return frontend.draining.drain.exit_status

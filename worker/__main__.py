@@ -8,6 +8,7 @@ import uvloop
 
 from unbroken import log
 from unbroken.config import load
+from unbroken.garbage import collected_in_quiet
 from worker.config import WorkerConfig
 from worker.engine import ModelRunner
 from worker.service import EngineService
@@ -42,7 +43,8 @@ async def _run(config: WorkerConfig) -> int:
 
     serving = asyncio.create_task(service.serve(config.socket, on_listening=on_listening))
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    async with collected_in_quiet(lambda: service.is_idle):
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if not serving.done():
         _log.info("stopping")

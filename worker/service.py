@@ -64,6 +64,11 @@ class EngineService:
         self._steps_s = 0.0
         """Time in which steps were computed."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing runs or waits."""
+        return self._scheduler.is_empty
+
     async def serve(self, path: Path, *, on_listening: Callable[[], None] | None = None) -> None:
         """Listen at `path`, whatever socket stood there, and run until cancelled.
 

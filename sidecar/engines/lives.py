@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Generic, NoReturn, TypeVar
+from typing import Final, Generic, NoReturn, TypeVar
 
 from typing_extensions import override
 
@@ -21,6 +21,9 @@ from unbroken import log
 from unbroken.outcome import FailureKind
 from unbroken.restart import RestartPolicy, Restarts
 from unbroken.v1 import attempt_pb2
+
+_NEWS_S: Final = 0.005
+"""So long the news of an engine's death is given before its remains are cleared away."""
 
 _log = log.get_logger(__name__)
 
@@ -289,7 +292,8 @@ class Lives(Engine, ABC, Generic[LifeT]):
             listener.on_down(down)
         except Exception:
             _log.exception("bug: on_down failed", incarnation=life.incarnation)
-        await asyncio.sleep(0)  # The news leaves before anything else is done: streams stand still.
+        # The news leaves, by a thread of gRPC's, before anything else is done: streams stand still.
+        await asyncio.sleep(_NEWS_S)
         say = _log.info if failure is FailureKind.DRAIN else _log.warning
         say(
             "engine down",

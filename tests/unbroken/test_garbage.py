@@ -1,0 +1,97 @@
+"""Claims of `unbroken.garbage`."""
+
+import asyncio
+import gc
+import weakref
+
+import uvloop
+
+from unbroken.garbage import collected_in_quiet
+
+TIMEOUT_S = 30
+
+
+class Cycle:
+    """Only a collection ends it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def num_full() -> int:
+    """Full collections so far."""
+    return gc.get_stats()[2]["collections"]
+
+
+def old_cycle() -> "weakref.ref[Cycle]":
+    """One that only a full collection finds."""
+    it = Cycle()
+    for _ in range(2):
+        gc.collect(1)  # It survives, and is looked at less often.
+    return weakref.ref(it)
+
+
+async def until_gone(what: "weakref.ref[Cycle]") -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while what() is not None:  # noqa: ASYNC110 - The collector tells nobody.
+            await asyncio.sleep(0.001)
+
+
+def test_a_burst_of_objects_brings_no_full_collection() -> None:
+    def burst() -> None:
+        _ = [[[index]] for index in range(200_000)]
+
+    async def scenario() -> None:
+        async with collected_in_quiet(lambda: False):
+            begun = num_full()
+            burst()
+            assert num_full() == begun
+
+    gc.collect()
+    begun = num_full()
+    burst()
+    assert num_full() > begun, "otherwise it brings one"
+    uvloop.run(scenario())
+
+
+def test_what_is_old_and_in_a_cycle_goes_as_soon_as_nothing_runs() -> None:
+    async def scenario() -> None:
+        is_idle = False
+        async with collected_in_quiet(
+            lambda: is_idle, look_interval_s=0.001, idle_interval_s=0.0, busy_interval_s=1e9
+        ):
+            it, begun = old_cycle(), num_full()
+            await asyncio.sleep(0.05)  # Many looks.
+            assert num_full() == begun
+            assert it() is not None
+            is_idle = True
+            await until_gone(it)
+
+    uvloop.run(scenario())
+
+
+def test_a_process_that_is_never_idle_keeps_it_no_longer_than_an_interval() -> None:
+    async def scenario() -> None:
+        now = 0.0
+        async with collected_in_quiet(
+            lambda: False, look_interval_s=0.001, busy_interval_s=100.0, clock=lambda: now
+        ):
+            it = old_cycle()
+            now = 99.0
+            await asyncio.sleep(0.05)
+            assert it() is not None
+            now = 100.0
+            await until_gone(it)
+
+    uvloop.run(scenario())
+
+
+def test_afterwards_all_is_as_before() -> None:
+    async def scenario() -> None:
+        async with collected_in_quiet(lambda: True):
+            assert gc.get_freeze_count() > 0
+
+    before = gc.get_threshold()
+    uvloop.run(scenario())
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0

@@ -1,0 +1,55 @@
+"""Keeping Python's garbage collector out of the way of streams.
+
+A full collection looks at every object of a process: 15 ms for those that are there after the
+start, half a second with tens of thousands of streams. And bursts set it off: of all moments, it
+comes when an engine has died and all its streams move. So what is there after the start is taken
+out of its sight, and full collections wait until nothing runs. Young objects, among which most
+cycles end, are collected as ever, in a fraction of a millisecond.
+"""
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+IDLE_INTERVAL_S: Final = 10.0
+"""Between two full collections while nothing runs."""
+BUSY_INTERVAL_S: Final = 3600.0
+"""Between two at most, whatever runs: what is in cycles and old is not to be kept for ever."""
+_LOOK_INTERVAL_S: Final = 1.0
+_NEVER: Final = 2**31 - 1
+
+
+@asynccontextmanager
+async def collected_in_quiet(
+    is_idle: Callable[[], bool],
+    *,
+    look_interval_s: float = _LOOK_INTERVAL_S,
+    idle_interval_s: float = IDLE_INTERVAL_S,
+    busy_interval_s: float = BUSY_INTERVAL_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> AsyncGenerator[None]:
+    """Within, full collections come when `is_idle` says so; for a whole process, once started."""
+    young, middle, old = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(young, middle, _NEVER)
+
+    async def collect(collected_at: float) -> None:
+        while True:
+            await asyncio.sleep(look_interval_s)
+            interval_s = idle_interval_s if is_idle() else busy_interval_s
+            if clock() - collected_at >= interval_s:
+                gc.collect()
+                collected_at = clock()
+
+    collecting = asyncio.create_task(collect(clock()), name="collect garbage")
+    try:
+        yield
+    finally:
+        collecting.cancel()
+        await asyncio.gather(collecting, return_exceptions=True)
+        gc.set_threshold(young, middle, old)
+        gc.unfreeze()
