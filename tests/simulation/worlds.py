@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import cast
 
+from tests.simulation.crowd import Crowd
 from tests.simulation.faults import Fault
 from tests.simulation.fleet import Fleet
 from tests.simulation.scenario import Report, quiet, run_seed
@@ -24,7 +25,26 @@ def run_fleet_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> 
     return report
 
 
-WORLDS: dict[str, Callable[..., Report]] = {"streams": run_seed, "fleet": run_fleet_seed}
+def run_crowd_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
+    """Live through one world of a crowd and report."""
+    crowd = Crowd(seed, trace=trace)
+    report = Report(seed, num_streams=len(crowd.jobs))
+    try:
+        crowd.live()
+    except AssertionError as violation:
+        report.violation = str(violation) or repr(violation)
+        crowd.world.tell("VIOLATION %s", report.violation)
+    report.faults = cast("Counter[Fault]", +crowd.seen)  # Events of its own kinds.
+    report.num_events = crowd.world.num_events
+    report.num_tokens = sum(job.num_tokens for job in crowd.jobs if job.outcome == "served")
+    return report
+
+
+WORLDS: dict[str, Callable[..., Report]] = {
+    "streams": run_seed,
+    "fleet": run_fleet_seed,
+    "crowd": run_crowd_seed,
+}
 
 
 def run_chunk(world: str, seeds: Sequence[int]) -> list[Report]:
