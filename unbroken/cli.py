@@ -34,7 +34,7 @@ from unbroken.demo import play
 from unbroken.drain import drain_frontend, drain_worker
 from unbroken.engine_command import recognise
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.holdings import LISTED_DEFAULT, LISTED_MAX, num_held
+from unbroken.holdings import LISTED_DEFAULT, LISTED_MAX, is_empty
 from unbroken.memory.commands import app as memory_app
 from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.mesh_ledger import mesh_ledger
@@ -356,7 +356,7 @@ def ledger(
         async with await _connect(frontend, directory) as client:
             found = await mesh_ledger(client, discovery.connect(directory), holdings_max=listed)
         terminal.show_ledger(output, found)
-        if check and (num_held(found) or any(process.detail for process in found)):
+        if check and not is_empty(found):
             raise typer.Exit(1)
 
     _run(scenario(), output)

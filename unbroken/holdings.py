@@ -7,7 +7,7 @@ runs. What is remembered within bounds, to be told again or to fence, is not hel
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
@@ -134,6 +134,16 @@ def of_load(load: worker_pb2.LoadReport | None) -> list[Holding]:
 def num_held(processes: Iterable[pb.ProcessHoldings]) -> int:
     """How many things all of them hold."""
     return sum(total.num for process in processes for total in process.totals)
+
+
+def is_empty(processes: Sequence[pb.ProcessHoldings]) -> bool:
+    """Whether all could be asked and hold nothing; an engine that does not tell is believed its
+    load report.
+    """
+    is_whole = all(
+        not process.detail or process.role == pb.PROCESS_ROLE_ENGINE for process in processes
+    )
+    return is_whole and not num_held(processes)
 
 
 def listed_max(asked: int) -> int:

@@ -68,6 +68,14 @@ def test_a_load_report_tells_how_much_is_held_and_not_for_whom() -> None:
     assert holdings.of_load(None) == []
 
 
+def test_a_mesh_is_empty_when_all_could_be_asked_and_hold_nothing() -> None:
+    silent = pb.ProcessHoldings(role=pb.PROCESS_ROLE_SIDECAR, name="w2", detail="UNREACHABLE")
+    by_its_load = pb.ProcessHoldings(role=pb.PROCESS_ROLE_ENGINE, name="w1", detail="no word")
+    assert holdings.is_empty([told(), by_its_load])
+    assert not holdings.is_empty([told(), silent])
+    assert not holdings.is_empty([told(), told(Holding(Kind.TASK, STREAM))])
+
+
 def test_how_many_are_listed_is_bounded() -> None:
     assert holdings.listed_max(0) == holdings.LISTED_DEFAULT
     assert holdings.listed_max(3) == 3
