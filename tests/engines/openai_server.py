@@ -36,6 +36,7 @@ class OpenAiServer:
         """The tokenizer's files are put into `directory`."""
         self.backend = backend
         self.flavour: Flavour = flavour
+        self.is_stopping = False
         self.bodies: list[Mapping[str, Any]] = []
         """Of the completions that were asked for."""
         self.directory = directory
@@ -44,8 +45,9 @@ class OpenAiServer:
             archive.extractall(directory)
 
     async def stop(self, grace_s: float) -> None:
-        """As vLLM: whatever happens then has no rule."""
-        raise NotImplementedError
+        """Refuse whatever is asked from now on; what becomes of streams has no rule."""
+        del grace_s
+        self.is_stopping = True
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -73,7 +75,8 @@ class OpenAiServer:
         return web.json_response({"object": "list", "data": [model]})
 
     async def health(self, request: web.Request) -> web.Response:
-        del request
+        if self.is_stopping and request.transport is not None:
+            request.transport.abort()
         return web.Response(status=503 if self.backend.is_dead else 200)
 
     async def version(self, request: web.Request) -> web.Response:

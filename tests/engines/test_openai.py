@@ -1,7 +1,7 @@
 """OpenAI's HTTP where servers differ: ids beside log probabilities, and none at all."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +114,44 @@ def test_what_a_server_would_leave_out_is_refused(
             refused = await it.refused(it.start(params))
             assert refused.kind == worker_pb2.FAILURE_KIND_REJECTED
             assert "has no" in refused.detail
+
+    play(scenario())
+
+
+CRASH, DRAIN = worker_pb2.FAILURE_KIND_CRASH, worker_pb2.FAILURE_KIND_DRAIN
+
+
+def hangs(backend: Backend) -> None:
+    backend.hang()
+
+
+def aborts(backend: Backend) -> None:
+    for name in backend.asked:
+        backend.abort(name)
+
+
+def fails(backend: Backend) -> None:
+    backend.die()
+
+
+@pytest.mark.parametrize("outcome", [hangs, aborts, fails])
+def test_whatever_becomes_of_a_stream_when_vllm_is_told_to_stop_it_moves(
+    outcome: Callable[[Backend], None],
+) -> None:
+    """No byte more, a last chunk with "abort" as of any stream, or an error: all were seen."""
+
+    async def scenario() -> None:
+        async with beside("vllm") as (it, server):
+            slots = [it.start(greedy(480)) for _ in range(3)]
+            await it.until(lambda: all(len(it.tokens.get(slot, ())) > 3 for slot in slots))
+            await server.stop(0.0)
+            outcome(server.backend)
+            for slot in slots:
+                ended = await it.ended(slot)
+                # A token that was on its way may make it look like one that stops in peace.
+                assert ended.failure in (CRASH, DRAIN), ended
+                assert ended.end_offset == len(it.tokens[slot])
+            await it.state(worker_pb2.ENGINE_STATE_DEAD, 1)
 
     play(scenario())
 
