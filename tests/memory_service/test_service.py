@@ -1,8 +1,10 @@
 """Real processes share memory, and lose each other (docs/decisions/memory-contract.md)."""
 
 import asyncio
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,18 @@ from unbroken.v1 import memory_pb2_grpc
 from unbroken.v1 import memory_session_pb2 as wire
 
 ResultT = TypeVar("ResultT")
+AS_NOBODY = """
+import os, pathlib, sys
+from unbroken.errors import UnbrokenError
+from unbroken.memory.client import MemoryClient
+os.setgid(65534)
+os.setuid(65534)
+try:
+    MemoryClient(pathlib.Path(sys.argv[1]), tenant=sys.argv[2], rebind_timeout_s=0.1)
+    print("bound")
+except UnbrokenError as error:
+    print(error.reason.value)
+"""
 STOPPED = """
 import os, pathlib, signal, sys
 from unbroken.memory.client import MemoryClient, SegmentClass
@@ -177,6 +191,43 @@ def test_a_stopped_owner_is_not_succeeded_until_it_is_dead(service: ServiceProce
     pool = heir.adopt("stopped", timeout_s=5)
     heir.release(pool)
     heir.close()
+
+
+def test_who_closes_in_order_leaves_blocks_and_takes_its_pools_along(
+    service: ServiceProcess,
+) -> None:
+    with service.client(tenant="closes") as closing:
+        pool = closing.create("pool", SegmentClass.KV_POOL, [4096])
+        closing.freeze(pool)
+        put(closing.open_writer(BLOCK_BYTES, 1), 11, 1)
+    with service.client(tenant="closes") as later:
+        assert later.find(keys_of(11, 1)) == 1
+        with pytest.raises(UnbrokenError) as raised:
+            later.adopt("pool", timeout_s=1)
+        assert raised.value.reason is Reason.SEGMENT_NOT_FOUND
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_another_user_reaches_nothing_unless_it_is_granted() -> None:
+    def as_nobody(service: ServiceProcess, tenant: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", AS_NOBODY, str(service.socket), tenant],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        ).stdout.strip()
+
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        private, shared = Path(directory) / "private", Path(directory) / "shared"
+        for one in (private, shared):
+            one.mkdir()
+        with serving(private) as service:
+            assert as_nobody(service, "a") == "UNREACHABLE"
+        with serving(shared, "--grants", "65534=a") as service:
+            assert as_nobody(service, "b") == "NOT_PERMITTED"
+            assert as_nobody(service, "a") == "bound"
 
 
 def test_bits_that_flip_are_misses_and_never_served(service: ServiceProcess) -> None:

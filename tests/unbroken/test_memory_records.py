@@ -1,8 +1,19 @@
 """Claims of `unbroken.memory.records`: whatever is not exactly a record is none."""
 
+import random
+
 import pytest
 
-from unbroken.memory.records import RECORD_BYTES, Record, RecordState, parse, writing
+from unbroken.memory.records import (
+    COPIED_BYTES,
+    RECORD_BYTES,
+    Record,
+    RecordState,
+    checksum,
+    copy,
+    parse,
+    writing,
+)
 
 RECORD = Record(RecordState.COMMITTED, 16, 7, 3, bytes(range(32)), 0x1234_5678_9ABC_DEF0)
 
@@ -32,6 +43,13 @@ def test_a_record_that_strayed_is_none() -> None:
     data = RECORD.to_bytes(99)
     assert parse(data, slab_id=98, slot=3) is None
     assert parse(data, slab_id=99, slot=2) is None
+
+
+@pytest.mark.parametrize("size", [0, 1, COPIED_BYTES, COPIED_BYTES + 1, 3 * COPIED_BYTES - 7])
+def test_a_copy_has_the_bytes_and_the_checksum(size: int) -> None:
+    source, target = random.Random(size).randbytes(size), bytearray(size)
+    assert copy(memoryview(target), source) == checksum(source)
+    assert target == source
 
 
 def test_fresh_memory_has_no_records() -> None:

@@ -177,6 +177,7 @@ class MemoryClient:
         self._lifeline: mmap.mmap | None = None
         self._reading: dict[int, _ReaderSlab] = {}
         self._writers: dict[int, BlockWriter] = {}
+        self._owned: list[Segment] = []
         self._num_owed = 0
         """Answers that have yet to be received, before that of the next call."""
         self.num_lives = 0
@@ -187,11 +188,17 @@ class MemoryClient:
         return self._identity.session_id
 
     def close(self) -> None:
-        """Give everything back, in order. Idempotent."""
+        """Give everything back, in order: blocks to whoever wants them, and pools to nobody.
+
+        Idempotent.
+        """
         with self._lock:
             for writer in list(self._writers.values()):
                 with contextlib.suppress(UnbrokenError):
                     writer.close()
+            for segment in list(self._owned):
+                with contextlib.suppress(UnbrokenError, BufferError):
+                    self.release(segment)
             if self._sock is not None:
                 self._sock.close()
                 self._sock = None
@@ -221,7 +228,9 @@ class MemoryClient:
             segment_class=pb.SegmentClass.ValueType(int(kind)),
         )
         response, fds = self._call(wire.SessionRequest(create=create))
-        return _mapped(response.granted.segment, fds, is_writable=True)
+        segment = _mapped(response.granted.segment, fds, is_writable=True)
+        self._owned.append(segment)
+        return segment
 
     def seal(self, segment: Segment, layout: bytes = b"") -> None:
         """Publish weights: from now on `attach` gives them. The segment is unmapped."""
@@ -232,6 +241,7 @@ class MemoryClient:
                 name=segment.name, epoch=segment.epoch, checksums=checksums, layout=layout
             )
             self._call(wire.SessionRequest(seal=seal), timeout_s=0)
+            self._disown(segment)
 
     def freeze(self, segment: Segment, layout: bytes = b"") -> None:
         """Let a pool be adopted if this process dies."""
@@ -256,13 +266,19 @@ class MemoryClient:
                     raise
                 time.sleep(error.retry_after_s or _RETRY_S)
             else:
-                return _mapped(response.granted.segment, fds, is_writable=True)
+                segment = _mapped(response.granted.segment, fds, is_writable=True)
+                self._owned.append(segment)
+                return segment
 
     def release(self, segment: Segment) -> None:
         """Give up what was created, adopted or attached. It is unmapped."""
         segment.unmap()
+        self._disown(segment)
         release = wire.ReleaseSegment(name=segment.name, version=segment.version)
         self._call(wire.SessionRequest(release=release))
+
+    def _disown(self, segment: Segment) -> None:
+        self._owned = [one for one in self._owned if one is not segment]
 
     # Blocks.
 
@@ -505,7 +521,7 @@ class BlockWriter:
         slot = self._free.pop()
         self._mark(slot)
         start = slot * self.block_bytes
-        self._view[start : start + self.block_bytes] = data
+        checksum = records.copy(self._view[start : start + self.block_bytes], data)
         self._write(
             Record(
                 RecordState.COMMITTED,
@@ -513,7 +529,7 @@ class BlockWriter:
                 self._generations[slot],
                 slot,
                 key,
-                records.checksum(data),
+                checksum,
             )
         )
         self._untold.append(slot)

@@ -13,13 +13,15 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from unbroken.memory.keys import KEY_BYTES
 
 RECORD_BYTES = 64
 CHECKED_BYTES = 56
 TOKENS_MAX = 65_535
+COPIED_BYTES = 128 * 1024
+"""Fits into the cache of a core beside its copy."""
 
 _RECORD = struct.Struct("<BxHII4x32sQ")
 _CHECK = struct.Struct("<Q")
@@ -74,6 +76,17 @@ def writing(slot: int, generation: int) -> Record:
 def checksum(data: bytes | bytearray | memoryview) -> int:
     """What blocks and slabs are compared by."""
     return xxh3_64_intdigest(data)
+
+
+def copy(target: memoryview, source: bytes | bytearray | memoryview) -> int:
+    """Copy a block and return its checksum, a part at a time: it is hashed while in the cache."""
+    digest = xxh3_64()
+    with memoryview(source) as view:
+        for start in range(0, len(view), COPIED_BYTES):
+            part = view[start : start + COPIED_BYTES]
+            target[start : start + COPIED_BYTES] = part
+            digest.update(part)
+    return digest.intdigest()
 
 
 def _check(checked: bytes, slab_id: int) -> int:
