@@ -46,6 +46,7 @@ from unbroken.garbage import collected_in_quiet
 from unbroken.health import add_health
 from unbroken.outcome import ContinuationPolicy, FailureKind
 from unbroken.probes import Probes
+from unbroken.signals import STOPPING, heed_no_more
 from unbroken.status import Trailers
 from unbroken.thresholds import Thresholds
 from unbroken.transport import Keepalive, listen, make_server
@@ -428,7 +429,7 @@ async def serve(
         if frontend.has_started:
             frontend.draining.tell(drain.Signalled(is_again=is_again))
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         loop.add_signal_handler(number, receive, number)
     starting = asyncio.create_task(frontend.start())
     in_a_hurry = asyncio.create_task(hurry.wait())
@@ -439,6 +440,7 @@ async def serve(
     if not starting.done():  # It has served nobody.
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        heed_no_more()
         return ExitStatus.CUT_SHORT
     starting.result()
     on_ready()
@@ -453,4 +455,5 @@ async def serve(
         life.cancel()
         asked.cancel()
         await frontend.stop()
+    heed_no_more()
     return frontend.draining.drain.exit_status

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -33,6 +32,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
 from unbroken.health import HealthServicer, add_health
 from unbroken.probes import Probes
+from unbroken.signals import STOPPING, heed_no_more
 from unbroken.third_party import orca_pb2_grpc
 from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
 from unbroken.transport import listen, make_server
@@ -329,7 +329,7 @@ async def serve(config: SidecarConfig) -> int:
     loop = asyncio.get_running_loop()
     with tempfile.TemporaryDirectory(prefix="unbroken-") as directory:
         sidecar = Sidecar(config, engine_of(config, Path(directory)))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
             loop.add_signal_handler(number, sidecar.tell_drain, drain.Signalled())
         try:
             await first_of(sidecar.start(), sidecar.hurry_wanted.wait())
@@ -339,6 +339,7 @@ async def serve(config: SidecarConfig) -> int:
             sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
         finally:
             await sidecar.stop()
+    heed_no_more()
     return sidecar.drain.exit_status
 
 

@@ -38,6 +38,7 @@ from unbroken.health import HealthServicer
 from unbroken.probes import Probes
 from unbroken.restart import RestartPolicy, Restarts
 from unbroken.scratch import Scratch
+from unbroken.signals import STOPPING, heed_no_more
 from unbroken.v1 import worker_pb2
 
 POLL_INTERVAL_S: Final = 1.0
@@ -72,13 +73,14 @@ async def serve(config: FrontendConfig, argv: Sequence[str]) -> int:
     listener, address = await _listen(config.listen)
     with listener, closing(Scratch("unbroken-frontend-")) as scratch:
         parent = Parent(config, argv, listener, address, scratch.path)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
             loop.add_signal_handler(number, parent.asked_to_stop)
         try:
             await parent.start()
             return await parent.run()
         finally:
             await parent.close()
+            heed_no_more()
 
 
 class Parent:
