@@ -57,6 +57,8 @@ EMPTY_WITHIN_S: Final = 10.0
 ASK_TIMEOUT_S: Final = 1.0
 MOMENT_S_MAX: Final = 1.0
 """Of a request's life, at which it is cancelled."""
+WARM_UPS_MAX: Final = 8
+"""Until both frontends have measured all workers."""
 MISJUDGED_SHARE_MAX: Final = 0.01
 HOPELESS: Final = 0.25
 """With so small a part of the time that its prompt takes alone, a request must be refused."""
@@ -386,8 +388,15 @@ class Bench:
             ) as stream:
                 await Reading(stream).task
 
-        for _ in range(2):
+        for _ in range(WARM_UPS_MAX):
             await asyncio.gather(*(one() for _ in range(4 * len(self._mesh.workers))))
+            hopeless = [
+                Reading(client.generate(token_ids=_prompt(chance, 12_000), timeout_s=0.1))
+                for client in self._clients
+            ]
+            await asyncio.gather(*(reading.task for reading in hopeless))
+            if all(one.error and "first_token_s" in one.error.metadata for one in hopeless):
+                return
 
     # The end.
 

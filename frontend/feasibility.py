@@ -2,24 +2,20 @@
 
 What it takes is estimated for each worker that could have it, and the fastest counts:
 
-    its prompt tokens, less what is cached there, and half of those before it: at the measured rate,
-    and a step for each that is filled by them
+    its prompt tokens, less what is cached there, at the measured rate, and the steps they fill
 
 Nothing feasible may be refused, so what is not known takes no time: the rate of a worker that was
-not measured yet, and the line of one where streams wait for the batch, since newcomers may pass
-them by priority or by fairness. Those in the batch count half, since they may leave. Of the sum
-only a share counts, because rates vary.
+not measured yet, and the prompts before it, which newcomers may pass by priority or by fairness,
+and which may be cancelled. (Who has to wait for a worker is told so by `admission_queue`.) Of the
+sum only a share counts, because rates vary.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
 
 from frontend.placement import WorkerView, num_cached_tokens
 from frontend.step_cost import StepCost
 from frontend.stream import Life
-
-QUEUED_SHARE: Final = 0.5
 
 
 def first_token_s(
@@ -51,11 +47,6 @@ def _at(
     if view.cached_blocks:
         hashes = block_hashes(view)
         num_tokens -= num_cached_tokens(view.cached_blocks, hashes, view.block_size)
-    if not any(rank.requests_waiting for rank in view.ranks):
-        # All of it is in the batch, where prompts are computed in the order of their coming. Other
-        # ranks compute theirs at the same time.
-        queued = min((rank.prefill_tokens_queued for rank in view.ranks), default=0)
-        num_tokens += int(QUEUED_SHARE * queued)
     num_tokens = max(1, num_tokens)
     num_steps = 1
     if view.prefill_tokens_max:

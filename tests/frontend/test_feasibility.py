@@ -50,19 +50,9 @@ def test_a_prompt_that_fills_several_steps_takes_all_of_them() -> None:
     assert takes_s(it) == pytest.approx(1000 / RATE + 4 * STEP_S, rel=0.05)
 
 
-def test_half_of_who_is_in_the_batch_before_it_is_waited_for() -> None:
+def test_prompts_that_newcomers_may_pass_take_no_time() -> None:
     queued = RankState(prefill_tokens_queued=4000)
-    assert takes_s(view("w", queued)) == pytest.approx(3000 / RATE + STEP_S, rel=0.05)
-
-
-def test_a_line_that_newcomers_may_pass_counts_for_nothing() -> None:
-    queued = RankState(prefill_tokens_queued=4000, requests_waiting=1)
-    assert takes_s(view("w", queued)) == pytest.approx(1000 / RATE + STEP_S, rel=0.05)
-
-
-def test_the_rank_with_least_before_it_counts() -> None:
-    ranks = RankState(prefill_tokens_queued=4000), RankState(prefill_tokens_queued=100)
-    assert takes_s(view("w", *ranks)) == pytest.approx(1050 / RATE + STEP_S, rel=0.05)
+    assert takes_s(view("w", queued)) == takes_s(view())
 
 
 def test_what_is_cached_there_takes_no_time() -> None:
@@ -70,8 +60,7 @@ def test_what_is_cached_there_takes_no_time() -> None:
 
 
 def test_the_fastest_worker_counts() -> None:
-    busy = view("busy", RankState(prefill_tokens_queued=9000))
-    assert takes_s(busy, view("idle")) == takes_s(view("idle"))
+    assert takes_s(view(), view("warm", cached={1, 2, 3})) == takes_s(view(cached={1, 2, 3}))
 
 
 def test_what_is_not_known_takes_no_time() -> None:
