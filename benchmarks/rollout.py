@@ -3,7 +3,8 @@
 Workers and frontends of a mesh of simulated engines are replaced one after the other, as
 `unbroken rollout` does it, while clients read. Each stream has begun before, and is read on until
 all has been replaced; then what it told is compared with an undisturbed run of the same request.
-At the end a worker that has nothing to do is drained.
+Then a worker that has nothing to do is drained. At last the idle engine of one of two workers is
+made sick in several ways, and it is measured how long it takes until the frontend knows.
 
     python -m benchmarks.rollout [--workers 4] [--frontends 2] [--streams 200] [--step-ms 100]
 
@@ -17,7 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, Final
 
 import uvloop
 
+from tests.integration.hospital import PERIOD_S, SERVING, STALLED, hospital
 from unbroken.client import Client, GenerationStream
 from unbroken.discovery import connect
 from unbroken.drain import drain_worker
@@ -85,10 +87,13 @@ class Result:
 
     readings: Sequence[Reading]
     replaced: Sequence[Replaced]
+    replaced_at: Sequence[float]
     statuses: Sequence[tuple[str, int]]
     began_at: float
     ended_at: float
     idle_drain_s: float
+    noticed_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    """How long each sickness of an idle engine took to be noticed."""
     lost: int = 0
     duplicated: int = 0
     changed: int = 0
@@ -108,6 +113,7 @@ class Result:
             and statuses == [0]
             and len(self.statuses) == len(self.replaced)
             and self.idle_drain_s < IDLE_DRAIN_MAX_S
+            and all(noticed_s <= 2 * PERIOD_S for noticed_s in self.noticed_s.values())
         )
         return {
             "ok": is_ok,
@@ -126,10 +132,21 @@ class Result:
             "gap_ms_p50": round(statistics.median(during), 1),
             "gap_ms_p99": round(_percentile(during, 0.99), 1),
             "gap_ms_max": round(max(during), 1),
+            "gap_ms_max_while": self._worst_ms(),
             "undisturbed_gap_ms_p99": round(_percentile(before, 0.99), 1),
             "undisturbed_gap_ms_max": round(max(before), 1),
             "drain_s_max": round(max(one.drain_s for one in self.replaced), 2),
             "idle_drain_s": round(self.idle_drain_s, 2),
+            "canary_period_s": PERIOD_S,
+            "noticed_s": {name: round(value, 2) for name, value in self.noticed_s.items()},
+        }
+
+    def _worst_ms(self) -> Mapping[str, float]:
+        """The longest gap while each of them was replaced."""
+        begins = [self.began_at, *self.replaced_at]
+        return {
+            one.name: round(max(_gaps_ms(self.readings, since, until)), 1)
+            for one, since, until in zip(self.replaced, begins, self.replaced_at, strict=False)
         }
 
 
@@ -169,7 +186,13 @@ async def play(
             await asyncio.sleep(CALM_S)
             began_at = loop.time()
             where = connect(mesh.directory)
-            replaced = await roll_out(where, tell=_tell)
+            replaced_at: list[float] = []
+
+            def tell(one: Replaced) -> None:
+                replaced_at.append(loop.time())
+                _tell(one)
+
+            replaced = await roll_out(where, tell=tell)
             ended_at = loop.time()
             is_over.set()
             await asyncio.gather(*reads)
@@ -181,6 +204,7 @@ async def play(
     result = Result(
         readings,
         replaced,
+        replaced_at,
         statuses[: len(replaced)],
         began_at,
         ended_at,
@@ -214,6 +238,24 @@ async def _compare(directory: Path, engine: str, result: Result) -> None:
         result.changed += sum(
             wanted.token_ids[offset] != token_id for offset, token_id in by_offset.items()
         )
+
+
+def measure_canary(directory: Path) -> Mapping[str, float]:
+    """How long it takes until a frontend knows what is wrong with an idle engine, by sickness."""
+    noticed_s: dict[str, float] = {}
+    directory.mkdir()
+    with hospital(directory, "--canary-failures-max=0") as it:
+
+        async def scenario() -> None:
+            for sickness in ("hung", "lying", "garbage"):
+                await it.until(SERVING, 30)
+                await it.until_probed(2)
+                it.sickness.write_text(sickness)
+                noticed_s[sickness] = await it.until(STALLED, 30)
+                it.sickness.write_text("")
+
+        it.world.run(scenario(), limit_s=120)
+    return noticed_s
 
 
 async def _collect(mesh: LocalMesh, statuses: list[tuple[str, int]]) -> None:
@@ -269,6 +311,7 @@ def main() -> None:
                 step_ms=arguments.step_ms,
             )
         )
+        result.noticed_s = measure_canary(Path(directory) / "canary")
     for error in result.errors:
         print(f"{error.reason.value}: {error}", file=sys.stderr)  # noqa: T201
     figures = result.to_json()

@@ -15,9 +15,11 @@ from enum import Enum, IntEnum, auto
 from typing import Final, TypeAlias, assert_never
 
 TELL_S: Final = 1.0
-"""Within so long all clients are told."""
+"""Within so long all clients are told, unless that were more than"""
+TELL_PER_S: Final = 100.0
+"""so many a second: to take over a stream costs another frontend a millisecond or two."""
 TELL_INTERVAL_S: Final = 0.02
-TELL_MIN: Final = 4
+TELL_MIN: Final = 2
 """So many are told at once, at least."""
 LINGER_S: Final = 1.0
 """So long who calls is still answered, that this frontend drains; then connections are told."""
@@ -145,6 +147,8 @@ class Drain:
                 return self._ask(0.0, now)
             case Seen(num_left=num_left, num_untold=num_untold):
                 self._num_untold = num_untold
+                if self.phase is Phase.LEAVING and math.isinf(self._tell_until):
+                    self._plan(num_untold, now)
                 if self.phase in (Phase.LEAVING, Phase.CUTTING) and not num_left:
                     self.phase = Phase.STOPPING
                     return [Stop()]
@@ -185,7 +189,6 @@ class Drain:
         if self.phase is Phase.SERVING:
             self.phase = Phase.LEAVING
             self._tell_at = now
-            self._tell_until = now + min(TELL_S, budget_s / 2)
             self._go_away_at = now + LINGER_S
             commands.append(Announce())
         if self.phase is Phase.LEAVING:
@@ -193,6 +196,12 @@ class Drain:
             if now >= self.cut_at:
                 commands.append(self._cut(now))
         return commands
+
+    def _plan(self, num_requests: int, now: float) -> None:
+        """All are told in the first half of the budget, and not in a rush if that can be helped."""
+        left_s = (self.cut_at - now) / 2
+        self._tell_until = now + min(left_s, max(TELL_S, num_requests / TELL_PER_S))
+        self._go_away_at = max(self._go_away_at, self._tell_until)
 
     def _cut(self, now: float) -> Command:
         self.phase, self._stop_at = Phase.CUTTING, now + CUT_S

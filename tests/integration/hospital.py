@@ -48,6 +48,12 @@ class Hospital:
                 await asyncio.sleep(0.01)
         return loop.time() - began_at
 
+    async def until_probed(self, times: int) -> None:
+        """Wait until the canary has asked so often again, and so knows the right answer."""
+        num_probes = self.metric("canary_probes_total")
+        while self.metric("canary_probes_total") < num_probes + times:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
     async def health(self, service: str) -> int:
         async with open_channel(self.world.mesh.workers["w1"].address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)

@@ -1,6 +1,5 @@
 """Engines that are sick although they seem to live: their workers get no work, and streams move."""
 
-import asyncio
 from collections.abc import Generator
 
 import pytest
@@ -29,10 +28,7 @@ def test_an_idle_engine_that_is_sick_is_found_in_two_periods_and_serves_again_wh
 ) -> None:
     async def scenario() -> None:
         await it.until(SERVING, 10)
-        # It has once given the right answer.
-        num_probes = it.metric("canary_probes_total")
-        while it.metric("canary_probes_total") < num_probes + 2:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        await it.until_probed(2)
         assert await it.health("readiness") == SERVING_NOW
         it.sickness.write_text(sickness)
         try:
@@ -85,9 +81,8 @@ def test_the_streams_of_an_engine_that_says_it_has_nothing_to_do_go_on_elsewhere
 def test_what_the_canary_asks_is_in_no_count(it: Hospital) -> None:
     async def scenario() -> None:
         await it.until(SERVING, 10)
-        num_probes, num_tokens = it.metric("canary_probes_total"), it.metric("tokens_total")
-        while it.metric("canary_probes_total") < num_probes + 2:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        num_tokens = it.metric("tokens_total")
+        await it.until_probed(2)
         assert it.metric("tokens_total") == num_tokens
         assert it.metric("attempts_running") == 0
 
