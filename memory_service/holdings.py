@@ -143,6 +143,7 @@ class Holdings:
         session.fence.handle(fencing.Connected(), now)
         session.is_connected = True
         session.shown.clear()
+        session.freed.clear()
         self.segments.owner_back(session_id)
         self._tell_session(NewsKind.SESSION_BOUND, session)
         self._settle()
@@ -156,6 +157,7 @@ class Holdings:
         if isinstance(event, fencing.ConnectionLost):
             session.is_connected = False
             session.shown.clear()
+            session.freed.clear()
             self.segments.reader_lost(session_id)
         self._obey(session, session.fence.handle(event, now), now)
 
@@ -348,6 +350,8 @@ class Holdings:
         if slab is None or slab.state is SlabState.SEALED:
             return
         self.store.commit(slab, records)
+        if (owner := self.sessions.get(slab.owner)) is not None:
+            owner.shown.discard(slab_id)  # It has nothing mapped any more.
         self.store.seal(slab)
         if self.store.get_slab(slab_id) is not None:
             self.commands.append(Keep(slab_id))
@@ -560,6 +564,10 @@ class Holdings:
         tenant, size = self._sizes.pop(slab_id)
         self.accounts.credit(tenant, size)
         self.commands.append(Free(slab_id))
+        for session in self.sessions:
+            if slab_id in session.shown:
+                session.shown.remove(slab_id)
+                session.freed.append(slab_id)
 
     def _tell_session(self, kind: NewsKind, session: Session, value: int = 0) -> None:
         self.news.add(kind, tenant=session.peer.tenant, session=session.session_id, value=value)

@@ -33,6 +33,9 @@ PROTOCOL_VERSION: Final = 1
 KEYS_MAX: Final = 1000
 """In one call: the answer has to fit into a packet."""
 SLOTS_MAX: Final = 4096
+FREED_MAX: Final = 500
+CONNECTIONS_MAX: Final = 2048
+"""More than there can be sessions; others are cut off."""
 NAME: Final = "[A-Za-z0-9._/-]{1,200}"
 CALLS_A_TURN: Final = 16
 """Of one connection, before others have theirs."""
@@ -192,6 +195,9 @@ class SessionChannel:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
+            if len(self._open) >= CONNECTIONS_MAX:
+                sock.close()
+                continue
             sock.setblocking(False)
             try:
                 caller = _caller(sock)
@@ -462,8 +468,9 @@ class Connection:
         owner = self._owner
         ttl_s = get.ttl.ToTimedelta().total_seconds() if get.HasField("ttl") else PIN_S_MAX
         pin, new = owner.holdings.get(session, _keys(get.keys), ttl_s, now)
+        freed, session.freed = session.freed[:FREED_MAX], session.freed[FREED_MAX:]
         if pin is None:
-            return _reply(pinned=wire.Pinned())
+            return _reply(pinned=wire.Pinned(freed_slab_ids=freed))
         owner.on_due(pin.expires_at)
         try:
             fds = owner.keeper.read_only([slab.slab_id for slab in new]) if new else []
@@ -480,6 +487,7 @@ class Connection:
             checksums=[block.checksum for block in blocks],
             num_tokens=[block.num_tokens for block in blocks],
             new_slabs=[labels.slab_to_proto(slab) for slab in new],
+            freed_slab_ids=freed,
         )
         return _reply(fds, fds, pinned=pinned)
 

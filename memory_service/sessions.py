@@ -32,6 +32,8 @@ class Session:
     is_connected: bool = True
     shown: set[int] = field(default_factory=set[int])
     """Slabs of the block store whose descriptors were sent on this connection."""
+    freed: list[int] = field(default_factory=list[int])
+    """Those that are gone since, which it has yet to be told."""
     has_lost_pool: bool = False
     """A pool of it is gone without being adopted, so its cohort cannot agree any more."""
 

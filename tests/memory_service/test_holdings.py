@@ -259,6 +259,22 @@ def test_descriptors_are_sent_once_a_connection() -> None:
     assert [one.slab_id for one in new] == [slab.slab_id]
 
 
+def test_readers_are_told_which_slabs_are_gone() -> None:
+    host = Host()
+    writer, reader, other = host.bind(), host.bind(), host.bind()
+    slab = host.open_slab(writer)
+    host.put(writer, slab.slab_id, 1)
+    pin, _ = host.holdings.get(reader.session, [key_of(1)], 1.0, host.now)
+    assert pin is not None
+    host.holdings.store.unpin(reader.session_id, pin.pin_id)
+    host.die(writer)
+    host.holdings.evict("t", "")
+    host.obey()
+    assert reader.session.freed == [slab.slab_id]
+    assert reader.session.shown == set()
+    assert other.session.freed == []
+
+
 def test_records_of_a_process_that_is_lost_and_not_proved_dead_are_not_read() -> None:
     host = Host()
     writer = host.bind()

@@ -111,6 +111,17 @@ def test_tenants_do_not_reach_each_others_memory(service: ServiceProcess) -> Non
         assert raised.value.reason is Reason.SEGMENT_NOT_FOUND
 
 
+def test_blocks_of_a_writer_that_was_closed_are_read_by_its_own_process_too(
+    service: ServiceProcess,
+) -> None:
+    with service.client() as client:
+        writer = client.open_writer(BLOCK_BYTES, 2)
+        put(writer, 13, 2)
+        expect_blocks(client, 13, 2)
+        writer.close()
+        expect_blocks(client, 13, 2)
+
+
 def test_a_full_slab_makes_room_but_never_of_what_is_read(service: ServiceProcess) -> None:
     with service.client() as writing, service.client() as reading:
         writer = writing.open_writer(BLOCK_BYTES, 2)
@@ -228,6 +239,25 @@ def test_another_user_reaches_nothing_unless_it_is_granted() -> None:
         with serving(shared, "--grants", "65534=a") as service:
             assert as_nobody(service, "b") == "NOT_PERMITTED"
             assert as_nobody(service, "a") == "bound"
+
+
+def test_a_reader_lets_go_of_slabs_that_are_evicted(service: ServiceProcess) -> None:
+    def num_mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("/memfd:unbroken-")
+
+    async def evict(stub: Stub) -> int:
+        return (await stub.Evict(pb.EvictRequest(tenant="evicts"))).freed_bytes
+
+    with service.client(tenant="evicts") as reading:
+        with service.client(tenant="evicts") as leaving:
+            put(leaving.open_writer(BLOCK_BYTES, 2), 12, 2)
+        before = num_mapped()
+        expect_blocks(reading, 12, 2)
+        assert num_mapped() == before + 1
+        assert asked(service, evict) > 0
+        with reading.get(keys_of(12, 2)) as blocks:
+            assert len(blocks) == 0
+        assert num_mapped() == before
 
 
 def test_bits_that_flip_are_misses_and_never_served(service: ServiceProcess) -> None:

@@ -25,18 +25,18 @@ def test_a_record_is_read_as_it_was_written() -> None:
     assert parse(writing(3, 8).to_bytes(99), slab_id=99, slot=3) == writing(3, 8)
 
 
-@pytest.mark.parametrize("bit", range(RECORD_BYTES * 8))
-def test_no_flipped_bit_is_missed(bit: int) -> None:
-    data = bytearray(RECORD.to_bytes(99))
-    data[bit // 8] ^= 1 << bit % 8
-    assert parse(bytes(data), slab_id=99, slot=3) is None
+def test_no_flipped_bit_is_missed() -> None:
+    for bit in range(RECORD_BYTES * 8):
+        data = bytearray(RECORD.to_bytes(99))
+        data[bit // 8] ^= 1 << bit % 8
+        assert parse(bytes(data), slab_id=99, slot=3) is None, bit
 
 
-@pytest.mark.parametrize("length", range(1, RECORD_BYTES))
-def test_a_torn_record_is_none(length: int) -> None:
+def test_a_torn_record_is_none() -> None:
     old, new = writing(3, 7).to_bytes(99), RECORD.to_bytes(99)
-    torn = new[:length] + old[length:]
-    assert torn in (old, new) or parse(torn, slab_id=99, slot=3) is None
+    for length in range(1, RECORD_BYTES):
+        torn = new[:length] + old[length:]
+        assert torn in (old, new) or parse(torn, slab_id=99, slot=3) is None, length
 
 
 def test_a_record_that_strayed_is_none() -> None:

@@ -317,6 +317,8 @@ class MemoryClient:
             response, fds = self._call(wire.SessionRequest(get=get))
             pinned = response.pinned
             self._map_new(pinned.new_slabs, fds)
+            for slab_id in pinned.freed_slab_ids:
+                self._reading.pop(slab_id, None)  # Unmapped when the last view of it is gone.
             # Columns as lists, and no loop of our own where none is needed: this is a hot path.
             slab_ids, slots = list(pinned.slab_ids), list(pinned.slots)
             views: dict[int, tuple[memoryview, int]] = {}
