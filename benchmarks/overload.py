@@ -60,7 +60,7 @@ PREFILL_TOKENS_PER_S = 8_000
 BATCH = 1024
 PROMPT = 512
 OUTPUT = 8
-THRESHOLD = 1536
+THRESHOLD = 1024
 """Prompt tokens that a worker may have queued."""
 WAIT_S = 0.25
 """For which a request may stand in line."""

@@ -125,8 +125,8 @@ class WaitingRoom:
         return None
 
     def _may_pass(self, model: str) -> bool:
-        """Whether the next one is tried although all workers are busy: its tenant has no prompt
-        with them as far as is known here, and sidecars keep their last batch for such.
+        """Whether the next one is tried although all workers are busy: with one of them its tenant
+        has no prompt, as far as is known here, and sidecars keep their last batch for such.
         """
         first = self.queue.first(model)
         if first is None:
@@ -136,7 +136,8 @@ class WaitingRoom:
         name = model, tenant
         if standing is None or standing.num_choices > 1:
             return False  # What a sidecar refuses in part is not to be refused.
-        if self._computing[name] or name in self._has_passed:
+        num_workers = sum(1 for _ in self._views_of(model))
+        if self._computing[name] >= num_workers or name in self._has_passed:
             return False
         self._has_passed.add(name)
         standing.may_pass = True

@@ -35,6 +35,8 @@ KEPT_S: Final = 0.05
 """After a report that shows room it is kept so long for tenants that were refused and have less
 before the engine than others: frontends hear of it at that moment."""
 KEPT_MAX: Final = 1024
+OTHERS_S: Final = 1.0
+"""So long after prompts of several tenants were before the engine they are expected again."""
 REPORTS_BELIEVED: Final = 2
 """Of an engine that does not say how far it has read, so many reports of progress after an attempt
 was given to it show it: the first may be of a step that began before."""
@@ -89,6 +91,8 @@ class Admission(Generic[LinkT]):
         self._prefilling = Counter[str]()  # and how many tokens of them each tenant has.
         self._kept: dict[str, float | None] = {}
         """Tenants for which room is kept, until when; None: until the next report and a while."""
+        self._others_until = float("-inf")
+        """Until when the engine counts as one that several tenants want."""
 
     # Questions.
 
@@ -127,7 +131,9 @@ class Admission(Generic[LinkT]):
         if not verdict.is_busy:
             if mine and self._is_kept(tenant, mine, now):
                 return Busy(told, verdict, is_kept=True)
-            if mine and len(self._prefilling) > 1:
+            if len(self._prefilling) > 1:
+                self._others_until = now + OTHERS_S
+            if mine and now < self._others_until:
                 # Nor does one that has some cross a threshold, as long as there are others.
                 lowered = told.thresholds.raised(-num_tokens, batch)
                 if judge_ranks(self._ranks, self.given, lowered, self._engine).is_busy:
