@@ -28,8 +28,8 @@ from unbroken.v1.admin_service_pb2_grpc import AdminServiceStub
 
 NUM_STREAMS = 8
 GAP_MAX_S = 0.3
-EDGES = {  # The native edge alone: `make test-native`.
-    "grpcio": ["--edge", "grpcio"],
+EDGES = {  # The edge of grpcio: `make test-grpcio`.
+    "one process": [],
     "two processes": ["--edge", "native", "--processes", "2"],
 }
 
