@@ -45,6 +45,27 @@ def test_health_tells_of_the_process_its_services_and_each_model() -> None:
     run(scenario())
 
 
+def test_grpcio_tells_connections_to_go_away_after_a_while_and_streams_finish() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1", step_s=0.01), edge="grpcio") as it:
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=400, temperature=0)
+            ids = [i for piece in await read_some(stream, 1) for i in piece.token_ids]
+            stopping = asyncio.create_task(it.frontend.stop(15.0))
+            await it.until(lambda: it.frontend.is_draining)
+            error = await failure_of(it.another_client().generate(token_ids=PROMPT))
+            assert error.reason is Reason.DRAINING, "at first it says why"
+            async with asyncio.timeout(10):
+                while error.reason is not Reason.UNREACHABLE:
+                    await asyncio.sleep(0.05)
+                    error = await failure_of(it.another_client().generate(token_ids=PROMPT))
+            assert it.num_running() == 1
+            ids += (await read(stream))[0]
+            assert ids == reference(PROMPT, 400)
+            await stopping
+
+    run(scenario())
+
+
 def test_a_frontend_that_stops_finishes_what_runs_and_refuses_what_comes() -> None:
     async def scenario() -> None:
         async with world(FakeSidecar("w1", step_s=0.005)) as it:
