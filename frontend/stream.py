@@ -1006,13 +1006,10 @@ class Stream(_Flow):
 
         By its epoch another owner took the stream at a time of his clock. If that is later than it
         is now, clocks disagree, and he may well have been here before; if not, he may have
-        overtaken us. Who has had an attempt of his own, and is refused, was overtaken.
+        overtaken us. Who has begun an attempt of his own, and is refused, was overtaken; to have
+        adopted one that was over proves nothing.
         """
-        has_begun = any(
-            not attempt.is_refused
-            and (not attempt.is_adopted or attempt.end_offset > attempt.first_offset)
-            for attempt in self.attempts
-        )
+        has_begun = any(not (attempt.is_refused or attempt.is_adopted) for attempt in self.attempts)
         now_ms = self._taken_ms + (now - self._taken_at) * 1000
         return (
             not has_begun

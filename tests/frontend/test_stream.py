@@ -962,6 +962,20 @@ def test_an_adoption_that_is_outbid_asks_again_above() -> None:
     assert adopt.epoch == first_epoch(0, above=77) > 77
 
 
+def test_who_adopted_what_was_over_asks_again_above_an_owner_from_the_future() -> None:
+    stream = adopting()
+    stream.adopted(10, 2, origin(), 10.1)
+    stream.tokens(10, 0, [A, B], 10.1)
+    stream.ended(10, 2, FinishReason.UNSPECIFIED, now=10.1, failure=FailureKind.DRAIN)
+    place(stream, W2)
+    known = first_epoch(60_000)
+    (place_again,) = stream.refused(
+        stream.epoch, FailureKind.FENCED, "taken", epoch_known=known, now=10.2
+    )
+    assert isinstance(place_again, Place)
+    assert place_again.epoch > known
+
+
 def test_ids_that_are_none_in_what_an_adopted_attempt_began_with_lose_the_worker() -> None:
     foreign = tokenizer().asset.vocab_size
     stream = adopting(A, started_from=(A, B))

@@ -31,6 +31,8 @@ POLICY = WatchdogPolicy(
     restart_after_s=0.5,
 )
 """Streams are short here, and so is patience."""
+_PREFILL_S_MAX = 0.9 * POLICY.prefill_unmeasured_s
+"""What takes longer may be called a stall."""
 _NOTICED_AFTER_S = {True: 0.8, False: 1.4}
 """A hung engine that has work is noticed within the first, one that only makes no step within the
 second, unless something was to be prefilled."""
@@ -214,7 +216,7 @@ class Engine:
             checkpoint.first_offset,
             checkpoint.first_offset,
             message.window_tokens or CONTEXT_LENGTH,
-            world.now + self._s_per_token * num_prefill,
+            world.now + min(_PREFILL_S_MAX, self._s_per_token * num_prefill),
             num_prefill,
         )
         if message.HasField("deadline"):
