@@ -69,7 +69,11 @@ class Relay(RelayServiceServicer):
                 if link.error is not None:
                     raise link.error
                 if reader.done():
-                    return reader.result()
+                    reader.result()
+                    # What came to wait while the rest was written.
+                    for response in link.take(self._heartbeat_interval_s, self._hub.load):
+                        await self._write(response, context)
+                    return
         finally:
             self._hub.leave(link)
             reader.cancel()

@@ -251,7 +251,6 @@ def test_streams_that_lost_their_worker_go_before_those_in_line() -> None:
             await lost.die()
             ids += (await read(stream))[0]
             assert ids == reference(PROMPT, 60)
-            assert not waiting.done()
             await report(it, left, used=0, queued=0)
             await waiting
             assert begun(left)[-2:] == ["old", "new"]
