@@ -64,15 +64,12 @@ class Relay(RelayServiceServicer):
             await self._write(pb.RelayResponse(welcome=welcome), context)
             while True:
                 await link.wait()
-                for response in link.take(self._heartbeat_interval_s, self._hub.load):
-                    await self._write(response, context)
+                await self._write_waiting(link, context)
                 if link.error is not None:
                     raise link.error
                 if reader.done():
                     reader.result()
-                    # What came to wait while the rest was written.
-                    for response in link.take(self._heartbeat_interval_s, self._hub.load):
-                        await self._write(response, context)
+                    await self._write_waiting(link, context)  # Came while the rest was written.
                     return
         finally:
             self._hub.leave(link)
@@ -89,6 +86,10 @@ class Relay(RelayServiceServicer):
         return pb.GetTokenizerResponse(
             tokenizer=up.tokenizer, fingerprint=up.description.tokenizer_fingerprint
         )
+
+    async def _write_waiting(self, link: Link, context: _Context) -> None:
+        for response in link.take(self._heartbeat_interval_s, self._hub.load):
+            await self._write(response, context)
 
     async def _write(self, response: pb.RelayResponse, context: _Context) -> None:
         try:
