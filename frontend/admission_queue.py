@@ -27,7 +27,7 @@ weights equal; longest queue drop for the buffer (as in McKenney's stochastic fa
 import heapq
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import exp
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -47,6 +47,8 @@ PROMISE_GRACE_S: Final = 2.0
 PROMISES_MAX: Final = 16_384
 TENANTS_IDLE_MAX: Final = 1024
 """Of so many tenants without anything in line it is remembered how much they were let in with."""
+TENANTS_MAX: Final = 2 * TENANTS_IDLE_MAX
+"""If there are so many, no other one that has nothing in line is promised anything."""
 MEMORY_S: Final = 10.0
 """What left the line so long ago counts a third."""
 MEASURED_S_MIN: Final = 0.5
@@ -251,8 +253,18 @@ class _Line(Generic[K]):
             if promise is not None and promise.until <= now:
                 self.keep_promise(name)
         if len(ends) > 2 * len(self.promises) + _SLACK:
-            self._promises_end = [end for end in ends if end[2] in self.promises]
+            self._promises_end = [end for end in ends if self._is_promised(end)]
             heapq.heapify(self._promises_end)
+
+    def _is_promised(self, end: tuple[float, int, Hashable]) -> bool:
+        promise = self.promises.get(end[2])
+        return promise is not None and promise.until == end[0]
+
+    def may_promise(self, tenant: str) -> bool:
+        """Whether more can be remembered: names that nobody has seen before are cheap to make up."""
+        if len(self.promises) >= PROMISES_MAX:
+            return False
+        return tenant in self.tenants or len(self.tenants) < TENANTS_MAX
 
     def tenant(self, name: str) -> _Tenant[K]:
         tenant = self.tenants.get(name)
@@ -312,9 +324,14 @@ class _Line(Generic[K]):
         entry.is_gone = True
         self.aside.pop(entry.key, None)
         arrival = entry.arrival
-        _take(self.tenants[arrival.tenant].waiting, arrival.priority, arrival.num_tokens)
+        tenant = self.tenants[arrival.tenant]
+        _take(tenant.waiting, arrival.priority, arrival.num_tokens)
         self.num_waiting -= 1
         self.tokens_waiting -= arrival.num_tokens
+        line = tenant.lines.get(arrival.priority, [])
+        if len(line) > 2 * self.num_waiting + _SLACK:  # Its turn may never come.
+            line[:] = [one for one in line if not one.is_gone]
+            heapq.heapify(line)
 
     def recall(self) -> None:
         """Those who had no turn have one again."""
@@ -483,16 +500,13 @@ class AdmissionQueue(Generic[K]):
         line = self._line(arrival.model, now)
         displaced: list[tuple[K, Refusal]] = []
         limit = self._judge(line, arrival, now, rate_hint)
-        while limit is None and self._is_full(line, arrival) is not None:
-            last = line.last_before(arrival) if len(displaced) < DISPLACED_MAX else None
-            if last is None:
-                limit = self._is_full(line, arrival)
-                break
-            self._drop(line, last)
-            refusal = self._send_away(line, last.arrival, Limit.REQUESTS, now, rate_hint)
-            displaced.append((last.key, refusal))
+        if limit is None:
+            limit, gone = self._make_room(line, arrival)
+            for last in gone:
+                refusal = self._send_away(line, last.arrival, Limit.REQUESTS, now, rate_hint)
+                displaced.append((last.key, refusal))
         if limit is not None:
-            return self._send_away(line, arrival, limit, now, rate_hint), displaced
+            return self._send_away(line, arrival, limit, now, rate_hint), []
         line.keep_promise(_name(arrival))
         self._enter(line, key, arrival, since=now)
         line.drain.note(0, now, is_waiting=True)
@@ -541,8 +555,8 @@ class AdmissionQueue(Generic[K]):
         entry = self._called.pop(key)
         line = self._line(entry.arrival.model, now)
         line.refund(entry.arrival)
-        again = self._enter(line, key, entry.arrival, since=entry.since, is_aside=True)
-        again.order = entry.order
+        entry.is_aside = True
+        self._enter_again(line, entry)
         line.drain.note(-entry.arrival.num_tokens, now, is_waiting=True)
 
     def changed(self) -> None:
@@ -610,6 +624,21 @@ class AdmissionQueue(Generic[K]):
                 return Limit.WAIT
         return None
 
+    def _make_room(
+        self, line: _Line[K], arrival: Arrival
+    ) -> tuple[Limit | None, list[_Entry[K]]]:
+        """Who gives way to it; nobody if that is not enough, and then why not."""
+        gone: list[_Entry[K]] = []
+        while (limit := self._is_full(line, arrival)) is not None:
+            last = line.last_before(arrival) if len(gone) < DISPLACED_MAX else None
+            if last is None:
+                for entry in gone:
+                    self._enter_again(line, entry)
+                return limit, []
+            self._drop(line, last)
+            gone.append(last)
+        return None, gone
+
     def _is_full(self, line: _Line[K], arrival: Arrival) -> Limit | None:
         limits = self._limits
         if line.num_waiting >= limits.requests_max:
@@ -633,7 +662,7 @@ class AdmissionQueue(Generic[K]):
         lead_s = min(self._limits.wait_s_max, line.tokens_waiting / rate) / 2
         told_s = min(max(RETRY_AFTER_S_MIN, wait_s - lead_s), PROMISE_S_MAX)
         told_s *= 1 + RETRY_SPREAD * self._random.random()
-        if wait_s <= PROMISE_S_MAX and len(line.promises) < PROMISES_MAX:
+        if wait_s <= PROMISE_S_MAX and line.may_promise(arrival.tenant):
             if name is None:
                 self._num_arrived += 1
                 line.promise(self._num_arrived, _Promise(arrival, now, now + told_s, now + told_s))
@@ -643,16 +672,19 @@ class AdmissionQueue(Generic[K]):
         waiting = f"{line.num_waiting} requests with {line.tokens_waiting} prompt tokens wait"
         return Refusal(limit, f"{waiting}; its turn would be in {wait_s:.1f} s", told_s)
 
-    def _enter(
-        self, line: _Line[K], key: K, arrival: Arrival, *, since: float, is_aside: bool = False
-    ) -> _Entry[K]:
+    def _enter(self, line: _Line[K], key: K, arrival: Arrival, *, since: float) -> None:
         self._num_arrived += 1
-        order = (arrival.deadline, self._num_arrived)
-        entry = self._entries[key] = _Entry(key, arrival, since, order, is_aside=is_aside)
+        self._stand(line, _Entry(key, arrival, since, (arrival.deadline, self._num_arrived)))
+
+    def _enter_again(self, line: _Line[K], entry: _Entry[K]) -> None:
+        """It left the line and has its place again. What left it is not what stands there now."""
+        self._stand(line, replace(entry, is_gone=False))
+
+    def _stand(self, line: _Line[K], entry: _Entry[K]) -> None:
+        self._entries[entry.key] = entry
         line.put(entry)
-        expiry = (since + self._limits.wait_s_max, self._num_arrived, entry)
+        expiry = (entry.since + self._limits.wait_s_max, entry.order[1], entry)
         heapq.heappush(self._expiries, expiry)
-        return entry
 
     def _drop(self, line: _Line[K], entry: _Entry[K]) -> None:
         """It stands in line no more."""

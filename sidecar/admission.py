@@ -217,8 +217,9 @@ class Admission(Generic[LinkT]):
     def began(self, slot: int, num_tokens: int, tenant: str = "") -> None:
         """The engine was given an attempt."""
         self._kept.pop(tenant, None)
-        self._tenants[slot] = tenant, num_tokens
-        self._prefilling[tenant] += num_tokens
+        if num_tokens:
+            self._tenants[slot] = tenant, num_tokens
+            self._prefilling[tenant] += num_tokens
         num_blocks = -(-num_tokens // self._engine.block_size)
         self._fresh[slot] = _Fresh(num_tokens, num_blocks, self._num_reports)
         self._prefill_tokens += num_tokens

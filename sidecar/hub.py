@@ -256,7 +256,7 @@ class Hub(EngineListener):
         message.slot = attempt.slot
         if attempt.engine_deadline_at is not None:
             message.deadline.FromNanoseconds(int((attempt.engine_deadline_at - now) * 1e9))
-        if len(self.ledger.running) == 1:
+        if self.num_running == 1:
             self.watchdog.work_began(now)
         self._prefilling[attempt.slot] = (attempt.num_tokens, now)
         self._prefill_tokens += attempt.num_tokens

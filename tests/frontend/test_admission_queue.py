@@ -11,6 +11,7 @@ from frontend.admission_queue import (
     PROMISE_S_MAX,
     RETRY_AFTER_S_MIN,
     RETRY_SPREAD,
+    TENANTS_MAX,
     AdmissionQueue,
     Arrival,
     Limit,
@@ -225,6 +226,30 @@ def test_a_full_line_of_less_urgent_ones_makes_room() -> None:
     assert line.order() == ["high", "normal"]
 
 
+def test_nobody_gives_way_to_one_that_has_no_place_even_so() -> None:
+    line = Line(tokens_max=1000)
+    line.offer("high", 500, priority=2)
+    for index in range(4):
+        line.offer(f"low{index}", 100, patience_s=10.0 + index)
+    refusal = line.offer("large", 900, priority=1)
+    assert refusal is not None
+    assert refusal.limit is Limit.TOKENS
+    assert line.displaced == {}
+    assert line.order() == ["high", "low0", "low1", "low2", "low3"]
+
+
+def test_those_who_left_lie_nowhere_while_others_always_go_before_them() -> None:
+    line = Line(wait_s_max=1.0)
+    for _ in range(100):
+        for index in range(10):
+            assert line.offer(f"low{index}", 1, priority=-1) is None
+            line.queue.remove(f"low{index}")
+        line.offer("high", 1)
+        assert line.next() == "high"
+    (tenant,) = line.queue._lines[MODEL].tenants.values()  # pyright: ignore[reportPrivateUsage]
+    assert all(len(heap) < 100 for heap in tenant.lines.values())
+
+
 def test_nobody_waits_for_longer_than_he_may() -> None:
     line = Line(wait_s_max=2.0)
     line.offer("a")
@@ -346,6 +371,28 @@ def test_a_promise_to_who_does_not_come_ends() -> None:
     line.now += 0.002
     line.offer("y")
     assert line.queue.num_promised == 0
+
+
+def test_promises_to_made_up_tenants_end_where_they_would_cost_others() -> None:
+    line = Line(rate=1e6, requests_max=1)
+    line.offer("a")
+    for index in range(TENANTS_MAX + 100):
+        assert line.offer(f"r{index}", tenant=f"made up {index}") is not None
+    assert line.queue.num_promised < TENANTS_MAX
+    known = line.queue.num_promised
+    assert line.offer("again", tenant="t") is not None
+    assert line.queue.num_promised == known + 1
+
+
+def test_what_is_kept_of_promises_made_anew_is_as_much_as_there_are() -> None:
+    line = Line(rate=1e6, requests_max=1)
+    line.offer("a")
+    for _ in range(15):
+        told = [line.offer(f"b{index}") for index in range(100)]
+        line.now += max(one.retry_after_s for one in told if one is not None)  # In vain.
+    assert line.queue.num_promised == 100
+    ends = line.queue._lines[MODEL]._promises_end  # pyright: ignore[reportPrivateUsage]
+    assert len(ends) < 300
 
 
 def test_nothing_is_promised_for_a_time_that_is_too_far() -> None:

@@ -159,12 +159,12 @@ def test_log_probabilities_arrive_with_their_tokens() -> None:
     async def scenario() -> None:
         async with world(FakeSidecar("w1"), FakeSidecar("w2")) as it:
             stream = it.client.generate(
-                token_ids=PROMPT, max_tokens=40, num_top_logprobs=0, request_id="r"
+                token_ids=PROMPT, max_tokens=400, num_top_logprobs=0, request_id="r"
             )
             await read_some(stream, 10)
-            await it.sidecar_of("r").die()
+            await (await it.sidecar_of("r")).die()
             await read(stream)  # The client checks that there is one for each token.
-            assert finished(stream).choices[0].cumulative_logprob == -40.0
+            assert finished(stream).choices[0].cumulative_logprob == -400.0
 
     run(scenario())
 
@@ -210,7 +210,7 @@ def test_a_stream_survives_several_deaths_exactly() -> None:
             ids: list[int] = []
             for _ in range(3):
                 ids += [i for piece in await read_some(stream, 20) for i in piece.token_ids]
-                await it.sidecar_of("r").die()
+                await (await it.sidecar_of("r")).die()
             ids += (await read(stream))[0]
             assert ids == reference(PROMPT, 400, seed=7)
             end = finished(stream)
@@ -243,12 +243,12 @@ def test_engines_without_native_resume_go_on_exactly_too(
     async def scenario() -> None:
         sidecars = [FakeSidecar(f"w{n}", capabilities=capabilities) for n in range(2)]
         async with world(*sidecars) as it:
-            stream = it.client.generate(token_ids=PROMPT, max_tokens=100, seed=3, request_id="r")
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=400, seed=3, request_id="r")
             ids = [i for piece in await read_some(stream, 30) for i in piece.token_ids]
-            await it.sidecar_of("r").die()
+            await (await it.sidecar_of("r")).die()
             ids += (await read(stream))[0]
-            assert ids == reference(PROMPT, 100, seed=3)
-            assert finished(stream).usage.completion_tokens == 100
+            assert ids == reference(PROMPT, 400, seed=3)
+            assert finished(stream).usage.completion_tokens == 400
 
     run(scenario())
 
@@ -517,7 +517,7 @@ def test_a_stream_that_lost_too_many_workers_says_so() -> None:
             )
             for _ in range(2):
                 await read_some(stream, 5)
-                await it.sidecar_of("r").die()
+                await (await it.sidecar_of("r")).die()
             error = await failure_of(stream)
             assert error.reason is Reason.MIGRATIONS_EXHAUSTED
             assert len(finished(stream).attempts) == 2
@@ -995,7 +995,7 @@ def test_streams_that_ended_leave_nothing_behind_not_even_for_the_garbage_collec
                 token_ids=[*PROMPT, n], max_tokens=3000, request_id=f"r{n}", timeout_s=5
             )
             await read_some(moved, 2)
-            sidecar = it.sidecar_of(f"r{n}")
+            sidecar = await it.sidecar_of(f"r{n}")
             await sidecar.die()
             await read_some(moved, 2)
             await it.client.cancel(f"r{n}")

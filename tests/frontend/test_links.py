@@ -201,12 +201,12 @@ def test_a_silent_sidecar_is_lost_as_hung_and_its_streams_go_on() -> None:
             FakeSidecar("w1"), FakeSidecar("w2"), link_silence_max_s=0.3, heartbeat_interval_s=0.05
         ) as it:
             stream = it.client.generate(
-                token_ids=PROMPT, max_tokens=100, temperature=0, request_id="r"
+                token_ids=PROMPT, max_tokens=400, temperature=0, request_id="r"
             )
             ids = [i for piece in await read_some(stream, 5) for i in piece.token_ids]
-            it.sidecar_of("r").is_hung = True
+            (await it.sidecar_of("r")).is_hung = True
             ids += (await read(stream))[0]
-            assert ids == reference(PROMPT, 100)
+            assert ids == reference(PROMPT, 400)
             assert stream.finished is not None
             first = stream.finished.attempts[0]
             assert first.failure == worker_pb2.FAILURE_KIND_HANG
@@ -227,7 +227,7 @@ def test_a_sidecar_that_hears_nothing_is_lost_as_cut_off_and_its_streams_go_on()
                 token_ids=PROMPT, max_tokens=100, temperature=0, request_id="r"
             )
             ids = [i for piece in await read_some(stream, 5) for i in piece.token_ids]
-            it.sidecar_of("r").is_deaf = True
+            (await it.sidecar_of("r")).is_deaf = True
             ids += (await read(stream))[0]
             assert ids == reference(PROMPT, 100)
             assert stream.finished is not None
@@ -322,13 +322,13 @@ def test_streams_leave_an_engine_that_is_dead_or_stalled() -> None:
         ):
             async with world(FakeSidecar("w1"), FakeSidecar("w2")) as it:
                 stream = it.client.generate(
-                    token_ids=PROMPT, max_tokens=100, temperature=0, request_id="r"
+                    token_ids=PROMPT, max_tokens=400, temperature=0, request_id="r"
                 )
                 ids = [i for piece in await read_some(stream, 5) for i in piece.token_ids]
-                sidecar = it.sidecar_of("r")
+                sidecar = await it.sidecar_of("r")
                 sidecar.say_state(state)
                 ids += (await read(stream))[0]
-                assert ids == reference(PROMPT, 100)
+                assert ids == reference(PROMPT, 400)
                 assert stream.finished is not None
                 assert stream.finished.attempts[0].failure == failure
                 await sidecar.until(lambda s=sidecar: s.aborts)
@@ -346,7 +346,7 @@ def test_a_draining_worker_finishes_and_gets_nothing_new() -> None:
                 token_ids=PROMPT, max_tokens=60, temperature=0, request_id="r"
             )
             ids = [i for piece in await read_some(stream, 2) for i in piece.token_ids]
-            sidecar = it.sidecar_of("r")
+            sidecar = await it.sidecar_of("r")
             sidecar.is_draining = True
             sidecar.say_state(worker_pb2.ENGINE_STATE_SERVING)
             await it.until_ready(1)

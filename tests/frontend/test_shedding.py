@@ -170,7 +170,7 @@ def test_what_was_admitted_goes_on_though_all_are_busy() -> None:
             ids = [i for piece in await read_some(stream, 3) for i in piece.token_ids]
             for sidecar in sidecars:
                 await report(it, sidecar, used=99)
-            await it.sidecar_of("r").die()
+            await (await it.sidecar_of("r")).die()
             ids += (await read(stream))[0]
             assert ids == reference(PROMPT, 60)
             error = await failure_of(it.client.generate(token_ids=PROMPT))
@@ -314,7 +314,7 @@ def test_what_goes_on_is_refused_by_no_threshold() -> None:
                 token_ids=PROMPT, max_tokens=40, temperature=0, request_id="r"
             )
             ids = [i for piece in await read_some(stream, 3) for i in piece.token_ids]
-            await it.sidecar_of("r").die()
+            await (await it.sidecar_of("r")).die()
             ids += (await read(stream))[0]
             assert ids == reference(PROMPT, 40)
             starts = sorted((s.starts[0] for s in sidecars), key=lambda start: start.epoch)

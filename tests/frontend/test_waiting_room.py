@@ -246,7 +246,7 @@ def test_streams_that_lost_their_worker_go_before_those_in_line() -> None:
             for sidecar in sidecars:
                 await report(it, sidecar, used=0, queued=101)
             (waiting,) = await line_up(it, ["new"])
-            lost = it.sidecar_of("old")
+            lost = await it.sidecar_of("old")
             (left,) = (one for one in sidecars if one is not lost)
             await lost.die()
             ids += (await read(stream))[0]

@@ -70,14 +70,21 @@ class World:
         infos, _ = self.frontend.requests.page(0, "")
         return sum(choice.num_tokens for info in infos for choice in info.choices)
 
-    def sidecar_of(self, request_id: str) -> FakeSidecar:
-        """The sidecar on which choice 0 of the request runs."""
-        return next(
-            sidecar
-            for sidecar in self.sidecars
-            for running in sidecar.running.values()
-            if running.start.stream.request_id == request_id
-        )
+    async def sidecar_of(self, request_id: str) -> FakeSidecar:
+        """The sidecar on which choice 0 of the request runs, as soon as it does."""
+        found: list[FakeSidecar] = []
+
+        def runs() -> bool:
+            found[:] = [
+                sidecar
+                for sidecar in self.sidecars
+                for running in sidecar.running.values()
+                if running.start.stream.request_id == request_id
+            ]
+            return bool(found)
+
+        await self.until(runs)
+        return found[0]
 
 
 edge = os.environ.get("UNBROKEN_FRONTEND_EDGE", "native")

@@ -212,6 +212,15 @@ def test_room_is_kept_for_a_moment_for_a_tenant_that_was_refused_and_has_less() 
     door.admission.check()
 
 
+def test_a_tenant_without_a_prompt_is_nobody_for_whom_others_wait() -> None:
+    door = Door()
+    for n in range(10):
+        assert door.offer(0, tenant=f"t{n}")
+    assert door.offer(100)
+    assert door.offer(2 * LIMIT), "as if it were alone"
+    assert not door.admission._prefilling.keys() - {"t"}  # pyright: ignore[reportPrivateUsage]
+
+
 def test_room_is_not_kept_for_who_does_not_come() -> None:
     door = Door()
     while door.offer(300, tenant="many"):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from sidecar.ledger import Retention
+from sidecar.watchdog import LOOK_INTERVAL_S
 from tests.sidecar.fakes import VOCAB_SIZE, Desk, Frontend, engine_up, failed, start_of
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
@@ -139,6 +140,17 @@ def test_the_death_of_the_engine_ends_every_attempt_exactly_before_the_verdict()
     assert desk.hub.load is None
     assert desk.hub.num_engine_failures == 1
     desk.check()
+
+
+def test_an_engine_that_begins_to_work_beside_a_probe_has_all_its_time() -> None:
+    desk = Desk()
+    desk.hub.probe(start_of(0, "probe"))
+    desk.watch(100.0)
+    frontend = desk.frontend()
+    frontend.start("a")
+    desk.watch(2 * LOOK_INTERVAL_S)  # At the second one it would be certain.
+    frontend.read()
+    assert frontend.verdicts == []
 
 
 def test_an_engine_that_is_given_up_does_not_start_again() -> None:
