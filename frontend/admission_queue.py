@@ -624,9 +624,7 @@ class AdmissionQueue(Generic[K]):
                 return Limit.WAIT
         return None
 
-    def _make_room(
-        self, line: _Line[K], arrival: Arrival
-    ) -> tuple[Limit | None, list[_Entry[K]]]:
+    def _make_room(self, line: _Line[K], arrival: Arrival) -> tuple[Limit | None, list[_Entry[K]]]:
         """Who gives way to it; nobody if that is not enough, and then why not."""
         gone: list[_Entry[K]] = []
         while (limit := self._is_full(line, arrival)) is not None:
