@@ -261,7 +261,7 @@ class _Line(Generic[K]):
         return promise is not None and promise.until == end[0]
 
     def may_promise(self, tenant: str) -> bool:
-        """Whether more can be remembered: names that nobody has seen before are cheap to make up."""
+        """Whether more can be remembered: names that nobody has seen are cheap to make up."""
         if len(self.promises) >= PROMISES_MAX:
             return False
         return tenant in self.tenants or len(self.tenants) < TENANTS_MAX
