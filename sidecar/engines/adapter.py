@@ -178,7 +178,8 @@ class Adapter(Protocol):
     def taps(self) -> AsyncIterator[Tapped]:
         """What it pushes: load and KV events, until it ends; at once if it pushes nothing.
 
-        After its end, or any gap, it is called again, and begins with `BlocksCleared`.
+        After its end, or any gap, it is called again. It begins with `BlocksCleared`, unless no
+        blocks were told since the last one.
         Raises `CallFailed`.
         """
         ...

@@ -7,10 +7,14 @@ engine whose core hangs goes on saying that it has none.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from sidecar.engines.adapter import Discovered, LoadOfRank
 from sidecar.kv_account import num_blocks
 from unbroken.v1 import worker_pb2
+
+_COUNT_MAX: Final = 2**32 - 1
+"""Of a number in a report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,10 @@ def load_report(
         said = told.get(rank)
         entry = report.ranks.add(rank=rank, kv_blocks_total=found.kv_blocks)
         if said is not None:
-            entry.requests_running, entry.requests_waiting = said.running, said.waiting
+            entry.requests_running = _count(said.running)
+            entry.requests_waiting = _count(said.waiting)
             entry.kv_blocks_used = round(min(1.0, max(0.0, said.kv_share)) * found.kv_blocks)
-            entry.prefill_tokens_queued = said.waiting_tokens or 0
+            entry.prefill_tokens_queued = _count(said.waiting_tokens or 0)
         elif rank == 0:  # Which rank has what is not known, so all is counted at one.
             num_running = len(attempts)
             if found.batch_size_max:
@@ -59,3 +64,8 @@ def load_report(
         if found.num_ranks == 1:  # Engines count a prompt no more once they began to compute it.
             entry.prefill_tokens_queued = max(entry.prefill_tokens_queued, waiting_tokens)
     return report
+
+
+def _count(told: int) -> int:
+    """What an engine counts is its own: nonsense in it is no reason to end its life."""
+    return min(max(0, told), _COUNT_MAX)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
 from typing_extensions import override
 
 from sidecar.engines.adapter import (
@@ -37,7 +36,6 @@ from sidecar.engines.openai_words import (
     Ids,
     Reading,
     body_of,
-    digits,
     kind_of,
     lacking,
     listed,
@@ -45,7 +43,9 @@ from sidecar.engines.openai_words import (
     number,
     parsed,
 )
-from sidecar.engines.tokenizer_files import BadTokenizer, asset_of
+from sidecar.engines.tokenizer_files import BadTokenizer
+from sidecar.engines.tokenizer_process import read_asset
+from sidecar.engines.vllm_metrics import ranks_of
 from unbroken.outcome import FailureKind
 from unbroken.tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ EVENT_BYTES_MAX: Final = 4 * 1024 * 1024
 ANSWER_BYTES_MAX: Final = 16 * 1024 * 1024
 """Of an answer that is no stream."""
 
+_DONE: Final = b"[DONE]"
 _ASK_TIMEOUT_S: Final = 10.0
 _CONNECT_TIMEOUT_S: Final = 5.0
 _LOAD_INTERVAL_S: Final = 1.0
@@ -77,6 +78,7 @@ class OpenAiAdapter(Adapter):
         self._model = ""
         self._ids = Ids.NOWHERE
         self._takes_ids = True
+        self._ranks: Sequence[int] = ()  # Their numbers, by which the engine knows them.
         self._tokenizer: Tokenizer | None = None
         self._load: Sequence[LoadOfRank] = ()
         self._load_at: float | None = None
@@ -106,18 +108,19 @@ class OpenAiAdapter(Adapter):
         batch_size_max = block_size = kv_blocks = 0
         if (told := await self._get("/version")) is not None and "version" in told:
             self._product, version = VLLM, str(told["version"])
-            config = (await self._metrics()).get("vllm:cache_config_info", ({}, 0.0))[0]
-            block_size = digits(config.get("block_size"))
-            kv_blocks = digits(config.get("num_gpu_blocks"))
+            ranks = ranks_of(await self._metrics())
+            self._ranks = [one.number for one in ranks]
+            block_size = max((one.block_size for one in ranks), default=0)
+            kv_blocks = max((one.kv_blocks for one in ranks), default=0)
         elif (props := await self._get("/props")) is not None and "build_info" in props:
             self._product, version = LLAMA, str(props["build_info"])
             settings = mapping(props.get("default_generation_settings"))
             context_length = number(settings.get("n_ctx")) or context_length
             batch_size_max = number(props.get("total_slots"))
-        asset = asset_of(await self._files(str(model.get("root", ""))))
+        asset = await read_asset(await self._files(str(model.get("root", ""))))
         await self._try(asset.bos_token_id if asset.bos_token_id is not None else 1)
         if self._ids is Ids.NOWHERE or not self._takes_ids:
-            self._tokenizer = Tokenizer(asset)
+            self._tokenizer = await asyncio.to_thread(Tokenizer, asset)
         return Discovered(
             kind=self._product.kind,
             version=version,
@@ -128,6 +131,7 @@ class OpenAiAdapter(Adapter):
             block_size=block_size,
             kv_blocks=kv_blocks,
             batch_size_max=batch_size_max,
+            num_ranks=max(1, len(self._ranks)),
             has_own_ids=self._ids is not Ids.NOWHERE,
             facts={"protocol": "openai", "root": str(model.get("root", ""))},
         )
@@ -169,6 +173,8 @@ class OpenAiAdapter(Adapter):
         body = body_of(call, self._product, self._ids, model=self._model, prompt=prompt)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         headers = {"X-Request-Id": call.request_id}
+        if call.rank is not None and len(self._ranks) > 1:
+            headers["X-data-parallel-rank"] = str(self._ranks[call.rank])
         try:
             async with self._session.post(
                 f"{self._url}/v1/completions", json=body, headers=headers
@@ -213,12 +219,7 @@ class OpenAiAdapter(Adapter):
         now = asyncio.get_running_loop().time()
         if self._load_at is None or now - self._load_at >= _LOAD_INTERVAL_S:
             self._load_at = now
-            told = {name: value for name, (_, value) in (await self._metrics()).items()}
-            if "vllm:num_requests_running" in told:
-                usage = told.get("vllm:kv_cache_usage_perc", 0.0)
-                running = round(told["vllm:num_requests_running"])
-                waiting = round(told.get("vllm:num_requests_waiting", 0.0))
-                self._load = [LoadOfRank(0, running, waiting, usage)]
+            self._load = [one.load for one in ranks_of(await self._metrics())]
         return self._load
 
     @override
@@ -230,20 +231,13 @@ class OpenAiAdapter(Adapter):
     async def close(self) -> None:
         await self._session.close()
 
-    async def _metrics(self) -> Mapping[str, tuple[Mapping[str, str], float]]:
-        """Of vLLM's metrics those that matter, by name."""
+    async def _metrics(self) -> str:
+        """vLLM's page."""
         try:
             async with self._session.get(f"{self._url}/metrics") as response:
-                text = await _text(response) if response.status == 200 else ""
+                return await _text(response) if response.status == 200 else ""
         except aiohttp.ClientError as error:
             raise CallFailed(FailureKind.CRASH, f"{error}") from error
-        wanted = ("vllm:num_requests_", "vllm:kv_cache_usage_perc", "vllm:cache_config_info")
-        lines = [line for line in text.splitlines() if line.startswith(wanted)]
-        try:
-            families = list(text_string_to_metric_families("\n".join(lines) + "\n"))
-        except ValueError as error:
-            raise CallFailed(FailureKind.PROTOCOL, f"its metrics: {error}") from error
-        return {one.name: (one.labels, one.value) for two in families for one in two.samples}
 
     async def _get(self, path: str) -> Mapping[str, object] | None:
         """A JSON object; None if there is none at this path."""
@@ -270,12 +264,23 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[Mapping[str, o
         if len(rest) > EVENT_BYTES_MAX:
             raise CallFailed(FailureKind.PROTOCOL, f"an event of more than {EVENT_BYTES_MAX} bytes")
         for line in lines:
-            if not line.startswith(b"data:"):
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
+            data = _data(line)
+            if data == _DONE:
                 return
-            yield parsed(data)
+            if data:
+                yield parsed(data)
+    data = _data(rest)  # A last line needs no end.
+    if data and data != _DONE:
+        try:
+            event = parsed(data)
+        except CallFailed:
+            return  # It was cut: that is none.
+        yield event
+
+
+def _data(line: bytes) -> bytes:
+    """What a line of a stream says; nothing if it is for others."""
+    return line[5:].strip() if line.startswith(b"data:") else b""
 
 
 def _refused(response: aiohttp.ClientResponse, text: str) -> CallFailed:

@@ -1,6 +1,7 @@
 """What OpenAI's HTTP says, and what servers of different makes understand of it. No I/O."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -263,9 +264,4 @@ def listed(value: object) -> list[object]:
 
 def number(value: object) -> int:
     """The number that is expected; 0 if it is something else."""
-    return int(value) if isinstance(value, (int, float)) and value > 0 else 0
-
-
-def digits(value: str | None) -> int:
-    """A number that is written as a text, as above."""
-    return int(value) if value is not None and value.isdecimal() else 0
+    return int(value) if isinstance(value, (int, float)) and 0 < value < math.inf else 0

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from sidecar.engines.adapter import Call, Delta, Discovered, End, LoadOfRank
 from sidecar.engines.smg import SmgAdapter, logprobs_of
-from sidecar.engines.tokenizer_files import asset_of
+from sidecar.engines.tokenizer_process import read_asset
 from unbroken.generation import Constraint
 from unbroken.outcome import FinishReason
 from unbroken.v1 import worker_pb2
@@ -63,7 +63,7 @@ class SglangAdapter(SmgAdapter):
             version=server.sglang_version,
             model=model.served_model_name or model.model_path,
             context_length=model.max_context_length,
-            tokenizer=asset_of(
+            tokenizer=await read_asset(
                 files, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
             ),
             capabilities=_CAPABILITIES,

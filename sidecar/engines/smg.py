@@ -66,6 +66,7 @@ class SmgAdapter(Adapter):
         self._tokenizer = tokenizer
         self._has_taps = True
         self._num_ranks = 1
+        self._is_cleared = False
 
     # Of each protocol.
 
@@ -147,12 +148,12 @@ class SmgAdapter(Adapter):
     async def taps(self) -> AsyncIterator[Tapped]:
         if not self._has_taps:
             return
+        for cleared in self._cleared():  # What was told is not kept up to date any more.
+            yield cleared
         request = common_pb2.SubscribeKvEventsRequest(load_records_before_first_batch=True)
         batches = self._stub.SubscribeKvEvents(request)
         sequences: dict[int, int] = {}  # By rank.
         try:
-            for rank in range(self._num_ranks):
-                yield BlocksCleared(rank)
             async for batch in cast(AsyncIterator[common_pb2.KvEventBatch], batches):
                 rank = batch.dp_rank
                 if batch.HasField("load"):
@@ -165,6 +166,7 @@ class SmgAdapter(Adapter):
                 sequences[rank] = batch.sequence_number
                 for event in batch.events:
                     for tapped in block_events(rank, event):
+                        self._is_cleared = False
                         yield tapped
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
@@ -173,6 +175,11 @@ class SmgAdapter(Adapter):
             raise failed(error) from error
         finally:
             batches.cancel()
+
+    def _cleared(self) -> Sequence[BlocksCleared]:
+        """That nothing is reusable, unless nothing was said to be since that was said last."""
+        was_cleared, self._is_cleared = self._is_cleared, True
+        return () if was_cleared else [BlocksCleared(rank) for rank in range(self._num_ranks)]
 
     @override
     async def close(self) -> None:

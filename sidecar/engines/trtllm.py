@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from sidecar.engines.adapter import Call, Delta, Discovered, End, Unhealthy
 from sidecar.engines.smg import SmgAdapter
-from sidecar.engines.tokenizer_files import asset_of
+from sidecar.engines.tokenizer_process import read_asset
 from unbroken.generation import Constraint, TokenLogprobs
 from unbroken.outcome import FinishReason
 from unbroken.v1 import worker_pb2
@@ -61,7 +61,7 @@ class TrtllmAdapter(SmgAdapter):
             version=server.version,
             model=model.model_id,
             context_length=model.max_seq_len or model.max_input_len,
-            tokenizer=asset_of(files, vocab_size=model.vocab_size),
+            tokenizer=await read_asset(files, vocab_size=model.vocab_size),
             capabilities=_CAPABILITIES,
             block_size=BLOCK_SIZE,
             batch_size_max=model.max_batch_size,

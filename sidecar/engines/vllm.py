@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from sidecar.engines.adapter import Call, Delta, Discovered, End, LoadOfRank, Unhealthy
 from sidecar.engines.smg import SmgAdapter, logprobs_of
-from sidecar.engines.tokenizer_files import asset_of
+from sidecar.engines.tokenizer_process import read_asset
 from unbroken.generation import Constraint
 from unbroken.outcome import FinishReason
 from unbroken.v1 import worker_pb2
@@ -60,7 +60,7 @@ class VllmAdapter(SmgAdapter):
             version=loads.version,
             model=model.served_model_name or model.model_path,
             context_length=model.max_context_length,
-            tokenizer=asset_of(
+            tokenizer=await read_asset(
                 files, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
             ),
             capabilities=_CAPABILITIES,

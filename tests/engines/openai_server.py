@@ -37,6 +37,11 @@ class OpenAiServer:
         self.backend = backend
         self.flavour: Flavour = flavour
         self.is_stopping = False
+        self.num_ranks = 1
+        """Data-parallel ones, of which each has the same to do, if that is to be believed."""
+        self.leaves_lines_open = False
+        """The last line of a stream is its last event, and no newline follows."""
+        self.ranks_asked: list[str | None] = []
         self.bodies: list[Mapping[str, Any]] = []
         """Of the completions that were asked for."""
         self.directory = directory
@@ -95,20 +100,28 @@ class OpenAiServer:
         (rank,) = self.backend.scheduler.load().ranks
         spec = self.backend.spec
         share = rank.kv_blocks_used / spec.kv_blocks
+        values = {
+            "num_requests_running": f"{rank.requests_running}.0",
+            "num_requests_waiting": f"{rank.requests_waiting}.0",
+            "kv_cache_usage_perc": f"{share}",
+        }
         lines = [
-            "# TYPE vllm:num_requests_running gauge",
-            f'vllm:num_requests_running{{engine="0",model_name="m"}} {rank.requests_running}.0',
-            f'vllm:num_requests_waiting{{engine="0",model_name="m"}} {rank.requests_waiting}.0',
-            f'vllm:kv_cache_usage_perc{{engine="0",model_name="m"}} {share}',
-            f'vllm:cache_config_info{{block_size="{spec.block_size}",'
-            f'num_gpu_blocks="{spec.kv_blocks}"}} 1.0',
-            'vllm:time_to_first_token_seconds_bucket{le="0.1"} 5.0',
+            f'vllm:{name}{{engine="{engine}",model_name="m"}} {value}'
+            for name, value in values.items()
+            for engine in range(self.num_ranks)
         ]
+        lines += [
+            f'vllm:cache_config_info{{block_size="{spec.block_size}",engine="{engine}",'
+            f'num_gpu_blocks="{spec.kv_blocks}"}} 1.0'
+            for engine in range(self.num_ranks)
+        ]
+        lines.append('vllm:time_to_first_token_seconds_bucket{le="0.1"} 5.0')
         return web.Response(text="\n".join(lines) + "\n")
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body: dict[str, Any] = await request.json()
         self.bodies.append(body)
+        self.ranks_asked.append(request.headers.get("X-data-parallel-rank"))
         try:
             prompt = self._prompt(body["prompt"])
             params = _params(body, self.backend.spec.vocab_size)
@@ -136,7 +149,11 @@ class OpenAiServer:
                     is_prepared = True
                     await response.prepare(request)
                 cached = output.cached_tokens
-                await _tell(response, {"choices": [self._choice(body, output)]})
+                event = {"choices": [self._choice(body, output)]}
+                if self.leaves_lines_open and output.reason is not None:
+                    await response.write(b"data: " + json.dumps(event).encode())
+                    return response
+                await _tell(response, event)
         except CoreDead:  # The status was 200 already.
             if not is_prepared:
                 raise

@@ -66,6 +66,7 @@ class Talk:
         window_tokens: int = 0,
         deadline_s: float | None = None,
         output: Sequence[int] = (),
+        rank: int | None = None,
     ) -> int:
         """Begin a stream of its own; returns its slot."""
         self._num_started += 1
@@ -75,6 +76,7 @@ class Talk:
             stream=attempt_pb2.StreamKey(request_id=f"r{slot}"),
             epoch=1,
             window_tokens=window_tokens,
+            rank=rank,
             checkpoint=attempt_pb2.Checkpoint(
                 prompt_token_ids=prompt,
                 output_token_ids=output,

@@ -1,12 +1,16 @@
 """OpenAI's HTTP where servers differ: ids beside log probabilities, and none at all."""
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
+import tokenizers
 from aiohttp import web
 
 from sidecar.engines.adapter import Call, CallFailed, Unhealthy, Unusable
@@ -27,11 +31,14 @@ from unbroken.v1 import worker_pb2
 
 
 @asynccontextmanager
-async def beside(flavour: Flavour) -> AsyncGenerator[tuple[Talk, OpenAiServer], None]:
-    backend = Backend()
+async def beside(
+    flavour: Flavour, *, num_ranks: int = 1, step_s: float = 0.001
+) -> AsyncGenerator[tuple[Talk, OpenAiServer], None]:
+    backend = Backend(step_s=step_s)
     cranking = asyncio.create_task(backend.run())
     try:
         async with openai_server.serving(backend, 0, flavour) as (address, server):
+            server.num_ranks = num_ranks
             launch = Launch(None, address, restart=FAST)
             engine = CallEngine(
                 launch,
@@ -61,6 +68,77 @@ def test_ids_beside_log_probabilities_are_as_true() -> None:
             assert it.hub.up.description.kind == "llama-server"
             assert it.hub.up.description.numerics.batch_invariant
             assert server.bodies[-1]["prompt"] == [1, 2, 3]
+
+    play(scenario())
+
+
+def test_a_stream_whose_last_line_has_no_end_is_read_to_its_end() -> None:
+    async def scenario() -> None:
+        async with beside("llama") as (it, server):
+            server.leaves_lines_open = True
+            slot = it.start(greedy())
+            assert (await it.ended(slot)).finish_reason == LENGTH
+            assert it.tokens[slot] == it.expected(greedy()).token_ids
+
+    play(scenario())
+
+
+def test_every_rank_of_a_server_counts_and_can_be_asked() -> None:
+    async def scenario() -> None:
+        async with beside("vllm", num_ranks=2, step_s=0.005) as (it, server):
+            assert it.hub.up is not None
+            assert it.hub.up.description.num_ranks == 2
+            slot = it.start(greedy(480), rank=1)
+            await it.until(
+                lambda: (
+                    it.hub.load is not None
+                    and [one.requests_running for one in it.hub.load.ranks] == [1, 1]
+                    and all(one.kv_blocks_total == 64 for one in it.hub.load.ranks)
+                ),
+                "a rank was left out",
+            )
+            assert server.ranks_asked[-1] == "1"
+            it.abort(slot)
+            await it.ended(slot)
+
+    play(scenario())
+
+
+def large_tokenizer() -> bytes:
+    """One whose parsing takes much longer than anything else that is done with it."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(three) for three in product(letters, repeat=3)]
+    two = ["".join(both) for both in product(letters, repeat=2)]
+    vocab = {word: index for index, word in enumerate([*letters, *two, *words])}
+    merges = [[word[:-1], word[-1]] for word in [*two, *words]]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": model}).encode()
+
+
+def test_the_sidecar_goes_on_while_a_large_tokenizer_is_read(tmp_path: Path) -> None:
+    data = large_tokenizer()
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    began = time.process_time()
+    tokenizers.Tokenizer.from_buffer(data)
+    takes_s = time.process_time() - began
+
+    async def scenario() -> None:
+        backend = Backend()
+        cranking = asyncio.create_task(backend.run())
+        async with openai_server.serving(backend, 0, "vllm") as (address, _):
+            adapter = OpenAiAdapter(address, tmp_path)
+            discovering = asyncio.create_task(adapter.discover())
+            longest_s, last = 0.0, time.process_time()
+            while not discovering.done():  # CPU of this process counts, no matter who else runs.
+                await asyncio.sleep(0)
+                now = time.process_time()
+                longest_s, last = max(longest_s, now - last), now
+            found = await discovering
+            await adapter.close()
+            cranking.cancel()
+            await asyncio.gather(cranking, return_exceptions=True)
+            assert found.tokenizer.vocab_size > 18_000
+            assert longest_s < takes_s / 2, f"nothing else ran for {longest_s:.3f} s"
 
     play(scenario())
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
+import grpc
 from smg_grpc_proto.generated import common_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from sidecar.engines.calls import CallEngine
@@ -112,10 +113,22 @@ def test_load_that_is_pushed_counts_before_load_that_is_polled() -> None:
     play(scenario())
 
 
+def test_an_engine_without_anybody_who_publishes_is_said_to_have_no_blocks_but_once() -> None:
+    async def scenario() -> None:
+        async with tapped() as (it, server):
+            server.taps_refused = grpc.StatusCode.UNAVAILABLE
+            it.engine.fail("again")
+            await it.until(lambda: server.num_taps_refused >= 5, "it is not asked again")
+            in_two_lives = [events.reset for events in it.frontend.kv_events]
+            assert in_two_lives == [True, True]
+
+    play(scenario())
+
+
 def test_an_engine_that_pushes_nothing_is_polled() -> None:
     async def scenario() -> None:
         async with tapped() as (it, server):
-            server.has_kv_events = False
+            server.taps_refused = grpc.StatusCode.UNIMPLEMENTED
             it.engine.fail("again")
             await it.until(lambda: it.hub.up is not None and it.hub.up.incarnation == 2)
             await it.until(

@@ -12,12 +12,13 @@ import pytest
 from smg_grpc_proto.generated import common_pb2  # pyright: ignore[reportMissingTypeStubs]
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb  # pyright: ignore[reportMissingTypeStubs]
 
-from sidecar.engines import smg, tokenizer_files, vllm
+from sidecar.engines import openai_words, smg, tokenizer_files, vllm, vllm_metrics
 from sidecar.engines.adapter import (
     BlocksCleared,
     BlocksRemoved,
     BlocksStored,
     Call,
+    CallFailed,
     Discovered,
     LoadOfRank,
 )
@@ -143,6 +144,39 @@ def test_what_an_engine_tells_of_its_load_counts() -> None:
     assert rank.prefill_tokens_queued == 70
     assert report.is_computing
     assert report.engine_steps_total == 9
+
+
+def test_what_an_engine_says_of_its_load_may_be_nonsense() -> None:
+    told = {0: LoadOfRank(0, running=-1, waiting=1 << 40, kv_share=-3.0, waiting_tokens=-9)}
+    (rank,) = load_report([], told, FOUND, num_steps=0, prefill_tokens_total=0).ranks
+    assert (rank.requests_running, rank.requests_waiting) == (0, 2**32 - 1)
+    assert (rank.kv_blocks_used, rank.prefill_tokens_queued) == (0, 0)
+
+
+PAGE = """
+vllm:num_requests_running{engine="2",model_name="m"} 5.0
+vllm:num_requests_running{engine="3",model_name="m"} 7.0
+vllm:num_requests_waiting{engine="2",model_name="m"} 1.0
+vllm:num_requests_waiting{engine="3",model_name="m"} NaN
+vllm:kv_cache_usage_perc{engine="2",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="3",model_name="m"} 0.75
+vllm:cache_config_info{block_size="32",engine="2",num_gpu_blocks="64"} 1.0
+vllm:cache_config_info{block_size="32",engine="3",num_gpu_blocks="60"} 1.0
+vllm:num_requests_waiting_by_reason{engine="3",reason="capacity"} 4.0
+"""
+
+
+def test_of_several_ranks_each_is_told_of() -> None:
+    first, second = vllm_metrics.ranks_of(PAGE)
+    assert first == vllm_metrics.RankMetrics(2, LoadOfRank(0, 5, 1, 0.25), 32, 64)
+    assert second == vllm_metrics.RankMetrics(3, LoadOfRank(1, 7, 0, 0.75), 32, 60)
+    assert not vllm_metrics.ranks_of("python_info 1.0\n")
+    with pytest.raises(CallFailed, match="metrics"):
+        vllm_metrics.ranks_of("vllm:num_requests_running{ 1\n")
+
+
+def test_a_number_without_bounds_is_none() -> None:
+    assert openai_words.number(float("inf")) == openai_words.number(float("nan")) == 0
 
 
 def test_an_engine_that_tells_nothing_is_accounted_for() -> None:

@@ -76,7 +76,9 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.requests: list[pb.GenerateRequest] = []
-        self.has_kv_events = True
+        self.taps_refused: grpc.StatusCode | None = None
+        """With what who subscribes to KV events is refused."""
+        self.num_taps_refused = 0
         self.subscribers: list[asyncio.Queue[common_pb2.KvEventBatch]] = []
 
     @override
@@ -204,8 +206,9 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: common_pb2.SubscribeKvEventsRequest, context: Context
     ) -> AsyncGenerator[common_pb2.KvEventBatch]:
         del request
-        if not self.has_kv_events:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "KV cache events not enabled.")
+        if self.taps_refused is not None:
+            self.num_taps_refused += 1
+            await context.abort(self.taps_refused, "KV cache events not enabled.")
         queue = asyncio.Queue[common_pb2.KvEventBatch](100)
         self.subscribers.append(queue)
         try:
