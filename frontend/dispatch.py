@@ -114,6 +114,7 @@ class Dispatcher:
     def thresholds_changed(self) -> None:
         """Other thresholds hold."""
         self._push_thresholds()
+        self.room.changed()
         self._give_turns_soon()
 
     @property
@@ -479,8 +480,12 @@ class Choice:
 
     @property
     def has_to_wait(self) -> bool:
-        """Whether it stands in line because all workers are busy."""
-        return self._dispatcher.room.queue.is_waiting(self)
+        """Whether it has no worker yet, and may be refused one, wherever it stands in line."""
+        return self.stream.state is machine.State.PLACING and self._is_to_be_refused
+
+    def others_begin(self) -> None:
+        """The other choices of its request look for workers: nobody refuses a request in part."""
+        self._is_new = False
 
     def wake(self) -> None:
         """Let the client's side look at the stream."""
@@ -629,8 +634,6 @@ class Choice:
         self._relink_no_more()
         self._stop_waiting()
         self._leave()  # A refused attempt has left its slot, but not its worker's books.
-        if self._tried is not None and self._tried.is_refused and self._envelope.num_choices > 1:
-            self._is_new = False  # The others have begun: nobody refuses a request in part.
         self._ended()
         epoch, deadline = stream.epoch, stream.deadline()
         refusal = dispatcher.quarantine.verdict(self)

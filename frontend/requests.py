@@ -193,7 +193,10 @@ class Request:
 
     def _begin_others(self) -> None:
         """The first choice got in, and what it speaks for."""
-        for choice in self.choices[1:]:
+        first, *others = self.choices
+        if others:
+            first.others_begin()
+        for choice in others:
             if self.error is not None:
                 break  # Refused at once, so that the others never begin.
             choice.begin()

@@ -11,6 +11,7 @@ from google.rpc import status_pb2 as rpc_status_pb2  # pyright: ignore[reportMis
 
 from tests.frontend import test_shedding
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
+from tests.frontend.test_resumes_in_line import streams_on
 from tests.frontend.test_shedding import count_of
 from tests.frontend.worlds import World, failure_of, read, read_some, run, world
 from unbroken.errors import Reason, UnbrokenError
@@ -235,6 +236,37 @@ def test_the_choices_of_a_request_wait_for_the_first() -> None:
     run(scenario())
 
 
+def test_the_choices_of_a_request_wait_for_the_first_behind_resumes_too() -> None:
+    async def scenario() -> None:
+        survivor = FakeSidecar("w2", step_s=None)
+        limits = {"resume_burst_tokens": 1, "prefill_tokens_per_s": 1e6, "queue_wait_s_max": 0.3}
+        async with world(
+            FakeSidecar("w1", step_s=None), busy_kv_blocks_share=0.5, **limits
+        ) as it:
+            await streams_on(it, 3)
+            await it.add(survivor)
+            await it.until_ready(2)
+            await it.sidecars[0].die()
+            await it.until(lambda: len(survivor.starts) == 1)
+            stream = it.client.generate(
+                token_ids=PROMPT, num_choices=3, max_tokens=3, request_id="r"
+            )
+            reading = asyncio.create_task(failure_of(stream))
+            await it.until(lambda: it.num_running() == 4)
+            infos, _ = it.frontend.requests.page(0, "")
+            (info,) = (info for info in infos if info.request_id == "r")
+            assert info.choices[0].detail.startswith("held back by resumes")
+            await report(it, survivor, used=99)
+            while len(survivor.starts) < 3:
+                survivor.step()
+                await asyncio.sleep(0.002)
+            survivor.step()
+            assert (await reading).reason is Reason.OVERLOADED
+            assert "r" not in begun(survivor), "it is refused as a whole"
+
+    run(scenario())
+
+
 def test_streams_that_lost_their_worker_go_before_those_in_line() -> None:
     async def scenario() -> None:
         sidecars = FakeSidecar("w1", step_s=0.005), FakeSidecar("w2", step_s=0.005)
@@ -280,6 +312,26 @@ def test_a_request_that_no_free_worker_can_take_holds_nobody_back() -> None:
             await report(it, long, used=0, queued=0)
             await longer
             assert begun(long) == ["longer"]
+
+    run(scenario())
+
+
+def test_other_thresholds_let_in_whom_no_free_worker_could_take() -> None:
+    async def scenario() -> None:
+        short = FakeSidecar("w1", context_length=64)
+        long = FakeSidecar("w2")
+        async with world(short, long, busy_prefill_tokens=100) as it:
+            for sidecar in (short, long):
+                await report(it, sidecar, used=0, queued=101)
+            stream = it.client.generate(token_ids=list(b"x" * 100), max_tokens=3, temperature=0)
+            reading = asyncio.create_task(read(stream))
+            await it.until(lambda: it.num_running() == 1)
+            await report(it, short, used=0, queued=0)
+            await begin(it, "short")
+            assert (begun(short), begun(long)) == (["short"], []), "it stands aside"
+            long.full_with = None
+            await it.client.set_thresholds(worker_pb2.BusyThresholds(prefill_tokens=1000))
+            await reading
 
     run(scenario())
 
