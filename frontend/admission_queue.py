@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from math import exp
+from math import exp, inf
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ class _Entry(Generic[K]):
     is_gone: bool = False
     is_aside: bool = False
     """No worker that had room could take it; it has no turn."""
+    is_first: bool = False
+    """It goes before others of its tenant and priority, and is not sent away."""
 
     def __lt__(self, other: "_Entry[K]") -> bool:
         return self.order < other.order
@@ -377,7 +379,7 @@ class _Line(Generic[K]):
             for one in self.aside.values()
             if (one.arrival.tenant, one.arrival.priority) == (name, priority)
         ]
-        return max(entries, default=None)
+        return max((one for one in entries if not one.is_first), default=None)
 
     def check(self) -> None:
         """Assert what is always true."""
@@ -519,15 +521,18 @@ class AdmissionQueue(Generic[K]):
         line.charge(arrival)
         line.forget_idle()
 
-    def come_back(self, key: K, arrival: Arrival, now: float, *, since: float) -> None:
+    def come_back(
+        self, key: K, arrival: Arrival, now: float, *, since: float, is_first: bool = False
+    ) -> None:
         """It was let in, having come at `since`, and no worker took it: it waits again.
 
-        It is not sent away for want of room: it had some.
+        It is not sent away for want of room: it had some. `is_first`: it had a worker, and lost it;
+        it goes before others of its tenant and priority, and is not sent away for anything.
         """
         assert not self.is_waiting(key), "a request stands in line once"
         line = self._line(arrival.model, now)
         line.refund(arrival)
-        self._enter(line, key, arrival, since=since)
+        self._enter(line, key, arrival, since=since, is_first=is_first)
         line.drain.note(-arrival.num_tokens, now, is_waiting=True)
 
     def next(self, model: str, now: float) -> K | None:
@@ -670,9 +675,12 @@ class AdmissionQueue(Generic[K]):
         waiting = f"{line.num_waiting} requests with {line.tokens_waiting} prompt tokens wait"
         return Refusal(limit, f"{waiting}; its turn would be in {wait_s:.1f} s", told_s)
 
-    def _enter(self, line: _Line[K], key: K, arrival: Arrival, *, since: float) -> None:
+    def _enter(
+        self, line: _Line[K], key: K, arrival: Arrival, *, since: float, is_first: bool = False
+    ) -> None:
         self._num_arrived += 1
-        self._stand(line, _Entry(key, arrival, since, (arrival.deadline, self._num_arrived)))
+        order = (-inf if is_first else arrival.deadline, self._num_arrived)
+        self._stand(line, _Entry(key, arrival, since, order, is_first=is_first))
 
     def _enter_again(self, line: _Line[K], entry: _Entry[K]) -> None:
         """It left the line and has its place again. What left it is not what stands there now."""
@@ -681,8 +689,9 @@ class AdmissionQueue(Generic[K]):
     def _stand(self, line: _Line[K], entry: _Entry[K]) -> None:
         self._entries[entry.key] = entry
         line.put(entry)
-        expiry = (entry.since + self._limits.wait_s_max, entry.order[1], entry)
-        heapq.heappush(self._expiries, expiry)
+        if not entry.is_first:
+            expiry = (entry.since + self._limits.wait_s_max, entry.order[1], entry)
+            heapq.heappush(self._expiries, expiry)
 
     def _drop(self, line: _Line[K], entry: _Entry[K]) -> None:
         """It stands in line no more."""

@@ -580,7 +580,7 @@ class Choice:
             waited_s = dispatcher.queue.admitted(self, view.life, dispatcher.clock())
             dispatcher.room.settled(self, self._standing)
             self._is_computing = True
-            self._is_new_work = self._is_to_be_refused
+            self._is_new_work = self._is_to_be_refused or self._is_unheard
             self._stop_waiting()
             if stream.attempts:
                 dispatcher.metrics.resume_wait_s.observe(waited_s)
@@ -662,6 +662,20 @@ class Choice:
         """Whether thresholds can refuse it: as long as nothing of its request was at a worker."""
         return self._is_new and not self.index and not self._is_resume
 
+    @property
+    def _is_unheard(self) -> bool:
+        """Whether it was let in as new work, and lost its worker before that said anything of it.
+
+        Thresholds hold for it as for new work, and it waits again instead of being refused.
+        """
+        return (
+            self._is_new
+            and self._is_resume
+            and self._standing is not None
+            and self._envelope.num_choices == 1
+            and not self.stream.ledger
+        )
+
     def _is_refused_at(self, chosen: WorkerView) -> bool:
         """Whether it is not placed where was chosen, because all are busy that could take it.
 
@@ -671,7 +685,7 @@ class Choice:
         dispatcher = self._dispatcher
         standing = self._standing
         return (
-            self._is_to_be_refused
+            (self._is_to_be_refused or self._is_unheard)
             and not (standing is not None and standing.may_pass)
             and dispatcher.shedder.is_busy(chosen)
             and dispatcher.is_overloaded(self._model.name, self._may_start_at)
@@ -698,7 +712,10 @@ class Choice:
 
     def standing(self, ticket: Ticket) -> Standing | None:
         """Its place in the waiting room; None if it need not wait there."""
-        if not self._is_to_be_refused or not self._dispatcher.room.is_for(ticket.model):
+        is_for_room = self._dispatcher.room.is_for(ticket.model)
+        if is_for_room and self._standing is not None and self._is_unheard:
+            self._standing.has_lost, self._standing.came_at = True, self._dispatcher.clock()
+        elif not is_for_room or not self._is_to_be_refused:
             self._standing = None
         elif self._standing is None:
             envelope = self._envelope
@@ -776,7 +793,8 @@ class Choice:
             )
 
         need = Need(model=model.name, num_tokens=self._num_tokens, avoid=self._avoid)
-        is_busy = _never if self._is_resume else self._dispatcher.shedder.is_busy
+        has_begun = self._is_resume and not self._is_unheard
+        is_busy = _never if has_begun else self._dispatcher.shedder.is_busy
         return choose(
             mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes, is_busy=is_busy
         )

@@ -809,9 +809,9 @@ class Stream(_Flow):
             return self._fail(UnbrokenError(reason, detail))
         if kind is FailureKind.REJECTED:
             return self._fail(UnbrokenError(Reason.REJECTED_BY_ENGINE, detail))
-        if is_busy and not self._num_begun:
+        if is_busy and not self.ledger:
             self._attempts.pop()
-            self._life = None
+            self._life = self._attempts[-1].life if self._attempts else None
             self._num_refusals += 1
             return [self._place(min(_pause_s(self._num_refusals - BUSY_AT_ONCE), BUSY_PAUSE_S_MAX))]
         self._avoid |= {attempt.life}

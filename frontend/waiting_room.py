@@ -34,6 +34,8 @@ class Standing:
     """It was let in once."""
     may_pass: bool = False
     """It is tried although all workers are busy: the sidecar decides."""
+    has_lost: bool = False
+    """It lost a worker that had said nothing of it: it waits again, first of its kind."""
     is_computing: bool = False
     """Its prompt is with a worker, and not computed yet."""
 
@@ -108,13 +110,18 @@ class WaitingRoom:
         return None, False
 
     def come_back(self, choice: "Choice", standing: Standing) -> None:
-        """It was let in, and no worker took it."""
+        """It was let in, and no worker took it, or none that lives."""
         standing.may_pass = False
         if self.queue.is_called(choice):
             self.queue.passed_over(choice, self._clock())
         else:
-            since = standing.came_at
-            self.queue.come_back(choice, standing.arrival, self._clock(), since=since)
+            self.queue.come_back(
+                choice,
+                standing.arrival,
+                self._clock(),
+                since=standing.came_at,
+                is_first=standing.has_lost,
+            )
         self._wake_at_expiry()
 
     def next(self, is_held: Callable[[str], bool]) -> "Choice | None":

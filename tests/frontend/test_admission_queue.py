@@ -309,6 +309,29 @@ def test_who_was_let_in_and_refused_by_a_worker_has_his_place_again() -> None:
     assert line.order() == ["first", "a", "b", "c"]
 
 
+def test_who_lost_his_worker_goes_first_of_his_kind_and_is_sent_away_for_nothing() -> None:
+    line = Line(requests_max=2, wait_s_max=1.0)
+    lost = line.arrival("lost", patience_s=60.0)
+    line.queue.let_in(lost, line.now)
+    for name in "ab":
+        line.offer(name, patience_s=20.0)
+    line.queue.come_back("lost", lost, line.now, since=line.now, is_first=True)
+    line.queue.check_all()
+    line.offer("urgent", priority=1)
+    assert set(line.displaced) == {"a", "b"}, "he gives way to nobody, and has what he had"
+    line.now += 2.0
+    gone = {key for key, _, _ in line.queue.expired(line.now, lambda _: line.rate)}
+    assert gone == {"urgent"}
+    line.queue.check_all()
+    line.offer("c", patience_s=5.0)
+    line.offer("more urgent", priority=1)
+    assert line.next() == "more urgent"
+    assert line.queue.next(MODEL, line.now) == "lost"
+    line.queue.passed_over("lost", line.now)
+    line.queue.changed()
+    assert line.order() == ["lost"]
+
+
 # When to come back.
 
 

@@ -557,6 +557,18 @@ def test_a_stream_that_a_busy_worker_refused_was_never_there() -> None:
     stream.check()
 
 
+def test_a_stream_that_lost_its_worker_before_a_token_was_never_where_it_is_refused() -> None:
+    stream = admitted()
+    place(stream, W1)
+    lose(stream)
+    place(stream, W2)
+    (command,) = stream.refused(2, FailureKind.OVERLOAD, "", now=2.0, is_busy=True)
+    assert command == Place(3, frozenset({W1})), "nobody else is avoided, and there is no pause"
+    assert [attempt.life for attempt in stream.attempts] == [W1]
+    assert stream.standing.life == W1
+    stream.check()
+
+
 def test_a_stream_with_output_that_is_refused_as_busy_is_refused_as_any() -> None:
     stream = streaming([A])
     lose(stream)

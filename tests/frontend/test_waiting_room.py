@@ -240,9 +240,7 @@ def test_the_choices_of_a_request_wait_for_the_first_behind_resumes_too() -> Non
     async def scenario() -> None:
         survivor = FakeSidecar("w2", step_s=None)
         limits = {"resume_burst_tokens": 1, "prefill_tokens_per_s": 1e6, "queue_wait_s_max": 0.3}
-        async with world(
-            FakeSidecar("w1", step_s=None), busy_kv_blocks_share=0.5, **limits
-        ) as it:
+        async with world(FakeSidecar("w1", step_s=None), busy_kv_blocks_share=0.5, **limits) as it:
             await streams_on(it, 3)
             await it.add(survivor)
             await it.until_ready(2)
@@ -290,6 +288,60 @@ def test_streams_that_lost_their_worker_go_before_those_in_line() -> None:
     run(scenario())
 
 
+def test_who_lost_a_worker_that_had_said_nothing_waits_again_and_goes_first() -> None:
+    async def scenario() -> None:
+        sidecars = FakeSidecar("w1", step_s=None), FakeSidecar("w2", step_s=None)
+        limits = {"busy_prefill_tokens": 100, "queue_wait_s_max": 0.3}
+        async with world(*sidecars, **limits) as it:
+            (reading,) = await line_up(it, ["lost"])
+            lost = await it.sidecar_of("lost")
+            (left,) = (one for one in sidecars if one is not lost)
+            for sidecar in sidecars:
+                await report(it, sidecar, used=0, queued=101)
+            (other,) = await line_up(it, ["other"])
+            await lost.die()
+            await it.until(lambda: count_of(it, "queue_requests") == 2)
+            assert not begun(left), "its thresholds hold for a request that it would begin"
+            infos, _ = it.frontend.requests.page(0, "")
+            details = [info.choices[0].detail for info in infos]
+            assert all(detail.startswith("all workers are busy") for detail in details)
+            with pytest.raises(UnbrokenError) as expired:
+                await other
+            assert expired.value.reason is Reason.OVERLOADED
+            (other,) = await line_up(it, ["another"])
+            await report(it, left, used=0, queued=0)
+            await left.until(lambda: len(left.starts) == 2)
+            assert begun(left) == ["lost", "another"]
+            assert [start.is_new_work for start in left.starts] == [True, True]
+            while left.step():
+                pass
+            assert (await reading)[0] == reference(PROMPT, 3)
+            await other
+
+    run(scenario())
+
+
+def test_who_lost_a_worker_is_not_sent_away_by_the_next_that_is_busy() -> None:
+    async def scenario() -> None:
+        sidecars = FakeSidecar("w1", step_s=None), FakeSidecar("w2", step_s=None)
+        async with world(*sidecars, busy_prefill_tokens=100) as it:
+            (reading,) = await line_up(it, ["r"])
+            lost = await it.sidecar_of("r")
+            (left,) = (one for one in sidecars if one is not lost)
+            left.full_with = 101
+            await lost.die()
+            await left.until(lambda: left.num_turned_away)
+            await it.until(lambda: count_of(it, "queue_requests") == 1)
+            await report(it, left, used=0, queued=0)
+            await left.until(lambda: left.starts)
+            while left.step():
+                pass
+            assert (await reading)[0] == reference(PROMPT, 3)
+            assert [start.is_new_work for start in left.starts] == [True]
+
+    run(scenario())
+
+
 def test_a_request_that_no_free_worker_can_take_holds_nobody_back() -> None:
     async def scenario() -> None:
         short = FakeSidecar("w1", context_length=64)
@@ -320,7 +372,7 @@ def test_other_thresholds_let_in_whom_no_free_worker_could_take() -> None:
     async def scenario() -> None:
         short = FakeSidecar("w1", context_length=64)
         long = FakeSidecar("w2")
-        async with world(short, long, busy_prefill_tokens=100) as it:
+        async with world(short, long, busy_prefill_tokens=100, queue_wait_s_max=15.0) as it:
             for sidecar in (short, long):
                 await report(it, sidecar, used=0, queued=101)
             stream = it.client.generate(token_ids=list(b"x" * 100), max_tokens=3, temperature=0)

@@ -6,7 +6,8 @@ away:
 
 - new work never brings a worker beyond its threshold and one batch, however many frontends there
   are, however late news is, and whatever else it was given;
-- what was admitted before is never refused by a worker;
+- what a worker has begun is never refused by another; what none has begun is new, waits first of
+  its kind if its worker dies, and is not sent away;
 - nobody waits for longer than he may, and no worker has nothing to do while somebody who could go
   there waits;
 - whoever comes back when he was told is not sent away for the length of the line;
@@ -55,6 +56,8 @@ class Event(StrEnum):
 
     CRASH = auto()
     """An engine died; its jobs go on elsewhere, and are not to be refused."""
+    UNHEARD = auto()
+    """It had not begun one of them, which waits again."""
     LATE = auto()
     """News of a worker is late for a while."""
     CANCEL = auto()
@@ -95,6 +98,8 @@ class Job:
     slot: int = 0
     is_new: bool = True
     """No attempt at it has begun anywhere."""
+    has_lost: bool = False
+    """It was on its way to a worker that died."""
     outcome: str = ""
 
 
@@ -159,7 +164,7 @@ class Worker:
 
     def start(self, frontend: "Frontend", job: Job, attempt: int, life: Life, is_new: bool) -> None:
         if not self.is_up or life != self.life:
-            self.tell(frontend.hear_lost, job, attempt)
+            self.tell(frontend.hear_lost, job, attempt, False)
             return
         if is_new:
             had = self.num_tokens
@@ -234,7 +239,8 @@ class Worker:
         for frontend in self.crowd.frontends:
             self.tell(frontend.hear_down, self)
         for prompt in gone:
-            self.tell(prompt.frontend.hear_lost, prompt.job, prompt.attempt)
+            has_begun = prompt.left < prompt.job.num_tokens  # As if it had said a token.
+            self.tell(prompt.frontend.hear_lost, prompt.job, prompt.attempt, has_begun)
         self.world.after(self.world.random.uniform(0.1, 1.5), self.boot)
 
 
@@ -309,6 +315,8 @@ class Frontend:
         return Arrival(MODEL, job.tenant, job.name, job.priority, job.num_tokens, deadline)
 
     def send_away(self, job: Job, refusal: Refusal) -> None:
+        if job.has_lost:
+            raise Violation(f"{job.name} lost its worker, and was sent away: {refusal}")
         self.crowd.seen[Event.SENT_AWAY] += 1
         if refusal.retry_after_s <= 0:
             raise Violation(f"{job.name} was told to come back at once")
@@ -356,7 +364,7 @@ class Frontend:
         )
         if view is None:
             if job.is_new:
-                self.queue.come_back(job, self.arrival(job), self.world.now, since=job.came_at)
+                self.wait_again(job)
             else:
                 self.homeless.append(job)
             return
@@ -378,15 +386,27 @@ class Frontend:
             view.reported(rank_states(load))
             view.crowded()
         job.worker = None
-        self.queue.come_back(job, self.arrival(job), self.world.now, since=job.came_at)
-        self.expire_in_time()
+        self.wait_again(job)
         if self.has_room():
             self.give_turns()
 
-    def hear_lost(self, job: Job, attempt: int) -> None:
-        if job.attempt == attempt and not job.outcome:
-            job.worker, job.is_new = None, False
+    def hear_lost(self, job: Job, attempt: int, has_begun: bool) -> None:
+        if job.attempt != attempt or job.outcome:
+            return
+        job.worker = None
+        if has_begun or not job.is_new:
+            job.is_new = False
             self.resume(job)
+            return
+        self.crowd.seen[Event.UNHEARD] += 1
+        job.has_lost, job.came_at = True, self.world.now
+        self.wait_again(job)
+        self.give_turns()
+
+    def wait_again(self, job: Job) -> None:
+        arrival, now = self.arrival(job), self.world.now
+        self.queue.come_back(job, arrival, now, since=job.came_at, is_first=job.has_lost)
+        self.expire_in_time()
 
     def resume(self, job: Job) -> None:
         """It goes on elsewhere, whatever there is to do."""
@@ -417,7 +437,8 @@ class Frontend:
         for job, _, refusal in self.queue.expired(self.world.now, lambda _: self.rate()):
             self.crowd.seen[Event.EXPIRED] += 1
             self.send_away(job, refusal)
-        late_s = max((self.world.now - since for _, _, since in self.queue.waiting()), default=0.0)
+        waiting = (since for job, _, since in self.queue.waiting() if not job.has_lost)
+        late_s = max((self.world.now - since for since in waiting), default=0.0)
         if late_s > self.limits.wait_s_max + 1e-6:
             raise Violation(f"somebody at {self.name} has waited for {late_s:.2f} s")
 

@@ -39,7 +39,9 @@ class ForgetsWhoCameBack(AdmissionQueue[Job]):
     """Whom a worker refused is nowhere."""
 
     @override
-    def come_back(self, key: Job, arrival: Arrival, now: float, *, since: float) -> None:
+    def come_back(
+        self, key: Job, arrival: Arrival, now: float, *, since: float, is_first: bool = False
+    ) -> None:
         pass
 
 
