@@ -6,8 +6,8 @@
     new work ──▶ to a worker that is not busy, while there is one; else refused, and told when to
                  come back
 
-Only new work is refused. What resumes, or tries again, was admitted before, and the resume queue
-has a budget for it. docs/decisions/thresholds.md says what each threshold counts, and why.
+Only new work is refused. What resumes was admitted before, and the resume queue has a budget for
+it. docs/decisions/thresholds.md says what each threshold counts, and why.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
