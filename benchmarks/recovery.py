@@ -3,7 +3,8 @@
 Two simulated workers at 10 ms a token, whose prefill takes no time worth speaking of, 40 streams on
 them, SIGKILL of one, many trials. The gap is the time between the last token before the kill and
 the first after it, less one step. Meanwhile new requests keep coming; none may fail. Usage must be
-that of an undisturbed run.
+that of an undisturbed run. All of it twice: as things are by default, and with frontend and
+sidecars at a real-time priority, which this user has to be allowed (--realtime-priority).
 
     python -m benchmarks.recovery [--trials 20] [--what engine|sidecar|host]
 """
@@ -30,6 +31,10 @@ NUM_STREAMS = 40
 MAX_TOKENS = 150
 PROBE_INTERVAL_S = 0.020
 GAP_P50_MAX_S = 0.015
+"""With a real-time priority,"""
+GAP_P50_DEFAULT_MAX_S = 0.025
+"""and without, where frontend, sidecars, engines and clients share two cores."""
+REALTIME_PRIORITY = 20
 GAP_MAX_S = 0.060
 
 
@@ -37,6 +42,7 @@ GAP_MAX_S = 0.060
 class Totals:
     """Figures over all trials."""
 
+    trials: int
     streams: int = 0
     migrated: int = 0
     lost: int = 0
@@ -56,18 +62,29 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--what", choices=["engine", "sidecar", "host"], default="engine")
     arguments = parser.parse_args()
-    totals = uvloop.run(_measure(arguments.trials, arguments.what))
+    figures = {
+        name: _judged(uvloop.run(_measure(arguments.trials, arguments.what, priority)), p50_max_s)
+        for name, priority, p50_max_s in (
+            ("default", 0, GAP_P50_DEFAULT_MAX_S),
+            ("realtime", REALTIME_PRIORITY, GAP_P50_MAX_S),
+        )
+    }
+    is_ok = all(one["ok"] for one in figures.values())
+    summary = {"ok": is_ok, "what": arguments.what, "trials": arguments.trials, **figures}
+    print(json.dumps(summary))  # noqa: T201 - The line that ends every measurement.
+    sys.exit(not is_ok)
+
+
+def _judged(totals: Totals, p50_max_s: float) -> dict[str, object]:
     gaps_ms = sorted(gap * 1e3 for gap in totals.gaps_s) or [float("inf")]
     is_ok = (
         totals.lost == totals.duplicated == totals.different == totals.probes_failed == 0
-        and totals.migrated >= arguments.trials
-        and statistics.median(gaps_ms) <= GAP_P50_MAX_S * 1e3
+        and totals.migrated >= totals.trials
+        and statistics.median(gaps_ms) <= p50_max_s * 1e3
         and gaps_ms[-1] <= GAP_MAX_S * 1e3
     )
-    figures = {
+    return {
         "ok": is_ok,
-        "what": arguments.what,
-        "trials": arguments.trials,
         "streams": totals.streams,
         "migrated": totals.migrated,
         "lost": totals.lost,
@@ -80,17 +97,23 @@ def main() -> None:
         "new_requests": totals.probes,
         "new_requests_failed": totals.probes_failed,
     }
-    print(json.dumps(figures))  # noqa: T201 - The line that ends every measurement.
-    sys.exit(not is_ok)
 
 
-async def _measure(trials: int, what: Target) -> Totals:
-    totals = Totals()
+async def _measure(trials: int, what: Target, priority: int) -> Totals:
+    totals = Totals(trials)
     options = (
         f"--step-base-ms {STEP_S * 1e3:g} --prefill-tokens-per-s 1e9 --prefill-tokens-max 8192"
     )
     with tempfile.TemporaryDirectory() as directory:
-        mesh = LocalMesh(Path(directory), num_workers=2, engine="simulated", engine_options=options)
+        flags = ["--realtime-priority", str(priority)]
+        mesh = LocalMesh(
+            Path(directory),
+            num_workers=2,
+            engine="simulated",
+            engine_options=options,
+            sidecar_flags=flags,
+            frontend_flags=flags,
+        )
         async with mesh, Client(mesh.frontend_address) as client:
             undisturbed = await _streams(client)
             for trial in range(trials):

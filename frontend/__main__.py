@@ -15,6 +15,7 @@ from unbroken import log
 from unbroken.config import load
 from unbroken.errors import UnbrokenError
 from unbroken.files_limit import raise_files_limit
+from unbroken.realtime import run_before_others
 
 
 def main() -> None:
@@ -29,6 +30,7 @@ def main() -> None:
             "fewer files than connections allowed", files=files, limit=config.edge_connections_max
         )
     try:
+        run_before_others(config.realtime_priority)
         if config.processes > 1:
             sys.exit(uvloop.run(parent.serve(config, sys.argv[1:])))
         sys.exit(uvloop.run(serve(config)))

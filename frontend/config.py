@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from frontend.edge.limits import EdgeLimits
 from unbroken.config import Address, ProcessConfig
+from unbroken.realtime import RealtimePriority
 from unbroken.thresholds import PREFILL_SHARE_MAX, PREFILL_TOKENS_MAX
 from unbroken.transport import TlsFiles
 
@@ -27,6 +28,8 @@ class FrontendConfig(ProcessConfig):
     """host:port under which others reach it, if that is not where it listens."""
     metrics_listen: Address | None = None
     """host:port of the metrics endpoint; none if not given."""
+    realtime_priority: RealtimePriority = 0
+    """SCHED_RR priority: news of a failure waits for no other process; 0: none."""
     tls_certificate: Path | None = None
     """PEM file with the certificate shown to clients, its chain after it; without, no TLS."""
     tls_key: Path | None = None

@@ -10,6 +10,7 @@ from sidecar.service import serve
 from unbroken import log
 from unbroken.config import load
 from unbroken.errors import UnbrokenError
+from unbroken.realtime import run_before_others
 
 
 def main() -> int:
@@ -19,6 +20,7 @@ def main() -> int:
     logger = log.get_logger(__name__)
     logger.info("configuration", **config.effective())
     try:
+        run_before_others(config.realtime_priority)
         return uvloop.run(serve(config))
     except (OSError, UnbrokenError) as error:
         logger.error("sidecar cannot start", detail=str(error))

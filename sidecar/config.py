@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from sidecar.drain import Policy
 from unbroken.config import Address, ProcessConfig
+from unbroken.realtime import RealtimePriority
 
 
 class SidecarConfig(ProcessConfig):
@@ -23,6 +24,8 @@ class SidecarConfig(ProcessConfig):
     """host:port under which others reach it, if that is not where it listens."""
     metrics_listen: Address | None = None
     """host:port of the metrics endpoint; none if not given."""
+    realtime_priority: RealtimePriority = 0
+    """SCHED_RR priority: news of a failure waits for no other process; 0: none."""
     engine: Literal["llama", "simulated"] | None = None
     """Engine of our own to start."""
     engine_options: str = ""

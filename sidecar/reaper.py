@@ -69,6 +69,8 @@ def _become(command: list[str], reaper: int, lifeline: int) -> None:
         if os.getppid() != reaper:
             os._exit(1)
         _leave_companion(reaper, lifeline)
+        if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):  # Ours, from the starter.
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(ignored_by_python, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -14,6 +14,8 @@ import uvloop
 
 from sidecar.supervisor import EngineProcess
 from tests.sidecar.processes import no_process_left, until
+from unbroken.errors import InvalidField
+from unbroken.realtime import is_before_others, run_before_others
 
 TIMEOUT_S = 20
 SLEEP = "sleep 1000"
@@ -85,6 +87,24 @@ def test_it_leads_a_session_and_a_group() -> None:
         await process.wait_gone()
 
     run(scenario)
+
+
+def test_it_has_no_real_time_priority_though_its_starter_has() -> None:
+    async def scenario(alive: Alive) -> None:
+        process = await started(("sleep", "1000"), alive, 1)
+        assert is_before_others()
+        assert not is_before_others(process.pid)
+        process.kill()
+        await process.wait_gone()
+
+    try:
+        run_before_others(10)
+    except InvalidField as error:
+        pytest.skip(str(error))
+    try:
+        run(scenario)
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _signal_masks(pid: int) -> dict[str, int]:
