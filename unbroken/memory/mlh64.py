@@ -10,8 +10,8 @@ change places show too, as no two c(i) are equal. The shift stands between two m
 because of changes of two words: with one multiplication, two flipped top bits would cancel out;
 with the shift before it, two negated pairs of floats would (bits 31 and 63).
 
-This is the processor's side, some 6 GB/s on a core; the GPU's is mlh64.cu. It finds accidents: whoever
-wants to can make bytes that have the checksum of others.
+This is the processor's side, some 6 GB/s on a core; the GPU's is mlh64.cu. It finds accidents:
+whoever wants to can make bytes that have the checksum of others.
 """
 
 from typing import Final
