@@ -1,13 +1,44 @@
-"""Decides who may have how much memory."""
+"""Decides who may have how much memory, of the host and of each of its GPUs."""
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from unbroken.errors import Reason, UnbrokenError
+
+HOST_PAGE_BYTES = 4096
+
+
+class MemoryKind(IntEnum):
+    """As in the contract."""
+
+    HOST = 1
+    CUDA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What has memory: the host, or one of its GPUs."""
+
+    kind: MemoryKind
+    uuid: str = ""
+    """Of a GPU, as its driver tells it."""
+    page_bytes: int = field(default=HOST_PAGE_BYTES, compare=False)
+    """Unit of allocation."""
+
+    def __str__(self) -> str:
+        return self.uuid or self.kind.name.lower()
+
+    def rounded(self, num_bytes: int) -> int:
+        """What an allocation of so many bytes takes."""
+        return -(-num_bytes // self.page_bytes) * self.page_bytes
+
+
+HOST = Device(MemoryKind.HOST)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What may be had."""
+    """What may be had of one memory."""
 
     capacity_bytes: int
     """By all tenants together."""
@@ -25,7 +56,7 @@ class Limits:
 
 
 class Accounts:
-    """The bytes of all slabs, by tenant."""
+    """The bytes of all slabs in one memory, by tenant."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

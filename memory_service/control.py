@@ -9,6 +9,7 @@ import grpc.aio
 from typing_extensions import override
 
 from memory_service import labels
+from memory_service.accounts import HOST
 from memory_service.holdings import PIN_S_MAX, Holdings
 from memory_service.keeper import Keeper
 from memory_service.metrics import quarantined
@@ -16,7 +17,8 @@ from memory_service.scrubber import Scrubber
 from memory_service.session_channel import KEYS_MAX
 from unbroken import log
 from unbroken.errors import InvalidField, Reason, UnbrokenError
-from unbroken.memory import keys, records
+from unbroken.memory import checksums, keys
+from unbroken.memory.keys import KEY_BYTES
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_pb2_grpc
 
@@ -58,15 +60,32 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
     async def GetUsage(self, request: pb.GetUsageRequest, context: _Context) -> pb.GetUsageResponse:
         self._check_boot(request.boot_token)
         holdings = self._holdings
-        limits = holdings.policy.limits
+        host = holdings.accounts[HOST]
         return pb.GetUsageResponse(
             boot_token=holdings.boot_token,
-            capacity_bytes=limits.capacity_bytes,
-            used_bytes=holdings.accounts.total,
+            capacity_bytes=host.limits.capacity_bytes,
+            used_bytes=host.total,
             quarantined_bytes=quarantined(holdings),
             tenants=[
-                pb.TenantUsage(tenant=tenant, used_bytes=used, quota_bytes=limits.quota_of(tenant))
-                for tenant, used in sorted(holdings.accounts.used.items())
+                pb.TenantUsage(
+                    tenant=tenant,
+                    used_bytes=used,
+                    quota_bytes=accounts.limits.quota_of(tenant),
+                    memory_kind=labels.kind_to_proto(device),
+                    device=device.uuid,
+                )
+                for device, accounts in holdings.accounts.items()
+                for tenant, used in sorted(accounts.used.items())
+            ],
+            memories=[
+                pb.MemoryUsage(
+                    memory_kind=labels.kind_to_proto(device),
+                    device=device.uuid,
+                    capacity_bytes=accounts.limits.capacity_bytes,
+                    used_bytes=accounts.total,
+                    page_bytes=device.page_bytes,
+                )
+                for device, accounts in holdings.accounts.items()
             ],
             num_blocks=holdings.store.num_blocks,
             num_pinned=holdings.store.num_pinned,
@@ -118,14 +137,20 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
                 # A pin for each: a slow reader holds up the slot of one block at most.
                 pin = self._holdings.store.pin(0, request.tenant, [key], self._clock() + PIN_S_MAX)
                 if pin is None:
+                    yield _end(index, pb.READ_END_MISSING)
                     return
                 try:
                     (block,) = pin.blocks
+                    if not self._keeper.is_readable(block.slab.device):
+                        yield _end(index, pb.READ_END_OUT_OF_REACH)
+                        return
                     view = self._keeper.block_view(block)
                     # A copy: what was checked is what is sent, even if the pin's time is over.
                     data = await asyncio.to_thread(bytes, view)
-                    if await asyncio.to_thread(records.checksum, data) != block.checksum:
+                    seen = await asyncio.to_thread(checksums.compute, data, block.algorithm)
+                    if seen != block.checksum:
                         self._corrupt(block.slab.slab_id, block.slot, block.generation)
+                        yield _end(index, pb.READ_END_CORRUPT)
                         return
                 finally:
                     self._holdings.store.unpin(0, pin.pin_id)
@@ -137,7 +162,9 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
                         part.size_bytes = len(data)
                         part.checksum = block.checksum
                         part.num_tokens = block.num_tokens
+                        part.checksum_algorithm = labels.algorithm_to_proto(block.algorithm)
                     yield part
+            yield _end(len(request.keys) // KEY_BYTES, pb.READ_END_COMPLETE)
         finally:
             self._num_readers -= 1
 
@@ -218,6 +245,10 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
         _log.error("block corrupt", slab=slab_id, slot=slot, where="read")
         self._holdings.block_corrupt(slab_id, slot, generation)
         self._keeper.obey()
+
+
+def _end(num_blocks: int, end: pb.ReadEnd.ValueType) -> pb.ReadBlocksResponse:
+    return pb.ReadBlocksResponse(index=num_blocks, end=end)
 
 
 def _keys(data: bytes) -> list[bytes]:

@@ -6,21 +6,21 @@ allocated by the shell after `create_segment` or `open_slab` named the slabs; if
 shell gives them back with `release_segment` or `abandon_slab`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from memory_service import fencing
-from memory_service.accounts import Accounts, Limits
+from memory_service.accounts import HOST, Accounts, Device, Limits, MemoryKind
 from memory_service.fencing import Fence, FencePolicy, Verdict
 from memory_service.news import News, NewsKind
 from memory_service.segments import SegmentClass, Segments, State, Version, not_fenced
 from memory_service.sessions import Peer, Session, Sessions
 from memory_service.store import BlockStore, Pin, SlabState, StoreSlab
 from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.memory.checksums import Algorithm
 from unbroken.memory.records import Record
 
-PAGE_BYTES = 4096
 SLABS_MAX = 250
 """Of a segment: what the kernel passes in one message is 253 descriptors."""
 SLOTS_MAX = 65_536
@@ -85,9 +85,20 @@ class Policy:
     """What the service is configured for."""
 
     limits: Limits
+    """Of the host's memory."""
     fence: FencePolicy = field(default_factory=FencePolicy)
     orphan_grace_s: float = 600.0
     """How long a pool waits to be adopted."""
+    gpus: Mapping[Device, Limits] = field(default_factory=dict[Device, Limits])
+    """Of the memory of each GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a slab takes of one memory."""
+
+    device: Device
+    num_bytes: int
 
 
 class Holdings:
@@ -95,6 +106,7 @@ class Holdings:
 
     Attributes:
         commands: What the shell has yet to do, in order.
+        accounts: Of each memory; the host's is the first.
     """
 
     def __init__(self, policy: Policy, boot_token: int) -> None:
@@ -103,13 +115,15 @@ class Holdings:
         self.sessions = Sessions(policy.fence)
         self.segments = Segments()
         self.store = BlockStore()
-        self.accounts = Accounts(policy.limits)
+        self.accounts = {HOST: Accounts(policy.limits)} | {
+            device: Accounts(limits) for device, limits in policy.gpus.items()
+        }
         self.news = News()
         self.commands: list[Command] = []
         self.num_corrupt = 0
         self.num_stale = 0
         self._highest = 0
-        self._sizes: dict[int, tuple[str, int]] = {}  # By slab: tenant and bytes.
+        self._charges: dict[int, tuple[str, tuple[Charge, ...]]] = {}  # By slab; whose they are.
 
     # Sessions.
 
@@ -180,6 +194,14 @@ class Holdings:
         self.segments.expire(now, self.policy.orphan_grace_s)
         self._settle()
 
+    def device(self, kind: int, uuid: str) -> Device:
+        """The memory that a caller means; kind 0 is the host's. Raises InvalidField."""
+        for device in self.accounts:
+            if (device.kind, device.uuid) == ((kind or MemoryKind.HOST), uuid):
+                return device
+        known = ", ".join(str(device) for device in self.accounts)
+        raise InvalidField("device", f"one of {known}", f"{kind} {uuid}")
+
     # Segments.
 
     def create_segment(
@@ -189,6 +211,7 @@ class Holdings:
         kind: SegmentClass,
         slab_bytes: Sequence[int],
         wall_us: int,
+        device: Device = HOST,
     ) -> Version:
         """Name the slabs of a new version; the caller allocates them."""
         if kind is SegmentClass.KV_STORE:
@@ -196,16 +219,18 @@ class Holdings:
         if not 1 <= len(slab_bytes) <= SLABS_MAX:
             raise InvalidField("slab_bytes", f"1 to {SLABS_MAX} slabs", len(slab_bytes))
         for size in slab_bytes:
-            if size <= 0 or size % PAGE_BYTES:
-                raise InvalidField("slab_bytes", f"multiples of {PAGE_BYTES}", size)
+            if size <= 0 or size % device.page_bytes:
+                raise InvalidField("slab_bytes", f"multiples of {device.page_bytes}", size)
         tenant = session.peer.tenant
         self.segments.check_begin(session.session_id, tenant, name, kind)
-        self._make_room(tenant, sum(slab_bytes))
+        self._make_room(tenant, (Charge(device, sum(slab_bytes)),))
         slab_ids = tuple(self._next(wall_us) for _ in slab_bytes)
         epoch = self._next(wall_us)
         for slab_id, size in zip(slab_ids, slab_bytes, strict=True):
-            self._take(slab_id, tenant, size)
-        version = Version(tenant, name, kind, epoch, epoch, session.session_id, slab_ids)
+            self._take(slab_id, tenant, (Charge(device, size),))
+        version = Version(
+            tenant, name, kind, epoch, epoch, session.session_id, slab_ids, device=device
+        )
         self.segments.begin(version)
         self._settle()
         return version
@@ -221,11 +246,17 @@ class Holdings:
         return version
 
     def seal_segment(
-        self, session: Session, name: str, epoch: int, checksums: Sequence[int], layout: bytes
+        self,
+        session: Session,
+        name: str,
+        epoch: int,
+        checksums: Sequence[int],
+        layout: bytes,
+        algorithm: Algorithm = Algorithm.XXH3,
     ) -> Version:
         """Its bytes are what the writer meant, and nobody can change them: publish it."""
         version = self.check_seal(session, name, epoch, checksums, layout)
-        self.segments.seal(version, tuple(checksums), layout)
+        self.segments.seal(version, tuple(checksums), layout, algorithm)
         self._settle()
         return version
 
@@ -280,7 +311,12 @@ class Holdings:
     # Blocks.
 
     def open_slab(
-        self, session: Session, block_bytes: int, num_slots: int, wall_us: int
+        self,
+        session: Session,
+        block_bytes: int,
+        num_slots: int,
+        wall_us: int,
+        device: Device = HOST,
     ) -> StoreSlab:
         """Name a slab for blocks; the caller allocates it and its table."""
         if block_bytes <= 0:
@@ -289,10 +325,16 @@ class Holdings:
             raise InvalidField("num_slots", f"1 to {SLOTS_MAX}", num_slots)
         tenant, slab_id = session.peer.tenant, self._next(wall_us)
         slab = StoreSlab(
-            slab_id, tenant, session.session_id, self._next(wall_us), block_bytes, num_slots
+            slab_id,
+            tenant,
+            session.session_id,
+            self._next(wall_us),
+            block_bytes,
+            num_slots,
+            device=device,
         )
-        self._make_room(tenant, slab.size_bytes)
-        self._take(slab_id, tenant, slab.size_bytes)
+        self._make_room(tenant, _charges(slab))
+        self._take(slab_id, tenant, _charges(slab))
         self.store.add(slab)
         session.shown.add(slab_id)
         self.commands.append(Keep(slab_id))
@@ -367,13 +409,14 @@ class Holdings:
 
     def evict(self, tenant: str, name: str) -> int:
         """What an operator wants freed; returns the bytes."""
-        before = self.accounts.total
+        before = self._total()
         if name:
             self.segments.evict(tenant, name)
         else:
-            self._evict(1 << 62, tenant)
+            for device in self.accounts:
+                self._evict(1 << 62, device, tenant)
         self._settle()
-        return before - self.accounts.total
+        return before - self._total()
 
     # What an earlier life of the service knew.
 
@@ -388,7 +431,7 @@ class Holdings:
         """Its slabs are all there. After the sessions."""
         self._highest = max(self._highest, version.epoch, *version.slab_ids)
         for slab_id, size in zip(version.slab_ids, slab_bytes, strict=True):
-            self._restore(slab_id, version.tenant, size)
+            self._restore(slab_id, version.tenant, (Charge(version.device, size),))
         version.adoptable_since = now
         if version.state is State.LIVE:
             version.state = State.FENCING
@@ -401,7 +444,7 @@ class Holdings:
     def restore_slab(self, slab: StoreSlab) -> None:
         """A slab of blocks. After the sessions. Its records are read when its owner is known."""
         self._highest = max(self._highest, slab.epoch, slab.slab_id)
-        self._restore(slab.slab_id, slab.tenant, slab.size_bytes)
+        self._restore(slab.slab_id, slab.tenant, _charges(slab))
         self.store.add(slab)
 
     def restored(self) -> None:
@@ -415,7 +458,7 @@ class Holdings:
 
     def size_of(self, slab_id: int) -> int:
         """Bytes of a slab, records included."""
-        return self._sizes[slab_id][1]
+        return sum(charge.num_bytes for charge in self._charges[slab_id][1])
 
     def check(self) -> None:
         """What is always true."""
@@ -423,18 +466,21 @@ class Holdings:
         self.store.check()
         slab_ids = [slab_id for version in self.segments for slab_id in version.slab_ids]
         slab_ids += [slab.slab_id for slab in self.store]
-        assert sorted(slab_ids) == sorted(self._sizes), "every slab is somewhere, once"
+        assert sorted(slab_ids) == sorted(self._charges), "every slab is somewhere, once"
         for version in self.segments:
-            assert {self._sizes[slab_id][0] for slab_id in version.slab_ids} == {version.tenant}
+            assert {self._charges[slab_id][0] for slab_id in version.slab_ids} == {version.tenant}
             assert not version.owner or self.sessions.get(version.owner), "owners are known"
             assert all(self.sessions.get(one) for one in version.readers), "readers are known"
         for slab in self.store:
-            assert self._sizes[slab.slab_id] == (slab.tenant, slab.size_bytes)
+            assert self._charges[slab.slab_id] == (slab.tenant, _charges(slab))
             assert not slab.owner or self.sessions.get(slab.owner), "owners are known"
-        used: dict[str, int] = {}
-        for tenant, size in self._sizes.values():
-            used[tenant] = used.get(tenant, 0) + size
-        assert used == self.accounts.used, "the ledger is the sum of the slabs"
+        used: dict[Device, dict[str, int]] = {device: {} for device in self.accounts}
+        for tenant, charges in self._charges.values():
+            for charge in charges:
+                of_device = used[charge.device]
+                of_device[tenant] = of_device.get(tenant, 0) + charge.num_bytes
+        for device, accounts in self.accounts.items():
+            assert used[device] == accounts.used, "the ledger is the sum of the slabs"
         for session in self.sessions:
             assert session.is_connected or self._holds(session), "the dead are forgotten"
 
@@ -489,22 +535,31 @@ class Holdings:
             or self.store.has_pins(session_id)
         )
 
-    def _make_room(self, tenant: str, num_bytes: int) -> None:
-        """Evict until this much can be given. Raises MEMORY_EXHAUSTED if it cannot be."""
-        of_tenant, of_all = self.accounts.missing(tenant, num_bytes)
-        if of_tenant:
-            self._evict(of_tenant, tenant)
-        of_tenant, of_all = self.accounts.missing(tenant, num_bytes)
-        if of_all and not of_tenant:
-            self._evict(of_all, None)
-        of_tenant, of_all = self.accounts.missing(tenant, num_bytes)
-        if of_tenant or of_all:
-            self.news.add(NewsKind.PRESSURE, tenant=tenant, value=num_bytes)
-            self.accounts.charge(tenant, num_bytes)
+    def _total(self) -> int:
+        return sum(accounts.total for accounts in self.accounts.values())
 
-    def _evict(self, num_bytes: int, tenant: str | None) -> None:
+    def _make_room(self, tenant: str, charges: Sequence[Charge]) -> None:
+        """Evict until this much can be given. Raises MEMORY_EXHAUSTED if it cannot be."""
+        for charge in charges:
+            accounts, device, num_bytes = (
+                self.accounts[charge.device],
+                charge.device,
+                charge.num_bytes,
+            )
+            of_tenant, of_all = accounts.missing(tenant, num_bytes)
+            if of_tenant:
+                self._evict(of_tenant, device, tenant)
+            of_tenant, of_all = accounts.missing(tenant, num_bytes)
+            if of_all and not of_tenant:
+                self._evict(of_all, device, None)
+            of_tenant, of_all = accounts.missing(tenant, num_bytes)
+            if of_tenant or of_all:
+                self.news.add(NewsKind.PRESSURE, tenant=tenant, value=num_bytes)
+                accounts.charge(tenant, num_bytes)
+
+    def _evict(self, num_bytes: int, device: Device, tenant: str | None) -> None:
         before = self.store.num_evicted
-        self.store.evict(num_bytes, tenant=tenant)
+        self.store.evict(num_bytes, device=device, tenant=tenant)
         if self.store.num_evicted > before:
             self.news.add(
                 NewsKind.BLOCKS_EVICTED,
@@ -513,13 +568,15 @@ class Holdings:
             )
         self._settle()
 
-    def _take(self, slab_id: int, tenant: str, size: int) -> None:
-        self.accounts.charge(tenant, size)
-        self._sizes[slab_id] = (tenant, size)
+    def _take(self, slab_id: int, tenant: str, charges: tuple[Charge, ...]) -> None:
+        for charge in charges:
+            self.accounts[charge.device].charge(tenant, charge.num_bytes)
+        self._charges[slab_id] = (tenant, charges)
 
-    def _restore(self, slab_id: int, tenant: str, size: int) -> None:
-        self.accounts.restore(tenant, size)
-        self._sizes[slab_id] = (tenant, size)
+    def _restore(self, slab_id: int, tenant: str, charges: tuple[Charge, ...]) -> None:
+        for charge in charges:
+            self.accounts[charge.device].restore(tenant, charge.num_bytes)
+        self._charges[slab_id] = (tenant, charges)
 
     def _next(self, wall_us: int) -> int:
         """A number above all that were given, in this life and, by the clock, in earlier ones."""
@@ -545,7 +602,7 @@ class Holdings:
             kind = NewsKind.SEGMENT_SEALED if is_sealed else NewsKind.SEGMENT_CHANGED
             self._tell_version(kind, version)
             self.commands += [
-                Keep(slab_id) for slab_id in version.slab_ids if slab_id in self._sizes
+                Keep(slab_id) for slab_id in version.slab_ids if slab_id in self._charges
             ]
         self.segments.changed.clear()
         lost = [
@@ -557,12 +614,15 @@ class Holdings:
             self.segments.reader_lost(session.session_id)
             self.sessions.remove(session)
             self.commands.append(ForgetSession(session.session_id))
-        if (excess := self.accounts.above_watermark()) and self.store.evict(excess):
-            self._settle()
+        for device, accounts in self.accounts.items():
+            excess = accounts.above_watermark()
+            if excess and self.store.evict(excess, device=device):
+                self._settle()
 
     def _drop(self, slab_id: int) -> None:
-        tenant, size = self._sizes.pop(slab_id)
-        self.accounts.credit(tenant, size)
+        tenant, charges = self._charges.pop(slab_id)
+        for charge in charges:
+            self.accounts[charge.device].credit(tenant, charge.num_bytes)
         self.commands.append(Free(slab_id))
         for session in self.sessions:
             if slab_id in session.shown:
@@ -580,6 +640,12 @@ class Holdings:
             epoch=version.epoch,
             value=int(version.state),
         )
+
+
+def _charges(slab: StoreSlab) -> tuple[Charge, ...]:
+    """What a slab of blocks takes: of its own memory, and for its records of the host's."""
+    devices = (HOST,) if slab.device == HOST else (slab.device, HOST)
+    return tuple(Charge(device, slab.bytes_of(device)) for device in devices)
 
 
 def _check_layout(layout: bytes) -> None:

@@ -2,11 +2,12 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from memory_service import labels, memfd
+from memory_service.accounts import HOST, Device
 from memory_service.backend import Allocation, Backend
 from memory_service.holdings import (
     ForgetSession,
@@ -22,7 +23,7 @@ from memory_service.store import Block, StoreSlab
 from memory_service.vault_link import VaultLink
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.memory import channel, records
+from unbroken.memory import channel, checksums, records
 from unbroken.memory.records import RECORD_BYTES, Record, RecordState
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -31,6 +32,14 @@ CHECKED_AT_DEATH_BYTES_MAX = 256 * 1024 * 1024
 """Of blocks that a process left without telling: their bytes are compared at once, up to this."""
 
 _log = log.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Memory, and who knows what to do with it."""
+
+    backend: Backend
+    allocation: Allocation
 
 
 @dataclass(slots=True)
@@ -45,21 +54,27 @@ class Keeper:
     """All descriptors of the service.
 
     Attributes:
+        backends: Of the host and of each GPU.
         on_forget: Told of sessions of which nothing is left, before their descriptors are closed.
         unsealed: Slabs whose owner is gone and which the kernel did not let us seal yet.
     """
 
     def __init__(
-        self, holdings: Holdings, backend: Backend, *, on_forget: Callable[[int], None]
+        self,
+        holdings: Holdings,
+        backends: Mapping[Device, Backend],
+        *,
+        on_forget: Callable[[int], None],
     ) -> None:
+        assert backends.keys() == holdings.accounts.keys(), "one for each memory"
         self.holdings = holdings
-        self.backend = backend
+        self.backends = backends
         self.vault: VaultLink | None = None
         self.ends: dict[int, Ends] = {}
         self.unsealed: set[int] = set()
         self.on_forget = on_forget
-        self._slabs: dict[int, Allocation] = {}
-        self._tables: dict[int, Allocation] = {}
+        self._slabs: dict[int, Held] = {}
+        self._tables: dict[int, Held] = {}
 
     @property
     def num_fds(self) -> int:
@@ -67,42 +82,49 @@ class Keeper:
 
     # Memory.
 
-    def allocate(self, slab_ids: Sequence[int], sizes: Sequence[int]) -> None:
+    def allocate(
+        self, slab_ids: Sequence[int], sizes: Sequence[int], device: Device = HOST
+    ) -> None:
         """Memory for the slabs of a segment. Raises MEMORY_EXHAUSTED, with none of it left."""
         made: list[int] = []
         try:
             for slab_id, size in zip(slab_ids, sizes, strict=True):
-                self._slabs[slab_id] = self.backend.allocate(size, f"unbroken-{slab_id}")
+                self._slabs[slab_id] = self._allocated(device, size, f"unbroken-{slab_id}")
                 made.append(slab_id)
         except OSError as error:
             for slab_id in made:
-                self.backend.free(self._slabs.pop(slab_id))
+                _free(self._slabs.pop(slab_id))
             raise _no_memory(error) from error
 
     def allocate_store(self, slab: StoreSlab) -> None:
         """Memory for blocks, and for their records."""
-        self.allocate([slab.slab_id], [slab.block_bytes * slab.num_slots])
+        self.allocate([slab.slab_id], [slab.block_bytes * slab.num_slots], slab.device)
         size = RECORD_BYTES * slab.num_slots
         try:
-            self._tables[slab.slab_id] = self.backend.allocate(size, f"unbroken-{slab.slab_id}-t")
+            self._tables[slab.slab_id] = self._allocated(HOST, size, f"unbroken-{slab.slab_id}-t")
         except OSError as error:
-            self.backend.free(self._slabs.pop(slab.slab_id))
+            _free(self._slabs.pop(slab.slab_id))
             raise _no_memory(error) from error
+
+    def _allocated(self, device: Device, size: int, name: str) -> Held:
+        backend = self.backends[device]
+        return Held(backend, backend.allocate(size, name))
 
     def writable(self, slab_ids: Iterable[int]) -> list[int]:
         """Descriptors for their owner; ours, not to be closed."""
-        return [self._slabs[slab_id].fd for slab_id in slab_ids]
+        return [self._slabs[slab_id].allocation.fd for slab_id in slab_ids]
 
     def table(self, slab_id: int) -> int:
         """The descriptor of a slab's records, for its owner."""
-        return self._tables[slab_id].fd
+        return self._tables[slab_id].allocation.fd
 
     def read_only(self, slab_ids: Iterable[int]) -> list[int]:
         """Descriptors for readers, which the caller closes. Raises MEMORY_EXHAUSTED."""
         fds: list[int] = []
         try:
             for slab_id in slab_ids:  # One by one: those before are to be closed.
-                fds.append(self.backend.read_only(self._slabs[slab_id]))  # noqa: PERF401
+                held = self._slabs[slab_id]
+                fds.append(held.backend.read_only(held.allocation))
         except OSError as error:
             channel.close_all(fds)
             raise _no_memory(error) from error
@@ -111,15 +133,20 @@ class Keeper:
     def seal(self, slab_ids: Iterable[int]) -> bool:
         """Whether nobody can write to any of them, or to their records, any more."""
         return all(
-            self.backend.seal(allocation)
+            held.backend.seal(held.allocation)
             for slab_id in slab_ids
-            for allocation in (self._slabs.get(slab_id), self._tables.get(slab_id))
-            if allocation is not None
+            for held in (self._slabs.get(slab_id), self._tables.get(slab_id))
+            if held is not None
         )
 
+    def is_readable(self, device: Device) -> bool:
+        """Whether the bytes of its slabs can be looked at here."""
+        return self.backends[device].is_readable
+
     def slab_view(self, slab_id: int) -> memoryview:
-        """The bytes of a slab."""
-        return self.backend.view(self._slabs[slab_id])
+        """The bytes of a slab, of a memory that is readable."""
+        held = self._slabs[slab_id]
+        return held.backend.view(held.allocation)
 
     def block_view(self, block: Block) -> memoryview:
         """The bytes of a block."""
@@ -128,13 +155,15 @@ class Keeper:
 
     def record(self, slab_id: int, slot: int) -> Record | None:
         """What the table of a slab says of a slot."""
-        table = self.backend.view(self._tables[slab_id])
+        held = self._tables[slab_id]
+        table = held.backend.view(held.allocation)
         data = bytes(table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES])
         return records.parse(data, slab_id=slab_id, slot=slot)
 
     def read(self, slab: StoreSlab) -> list[tuple[int, Record | None]]:
         """All records of a slab."""
-        table = bytes(self.backend.view(self._tables[slab.slab_id]))
+        held = self._tables[slab.slab_id]
+        table = bytes(held.backend.view(held.allocation))
         return [
             (
                 slot,
@@ -189,6 +218,8 @@ class Keeper:
     def _read_checked(self, slab: StoreSlab) -> list[tuple[int, Record | None]]:
         """Records of a slab; without those that are new and whose bytes are wrong."""
         found = self.read(slab)
+        if not self.is_readable(slab.device):
+            return found
         left = CHECKED_AT_DEATH_BYTES_MAX
         view, size = self.slab_view(slab.slab_id), slab.block_bytes
         for index, (slot, record) in enumerate(found):
@@ -197,7 +228,8 @@ class Keeper:
             if slot in slab.blocks:
                 continue
             left -= size
-            if records.checksum(view[slot * size : (slot + 1) * size]) != record.checksum:
+            seen = checksums.compute(view[slot * size : (slot + 1) * size], record.algorithm)
+            if seen != record.checksum:
                 _log.error("block corrupt", slab=slab.slab_id, slot=slot, where="adoption")
                 self.holdings.num_corrupt += 1
                 found[index] = (slot, None)
@@ -220,7 +252,7 @@ class Keeper:
         for entry, fds in found:
             try:
                 self._take(entry, fds)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, UnbrokenError) as error:  # Such as of a GPU that is gone.
                 _log.error("entry of the vault unusable", entry=entry.entry_id, detail=str(error))
                 channel.close_all(fds)
             else:
@@ -240,11 +272,14 @@ class Keeper:
             return
         (slab,) = entry.segment.slabs
         data, *table = fds
-        adopted = self.backend.adopt(data, slab.size_bytes)
+        backend = self.backends[self.holdings.device(slab.memory_kind, slab.device)]
+        held = Held(backend, backend.adopt(data, slab.size_bytes))
         if slab.num_slots:
             (fd,) = table
-            self._tables[entry.entry_id] = self.backend.adopt(fd, RECORD_BYTES * slab.num_slots)
-        self._slabs[entry.entry_id] = adopted
+            host = self.backends[HOST]
+            adopted = host.adopt(fd, RECORD_BYTES * slab.num_slots)
+            self._tables[entry.entry_id] = Held(host, adopted)
+        self._slabs[entry.entry_id] = held
 
     def _keep(self, slab_id: int) -> None:
         if self.vault is None or slab_id not in self._slabs:
@@ -253,7 +288,7 @@ class Keeper:
         if entry is None:
             return
         table = self._tables.get(slab_id)
-        fds = [self._slabs[slab_id].fd, *([] if table is None else [table.fd])]
+        fds = [held.allocation.fd for held in (self._slabs[slab_id], table) if held is not None]
         self.vault.put(entry, fds)
 
     def _keep_session(self, session_id: int) -> None:
@@ -262,9 +297,9 @@ class Keeper:
             self.vault.put(labels.session_entry(session), (ends.lifeline, ends.pidfd))
 
     def _free(self, slab_id: int) -> None:
-        for allocation in (self._slabs.pop(slab_id, None), self._tables.pop(slab_id, None)):
-            if allocation is not None:
-                self.backend.free(allocation)
+        for held in (self._slabs.pop(slab_id, None), self._tables.pop(slab_id, None)):
+            if held is not None:
+                _free(held)
         if self.vault is not None:
             self.vault.drop(slab_id)
 
@@ -276,6 +311,10 @@ class Keeper:
             os.close(ends.pidfd)
         if self.vault is not None:
             self.vault.drop(session_id)
+
+
+def _free(held: Held) -> None:
+    held.backend.free(held.allocation)
 
 
 def make_lifeline(session_pid: int) -> int:

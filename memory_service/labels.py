@@ -7,10 +7,13 @@ is newer.
 
 from collections.abc import Iterable
 
+from memory_service.accounts import Device
 from memory_service.holdings import Holdings
 from memory_service.segments import SegmentClass, State, Version
 from memory_service.sessions import Peer, Session
 from memory_service.store import SlabState, StoreSlab
+from unbroken.memory import checksums
+from unbroken.memory.checksums import Algorithm
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -34,10 +37,18 @@ def session_to_proto(session: Session) -> pb.Session:
 
 def version_to_proto(holdings: Holdings, version: Version) -> pb.Segment:
     """With all its slabs."""
-    checksums = version.checksums or (None,) * len(version.slab_ids)
+    sums = version.checksums or (None,) * len(version.slab_ids)
     slabs = [
-        pb.Slab(slab_id=slab_id, size_bytes=holdings.size_of(slab_id), checksum=checksum)
-        for slab_id, checksum in zip(version.slab_ids, checksums, strict=True)
+        pb.Slab(
+            slab_id=slab_id,
+            size_bytes=holdings.size_of(slab_id),
+            checksum=checksum,
+            memory_kind=kind_to_proto(version.device),
+            device=version.device.uuid,
+            checksum_algorithm=algorithm_to_proto(version.algorithm),
+            allocated_bytes=holdings.size_of(slab_id),
+        )
+        for slab_id, checksum in zip(version.slab_ids, sums, strict=True)
     ]
     return pb.Segment(
         name=version.name,
@@ -53,6 +64,16 @@ def version_to_proto(holdings: Holdings, version: Version) -> pb.Segment:
     )
 
 
+def kind_to_proto(device: Device) -> pb.MemoryKind.ValueType:
+    """Of which kind a memory is."""
+    return pb.MemoryKind.ValueType(int(device.kind))
+
+
+def algorithm_to_proto(algorithm: Algorithm) -> pb.ChecksumAlgorithm.ValueType:
+    """As the contract numbers it."""
+    return pb.ChecksumAlgorithm.ValueType(int(algorithm))
+
+
 def slab_to_proto(slab: StoreSlab) -> pb.Slab:
     """A slab of the block store."""
     return pb.Slab(
@@ -61,6 +82,9 @@ def slab_to_proto(slab: StoreSlab) -> pb.Slab:
         block_bytes=slab.block_bytes,
         num_slots=slab.num_slots,
         state=pb.SlabState.ValueType(int(slab.state)),
+        memory_kind=kind_to_proto(slab.device),
+        device=slab.device.uuid,
+        allocated_bytes=slab.allocated_bytes,
     )
 
 
@@ -122,14 +146,14 @@ def restore(holdings: Holdings, entries: Iterable[wire.VaultEntry], now: float) 
             key = (segment.tenant, segment.name, segment.version)
             parts.setdefault(key, []).append(entry)
     for segment in stores:
-        holdings.restore_slab(_store_slab(segment))
+        holdings.restore_slab(_store_slab(holdings, segment))
     newest: dict[tuple[str, str], int] = {}
     whole: list[tuple[Version, list[int]]] = []
     for key in sorted(parts):
         some = parts[key]
         if len(some) != some[0].num_slabs:
             continue
-        version = _version(some)
+        version = _version(holdings, some)
         whole.append((version, [entry.segment.slabs[0].size_bytes for entry in some]))
         if version.state is State.SEALED:
             newest[key[:2]] = max(newest.get(key[:2], 0), version.version)
@@ -153,7 +177,7 @@ def _peer(session: pb.Session) -> Peer:
     )
 
 
-def _store_slab(segment: pb.Segment) -> StoreSlab:
+def _store_slab(holdings: Holdings, segment: pb.Segment) -> StoreSlab:
     (slab,) = segment.slabs
     return StoreSlab(
         slab.slab_id,
@@ -163,15 +187,17 @@ def _store_slab(segment: pb.Segment) -> StoreSlab:
         slab.block_bytes,
         slab.num_slots,
         SlabState(slab.state),
+        holdings.device(slab.memory_kind, slab.device),
     )
 
 
-def _version(entries: list[wire.VaultEntry]) -> Version:
+def _version(holdings: Holdings, entries: list[wire.VaultEntry]) -> Version:
     entries.sort(key=lambda entry: entry.slab_index)
     segments = [entry.segment for entry in entries]
     oldest = min(segments, key=lambda segment: (segment.epoch, segment.state))
     state = State(oldest.state)
     is_immutable = state in (State.SEALED, State.RETIRED)
+    slab = oldest.slabs[0]
     return Version(
         oldest.tenant,
         oldest.name,
@@ -183,4 +209,6 @@ def _version(entries: list[wire.VaultEntry]) -> Version:
         state,
         oldest.layout,
         tuple(segment.slabs[0].checksum for segment in segments) if is_immutable else (),
+        checksums.of_contract(slab.checksum_algorithm),
+        holdings.device(slab.memory_kind, slab.device),
     )

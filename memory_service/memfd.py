@@ -43,6 +43,8 @@ def seal(fd: int) -> bool:
 class MemfdBackend:
     """See `memory_service.backend.Backend`."""
 
+    is_readable = True
+
     def __init__(self) -> None:
         self._mappings: dict[int, mmap.mmap] = {}  # By descriptor.
 

@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
+from memory_service.accounts import HOST
 from memory_service.holdings import Holdings
 from memory_service.segments import State
 
@@ -28,7 +29,7 @@ class HoldingsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         holdings = self._holdings
         limits = holdings.policy.limits
-        yield _gauge("used_bytes", "Memory that is given out.", holdings.accounts.total)
+        yield _gauge("used_bytes", "Memory that is given out.", holdings.accounts[HOST].total)
         yield _gauge("capacity_bytes", "Memory that may be given out.", limits.capacity_bytes)
         yield _gauge("quarantined_bytes", "Memory that nobody may touch.", quarantined(holdings))
         yield _gauge("sessions", "Processes that hold memory.", len(holdings.sessions))

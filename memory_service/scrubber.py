@@ -9,7 +9,7 @@ from memory_service.keeper import Keeper
 from memory_service.segments import State, Version
 from memory_service.store import Block
 from unbroken import log
-from unbroken.memory import records
+from unbroken.memory import checksums
 
 IDLE_S = 1.0
 """Between two rounds, and when there is nothing to compare."""
@@ -52,11 +52,13 @@ class Scrubber:
         """One round over everything that is committed or sealed; 0: as fast as can be."""
         result = Result()
         for block in self._holdings.store.blocks():
-            if tenant in ("", block.slab.tenant):
+            is_readable = self._keeper.is_readable(block.slab.device)
+            if tenant in ("", block.slab.tenant) and is_readable:
                 await self._block(block, result)
                 await self._pause(block.slab.block_bytes, bytes_per_s)
         for version in list(self._holdings.segments):
-            if tenant in ("", version.tenant) and version.state is State.SEALED:
+            is_readable = self._keeper.is_readable(version.device) and version.state is State.SEALED
+            if tenant in ("", version.tenant) and is_readable:
                 await self._version(version, result, bytes_per_s)
         return result
 
@@ -64,7 +66,8 @@ class Scrubber:
         slab = block.slab
         if slab.blocks.get(block.slot) is not block:
             return  # Evicted meanwhile.
-        seen = await asyncio.to_thread(records.checksum, self._keeper.block_view(block))
+        view = self._keeper.block_view(block)
+        seen = await asyncio.to_thread(checksums.compute, view, block.algorithm)
         if slab.blocks.get(block.slot) is not block:
             return
         self._add(result, slab.block_bytes, is_intact=seen == block.checksum)
@@ -78,7 +81,7 @@ class Scrubber:
             if version not in list(self._holdings.segments):
                 return  # Freed meanwhile.
             view = self._keeper.slab_view(slab_id)
-            seen = await asyncio.to_thread(records.checksum, view)
+            seen = await asyncio.to_thread(checksums.compute, view, version.algorithm)
             self._add(result, len(view), is_intact=seen == expected)
             if seen != expected and version in list(self._holdings.segments):
                 _log.error("segment corrupt", segment=version.name, where="scrubber")

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from memory_service.accounts import HOST, Device
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.memory.checksums import Algorithm
 
 
 class SegmentClass(IntEnum):
@@ -60,6 +62,9 @@ class Version:
     state: State = State.BUILDING
     layout: bytes = b""
     checksums: tuple[int, ...] = ()
+    algorithm: Algorithm = Algorithm.XXH3
+    """Of the checksums."""
+    device: Device = HOST
     readers: set[int] = field(default_factory=set[int])
     adoptable_since: float = 0.0
 
@@ -147,13 +152,20 @@ class Segments:
             )
         return version
 
-    def seal(self, version: Version, checksums: tuple[int, ...], layout: bytes) -> None:
+    def seal(
+        self,
+        version: Version,
+        checksums: tuple[int, ...],
+        layout: bytes,
+        algorithm: Algorithm = Algorithm.XXH3,
+    ) -> None:
         """Make it the newest, after `check_seal`; nothing writes to it any more."""
         if version.state is State.SEALED:
             return
         assert version.state is State.BUILDING, "checked before"
         assert len(checksums) == len(version.slab_ids), "one for each slab"
-        version.checksums, version.layout, version.owner = checksums, layout, 0
+        version.checksums, version.algorithm = checksums, algorithm
+        version.layout, version.owner = layout, 0
         self._move(version, State.SEALED)
         for other in list(self._of(version.tenant, version.name)):
             if other is not version and other.state is State.SEALED:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grpc.aio
 
-from memory_service.accounts import Limits
+from memory_service.accounts import HOST, Limits
 from memory_service.config import MemoryConfig
 from memory_service.control import Control
 from memory_service.fencing import FencePolicy
@@ -66,7 +66,7 @@ class MemoryService:
         )
         self._grants = config.user_grants()
         self.holdings = Holdings(policy, secrets.randbits(63) | 1)
-        self.keeper = Keeper(self.holdings, MemfdBackend(), on_forget=self._forget)
+        self.keeper = Keeper(self.holdings, {HOST: MemfdBackend()}, on_forget=self._forget)
         self.channel = SessionChannel(
             self.holdings, self.keeper, may_use=self._may_use, clock=clock
         )

@@ -22,11 +22,14 @@ from memory_service.holdings import PIN_S_MAX, Holdings
 from memory_service.keeper import Ends, Keeper, make_lifeline
 from memory_service.segments import SegmentClass, State, Version
 from memory_service.sessions import Peer, Session
+from memory_service.store import Block
 from unbroken import log
 from unbroken.discovery import incarnation_now
 from unbroken.errors import InvalidField, Reason, UnbrokenError
-from unbroken.memory import channel, keys, records
+from unbroken.memory import channel, checksums, keys
 from unbroken.memory.channel import ChannelClosed
+from unbroken.memory.checksums import Algorithm
+from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
 PROTOCOL_VERSION: Final = 1
@@ -404,11 +407,12 @@ class Connection:
             kind = SegmentClass(create.segment_class)
         except ValueError:
             raise InvalidField("segment_class", "a known class", create.segment_class) from None
+        device = owner.holdings.device(create.memory_kind, create.device)
         version = owner.holdings.create_segment(
-            session, create.name, kind, create.slab_bytes, incarnation_now()
+            session, create.name, kind, create.slab_bytes, incarnation_now(), device
         )
         try:
-            owner.keeper.allocate(version.slab_ids, create.slab_bytes)
+            owner.keeper.allocate(version.slab_ids, create.slab_bytes, device)
         except UnbrokenError:
             owner.holdings.release_segment(session, version.name, version.version)
             raise
@@ -417,7 +421,11 @@ class Connection:
     def _open_slab(self, session: Session, wanted: wire.OpenSlab) -> Answer:
         owner = self._owner
         slab = owner.holdings.open_slab(
-            session, wanted.block_bytes, wanted.num_slots, incarnation_now()
+            session,
+            wanted.block_bytes,
+            wanted.num_slots,
+            incarnation_now(),
+            owner.holdings.device(wanted.memory_kind, wanted.device),
         )
         try:
             owner.keeper.allocate_store(slab)
@@ -430,6 +438,11 @@ class Connection:
     async def _seal_segment(self, seal: wire.SealSegment) -> Answer:
         owner, session = self._owner, self.session
         assert session is not None, "bound before"
+        try:
+            algorithm = checksums.of_contract(seal.checksum_algorithm)
+        except ValueError:
+            known = "a known algorithm"
+            raise InvalidField("checksum_algorithm", known, seal.checksum_algorithm) from None
         version = owner.holdings.check_seal(
             session, seal.name, seal.epoch, seal.checksums, seal.layout
         )
@@ -438,19 +451,29 @@ class Connection:
                 raise UnbrokenError(
                     Reason.SEGMENT_BUSY, f"expected nobody to have {version} mapped for writing"
                 )
-            views = [owner.keeper.slab_view(slab_id) for slab_id in version.slab_ids]
-            for view, expected in zip(views, seal.checksums, strict=True):
-                seen = await asyncio.to_thread(records.checksum, view)
-                if seen != expected:
-                    owner.holdings.num_corrupt += 1
-                    raise UnbrokenError(
-                        Reason.CHECKSUM_MISMATCH,
-                        f"expected {expected:016x} in a slab of {version.name}, got {seen:016x}",
-                    )
-            owner.holdings.seal_segment(session, seal.name, seal.epoch, seal.checksums, seal.layout)
+            if owner.keeper.is_readable(version.device):
+                await self._compare(version, seal.checksums, algorithm)
+            owner.holdings.seal_segment(
+                session, seal.name, seal.epoch, seal.checksums, seal.layout, algorithm
+            )
         return _reply(
             granted=wire.Granted(segment=labels.version_to_proto(owner.holdings, version))
         )
+
+    async def _compare(
+        self, version: Version, expected: Sequence[int], algorithm: Algorithm
+    ) -> None:
+        """Raise unless the bytes are what their writer meant."""
+        owner = self._owner
+        views = [owner.keeper.slab_view(slab_id) for slab_id in version.slab_ids]
+        for view, wanted in zip(views, expected, strict=True):
+            seen = await asyncio.to_thread(checksums.compute, view, algorithm)
+            if seen != wanted:
+                owner.holdings.num_corrupt += 1
+                raise UnbrokenError(
+                    Reason.CHECKSUM_MISMATCH,
+                    f"expected {wanted:016x} in a slab of {version.name}, got {seen:016x}",
+                )
 
     def _commit(self, session: Session, commit: wire.CommitBlocks) -> Answer:
         owner = self._owner
@@ -486,6 +509,7 @@ class Connection:
             generations=[block.generation for block in blocks],
             checksums=[block.checksum for block in blocks],
             num_tokens=[block.num_tokens for block in blocks],
+            checksum_algorithms=_algorithms(blocks),
             new_slabs=[labels.slab_to_proto(slab) for slab in new],
             freed_slab_ids=freed,
         )
@@ -509,7 +533,11 @@ class Connection:
             return _DONE
         if block.generation != report.generation:
             return _DONE
-        if records.checksum(owner.keeper.block_view(block)) != block.checksum:
+        if not owner.keeper.is_readable(slab.device):
+            # Nothing of it can be looked at here. The report is its tenant's own, and costs a miss.
+            owner.holdings.block_corrupt(report.slab_id, report.slot, report.generation)
+            return _DONE
+        if checksums.compute(owner.keeper.block_view(block), block.algorithm) != block.checksum:
             _log.error("block corrupt", slab=report.slab_id, slot=report.slot, where="get")
             owner.holdings.block_corrupt(report.slab_id, report.slot, report.generation)
         return _DONE
@@ -517,6 +545,13 @@ class Connection:
     def _granted(self, version: Version, fds: Sequence[int], ours: Sequence[int]) -> Answer:
         segment = labels.version_to_proto(self._owner.holdings, version)
         return _reply(fds, ours, granted=wire.Granted(segment=segment))
+
+
+def _algorithms(blocks: Sequence[Block]) -> list[pb.ChecksumAlgorithm.ValueType]:
+    """One for each block; none if all are xxh3."""
+    if all(block.algorithm is Algorithm.XXH3 for block in blocks):
+        return []
+    return [labels.algorithm_to_proto(block.algorithm) for block in blocks]
 
 
 def _reply(

@@ -21,7 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from memory_service.accounts import HOST, Device
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.memory.checksums import Algorithm
 from unbroken.memory.records import RECORD_BYTES, Record, RecordState
 
 
@@ -43,6 +45,8 @@ class Block:
     checksum: int
     num_tokens: int
     last_used: int
+    algorithm: Algorithm = Algorithm.XXH3
+    """Of the checksum."""
     num_pins: int = 0
 
 
@@ -58,15 +62,22 @@ class StoreSlab:
     block_bytes: int
     num_slots: int
     state: SlabState = SlabState.OPEN
+    device: Device = HOST
+    """Where the blocks are; their records are always the host's."""
     blocks: dict[int, Block] = field(default_factory=dict[int, Block])
     """By slot."""
     dropped: dict[int, Block] = field(default_factory=dict[int, Block])
     """By slot, blocks whose bytes were wrong: their owner does not know that the slot is free."""
 
     @property
-    def size_bytes(self) -> int:
-        """Blocks and records."""
-        return (self.block_bytes + RECORD_BYTES) * self.num_slots
+    def allocated_bytes(self) -> int:
+        """Of the blocks."""
+        return self.device.rounded(self.block_bytes * self.num_slots)
+
+    def bytes_of(self, device: Device) -> int:
+        """What it takes of a memory, records included."""
+        blocks = self.allocated_bytes if device == self.device else 0
+        return blocks + (HOST.rounded(RECORD_BYTES * self.num_slots) if device == HOST else 0)
 
     @property
     def is_pinned(self) -> bool:
@@ -180,6 +191,7 @@ class BlockStore:
                 record.checksum,
                 record.num_tokens,
                 self._use,
+                record.algorithm,
             )
             slab.blocks[slot] = block
             self._index[slab.tenant, record.key] = block
@@ -270,13 +282,17 @@ class BlockStore:
         slab.state, slab.owner = SlabState.SEALED, 0
         self._free_if_empty(slab)
 
-    def evict(self, num_bytes: int, *, tenant: str | None = None) -> int:
-        """Free sealed slabs that nobody reads, until so many bytes are; returns how many are."""
+    def evict(self, num_bytes: int, *, device: Device = HOST, tenant: str | None = None) -> int:
+        """Free sealed slabs of a memory that nobody reads, until so many bytes are free.
+
+        Returns how many are.
+        """
         freed = 0
         idle = [
             slab
             for slab in self
             if slab.state is SlabState.SEALED
+            and slab.device == device
             and not slab.is_pinned
             and (tenant is None or slab.tenant == tenant)
         ]
@@ -284,7 +300,7 @@ class BlockStore:
             if freed >= num_bytes:
                 break
             self.num_evicted += len(slab.blocks)
-            freed += slab.size_bytes
+            freed += slab.bytes_of(device)
             self._free(slab)
         return freed
 

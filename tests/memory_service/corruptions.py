@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from tests.memory_service.processes import ServiceProcess
 from tests.memory_service.victim import BLOCK_BYTES, bytes_of
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.memory import channel, records
+from unbroken.memory import channel, checksums, records
 from unbroken.memory.client import BlockWriter, MemoryClient, SegmentClass
 from unbroken.memory.records import RECORD_BYTES, Record, RecordState
 from unbroken.v1 import memory_session_pb2 as wire
@@ -95,7 +95,7 @@ class Corruptions:
             generation + 1,
             slot,
             self._random.randbytes(32),
-            records.checksum(bytes(BLOCK_BYTES)),
+            checksums.compute(bytes(BLOCK_BYTES)),
         )
         start = slot * RECORD_BYTES
         self._table[start : start + RECORD_BYTES] = record.to_bytes(self._writer.slab_id)
@@ -104,7 +104,7 @@ class Corruptions:
     def weights(self) -> bool:
         segment = self._writing.create("spoiled", SegmentClass.WEIGHTS, [4096])
         segment.slabs[0][:] = self._random.randbytes(4096)
-        checksum = records.checksum(memoryview(segment.slabs[0]))
+        checksum = checksums.compute(memoryview(segment.slabs[0]))
         bit = self._random.randrange(4096 * 8)
         segment.slabs[0][bit // 8] ^= 1 << bit % 8
         segment.unmap()

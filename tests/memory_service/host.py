@@ -7,7 +7,7 @@ test can run any order of events. Bytes are numbers: `content(key)` is what a bl
 from dataclasses import dataclass, field
 
 from memory_service import fencing, labels
-from memory_service.accounts import Limits
+from memory_service.accounts import HOST, Device, Limits
 from memory_service.fencing import FencePolicy
 from memory_service.holdings import (
     ForgetSession,
@@ -31,8 +31,8 @@ POLICY = Policy(
     FencePolicy(rebind_grace_s=5.0),
     orphan_grace_s=60.0,
 )
-BLOCK_BYTES = 4096 - 64
-"""With its record, a page."""
+BLOCK_BYTES = 3072
+"""Four of them take three pages, and their records another."""
 
 
 def content(key: bytes) -> int:
@@ -114,17 +114,27 @@ class Host:
         process.is_alive = False
         self.see(process, fencing.ConnectionLost(), fencing.LifelineSealed(), fencing.Exited())
 
-    def open_slab(self, process: Process, num_slots: int = 4) -> StoreSlab:
-        slab = self.holdings.open_slab(process.session, BLOCK_BYTES, num_slots, self.tick())
+    def open_slab(
+        self, process: Process, num_slots: int = 4, *, device: Device = HOST
+    ) -> StoreSlab:
+        slab = self.holdings.open_slab(process.session, BLOCK_BYTES, num_slots, self.tick(), device)
         self.memory[slab.slab_id] = Memory()
         process.free[slab.slab_id] = list(range(num_slots))
         self.obey()
         return slab
 
-    def create(self, process: Process, name: str, kind: int, num_pages: int = 1) -> int:
+    def create(
+        self,
+        process: Process,
+        name: str,
+        kind: int,
+        num_pages: int = 1,
+        *,
+        device: Device = HOST,
+    ) -> int:
         """The epoch of a new version of one slab."""
         version = self.holdings.create_segment(
-            process.session, name, SegmentClass(kind), [num_pages * 4096], self.tick()
+            process.session, name, SegmentClass(kind), [num_pages * 4096], self.tick(), device
         )
         for slab_id in version.slab_ids:
             self.memory[slab_id] = Memory()

@@ -1,8 +1,11 @@
 """Claims of `memory_service.holdings`: who gets which memory, and what becomes of it."""
 
+import dataclasses
+
 import pytest
 
 from memory_service import fencing
+from memory_service.accounts import HOST, Device, Limits, MemoryKind
 from memory_service.fencing import FencePolicy
 from memory_service.holdings import Policy
 from memory_service.news import NewsKind
@@ -212,7 +215,7 @@ def test_scratch_and_unfrozen_pools_die_with_their_owner() -> None:
     assert states(host) == []
     assert not host.memory
     assert not host.vault
-    assert host.holdings.accounts.total == 0
+    assert host.holdings.accounts[HOST].total == 0
     assert len(host.holdings.sessions) == 0
 
 
@@ -315,10 +318,10 @@ def test_above_the_high_watermark_blocks_are_evicted_down_to_the_low_one() -> No
             slab = host.open_slab(writer)
             host.put(writer, slab.slab_id, slab.slab_id)
             host.die(writer)
-    assert host.holdings.accounts.total == 56 * 4096
+    assert host.holdings.accounts[HOST].total == 56 * 4096
     host.open_slab(host.bind("c"), num_slots=5)
     limits = POLICY.limits
-    assert host.holdings.accounts.total <= limits.low_share * limits.capacity_bytes
+    assert host.holdings.accounts[HOST].total <= limits.low_share * limits.capacity_bytes
     kinds = [item.kind for item in host.holdings.news.since(0)[0]]
     assert NewsKind.FREED in kinds
 
@@ -425,3 +428,43 @@ def test_watchers_go_on_where_they_were_and_learn_of_gaps() -> None:
         news.add(NewsKind.PRESSURE)
     assert news.since(2)[1]
     assert not news.since(news.sequence)[1]
+
+
+GPU = Device(MemoryKind.CUDA, "GPU-1", page_bytes=2 << 20)
+WITH_GPU = dataclasses.replace(POLICY, gpus={GPU: Limits(8 << 20, 6 << 20)})
+
+
+def test_a_gpus_memory_is_given_in_its_own_pages_and_records_are_the_hosts() -> None:
+    host = Host(WITH_GPU)
+    owner = host.bind()
+    slab = host.open_slab(owner, device=host.holdings.device(2, "GPU-1"))
+    accounts = host.holdings.accounts
+    assert (accounts[GPU].total, accounts[HOST].total) == (2 << 20, 4096)
+    with pytest.raises(UnbrokenError) as raised:
+        host.holdings.create_segment(owner.session, "kv", POOL, [4096], host.tick(), GPU)
+    assert refused(raised) is Reason.INVALID_FIELD
+    with pytest.raises(UnbrokenError) as raised:
+        host.holdings.create_segment(owner.session, "kv", POOL, [6 << 20], host.tick(), GPU)
+    assert refused(raised) is Reason.MEMORY_EXHAUSTED, "more than the quota of this memory"
+    host.put(owner, slab.slab_id, 1)
+    host.die(owner)
+    assert host.holdings.evict("t", "") == (2 << 20) + 4096
+    assert (accounts[GPU].total, accounts[HOST].total) == (0, 0)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UnbrokenError) as raised:
+        Host(WITH_GPU).holdings.device(2, "GPU-2")
+    assert refused(raised) is Reason.INVALID_FIELD
+    assert Host().holdings.device(0, "") == Host().holdings.device(1, "") == HOST
+
+
+def test_memory_of_a_gpu_is_known_as_such_to_the_next_life_of_the_service() -> None:
+    host = Host(WITH_GPU)
+    owner = host.bind()
+    host.open_slab(owner, device=GPU)
+    host.create(owner, "kv", POOL, 512, device=GPU)
+    host.crash()
+    accounts = host.holdings.accounts
+    assert (accounts[GPU].total, accounts[HOST].total) == (4 << 20, 4096)
+    assert {version.device for version in host.holdings.segments} == {GPU}

@@ -16,7 +16,7 @@ import uvloop
 from tests.memory_service.processes import ServiceProcess, Victims, serving, until
 from tests.memory_service.victim import BLOCK_BYTES, bytes_of, key_of
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.memory import channel, records
+from unbroken.memory import channel, checksums
 from unbroken.memory.client import BlockWriter, MemoryClient, SegmentClass
 from unbroken.status import from_rpc_error
 from unbroken.transport import open_channel
@@ -158,7 +158,7 @@ def test_weights_that_are_still_mapped_for_writing_are_not_sealed(service: Servi
     with service.client() as writing:
         segment = writing.create("mapped", SegmentClass.WEIGHTS, [4096])
         seal = wire.SealSegment(
-            name="mapped", epoch=segment.epoch, checksums=[records.checksum(bytes(4096))]
+            name="mapped", epoch=segment.epoch, checksums=[checksums.compute(bytes(4096))]
         )
         with pytest.raises(UnbrokenError) as raised:
             writing.call(wire.SessionRequest(seal=seal))
@@ -308,10 +308,13 @@ def test_blocks_are_read_over_grpc_up_to_the_first_that_is_missing(
     with service.client(tenant="remote") as writing:
         put(writing.open_writer(BLOCK_BYTES, 4), 9, 3)
         parts = asked(service, read)
+    last = parts.pop()
+    assert (last.index, last.end) == (3, pb.READ_END_MISSING)
     assert [part.index for part in parts] == [0, 1, 2]
     for part, key in zip(parts, keys_of(9, 3), strict=True):
         assert part.data == bytes_of(key)
-        assert part.checksum == records.checksum(part.data)
+        assert part.checksum == checksums.compute(part.data)
+        assert part.checksum_algorithm == pb.CHECKSUM_ALGORITHM_XXH3
         assert (part.size_bytes, part.num_tokens) == (BLOCK_BYTES, 16)
 
 

@@ -29,8 +29,9 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.memory import channel, records
+from unbroken.memory import channel, checksums, records
 from unbroken.memory.channel import ChannelClosed
+from unbroken.memory.checksums import Algorithm
 from unbroken.memory.records import RECORD_BYTES, Record, RecordState
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
@@ -84,6 +85,9 @@ class StoredBlock(NamedTuple):
 
     data: memoryview
     num_tokens: int
+    checksum: int
+    algorithm: Algorithm
+    """Of the checksum."""
 
 
 @dataclass(slots=True, eq=False)
@@ -235,10 +239,10 @@ class MemoryClient:
     def seal(self, segment: Segment, layout: bytes = b"") -> None:
         """Publish weights: from now on `attach` gives them. The segment is unmapped."""
         with self._lock:
-            checksums = [records.checksum(memoryview(slab)) for slab in segment.slabs]
+            sums = [checksums.compute(memoryview(slab)) for slab in segment.slabs]
             segment.unmap()
             seal = wire.SealSegment(
-                name=segment.name, epoch=segment.epoch, checksums=checksums, layout=layout
+                name=segment.name, epoch=segment.epoch, checksums=sums, layout=layout
             )
             self._call(wire.SessionRequest(seal=seal), timeout_s=0)
             self._disown(segment)
@@ -308,7 +312,7 @@ class MemoryClient:
         """The blocks of the first keys (1,000 at most) that are stored and intact.
 
         They lie where they were written: nothing is copied. Without `checked` the caller compares
-        them with what `Record` says, such as on a GPU.
+        each with its checksum, such as on a GPU.
         """
         get = wire.GetBlocks(keys=b"".join(keys))
         get.ttl.FromMilliseconds(round(ttl_s * 1000))
@@ -335,9 +339,17 @@ class MemoryClient:
                         slots, map(views.__getitem__, slab_ids), strict=True
                     )
                 ]
+            algorithms = list(map(checksums.of_contract, pinned.checksum_algorithms))
+            columns = zip(
+                datas,
+                pinned.num_tokens,
+                pinned.checksums,
+                algorithms or [Algorithm.XXH3] * len(datas),
+                strict=True,
+            )
+            blocks = list(map(StoredBlock._make, columns))
             if checked:
-                datas = datas[: self._num_intact(pinned, datas)]
-            blocks = list(map(StoredBlock._make, zip(datas, pinned.num_tokens, strict=False)))
+                blocks = blocks[: self._num_intact(pinned, blocks)]
             return Pinned(self, pinned.pin_id, blocks, begun + ttl_s)
 
     def release_pin(self, pin_id: int, life: int) -> None:
@@ -474,13 +486,13 @@ class MemoryClient:
             return self._reading[slab_id]
         return self._writers[slab_id].as_reader()
 
-    def _num_intact(self, pinned: wire.Pinned, datas: Sequence[memoryview]) -> int:
+    def _num_intact(self, pinned: wire.Pinned, blocks: Sequence[StoredBlock]) -> int:
         """How many of the first blocks are intact; the service is told of the one that is not."""
-        for i, (data, expected) in enumerate(zip(datas, pinned.checksums, strict=True)):
-            if records.checksum(data) != expected:
+        for i, block in enumerate(blocks):
+            if checksums.compute(block.data, block.algorithm) != block.checksum:
                 self._report(pinned.slab_ids[i], pinned.slots[i], pinned.generations[i])
                 return i
-        return len(datas)
+        return len(blocks)
 
     def _report(self, slab_id: int, slot: int, generation: int) -> None:
         report = wire.ReportCorrupt(slab_id=slab_id, slot=slot, generation=generation)

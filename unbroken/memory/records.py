@@ -15,6 +15,8 @@ from enum import IntEnum
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
+from unbroken.memory import checksums
+from unbroken.memory.checksums import Algorithm
 from unbroken.memory.keys import KEY_BYTES
 
 RECORD_BYTES = 64
@@ -23,7 +25,7 @@ TOKENS_MAX = 65_535
 COPIED_BYTES = 128 * 1024
 """Fits into the cache of a core beside its copy."""
 
-_RECORD = struct.Struct("<BxHII4x32sQ")
+_RECORD = struct.Struct("<BBHII4x32sQ")
 _CHECK = struct.Struct("<Q")
 assert _RECORD.size == CHECKED_BYTES, "the check follows"
 
@@ -47,12 +49,20 @@ class Record:
     slot: int
     key: bytes
     checksum: int
-    """xxh3 (64 bits) of the block's bytes."""
+    """Of the block's bytes."""
+    algorithm: Algorithm = Algorithm.XXH3
+    """Of the checksum."""
 
     def to_bytes(self, slab_id: int) -> bytes:
         """The 64 bytes for the table of this slab."""
         checked = _RECORD.pack(
-            self.state, self.num_tokens, self.generation, self.slot, self.key, self.checksum
+            self.state,
+            self.algorithm,
+            self.num_tokens,
+            self.generation,
+            self.slot,
+            self.key,
+            self.checksum,
         )
         return checked + _CHECK.pack(_check(checked, slab_id))
 
@@ -62,10 +72,14 @@ def parse(data: bytes, *, slab_id: int, slot: int) -> Record | None:
     checked = data[:CHECKED_BYTES]
     if data[CHECKED_BYTES:] != _CHECK.pack(_check(checked, slab_id)):
         return None
-    state, num_tokens, generation, its_slot, key, checksum = _RECORD.unpack(checked)
+    state, number, num_tokens, generation, its_slot, key, checksum = _RECORD.unpack(checked)
     if its_slot != slot or state not in (RecordState.WRITING, RecordState.COMMITTED):
         return None
-    return Record(RecordState(state), num_tokens, generation, its_slot, key, checksum)
+    try:
+        algorithm = checksums.of_contract(number)
+    except ValueError:
+        return None  # Of a writer that is newer: nobody here could compare it.
+    return Record(RecordState(state), num_tokens, generation, its_slot, key, checksum, algorithm)
 
 
 def writing(slot: int, generation: int) -> Record:
@@ -73,13 +87,8 @@ def writing(slot: int, generation: int) -> Record:
     return Record(RecordState.WRITING, 0, generation, slot, bytes(KEY_BYTES), 0)
 
 
-def checksum(data: bytes | bytearray | memoryview) -> int:
-    """What blocks and slabs are compared by."""
-    return xxh3_64_intdigest(data)
-
-
 def copy(target: memoryview, source: bytes | bytearray | memoryview) -> int:
-    """Copy a block and return its checksum, a part at a time: it is hashed while in the cache."""
+    """Copy a block and return its xxh3, a part at a time: it is hashed while in the cache."""
     digest = xxh3_64()
     with memoryview(source) as view:
         for start in range(0, len(view), COPIED_BYTES):
