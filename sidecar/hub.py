@@ -364,6 +364,24 @@ class Hub(EngineListener):
             if attempt.owner == link.owner and attempt.link is None and attempt.given_up is None:
                 self._give_up(attempt, FailureKind.PARTITION, "its frontend let go of it")
 
+    def cancel(self, link: Link, message: pb.CancelAttempts) -> None:
+        """A client wants no more of a request. What nobody reads ends; what a frontend reads does
+        when that one says so, or is lost.
+        """
+        if link not in self._links:
+            return
+        for attempt in list(self.ledger):
+            tenant, request_id, _ = attempt.stream
+            if (
+                request_id != message.request_id
+                or message.tenant not in ("", tenant)
+                or attempt.is_probe
+            ):
+                continue
+            attempt.orphan_grace_s = 0.0
+            if attempt.link is None and attempt.given_up is None:
+                self._give_up(attempt, FailureKind.FENCED, "cancelled by request")
+
     # The canary.
 
     def probe(self, message: attempt_pb2.StartAttempt) -> Attempt:

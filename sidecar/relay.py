@@ -131,6 +131,8 @@ class Relay(RelayServiceServicer):
                             hub.adopt(link, adopt)
                     case "release":
                         hub.release(link)
+                    case "cancel":
+                        hub.cancel(link, request.cancel)
                     case "thresholds":
                         hub.learn_thresholds(link, request.thresholds)
                     case "hello":

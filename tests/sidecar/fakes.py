@@ -216,6 +216,10 @@ class Frontend(Reader):
     def release(self) -> None:
         self.hub.release(self.link)
 
+    def cancel(self, request_id: str = "r", tenant: str = "") -> None:
+        message = pb.CancelAttempts(request_id=request_id, tenant=tenant)
+        self.hub.cancel(self.link, message)
+
     def ack(self, slot: int, offset: int) -> None:
         self.hub.ack(self.link, attempt_pb2.AckAttempts(slots=[slot], offsets=[offset]))
 

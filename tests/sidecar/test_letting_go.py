@@ -8,6 +8,7 @@ from tests.sidecar.fakes import Desk
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 
 CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
+FENCED = worker_pb2.FAILURE_KIND_FENCED
 DRAIN = worker_pb2.FAILURE_KIND_DRAIN
 PARTITION = worker_pb2.FAILURE_KIND_PARTITION
 UNSPECIFIED = worker_pb2.FAILURE_KIND_UNSPECIFIED
@@ -97,6 +98,61 @@ def test_a_release_by_a_call_that_was_replaced_counts_for_nothing() -> None:
     old.release()
     assert desk.engine.aborted == []
     new.release()
+    assert desk.engine.aborted == [1]
+
+
+# Cancels by name.
+
+
+def test_a_cancel_by_name_frees_what_a_dead_frontend_left_behind_and_nothing_else() -> None:
+    desk = Desk()
+    dead = desk.frontend("dead")
+    for name in ("cancelled", "kept"):
+        dead.start(name)
+    desk.step({1: 5, 2: 5})
+    desk.hub.leave(dead.link)
+    other = desk.frontend("other")
+    other.cancel("cancelled", tenant="another")
+    assert desk.engine.aborted == [], "it is not that tenant's"
+    other.cancel("cancelled")
+    assert desk.engine.aborted == [1]
+    other.cancel("cancelled")
+    assert desk.engine.aborted == [1], "once"
+    slot = other.adopt("cancelled")
+    desk.end(cancelled(1, 1))
+    other.read()
+    assert other.ended[slot].failure == FENCED, "it is final: nobody goes on with it elsewhere"
+    assert list(desk.hub.ledger.running) == [2]
+    desk.check()
+
+
+def test_what_is_read_is_left_to_its_reader_and_has_no_grace_without_it() -> None:
+    desk = Desk()
+    reader = desk.frontend("reader")
+    reader.start()
+    desk.step({1: 5})
+    desk.frontend("other").cancel()
+    desk.step({1: 6})
+    reader.read()
+    assert reader.tokens == {1: [5, 6]}
+    assert desk.engine.aborted == []
+    desk.hub.leave(reader.link)
+    desk.tick(LOOK_INTERVAL_S)
+    assert desk.engine.aborted == [1]
+    desk.check()
+
+
+def test_a_cancel_by_a_call_that_was_replaced_counts_for_nothing() -> None:
+    desk = Desk()
+    desk.hub.leave((dead := desk.frontend("dead")).link)
+    dead = desk.frontend("dead", life=(1, 2))
+    dead.start()
+    desk.hub.leave(dead.link)
+    old = desk.frontend("other")
+    new = desk.frontend("other", life=(1, 2))
+    old.cancel()
+    assert desk.engine.aborted == []
+    new.cancel()
     assert desk.engine.aborted == [1]
 
 
