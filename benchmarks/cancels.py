@@ -27,10 +27,11 @@ from typing import Any, Final
 import grpc.aio
 import uvloop
 
-from unbroken.client import Client, GenerationStream
+from unbroken.client import Client
 from unbroken.discovery import Discovery, connect
 from unbroken.drain import drain_worker
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation_stream import GenerationStream
 from unbroken.holdings import num_held
 from unbroken.mesh import LocalMesh
 from unbroken.mesh_ledger import mesh_ledger

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import uvloop
 
-from unbroken.client import Client, GenerateOptions
+from unbroken.client import Client
 from unbroken.history import History, record
 from unbroken.mesh import LocalMesh
+from unbroken.request import GenerateOptions
 from unbroken.v1 import inference_service_pb2 as pb
 
 _BEGIN, _END = "<!-- matrix begins -->", "<!-- matrix ends -->"

@@ -26,7 +26,7 @@ from unbroken.chaos.arena import Arena
 from unbroken.chaos.checker import Came, Verdict, check, longest_wait_s
 from unbroken.chaos.processes import NoEffect
 from unbroken.chaos.vocabulary import Component, Harm
-from unbroken.client import request_to_proto
+from unbroken.request import request_to_proto
 from unbroken.v1 import inference_service_pb2 as pb
 
 STEP_S: Final = 0.010

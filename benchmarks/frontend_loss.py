@@ -26,8 +26,9 @@ from typing import Final
 import uvloop
 
 from unbroken.chaos import processes
-from unbroken.client import Client, GenerationStream, Resume
+from unbroken.client import Client
 from unbroken.errors import UnbrokenError
+from unbroken.generation_stream import GenerationStream, Resume
 from unbroken.history import History, record
 from unbroken.mesh import LocalMesh
 

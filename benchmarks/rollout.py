@@ -27,10 +27,11 @@ from typing import Any, Final
 import uvloop
 
 from tests.integration.hospital import PERIOD_S, SERVING, STALLED, hospital
-from unbroken.client import Client, GenerationStream
+from unbroken.client import Client
 from unbroken.discovery import connect
 from unbroken.drain import drain_worker
 from unbroken.errors import UnbrokenError
+from unbroken.generation_stream import GenerationStream
 from unbroken.history import History
 from unbroken.mesh import LocalMesh
 from unbroken.rollout import Replaced, roll_out

@@ -30,8 +30,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from unbroken.chaos.arena import Arena
 from unbroken.chaos.checker import Verdict
 from unbroken.chaos.load import Load
-from unbroken.client import request_to_proto
 from unbroken.errors import UnbrokenError
+from unbroken.request import request_to_proto
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import worker_pb2
 

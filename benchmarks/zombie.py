@@ -23,7 +23,7 @@ import uvloop
 from unbroken.chaos.arena import Arena
 from unbroken.chaos.load import Load
 from unbroken.chaos.vocabulary import Component, Harm
-from unbroken.client import request_to_proto
+from unbroken.request import request_to_proto
 from unbroken.v1 import inference_service_pb2 as pb
 
 NUM_STREAMS: Final = 12

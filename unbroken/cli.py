@@ -29,7 +29,7 @@ from unbroken import discovery, terminal
 from unbroken.chaos.arena import Arena
 from unbroken.chaos.play import play as play_faults
 from unbroken.chaos.schedule import ScheduleError, from_lines, plan, to_lines
-from unbroken.client import Client, GenerateOptions
+from unbroken.client import Client
 from unbroken.demo import play
 from unbroken.drain import drain_frontend, drain_worker
 from unbroken.engine_command import recognise
@@ -38,6 +38,7 @@ from unbroken.holdings import LISTED_DEFAULT, LISTED_MAX, is_empty
 from unbroken.memory.commands import app as memory_app
 from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.mesh_ledger import mesh_ledger
+from unbroken.request import GenerateOptions
 from unbroken.rollout import READY_TIMEOUT_S, roll_out
 from unbroken.terminal import Output
 from unbroken.tls import ClientTls

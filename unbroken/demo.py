@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unbroken.client import Client, GenerateOptions, GenerationStream, Piece
+from unbroken.client import Client
+from unbroken.generation_stream import GenerationStream, Piece
 from unbroken.history import History, record
 from unbroken.mesh import LocalMesh
+from unbroken.request import GenerateOptions
 from unbroken.v1 import worker_pb2 as pb
 
 _MAX_TOKENS = 96

@@ -4,8 +4,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from unbroken.client import GenerationStream, Piece
 from unbroken.generation import TokenLogprobs
+from unbroken.generation_stream import GenerationStream, Piece
 from unbroken.v1 import inference_service_pb2 as pb
 
 

@@ -13,8 +13,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from unbroken.client import GenerationStream, Piece, Resume
 from unbroken.errors import UnbrokenError
+from unbroken.generation_stream import GenerationStream, Piece, Resume
 from unbroken.holdings import num_held
 from unbroken.mesh import LocalMesh, MeshError
 from unbroken.v1 import admin_service_pb2 as admin_pb

@@ -6,8 +6,9 @@ import pytest
 
 from tests.frontend.fakes import FakeSidecar
 from tests.frontend.worlds import failure_of, read, read_some, run, world
-from unbroken.client import Client, GenerationStream
+from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation_stream import GenerationStream
 from unbroken.v1 import attempt_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 

@@ -17,8 +17,8 @@ from frontend.resume_token import TOKEN_BYTES_MAX
 from frontend.stream import GENERATION_BITS, Stream
 from tests.frontend.fakes import IM_END, MODEL, FakeSidecar, reference
 from tests.frontend.worlds import World, failure_of, read, read_some, run, world
-from unbroken.client import GenerationStream
 from unbroken.errors import Reason
+from unbroken.generation_stream import GenerationStream
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub

@@ -5,8 +5,8 @@ from typing import Any
 
 from tests.frontend.fakes import FakeSidecar, reference
 from tests.frontend.worlds import World, failure_of, read, read_some, run, world
-from unbroken.client import GenerationStream
 from unbroken.errors import Reason
+from unbroken.generation_stream import GenerationStream
 from unbroken.v1 import inference_service_pb2 as pb
 
 PROMPT_TOKENS = 100

@@ -14,8 +14,9 @@ import uvloop
 from frontend.config import FrontendConfig
 from frontend.service import Frontend
 from tests.frontend.fakes import MODEL, FakeDiscovery, FakeSidecar
-from unbroken.client import Client, GenerationStream, Piece
+from unbroken.client import Client
 from unbroken.errors import UnbrokenError
+from unbroken.generation_stream import GenerationStream, Piece
 
 TIME_LIMIT_S = 20.0
 

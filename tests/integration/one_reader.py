@@ -15,7 +15,8 @@ from typing import Final
 
 import uvloop
 
-from unbroken.client import Client, GenerateOptions
+from unbroken.client import Client
+from unbroken.request import GenerateOptions
 
 BLOCKED_S: Final = 4.0
 """Longer than a client may be silent."""

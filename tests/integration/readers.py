@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from tests.integration.worlds import World
-from unbroken.client import GenerationStream, Piece
+from unbroken.generation_stream import GenerationStream, Piece
 from unbroken.history import History
 
 

@@ -17,10 +17,11 @@ import pytest
 from tests.integration.readers import Reader
 from tests.integration.worlds import World, real_mesh
 from tests.sidecar.processes import until
-from unbroken.client import Client, GenerationStream
+from unbroken.client import Client
 from unbroken.discovery import FRONTENDS, connect
 from unbroken.drain import drain_frontend
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation_stream import GenerationStream
 from unbroken.resumption import ResumePolicy
 from unbroken.status import from_rpc_error
 from unbroken.v1 import admin_service_pb2 as admin_pb

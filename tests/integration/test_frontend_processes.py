@@ -12,8 +12,9 @@ import pytest
 from tests.integration.worlds import World, real_mesh, scrape
 from tests.sidecar.processes import until
 from unbroken.chaos import processes
-from unbroken.client import Client, GenerationStream
+from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation_stream import GenerationStream
 from unbroken.history import History, record
 from unbroken.resumption import ResumePolicy
 from unbroken.v1 import inference_service_pb2 as pb

@@ -4,7 +4,7 @@ import pytest
 
 from tests.integration.readers import Reader, assert_equal
 from tests.integration.worlds import real_mesh
-from unbroken.client import GenerateOptions
+from unbroken.request import GenerateOptions
 
 
 @pytest.mark.llama

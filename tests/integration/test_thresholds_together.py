@@ -4,8 +4,9 @@ import asyncio
 from pathlib import Path
 
 from tests.integration.worlds import real_mesh, scrape
-from unbroken.client import Client, GenerationStream
+from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation_stream import GenerationStream
 
 THRESHOLD = 2048
 PROMPT = 512

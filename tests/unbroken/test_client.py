@@ -16,9 +16,10 @@ from tests.unbroken.fake_frontend import (
     started,
     tokens,
 )
-from unbroken.client import Client, GenerationStream, Piece
+from unbroken.client import Client
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs
+from unbroken.generation_stream import GenerationStream, Piece
 from unbroken.v1 import generation_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 

@@ -23,8 +23,9 @@ from tests.unbroken.fake_frontend import (
     tokens,
 )
 from tests.unbroken.frontend_process import frontend_process, is_stopped
-from unbroken.client import Client, GenerationStream, Piece
+from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.generation_stream import GenerationStream, Piece
 from unbroken.resumption import ResumePolicy
 from unbroken.v1 import inference_service_pb2 as pb
 

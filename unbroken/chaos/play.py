@@ -11,8 +11,7 @@ from unbroken.chaos.load import Load
 from unbroken.chaos.processes import NoEffect
 from unbroken.chaos.schedule import Planned
 from unbroken.chaos.vocabulary import Component, Harm
-from unbroken.client import request_to_proto
-from unbroken.request import GenerateOptions
+from unbroken.request import GenerateOptions, request_to_proto
 from unbroken.v1 import inference_service_pb2 as pb
 
 NUM_REQUESTS: Final = 12
