@@ -24,6 +24,12 @@ class MemoryConfig(ProcessConfig):
     """Quotas of single tenants, as tenant=bytes."""
     grants: tuple[str, ...] = ()
     """Users beside our own that may use a tenant's memory, as uid=tenant."""
+    gpus: tuple[str, ...] = ()
+    """GPUs whose memory may be given out, and how much of it, as uuid=bytes. Needs extra cuda."""
+    gpu_quota_bytes: int = Field(2**50, ge=0, le=2**50)
+    """Memory of each GPU for each tenant without a quota of its own."""
+    gpu_quotas: tuple[str, ...] = ()
+    """Quotas of single tenants in each GPU's memory, as tenant=bytes."""
     high_share: float = Field(0.95, gt=0, le=1)
     """Above this share of the capacity, blocks are evicted before anybody asks."""
     low_share: float = Field(0.85, gt=0, le=1)
@@ -50,18 +56,22 @@ class MemoryConfig(ProcessConfig):
                 f"expected low_share up to high_share ({self.high_share:g}), got {self.low_share:g}"
             )
         self.tenant_quotas()
+        self.tenant_gpu_quotas()
+        self.gpu_bytes()
         self.user_grants()
         return self
 
     def tenant_quotas(self) -> dict[str, int]:
-        """By tenant."""
-        found: dict[str, int] = {}
-        for text in self.quotas:
-            tenant, _, size = text.rpartition("=")
-            if not size.isdecimal():
-                raise ValueError(f"quotas: expected tenant=bytes, got {text!r}")
-            found[tenant] = int(size)
-        return found
+        """Of the host's memory, by tenant."""
+        return _sizes("quotas", "tenant", self.quotas)
+
+    def tenant_gpu_quotas(self) -> dict[str, int]:
+        """Of each GPU's memory, by tenant."""
+        return _sizes("gpu_quotas", "tenant", self.gpu_quotas)
+
+    def gpu_bytes(self) -> dict[str, int]:
+        """What may be given out, by GPU."""
+        return _sizes("gpus", "uuid", self.gpus)
 
     def user_grants(self) -> frozenset[tuple[int, str]]:
         """Pairs of user and tenant."""
@@ -72,3 +82,13 @@ class MemoryConfig(ProcessConfig):
                 raise ValueError(f"grants: expected uid=tenant, got {text!r}")
             found.add((int(uid), tenant))
         return frozenset(found)
+
+
+def _sizes(name: str, of: str, texts: tuple[str, ...]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for text in texts:
+        key, _, size = text.rpartition("=")
+        if not size.isdecimal():
+            raise ValueError(f"{name}: expected {of}=bytes, got {text!r}")
+        found[key] = int(size)
+    return found

@@ -84,6 +84,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
                     capacity_bytes=accounts.limits.capacity_bytes,
                     used_bytes=accounts.total,
                     page_bytes=device.page_bytes,
+                    health=labels.health_to_proto(holdings.health_of(device)),
                 )
                 for device, accounts in holdings.accounts.items()
             ],
@@ -226,6 +227,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
                             epoch=item.epoch,
                             slab_id=item.slab_id,
                             value=item.value,
+                            device=item.device,
                         )
                         for item in items
                     )

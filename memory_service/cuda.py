@@ -12,38 +12,48 @@ is given to others only when it is proved that it is gone.
 
 import errno
 import os
+from pathlib import Path
 from typing import Final
 
 from memory_service.backend import Allocation
 from unbroken.memory.gpu import GpuCode, GpuError, Vmm
 
-_DRIVER: Final = "/dev/nvidiactl"
+MADE_OF: Final = "/dev/nvidiactl"
 """What the descriptors of CUDA's allocations are of."""
+_HOLDS_ON: Final = Path("/sys/module/nvidia_uvm/parameters/uvm_enable_va_space_mm")
+
+
+def seal_is_proof() -> bool:
+    """Whether a sealed lifeline proves, on this host, that a process's GPU work is over.
+
+    The driver stops a dead process's channels before it lets go of its address space if it
+    holds on to that at all, which is a setting of its, and if they are that process's own: under
+    MPS they are the MPS server's.
+    """
+    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    try:
+        holds_on = _HOLDS_ON.read_text().strip() == "1"
+    except OSError:
+        holds_on = False
+    return holds_on and not (pipes / "control").exists()
 
 
 class CudaBackend:
     """See `memory_service.backend.Backend`."""
 
-    def __init__(self, vmm: Vmm, *, made_of: str = _DRIVER) -> None:
+    is_readable = False
+
+    def __init__(self, vmm: Vmm, *, made_of: str = MADE_OF) -> None:
         """`made_of` begins the name that the kernel has for descriptors of allocations."""
         self._vmm = vmm
         self._made_of = made_of
 
-    @property
-    def device(self) -> str:
-        """The GPU's UUID."""
-        return self._vmm.uuid
-
-    @property
-    def page_bytes(self) -> int:
-        """Sizes are multiples of this."""
-        return self._vmm.granularity_bytes
-
     def allocate(self, size_bytes: int, name: str) -> Allocation:
         """The driver hands memory out cleared, whoever had it before. `name` is not kept."""
         del name
+        unit = self._vmm.granularity_bytes
         try:
-            handle = self._vmm.create(size_bytes)
+            handle = self._vmm.create(-(-size_bytes // unit) * unit)
             try:
                 fd = self._vmm.export(handle)
             finally:
@@ -69,6 +79,10 @@ class CudaBackend:
         """Always: the fence of the owner is the proof, and readers compare."""
         del allocation
         return True
+
+    def view(self, allocation: Allocation) -> memoryview:
+        """Never: who wants to look at the bytes needs a context."""
+        raise AssertionError(f"expected a memory that is readable, got descriptor {allocation.fd}")
 
     def free(self, allocation: Allocation) -> None:
         os.close(allocation.fd)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from memory_service import fencing
+from memory_service import fencing, gpu_health
 from memory_service.accounts import HOST, Accounts, Device, Limits, MemoryKind
 from memory_service.fencing import Fence, FencePolicy, Verdict
+from memory_service.gpu_health import EngineFault, GpuHealth, Health, Verify, Worsened
 from memory_service.news import News, NewsKind
 from memory_service.segments import SegmentClass, Segments, State, Version, not_fenced
 from memory_service.sessions import Peer, Session, Sessions
@@ -118,6 +119,7 @@ class Holdings:
         self.accounts = {HOST: Accounts(policy.limits)} | {
             device: Accounts(limits) for device, limits in policy.gpus.items()
         }
+        self.gpus = {device: GpuHealth() for device in policy.gpus}
         self.news = News()
         self.commands: list[Command] = []
         self.num_corrupt = 0
@@ -202,6 +204,56 @@ class Holdings:
         known = ", ".join(str(device) for device in self.accounts)
         raise InvalidField("device", f"one of {known}", f"{kind} {uuid}")
 
+    # GPUs.
+
+    def gpu_seen(self, uuid: str, event: gpu_health.Event, now: float) -> None:
+        """The driver told something of a GPU. What it makes doubtful, nobody new gets."""
+        for device, gpu in self.gpus.items():
+            if device.uuid != uuid:
+                continue
+            for command in gpu.handle(event, now):
+                match command:
+                    case EngineFault(xid=xid):
+                        self.news.add(NewsKind.GPU_FAULT, value=xid, device=uuid)
+                    case Verify():
+                        self.news.add(NewsKind.GPU_VERIFY, device=uuid)
+                    case Worsened(health=health):
+                        self.news.add(NewsKind.GPU_HEALTH, value=int(health), device=uuid)
+                        if health >= Health.TAINTED:
+                            self._give_up(device, with_owned=health is Health.LOST)
+        self._settle()
+
+    def health_of(self, device: Device) -> Health:
+        """How a memory is; the host's is healthy as long as anybody can say so."""
+        gpu = self.gpus.get(device)
+        return Health.HEALTHY if gpu is None else gpu.health
+
+    def _check_health(self, device: Device, worst: Health) -> None:
+        """Raise if a memory is worse than that."""
+        if (health := self.health_of(device)) > worst:
+            raise UnbrokenError(
+                Reason.GPU_FAILED,
+                f"expected a GPU that is {worst.name} at worst, {device} is {health.name}",
+                metadata={"device": device.uuid, "health": health.name},
+            )
+
+    def _sound(
+        self, slab: StoreSlab, records: Iterable[tuple[int, Record | None]]
+    ) -> list[tuple[int, Record | None]]:
+        """The records; none of a memory whose bytes may be wrong."""
+        is_sound = self.health_of(slab.device) < Health.TAINTED
+        return [(slot, record if is_sound else None) for slot, record in records]
+
+    def _give_up(self, device: Device, *, with_owned: bool) -> None:
+        """Free what is in a memory; or else what nobody has to himself."""
+        owned = (State.BUILDING, State.LIVE, State.FENCING, State.QUARANTINED)
+        for version in list(self.segments):
+            if version.device == device and (with_owned or version.state not in owned):
+                self.segments.lose(version)
+        for block in list(self.store.blocks()):
+            if block.slab.device == device:
+                self.store.drop(block.slab.slab_id, block.slot, block.generation)
+
     # Segments.
 
     def create_segment(
@@ -221,6 +273,7 @@ class Holdings:
         for size in slab_bytes:
             if size <= 0 or size % device.page_bytes:
                 raise InvalidField("slab_bytes", f"multiples of {device.page_bytes}", size)
+        self._check_health(device, Health.HEALTHY)
         tenant = session.peer.tenant
         self.segments.check_begin(session.session_id, tenant, name, kind)
         self._make_room(tenant, (Charge(device, sum(slab_bytes)),))
@@ -277,6 +330,7 @@ class Holdings:
         version = self.segments.check_adopt(session.session_id, tenant, name, expected_epoch)
         if version.owner == session.session_id:
             return version
+        self._check_health(version.device, Health.DRAINING)
         owner = self.sessions.get(version.owner)
         verdict = Verdict.REFUSE if owner is None else self.sessions.judge(owner)
         if verdict is Verdict.WAIT:
@@ -323,6 +377,7 @@ class Holdings:
             raise InvalidField("block_bytes", "a size", block_bytes)
         if not 1 <= num_slots <= SLOTS_MAX:
             raise InvalidField("num_slots", f"1 to {SLOTS_MAX}", num_slots)
+        self._check_health(device, Health.HEALTHY)
         tenant, slab_id = session.peer.tenant, self._next(wall_us)
         slab = StoreSlab(
             slab_id,
@@ -358,11 +413,11 @@ class Holdings:
         for slot in slots:
             if not 0 <= slot < slab.num_slots:
                 raise InvalidField("slots", f"below {slab.num_slots}", slot)
-        return self.store.commit(slab, [(slot, read(slot)) for slot in slots])
+        return self.store.commit(slab, self._sound(slab, [(slot, read(slot)) for slot in slots]))
 
     def records_read(self, slab: StoreSlab, records: Iterable[tuple[int, Record | None]]) -> None:
         """All records of a slab: it is sealed, or its owner has bound again."""
-        self.store.commit(slab, records)
+        self.store.commit(slab, self._sound(slab, records))
         if slab.state is SlabState.SEALED:
             self.store.seal(slab)  # It is freed if there is nothing in it.
         self._settle()
@@ -391,7 +446,7 @@ class Holdings:
         slab = self.store.get_slab(slab_id)
         if slab is None or slab.state is SlabState.SEALED:
             return
-        self.store.commit(slab, records)
+        self.store.commit(slab, self._sound(slab, records))
         if (owner := self.sessions.get(slab.owner)) is not None:
             owner.shown.discard(slab_id)  # It has nothing mapped any more.
         self.store.seal(slab)

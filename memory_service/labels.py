@@ -8,6 +8,7 @@ is newer.
 from collections.abc import Iterable
 
 from memory_service.accounts import Device
+from memory_service.gpu_health import Health
 from memory_service.holdings import Holdings
 from memory_service.segments import SegmentClass, State, Version
 from memory_service.sessions import Peer, Session
@@ -62,6 +63,11 @@ def version_to_proto(holdings: Holdings, version: Version) -> pb.Segment:
         num_readers=len(version.readers),
         segment_class=pb.SegmentClass.ValueType(int(version.kind)),
     )
+
+
+def health_to_proto(health: Health) -> pb.MemoryHealth.ValueType:
+    """How a memory is."""
+    return pb.MemoryHealth.ValueType(int(health))
 
 
 def kind_to_proto(device: Device) -> pb.MemoryKind.ValueType:

@@ -17,6 +17,9 @@ class NewsKind(IntEnum):
     BLOCKS_EVICTED = 6
     CORRUPTION = 7
     PRESSURE = 8
+    GPU_FAULT = 9
+    GPU_VERIFY = 10
+    GPU_HEALTH = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Item:
     epoch: int = 0
     slab_id: int = 0
     value: int = 0
+    device: str = ""
 
 
 class News:
@@ -51,11 +55,12 @@ class News:
         epoch: int = 0,
         slab_id: int = 0,
         value: int = 0,
+        device: str = "",
     ) -> None:
         """Something happened."""
         self.sequence += 1
         self._items.append(
-            Item(self.sequence, kind, tenant, session, segment, epoch, slab_id, value)
+            Item(self.sequence, kind, tenant, session, segment, epoch, slab_id, value, device)
         )
 
     def since(self, sequence: int, items_max: int = 256) -> tuple[Sequence[Item], bool]:

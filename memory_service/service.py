@@ -13,10 +13,12 @@ from pathlib import Path
 
 import grpc.aio
 
+from memory_service import gpu_health
 from memory_service.accounts import HOST, Limits
 from memory_service.config import MemoryConfig
 from memory_service.control import Control
 from memory_service.fencing import FencePolicy
+from memory_service.gpus import CUDA, Driver, Gpus
 from memory_service.holdings import Holdings, Policy
 from memory_service.keeper import Keeper
 from memory_service.memfd import MemfdBackend
@@ -44,9 +46,15 @@ class MemoryService:
     """One life of it, from `start` to `stop`."""
 
     def __init__(
-        self, config: MemoryConfig, *, clock: Callable[[], float] = time.monotonic
+        self,
+        config: MemoryConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        driver: Driver = CUDA,
     ) -> None:
+        """`driver` speaks to the GPUs that are configured, if there are any."""
         self._config = config
+        self._gpus = gpus = Gpus(config, driver)
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         policy = Policy(
@@ -60,13 +68,16 @@ class MemoryService:
             FencePolicy(
                 rebind_grace_s=config.rebind_grace_s,
                 kills=config.kills_unbound,
-                seal_is_proof=config.seal_is_proof,
+                seal_is_proof=config.seal_is_proof and gpus.seal_is_proof,
             ),
             config.orphan_grace_s,
+            gpus.limits,
         )
         self._grants = config.user_grants()
         self.holdings = Holdings(policy, secrets.randbits(63) | 1)
-        self.keeper = Keeper(self.holdings, {HOST: MemfdBackend()}, on_forget=self._forget)
+        self.keeper = Keeper(
+            self.holdings, {HOST: MemfdBackend(), **gpus.backends}, on_forget=self._forget
+        )
         self.channel = SessionChannel(
             self.holdings, self.keeper, may_use=self._may_use, clock=clock
         )
@@ -130,6 +141,7 @@ class MemoryService:
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
             self._metrics_server = metrics.serve(self._registry, host, port)
+        self._gpus.watch(self._gpu_told)
         await server.start()
         path.chmod(0o600)
         health.set_all(is_serving=True)
@@ -153,6 +165,7 @@ class MemoryService:
 
     async def stop(self) -> None:
         """Stop serving. What is held stays with the vault, for the next service."""
+        await asyncio.to_thread(self._gpus.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -206,6 +219,19 @@ class MemoryService:
         self.keeper.obey()
         self._schedule()
 
+    def _gpu_told(self, uuid: str, event: gpu_health.Event) -> None:
+        """In a thread."""
+        self._loop.call_soon_threadsafe(self._gpu_seen, uuid, event)
+
+    def _gpu_seen(self, uuid: str, event: gpu_health.Event) -> None:
+        before = self.holdings.news.sequence
+        self.holdings.gpu_seen(uuid, event, self._clock())
+        for item in self.holdings.news.since(before)[0]:
+            if item.device:
+                _log.warning("news of a GPU", gpu=uuid, what=item.kind.name, value=item.value)
+        self.keeper.obey()
+        self._schedule()
+
     async def _look_after(self) -> None:
         """Seal what could not be sealed, and find a new vault when the old one is gone."""
         while True:
@@ -255,13 +281,13 @@ async def _locked(path: Path) -> int:
             return fd
 
 
-async def serve(config: MemoryConfig) -> int:
+async def serve(config: MemoryConfig, driver: Driver = CUDA) -> int:
     """Run a memory service until SIGTERM or SIGINT. Raises OSError if it cannot start."""
     loop = asyncio.get_running_loop()
     stop_wanted = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop_wanted.set)
-    service = MemoryService(config)
+    service = MemoryService(config, driver=driver)
     try:
         await service.start()
         tasks: list[asyncio.Task[object]] = [

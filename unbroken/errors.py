@@ -65,6 +65,8 @@ class Reason(Enum):
     """Bytes in memory are not those that were meant."""
     MEMORY_EXHAUSTED = "MEMORY_EXHAUSTED"
     """No room for so much memory; metadata `limit` says whose: quota or capacity."""
+    GPU_FAILED = "GPU_FAILED"
+    """A GPU's memory is not to be relied on; metadata `health` says how it is."""
     NOT_PERMITTED = "NOT_PERMITTED"
     """The caller may not use this tenant's memory, or is not who it says."""
     DIVERGED = "DIVERGED"
