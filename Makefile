@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie memory-proof recovery storm bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie memory-proof memory-gpu recovery storm bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -67,6 +67,9 @@ zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothin
 
 memory-proof: .venv/.dev ## Memory survives engines, its service and its vault: 20,000 kills (or KILLS=1000)
 	$(BIN)/python -m tests.memory_service.proof $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+memory-gpu: .venv/.dev ## The same of a GPU's memory, and its checksum's speed; needs a GPU and extra cuda (GIB=16)
+	$(BIN)/python -m tests.gpu.memory $(if $(GIB),--gib $(GIB))
 
 recovery: .venv/.dev ## How long a stream stands still when its worker is killed
 	$(BIN)/python -m benchmarks.recovery

@@ -28,8 +28,9 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> No
 class ServiceProcess:
     """One memory service after the other, in one directory."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, module: str = "memory_service") -> None:
         self.directory = directory
+        self.module = module
         self.flags = flags
         self.process: subprocess.Popen[bytes] | None = None
         self.num_spawned = 0
@@ -57,7 +58,7 @@ class ServiceProcess:
         with (self.directory / "service.log").open("ab") as output:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "memory_service"),
+                    *(sys.executable, "-m", self.module),
                     *("--directory", str(self.directory), *self.flags),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -104,8 +105,10 @@ class ServiceProcess:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, *flags: str) -> Generator[ServiceProcess]:
-    service = ServiceProcess(directory, *flags)
+def serving(
+    directory: Path, *flags: str, module: str = "memory_service"
+) -> Generator[ServiceProcess]:
+    service = ServiceProcess(directory, *flags, module=module)
     try:
         service.start()
         yield service

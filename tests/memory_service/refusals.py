@@ -263,12 +263,11 @@ def unreserve_what_is_mapped(on: Table) -> None:
     on.gpu.unreserve(on.mapped(on.created()), SIZE)
 
 
-@deed()
+@deed(INVALID)
 def reserve_between_units(on: Table) -> None:
-    """It is moved to where it fits."""
     address = on.reserved(2 * SIZE)
     on.gpu.unreserve(address, 2 * SIZE)
-    assert on.reserved(SIZE, address + on.unit // 2) % on.unit == 0
+    on.reserved(SIZE, address + on.unit // 2)
 
 
 # Mappings.

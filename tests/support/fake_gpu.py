@@ -134,10 +134,10 @@ class FakeGpu:
 
     def reserve(self, size_bytes: int, address: int = 0) -> int:
         self._called("reserve")
-        if size_bytes <= 0 or size_bytes % GRANULARITY_BYTES:
+        if size_bytes <= 0 or size_bytes % GRANULARITY_BYTES or address % GRANULARITY_BYTES:
             raise _refused("reserve", GpuCode.INVALID_VALUE)
         got = _MAP_FAILED
-        if address and address % GRANULARITY_BYTES == 0:
+        if address:
             got = _map_nothing(address, size_bytes, _MAP_FIXED_NOREPLACE)
             if got not in (address, _MAP_FAILED):  # A kernel that does not know the flag.
                 _libc.munmap(got, size_bytes)

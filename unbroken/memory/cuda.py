@@ -65,6 +65,12 @@ class CudaVmm:
         return self._uuid
 
     @property
+    def name(self) -> str:
+        """What its maker calls it."""
+        (found,) = asked(self._cu, "name it", self._cu.cuDeviceGetName(128, self._device))
+        return bytes(found).split(b"\0")[0].decode()
+
+    @property
     def granularity_bytes(self) -> int:
         return self._granularity
 
