@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak zombie memory-proof memory-gpu recovery storm bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-gpu recovery storm bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -62,6 +62,9 @@ detection: .venv/.dev ## How long streams stand still when something fails, for 
 soak: .venv/.dev ## Half an hour of hard conditions: no healthy worker is taken for a sick one
 	$(BIN)/python -m benchmarks.soak
 
+engines: .venv/.dev ## Real vLLM, installed into .engines (3 GB): conformance, killed under streams (PARTS=conformance,deaths,stops)
+	$(BIN)/python -m tests.engines.real $(if $(PARTS),--parts $(PARTS))
+
 zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothing held, soon in service
 	$(BIN)/python -m benchmarks.zombie
 
@@ -111,7 +114,7 @@ lock: ## Choose versions anew (needs uv)
 	requirements/lock.sh
 
 clean: ## Remove what was built and installed
-	rm -rf .venv .peers .run .cache dist unbroken/v1 unbroken/third_party
+	rm -rf .venv .engines .peers .run .cache dist unbroken/v1 unbroken/third_party
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Unbroken needs Python 3.11 or later")'

@@ -4,47 +4,19 @@ Each has its own environment in .peers/, from requirements/peer-NAME.txt, made o
 hundred megabytes, which is why nothing else installs it.
 """
 
-import hashlib
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
 from benchmarks.stamps import NUM_IDS
+from tests.support.environments import installed
 
 ROOT: Final = Path(__file__).parents[1]
-INSTALL_S_MAX: Final = 900.0
-
-
-class NotInstalledError(Exception):
-    """A peer cannot be had here; says why."""
 
 
 def environment(name: str) -> Path:
     """The directory with the programs of a peer. Raises `NotInstalledError`."""
-    requirements = ROOT / "requirements" / f"peer-{name}.txt"
-    directory = ROOT / ".peers" / name
-    binaries = directory / "bin"
-    stamp = directory / f"installed-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:16]}"
-    if stamp.exists():
-        return binaries
-    shutil.rmtree(directory, ignore_errors=True)
-    install = ("-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "-r")
-    try:
-        for command in (
-            (sys.executable, "-m", "venv", str(directory)),
-            (str(binaries / "python"), *install, str(requirements)),
-        ):
-            subprocess.run(command, check=True, capture_output=True, timeout=INSTALL_S_MAX)
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines()
-        raise NotInstalledError((said or ["pip failed"])[-1]) from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotInstalledError(str(error)) from None
-    stamp.touch()
-    return binaries
+    return installed(ROOT / "requirements" / f"peer-{name}.txt", ROOT / ".peers" / name)
 
 
 def make_model(directory: Path) -> None:

@@ -50,7 +50,8 @@ from benchmarks.edge_rows import (
     read,
 )
 from benchmarks.hops import envoy_before
-from benchmarks.peer_environments import NotInstalledError, environment, make_model
+from benchmarks.peer_environments import environment, make_model
+from tests.support.environments import NotInstalledError
 
 PACED: Final = ((256, 1), (256, 16), (256, 256), (1024, 1), (1024, 16), (1024, 256))
 FLOOD: Final = ((1, 1), (16, 1), (64, 16), (256, 1), (256, 16), (256, 256))

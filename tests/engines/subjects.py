@@ -23,6 +23,7 @@ from sidecar.hub import Hub
 from sidecar.watchdog import WatchdogPolicy
 from tests.engines import openai_server, sglang_server, trtllm_server, vllm_server
 from tests.engines.backend import Backend
+from tests.engines.real.subject import Real
 from tests.sidecar.fakes import Frontend
 from tests.worker.engines import Attempt as Expected
 from tests.worker.engines import Engine as Reference
@@ -33,7 +34,7 @@ from unbroken.transport import listen, make_server
 from unbroken.v1 import attempt_pb2, worker_pb2
 from worker.service import EngineService
 
-LIMIT_S = 20.0
+LIMIT_S = 20.0 if Real.of_environment() is None else 200.0
 FAST = RestartPolicy(backoff_initial_s=0.02, backoff_max_s=0.02, crash_loop_limit=50)
 QUICK = Pace(health_s=0.05, load_s=0.02, tap_retry_s=0.05)
 """So that a test need not wait."""
@@ -42,13 +43,12 @@ QUICK = Pace(health_s=0.05, load_s=0.02, tap_retry_s=0.05)
 class Talk:
     """A frontend at the hub before one engine."""
 
-    def __init__(
-        self, engine: Engine, backend: Backend, watchdog: WatchdogPolicy | None = None
-    ) -> None:
-        self.engine = engine
-        self.backend = backend
-        """What computes, wherever it is."""
-        self.hub = Hub(engine, watchdog_policy=watchdog)
+    def __init__(self, about: "Tending") -> None:
+        self.engine = about.engine
+        self.backend = about.backend
+        """What computes, wherever it is; of a real engine, nothing does here."""
+        self.real = about.real
+        self.hub = Hub(about.engine, watchdog_policy=about.watchdog)
         self.frontend = Frontend(self.hub, time.monotonic())
         self._num_started = 0
 
@@ -128,8 +128,24 @@ class Talk:
             f"never {worker_pb2.EngineState.Name(state)} in life {incarnation}",
         )
 
+    @property
+    def context_length(self) -> int:
+        assert self.hub.up is not None, "it serves"
+        return self.hub.up.description.context_length
+
+    @property
+    def kv_blocks(self) -> int:
+        return self.real.kv_blocks if self.real is not None else self.backend.spec.kv_blocks
+
+    async def alone(self, params: GenerationParams, prompt: Sequence[int] = (1, 2, 3)) -> Expected:
+        """What an engine without anything around it gives; of a real one, asked in other words."""
+        if self.real is not None:
+            return await self.real.alone(params, prompt)
+        return self.expected(params, prompt)
+
     def expected(self, params: GenerationParams, prompt: Sequence[int] = (1, 2, 3)) -> Expected:
-        """What an engine without anything around it gives."""
+        """The same, of an engine whose backend is here."""
+        assert self.real is None, "what a real engine gives is asked for"
         reference = Reference(self.backend.runner)
         return reference.generate_meanwhile(starting(prompt, params=params_to_proto(params)))
 
@@ -140,6 +156,7 @@ class Subject:
 
     behind: Callable[[Backend, Path], AbstractAsyncContextManager[Engine]]
     """An adapter with its engine, which computes with the backend."""
+    real: Real | None = None
 
 
 @dataclass(frozen=True)
@@ -150,12 +167,13 @@ class Tending:
     backend: Backend
     watchdog: WatchdogPolicy | None = None
     """The usual one, unless it is what is tested: a busy machine must not look like a hung one."""
+    real: Real | None = None
 
 
 @asynccontextmanager
 async def tending(what: Tending) -> AsyncGenerator[Talk, None]:
     """An engine that runs, and who speaks to it."""
-    conversation = Talk(what.engine, what.backend, what.watchdog)
+    conversation = Talk(what)
     running = asyncio.create_task(what.engine.run(conversation.hub))
     watching = asyncio.create_task(_watch(conversation.hub))
     try:
@@ -175,7 +193,7 @@ async def talk(subject: Subject, directory: Path, **options: float) -> AsyncGene
     backend = Backend(**options)  # pyright: ignore[reportArgumentType]
     async with (
         subject.behind(backend, directory) as engine,
-        tending(Tending(engine, backend)) as conversation,
+        tending(Tending(engine, backend, real=subject.real)) as conversation,
     ):
         yield conversation
 
@@ -275,7 +293,25 @@ async def _watch(hub: Hub) -> None:
         await asyncio.sleep(0.05)
 
 
-SUBJECTS: Mapping[str, Subject] = {
-    "native": Subject(_native),
-    **{protocol: _called(protocol) for protocol in SERVERS},
-}
+def _real(real: Real) -> Subject:
+    """An engine that runs somewhere."""
+
+    @asynccontextmanager
+    async def behind(backend: Backend, directory: Path) -> AsyncGenerator[Engine, None]:
+        del backend, directory
+        yield CallEngine(
+            Launch(None, real.address, restart=FAST), adapter_of(real.protocol), pace=QUICK
+        )
+
+    return Subject(behind, real)
+
+
+def _subjects() -> Mapping[str, Subject]:
+    real = Real.of_environment()
+    if real is not None:
+        return {f"real {real.protocol}": _real(real)}
+    return {"native": Subject(_native), **{protocol: _called(protocol) for protocol in SERVERS}}
+
+
+SUBJECTS: Mapping[str, Subject] = _subjects()
+"""The real engine that the environment names, or all others."""

@@ -38,7 +38,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 async def assert_as_expected(it: Talk, params: GenerationParams, *, window_tokens: int = 0) -> int:
     slot = it.start(params, window_tokens=window_tokens)
-    expected = it.expected(params)
+    expected = await it.alone(params)
     ended = await it.ended(slot)
     assert it.tokens[slot] == expected.token_ids
     assert ended.finish_reason == expected.finish_reason
@@ -101,7 +101,7 @@ def test_offsets_go_on_where_the_stream_stands(subject: Subject, tmp_path: Path)
 def test_a_stop_token_is_the_last_one_and_is_named(subject: Subject, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with talk(subject, tmp_path) as it:
-            tokens = it.expected(greedy()).token_ids
+            tokens = (await it.alone(greedy())).token_ids
             slot = it.start(greedy(stop_token_ids=frozenset({tokens[5]})))
             ended = await it.ended(slot)
             assert (ended.finish_reason, ended.stop_token_id) == (STOP, tokens[5])
@@ -113,10 +113,13 @@ def test_a_stop_token_is_the_last_one_and_is_named(subject: Subject, tmp_path: P
 def test_the_models_own_end_is_named_too(subject: Subject, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with talk(subject, tmp_path, eos_probability=0.1) as it:
-            (end,) = it.backend.spec.tokenizer.eos_token_ids
+            assert it.hub.up is not None
+            (end,) = it.hub.up.tokenizer.eos_token_ids
+            # The simulated engine comes to its end by itself.
+            sampling = SamplingParams(0.0, logit_bias={end: 100.0} if it.real else {})
             for min_tokens in (0, 40):
                 stopping = StopConditions(max_tokens=400, min_tokens=min_tokens)
-                params = GenerationParams(SamplingParams(temperature=0.0), stopping)
+                params = GenerationParams(sampling, stopping)
                 slot = await assert_as_expected(it, params)
                 ended = it.frontend.ended[slot]
                 assert (ended.finish_reason, ended.stop_token_id) == (STOP, end)
@@ -130,7 +133,7 @@ def test_log_probabilities_come_with_their_tokens(subject: Subject, tmp_path: Pa
         async with talk(subject, tmp_path) as it:
             for num_top in (0, 3):
                 params = replace(sampled(6), num_top_logprobs=num_top)
-                expected = it.expected(params)
+                expected = await it.alone(params)
                 slot = await assert_as_expected(it, params)
                 heard = it.frontend.logprobs[slot]
                 assert heard == pytest.approx([one.logprob for one in expected.logprobs], abs=1e-5)
@@ -151,7 +154,7 @@ def test_a_window_is_kept_and_nothing_is_lost_by_it(subject: Subject, tmp_path: 
                 await it.until(lambda read=read: len(it.tokens[slot]) >= read + 5)
                 assert len(it.tokens[slot]) == read + 5
             assert (await it.ended(slot)).finish_reason == LENGTH
-            assert it.tokens[slot] == it.expected(params).token_ids
+            assert it.tokens[slot] == (await it.alone(params)).token_ids
 
     play(scenario())
 
@@ -198,7 +201,7 @@ def test_load_is_told_while_it_lasts(subject: Subject, tmp_path: Path) -> None:
                     it.hub.load is not None
                     and it.hub.load.ranks[0].requests_running == 3
                     and it.hub.load.ranks[0].kv_blocks_used >= 3
-                    and it.hub.load.ranks[0].kv_blocks_total in (0, it.backend.spec.kv_blocks)
+                    and it.hub.load.ranks[0].kv_blocks_total in (0, it.kv_blocks)
                 )
             )
 
@@ -212,7 +215,7 @@ def test_many_at_once_are_each_as_if_alone(subject: Subject, tmp_path: Path) -> 
             slots = [it.start(sampled(10), prompt) for prompt in prompts]
             for slot, prompt in zip(slots, prompts, strict=True):
                 await it.ended(slot)
-                assert it.tokens[slot] == it.expected(sampled(10), prompt).token_ids
+                assert it.tokens[slot] == (await it.alone(sampled(10), prompt)).token_ids
 
     play(scenario())
 
@@ -244,7 +247,7 @@ def test_a_constraint_that_it_has_is_kept_and_another_is_refused(
 
 BAD = {
     "no prompt": (greedy(), ()),
-    "a prompt longer than the context": (greedy(), range(600)),
+    "a prompt longer than the context": (greedy(), range(1100)),
     "an id that it does not know": (greedy(), (1, 1_000_000)),
     "a seed that is too large": (
         replace(sampled(), sampling=SamplingParams(seed=1 << 64 - 1)),
@@ -279,7 +282,7 @@ def test_what_can_never_be_is_refused_and_nothing_else_suffers(
 def test_what_goes_beyond_the_context_ends_there(subject: Subject, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with talk(subject, tmp_path, context_length=48) as it:
-            slot = it.start(greedy(500), prompt=range(40))
+            slot = it.start(greedy(500), prompt=range(it.context_length - 8))
             assert (await it.ended(slot)).finish_reason == LENGTH
             assert len(it.tokens[slot]) == 8
 
@@ -290,11 +293,39 @@ def test_output_of_the_past_is_taken_only_by_who_can(subject: Subject, tmp_path:
     async def scenario() -> None:
         async with talk(subject, tmp_path) as it:
             assert it.hub.up is not None
-            assert not it.hub.up.description.capabilities.native_resume, "none of these can"
-            slot = it.start(greedy(), output=(4, 5), first_offset=2)
-            assert (await it.refused(slot)).kind == worker_pb2.FAILURE_KIND_REJECTED
+            if it.hub.up.description.capabilities.native_resume:
+                await assert_going_on(it)
+            else:
+                slot = it.start(greedy(), output=(4, 5), first_offset=2)
+                assert (await it.refused(slot)).kind == worker_pb2.FAILURE_KIND_REJECTED
 
     play(scenario())
+
+
+async def assert_going_on(it: Talk) -> None:
+    """Whatever a request uses, its rest is that of an undisturbed run, wherever it is cut."""
+    assert it.hub.up is not None
+    able = it.hub.up.description.capabilities.constraints
+    features = {
+        **FEATURES,
+        "min_tokens": replace(sampled(), stopping=StopConditions(max_tokens=12, min_tokens=10)),
+        **{kind: replace(greedy(30), constraint=one) for kind, one in CONSTRAINTS.items()},
+        **{
+            f"seeded {kind}": replace(sampled(30), constraint=CONSTRAINTS[kind])
+            for kind in ("regex", "json_schema")
+        },
+    }
+    for feature, params in features.items():
+        if params.constraint is not None and not getattr(able, params.constraint.kind):
+            continue
+        expected = await it.alone(params)
+        whole = expected.token_ids
+        for cut in sorted({1, len(whole) // 2, len(whole) - 1} & set(range(1, len(whole)))):
+            slot = it.start(params, output=whole[:cut], first_offset=cut)
+            ended = await it.ended(slot)
+            assert it.tokens[slot] == whole[cut:], (feature, cut)
+            assert ended.finish_reason == expected.finish_reason, (feature, cut)
+            assert ended.end_offset == len(whole), (feature, cut)
 
 
 def test_an_engine_that_is_stopped_and_started_has_another_life(

@@ -1,0 +1,186 @@
+"""Real vLLM under the conformance suite, and killed under streams: `make engines`.
+
+    python -m tests.engines.real [--parts conformance,deaths,stops] [--stops 3] [--logs DIR]
+
+conformance  two servers of one model, one of gRPC and one of HTTP: each has to do what every engine
+             has to, and what it gives is compared with what the other gives
+deaths       `unbroken run -- vllm serve MODEL --grpc` twice, a frontend before them, streams of all
+             features; a server, its core, its worker is killed, a core stopped, a server told to
+             stop
+stops        the same over HTTP, told to stop again and again: vLLM ends its streams in several ways
+
+Ends with one line of JSON; its exit status is not 0 if a promise was broken or nothing was seen.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from tests.engines.real import deaths, model, servers, units, vllm
+from tests.engines.real.subject import Real
+from tests.support.environments import NotInstalledError
+
+PARTS: Final = ("conformance", "deaths", "stops")
+HURTS: Final = ("server killed", "core killed", "worker killed", "core stopped", "told to stop")
+SUITE_S_MAX: Final = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all parts need."""
+
+    binaries: Path
+    model: Path
+    logs: Path
+
+    def command(self, *, is_grpc: bool, port: int) -> tuple[str, ...]:
+        return tuple(vllm.words(self.binaries, self.model, is_grpc=is_grpc, port=port))
+
+    def directory(self, name: str) -> Path:
+        """A part's own, for its logs."""
+        directory = self.logs / name
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="tests.engines.real",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--hurts", default=",".join(HURTS), help="of the part deaths")
+    parser.add_argument("--stops", type=int, default=3, help="how often, in the part stops (3)")
+    parser.add_argument("--logs", type=Path, help="where engines' logs are kept")
+    arguments = parser.parse_args()
+    parts: list[str] = arguments.parts.split(",")
+    if unknown := set(parts).difference(PARTS):
+        parser.error(f"expected parts of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    began = time.monotonic()
+    figures: dict[str, object] = {}
+    oks: list[bool] = []
+    with tempfile.TemporaryDirectory(prefix="unbroken-engines-") as scratch:
+        try:
+            binaries = vllm.environment()
+            setup = Setup(binaries, Path(scratch) / "model", arguments.logs or Path(scratch))
+            model.make(setup.model)
+            figures["engine"] = f"vllm {vllm.version_of(binaries)}, CPU"
+            for part in parts:
+                is_ok, told = _part(part, setup, arguments.hurts.split(","), arguments.stops)
+                oks.append(is_ok)
+                figures[part] = told
+        except (NotInstalledError, RuntimeError) as error:
+            oks.append(False)
+            figures["error"] = str(error)
+    seconds = round(time.monotonic() - began, 1)
+    print(json.dumps({"ok": all(oks), **figures, "seconds": seconds}))  # noqa: T201
+    sys.exit(not all(oks))
+
+
+def _part(part: str, setup: Setup, hurts: list[str], num_stops: int) -> tuple[bool, object]:
+    match part:
+        case "conformance":
+            return uvloop.run(_conformance(setup))
+        case "deaths":
+            return uvloop.run(_deaths(setup, hurts))
+        case _:
+            return uvloop.run(_stops(setup, num_stops))
+
+
+async def _conformance(setup: Setup) -> tuple[bool, object]:
+    """The suite on each of two servers, the other one as its reference."""
+    directory = setup.directory("conformance")
+    at = {"vllm": servers.free_port(), "openai": servers.free_port()}
+    starting = {
+        protocol: servers.serving(
+            setup.command(is_grpc=protocol == "vllm", port=port),
+            protocol,
+            port,
+            directory / f"{protocol}.log",
+            environment=vllm.ENVIRONMENT,
+            start_s_max=vllm.START_S_MAX,
+        )
+        for protocol, port in at.items()
+    }
+    told: dict[str, object] = {}
+    is_ok = True
+    async with starting["vllm"] as grpc_address, starting["openai"] as http_address:
+        addresses = {"vllm": grpc_address, "openai": http_address}
+        for protocol, other in (("vllm", "openai"), ("openai", "vllm")):
+            reference = (other, addresses[other])
+            real = Real(protocol, addresses[protocol], reference, vllm.KV_BLOCKS)
+            verdict = await asyncio.to_thread(_suite, real)
+            is_ok &= verdict.get("ok") is True
+            told[protocol] = verdict
+    return is_ok, told
+
+
+def _suite(real: Real) -> Mapping[str, object]:
+    """What the suite says; its own words go to stderr."""
+    command = (
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *("--no-header", "--timeout=600", "tests/engines/test_conformance.py"),
+    )
+    try:
+        run = subprocess.run(
+            command,
+            env={**os.environ, **real.to_environment()},
+            stdout=subprocess.PIPE,
+            check=False,
+            timeout=SUITE_S_MAX,
+            cwd=vllm.ROOT,
+        )
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "error": f"it took more than {SUITE_S_MAX:g} s"}
+    said = run.stdout.decode(errors="replace")
+    print(said, file=sys.stderr, flush=True)  # noqa: T201
+    try:
+        return json.loads(said.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"ok": False, "error": f"pytest ended with {run.returncode}"}
+
+
+async def _deaths(setup: Setup, hurts: list[str]) -> tuple[bool, object]:
+    directory = setup.directory("deaths")
+    commands = {
+        name: setup.command(is_grpc=True, port=servers.free_port()) for name in ("w1", "w2")
+    }
+    rows = {how: deaths.Row() for how in hurts}
+    async with units.running(directory, commands, vllm.ENVIRONMENT) as both:
+        await both.until_serving(vllm.START_S_MAX)
+        expected = await deaths.undisturbed(both)
+        for how, row in rows.items():
+            await deaths.hurt(both, how, expected, row)
+    return all(row.is_ok for row in rows.values()), {
+        how: row.figures() for how, row in rows.items()
+    }
+
+
+async def _stops(setup: Setup, num_stops: int) -> tuple[bool, object]:
+    directory = setup.directory("stops")
+    ports = {name: servers.free_port() for name in ("w1", "w2")}
+    commands = {name: setup.command(is_grpc=False, port=port) for name, port in ports.items()}
+    row = deaths.Row()
+    async with units.running(directory, commands, vllm.ENVIRONMENT) as both:
+        await both.until_serving(vllm.START_S_MAX)
+        expected = await deaths.undisturbed(both)
+        urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+        for _ in range(num_stops):
+            await deaths.hurt(both, "told to stop", expected, row, beside=urls)
+    return row.is_ok, row.figures()
+
+
+if __name__ == "__main__":
+    main()
