@@ -97,6 +97,9 @@ class Call:
     priority: int = 0
     rank: int | None = None
     """Which data-parallel rank has to compute it; None: whichever."""
+    output: tuple[int, ...] = ()
+    """What came of it before, elsewhere; of `max_tokens` so many are spent. Asked only of engines
+    with `native_resume`."""
 
 
 @dataclass(frozen=True, slots=True)

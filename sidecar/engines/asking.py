@@ -78,20 +78,19 @@ def call_of(start: attempt_pb2.StartAttempt, found: Discovered, request_id: str)
     checkpoint = checkpoint_from_proto(start.checkpoint, vocab_size=found.tokenizer.vocab_size)
     prompt, params = checkpoint.prompt_token_ids, checkpoint.params
     sampling, stopping = params.sampling, params.stopping
+    output = checkpoint.output_token_ids
     room = found.context_length - len(prompt)
     if not prompt:
         raise InvalidField("checkpoint.prompt_token_ids", "at least 1 token", 0)
-    if room < 1:
+    if room <= len(output):
         raise InvalidField(
             "checkpoint.prompt_token_ids",
-            f"fewer tokens than the context holds ({found.context_length})",
-            len(prompt),
+            f"fewer tokens, with the output's, than the context holds ({found.context_length})",
+            len(prompt) + len(output),
         )
-    if checkpoint.output_token_ids and not able.native_resume:
+    if output and not able.native_resume:
         raise InvalidField(
-            "checkpoint.output_token_ids",
-            "none, for lack of native_resume",
-            len(checkpoint.output_token_ids),
+            "checkpoint.output_token_ids", "none, for lack of native_resume", len(output)
         )
     if sampling.logit_bias and not able.logit_bias:
         raise InvalidField("params.sampling.logit_bias", f"none by {found.kind}", "some")
@@ -111,4 +110,8 @@ def call_of(start: attempt_pb2.StartAttempt, found: Discovered, request_id: str)
         raise InvalidField(
             "params.stopping.min_tokens", f"at most {max_tokens}", stopping.min_tokens
         )
-    return Call(request_id, prompt, params, max_tokens, start.priority, rank)
+    if len(output) >= max_tokens:
+        raise InvalidField(
+            "checkpoint.output_token_ids", f"fewer than max_tokens ({max_tokens})", len(output)
+        )
+    return Call(request_id, prompt, params, max_tokens, start.priority, rank, output)

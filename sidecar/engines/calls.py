@@ -141,7 +141,8 @@ class _Attempt:
 
     @property
     def num_prefilled(self) -> int:
-        return max(0, len(self.call.prompt) - self.cached_tokens) if self.has_begun else 0
+        num_given = len(self.call.prompt) + len(self.call.output)
+        return max(0, num_given - self.cached_tokens) if self.has_begun else 0
 
 
 class _Life(Life):
@@ -534,7 +535,9 @@ class _Life(Life):
                     told = {}  # Whether it lives is asked elsewhere.
             asked = [
                 Asked(
-                    num_tokens=len(one.call.prompt) + one.progress.num_produced,
+                    num_tokens=(
+                        len(one.call.prompt) + len(one.call.output) + one.progress.num_produced
+                    ),
                     has_begun=one.has_begun,
                     is_paced=bool(one.progress.held),
                 )

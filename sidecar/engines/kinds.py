@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.config import SidecarConfig
+from sidecar.engines import continuation_key
 from sidecar.engines.adapter import Adapter
 from sidecar.engines.asking import Vouched
 from sidecar.engines.base import Engine
@@ -38,6 +39,9 @@ def engine_of(config: SidecarConfig, directory: Path) -> Engine:
     launch = launch_of(config, directory)
     if config.engine_protocol == "native":
         return NativeEngine(launch)
+    if config.engine_protocol == "vllm" and launch.command is not None:
+        # Inherited by the engine; nobody else can ask it to take a prompt for its own output.
+        continuation_key.choose()
     vouched = Vouched(
         config.engine_is_invariant,
         config.engine_numerics,

@@ -6,8 +6,13 @@ What its protocol does not say of itself, measured on vLLM 0.32 (docs/decisions/
 - A request id that runs already is accepted again.
 - `top_p` and `repetition_penalty` of 0 are taken for 1, an absent temperature for 1.
 - Of the most probable tokens it tells the chosen one first, and that one counts.
+
+With the plug-in `worker.vllm_plugin` it goes on with the output of another engine. Whether it has
+that plug-in, and whether that works here, shows in what comes of asking for it.
 """
 
+import json
+import secrets
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,11 +21,22 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb  # pyright: ignore[re
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
-from sidecar.engines.adapter import Call, Delta, Discovered, End, LoadOfRank, Unhealthy
+from sidecar.engines import continuation_key
+from sidecar.engines.adapter import (
+    Call,
+    CallFailed,
+    Delta,
+    Discovered,
+    End,
+    LoadOfRank,
+    NotReady,
+    Unhealthy,
+)
 from sidecar.engines.smg import SmgAdapter, logprobs_of
 from sidecar.engines.tokenizer_process import read_asset
-from unbroken.generation import Constraint
-from unbroken.outcome import FinishReason
+from unbroken.generation import Constraint, GenerationParams, SamplingParams, StopConditions
+from unbroken.outcome import FailureKind, FinishReason
+from unbroken.tokenizer import TokenizerAsset
 from unbroken.v1 import worker_pb2
 
 LOGPROBS_MAX: Final = 20
@@ -36,6 +52,13 @@ _CAPABILITIES: Final = worker_pb2.EngineCapabilities(
     logprobs=True,
     seed_bits=31,
 )
+_FIELD: Final = "unbroken_continuation"
+_PROBE_TOKENS: Final = 6
+_PROBE: Final = GenerationParams(
+    SamplingParams(temperature=2.0, seed=1, presence_penalty=2.0),
+    StopConditions(max_tokens=_PROBE_TOKENS, ignore_eos=True),
+)
+"""Generator, counts and budget of a request all show in what comes of it."""
 _REASONS: Final = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -54,16 +77,20 @@ class VllmAdapter(SmgAdapter):
         )
         loads: pb.GetLoadsResponse = await self._ask("GetLoads", pb.GetLoadsRequest())
         files = await self._tokenizer_files(model.tokenizer_path)
+        asset = await read_asset(
+            files, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
+        )
+        capabilities = worker_pb2.EngineCapabilities()
+        capabilities.CopyFrom(_CAPABILITIES)
+        capabilities.native_resume = await self._continues(asset)
         tokens = max((load.max_total_num_tokens for load in loads.loads), default=0)
         return Discovered(
             kind="vllm",
             version=loads.version,
             model=model.served_model_name or model.model_path,
             context_length=model.max_context_length,
-            tokenizer=await read_asset(
-                files, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
-            ),
-            capabilities=_CAPABILITIES,
+            tokenizer=asset,
+            capabilities=capabilities,
             block_size=server.block_size,
             kv_blocks=tokens // server.block_size if server.block_size else 0,
             batch_size_max=server.max_num_seqs,
@@ -76,9 +103,32 @@ class VllmAdapter(SmgAdapter):
             },
         )
 
+    async def _continues(self, asset: TokenizerAsset) -> bool:
+        """Whether it goes on where another engine was, by doing so once. Raises `NotReady`."""
+        if not continuation_key.get():
+            return False
+        bos = asset.bos_token_id if asset.bos_token_id is not None else min(1, asset.vocab_size - 1)
+        try:
+            whole = await self._probe_tokens(bos, ())
+            rest = await self._probe_tokens(bos, tuple(whole[: _PROBE_TOKENS // 2]))
+        except CallFailed as failed:
+            if failed.failure is FailureKind.REJECTED:
+                return False
+            raise NotReady(f"no token: {failed.detail}") from failed
+        return len(whole) == _PROBE_TOKENS and rest == whole[_PROBE_TOKENS // 2 :]
+
+    async def _probe_tokens(self, bos: int, output: tuple[int, ...]) -> Sequence[int]:
+        name = f"continues-{secrets.token_hex(4)}"
+        call = Call(name, (bos,), _PROBE, _PROBE_TOKENS, output=output)
+        return [token async for delta in self.generate(call) for token in delta.token_ids]
+
     @override
     def _request(self, call: Call) -> pb.GenerateRequest:
-        return request_of(call)
+        request = request_of(call)
+        if call.output:
+            said = {"key": continuation_key.get(), "num_output": len(call.output)}
+            request.kv_transfer_params_json = json.dumps({_FIELD: said})
+        return request
 
     @override
     def _delta(self, call: Call, response: pb.GenerateResponse, num_before: int) -> Delta | None:
@@ -154,7 +204,7 @@ def request_of(call: Call) -> pb.GenerateRequest:
         _constrain(params, call.params.constraint)
     return pb.GenerateRequest(
         request_id=call.request_id,
-        tokenized=pb.TokenizedInput(input_ids=call.prompt),
+        tokenized=pb.TokenizedInput(input_ids=(*call.prompt, *call.output)),
         sampling_params=params,
         stream=True,
         data_parallel_rank=call.rank,

@@ -47,7 +47,12 @@ class Backend:
     """One engine. `run` turns its crank."""
 
     def __init__(
-        self, *, step_s: float = 0.001, context_length: int = 512, eos_probability: float = 0.0
+        self,
+        *,
+        step_s: float = 0.001,
+        context_length: int = 512,
+        eos_probability: float = 0.0,
+        native_resume: bool = False,
     ) -> None:
         """An engine as vLLM is seen from outside: no native resume, a generator with a history."""
         self.runner: SimulatedRunner = simulated_runner(
@@ -57,7 +62,7 @@ class Backend:
             kv_blocks=64,
             batch_size_max=32,
             cost=CostModel(step_base_s=step_s),
-            native_resume=False,
+            native_resume=native_resume,
             random_source="sequential",
         )
         self.spec = self.runner.spec
@@ -110,7 +115,11 @@ class Backend:
     # What it is asked.
 
     async def generate(
-        self, name: str, prompt: Sequence[int], params: GenerationParams
+        self,
+        name: str,
+        prompt: Sequence[int],
+        params: GenerationParams,
+        past: Sequence[int] = (),
     ) -> AsyncGenerator[Output]:
         """Raises `InvalidField` for what it cannot do, `CoreDead`."""
         if self.is_dead:
@@ -120,7 +129,9 @@ class Backend:
             slot=self._next_slot,
             stream=attempt_pb2.StreamKey(request_id="r"),
             epoch=1,
-            checkpoint=checkpoint_to_proto(Checkpoint(tuple(prompt), params)),
+            checkpoint=checkpoint_to_proto(
+                Checkpoint(tuple(prompt), params, tuple(past), len(past))
+            ),
         )
         self._next_slot += 1
         loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import AsyncGenerator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -29,6 +30,7 @@ from unbroken.generation import (
 )
 from unbroken.outcome import FinishReason
 from unbroken.tokenizer import TokenizerAsset
+from worker.vllm_plugin import continuation
 
 Context = grpc.aio.ServicerContext[Any, Any]
 CHUNK_BYTES = 64 * 1024
@@ -76,6 +78,8 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.requests: list[pb.GenerateRequest] = []
+        self.plugin_key = ""
+        """Of the plug-in that continues natively; empty: it has none."""
         self.taps_refused: grpc.StatusCode | None = None
         """With what who subscribes to KV events is refused."""
         self.num_taps_refused = 0
@@ -87,6 +91,7 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
     ) -> AsyncGenerator[pb.GenerateResponse]:
         self.requests.append(request)
         prompt = list(request.tokenized.input_ids)
+        told, past = prompt, list[int]()
         num_top = (
             request.sampling_params.logprobs
             if request.sampling_params.HasField("logprobs")
@@ -94,7 +99,10 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
         )
         try:
             params = _params(request.sampling_params, self.backend.spec.vocab_size)
-            async for output in self.backend.generate(request.request_id, prompt, params):
+            if self.plugin_key:
+                told, past = _continued(request, self.plugin_key)
+            outputs = self.backend.generate(request.request_id, told, params, past)
+            async for output in outputs:
                 yield pb.GenerateResponse(
                     chunk=pb.GenerateStreamChunk(
                         token_ids=output.token_ids,
@@ -216,6 +224,18 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
                 yield await queue.get()
         finally:
             self.subscribers.remove(queue)
+
+
+def _continued(request: pb.GenerateRequest, key: str) -> tuple[list[int], list[int]]:
+    """Prompt and output, as the plug-in tells them apart. Raises `InvalidField`."""
+    prompt = list(request.tokenized.input_ids)
+    transfer: Any = json.loads(request.kv_transfer_params_json or "null")
+    params = SimpleNamespace(extra_args={"kv_transfer_params": transfer} if transfer else None)
+    try:
+        num_output = continuation.take_note(params, len(prompt), key)
+    except ValueError as error:
+        raise InvalidField("kv_transfer_params", "a continuation", f"{error}") from error
+    return continuation.split(prompt, num_output) if num_output else (prompt, [])
 
 
 def tokenizer_chunks(backend: Backend) -> list[common_pb2.GetTokenizerChunk]:
