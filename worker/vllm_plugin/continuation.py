@@ -77,9 +77,9 @@ def _checked(said: Any, num_prompt: int, key: str) -> int:
     known = told.get("key")
     if not isinstance(known, str) or not hmac.compare_digest(known.encode(), key.encode()):
         raise ValueError(f"{FIELD}: only this engine's sidecar may ask for it")
-    num_output = told.get("num_output")
-    is_number = isinstance(num_output, int) and not isinstance(num_output, bool)
-    if not (is_number and 0 < num_output < num_prompt):
+    num_output: Any = told.get("num_output")
+    is_in_range = isinstance(num_output, int) and 0 < num_output < num_prompt
+    if not is_in_range or num_output is True:
         raise ValueError(f"{FIELD}: expected 0 < num_output < {num_prompt}, got {num_output!r}")
     return num_output
 

@@ -6,7 +6,8 @@ conformance  two servers of one model, one of gRPC and one of HTTP: each has to 
              has to, and what it gives is compared with what the other gives
 deaths       `unbroken run -- vllm serve MODEL --grpc` twice, a frontend before them, streams of all
              features; a server, its core, its worker is killed, a core stopped, a server told to
-             stop
+             stop; without our plug-in, so by classes A and B
+native       the same with it: class C
 stops        the same over HTTP, told to stop again and again: vLLM ends its streams in several ways
 
 Ends with one line of JSON; its exit status is not 0 if a promise was broken or nothing was seen.
@@ -31,7 +32,7 @@ from tests.engines.real import deaths, model, servers, units, vllm
 from tests.engines.real.subject import Real
 from tests.support.environments import NotInstalledError
 
-PARTS: Final = ("conformance", "deaths", "stops")
+PARTS: Final = ("conformance", "deaths", "native", "stops")
 HURTS: Final = ("server killed", "core killed", "worker killed", "core stopped", "told to stop")
 SUITE_S_MAX: Final = 900.0
 
@@ -61,7 +62,7 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--hurts", default=",".join(HURTS), help="of the part deaths")
+    parser.add_argument("--hurts", default=",".join(HURTS), help="of deaths and native")
     parser.add_argument("--stops", type=int, default=3, help="how often, in the part stops (3)")
     parser.add_argument("--logs", type=Path, help="where engines' logs are kept")
     arguments = parser.parse_args()
@@ -94,7 +95,10 @@ def _part(part: str, setup: Setup, hurts: list[str], num_stops: int) -> tuple[bo
         case "conformance":
             return uvloop.run(_conformance(setup))
         case "deaths":
-            return uvloop.run(_deaths(setup, hurts))
+            without = {**vllm.ENVIRONMENT, "VLLM_PLUGINS": "none"}
+            return uvloop.run(_deaths(setup, "deaths", hurts, without))
+        case "native":
+            return uvloop.run(_deaths(setup, "native", hurts, vllm.ENVIRONMENT))
         case _:
             return uvloop.run(_stops(setup, num_stops))
 
@@ -152,13 +156,15 @@ def _suite(real: Real) -> Mapping[str, object]:
         return {"ok": False, "error": f"pytest ended with {run.returncode}"}
 
 
-async def _deaths(setup: Setup, hurts: list[str]) -> tuple[bool, object]:
-    directory = setup.directory("deaths")
+async def _deaths(
+    setup: Setup, part: str, hurts: list[str], environment: Mapping[str, str]
+) -> tuple[bool, object]:
+    directory = setup.directory(part)
     commands = {
         name: setup.command(is_grpc=True, port=servers.free_port()) for name in ("w1", "w2")
     }
     rows = {how: deaths.Row() for how in hurts}
-    async with units.running(directory, commands, vllm.ENVIRONMENT) as both:
+    async with units.running(directory, commands, environment) as both:
         await both.until_serving(vllm.START_S_MAX)
         expected = await deaths.undisturbed(both)
         for how, row in rows.items():
