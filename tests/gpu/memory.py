@@ -39,6 +39,8 @@ ATTACH_MS_MAX = 5.0
 """16 slabs of 1 GiB, at the median, with what else there is to do about them."""
 CHECKSUM_SHARE_MIN = 0.85
 """Of the traffic of one large copy, which reads and writes: the GPU's own measure."""
+COPY_SHARE_MIN = 0.8
+"""Of one large copy, by blocks of 2 MiB that lie anywhere, with their checksums."""
 CONTEXT_BYTES_MAX = 16 << 20
 """What a service without a context may take of the GPU; a context takes 500 MiB."""
 SIZES = (0, 1, 7, 8, 9, 4096, (2 << 20) - 8, 2 << 20, (2 << 20) + 5, (5 << 20) + 3, 64 << 20)
@@ -98,7 +100,25 @@ class Proof:
         ]
         self.expect(not wrong, f"the checksum is another on the GPU: {wrong}")
         self.expect(gpu.checksums(many, 65536) == expected, "checksums of many blocks differ")
-        whole, missed = gpu.checksums([slabs.address], len(data)), 0
+        copies = self._slabs(1, 64 << 20)
+        uneven = (64 << 10) - 24 + 5
+        sources = [slabs.address + number * (64 << 10) + 8 for number in range(500)]
+        targets = [copies.address + number * (64 << 10) + 8 for number in range(500)]
+        told = gpu.copy_blocks(targets, sources, uneven)
+        self.expect(told == gpu.checksums(targets, uneven), "a copied block has another checksum")
+        self.expect(
+            gpu.read(targets[7] - 8, 64 << 10)
+            == bytes(8) + data[7 * (64 << 10) + 8 :][:uneven] + bytes((64 << 10) - 8 - uneven),
+            "a copied block has other bytes, or its neighbours have",
+        )
+        whole = gpu.checksums([slabs.address], len(data))
+        self.expect(
+            gpu.copy_blocks([copies.address], [slabs.address], len(data)) == whole
+            and gpu.checksums([copies.address], len(data)) == whole,
+            "64 MiB that are copied have another checksum",
+        )
+        copies.close()
+        missed = 0
         for _ in range(FLIPS):
             at = chance.randrange(len(data))
             gpu.write(slabs.address + at, bytes([data[at] ^ 1 << chance.randrange(8)]))
@@ -123,11 +143,15 @@ class Proof:
         blocks = [slabs.address + at for at in range(0, size, 2 << 20)]
         pages = [slabs.address + at for at in range(0, size // 16, 64 << 10)]
         half = size // 2
+        lower, upper = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
+        random.Random(1).shuffle(upper)
         copied = 2 * half / self._best(lambda: gpu.copy(slabs.address, slabs.address + half, half))
         whole = size / self._best(lambda: gpu.checksums(addresses, SLAB_BYTES))
+        blocked = 2 * half / self._best(lambda: gpu.copy_blocks(lower, upper, 2 << 20))
         self.figures |= {
             "copy_traffic_tb_s": _tera(copied),
             "checksum_tb_s": _tera(whole),
+            "copy_2_mib_blocks_traffic_tb_s": _tera(blocked),
             "checksum_2_mib_blocks_tb_s": _tera(
                 size / self._best(lambda: gpu.checksums(blocks, 2 << 20))
             ),
@@ -141,6 +165,10 @@ class Proof:
         self.expect(
             whole >= CHECKSUM_SHARE_MIN * copied,
             f"the checksum reads {_tera(whole)} TB/s, a copy moves {_tera(copied)}",
+        )
+        self.expect(
+            blocked >= COPY_SHARE_MIN * copied,
+            f"copying blocks moves {_tera(blocked)} TB/s, one copy {_tera(copied)}",
         )
         slabs.close()
 

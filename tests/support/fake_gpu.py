@@ -222,6 +222,16 @@ class FakeGpu:
             for address in addresses
         ]
 
+    def copy_blocks(
+        self, targets: Sequence[int], sources: Sequence[int], size_bytes: int
+    ) -> list[int]:
+        for target in targets:
+            self._check_usable("copy_blocks", target, size_bytes, Access.READ_WRITE)
+        sums = self.checksums(sources, size_bytes)
+        for target, source in zip(targets, sources, strict=True):
+            ctypes.memmove(target, source, size_bytes)
+        return sums
+
     def synchronize(self) -> None:
         self._called("synchronize")
 

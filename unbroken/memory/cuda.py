@@ -184,10 +184,21 @@ class CudaGpu(CudaVmm):
             asked(cu, "copy", cu.cuStreamSynchronize(cu.CUstream(0)))
 
     def checksums(self, addresses: Sequence[int], size_bytes: int) -> list[int]:
+        return self._of(addresses, size_bytes, None)
+
+    def copy_blocks(
+        self, targets: Sequence[int], sources: Sequence[int], size_bytes: int
+    ) -> list[int]:
+        assert len(targets) == len(sources), "one for each"
+        return self._of(sources, size_bytes, targets)
+
+    def _of(
+        self, addresses: Sequence[int], size_bytes: int, targets: Sequence[int] | None
+    ) -> list[int]:
         with self._lock, self._current():
             if self._checksums is None:
                 self._checksums = Checksums(self._cu, self._device)
-            return self._checksums.of(addresses, size_bytes)
+            return self._checksums.of(addresses, size_bytes, targets)
 
     def synchronize(self) -> None:
         cu = self._cu

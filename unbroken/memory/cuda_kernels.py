@@ -19,7 +19,7 @@ THREADS: Final = 256
 """In a block, as the kernels are compiled for."""
 PARTS: Final = 16
 """Of a chunk: each has a block of threads."""
-_KERNELS: Final = ("coefficients", "chunk_digests", "wholes")
+_KERNELS: Final = ("coefficients", "chunk_digests", "copied_digests", "wholes")
 _LAUNCHED_MAX: Final = 32_768
 """Wholes in one launch; a grid has 65,535 in this direction."""
 
@@ -47,7 +47,7 @@ class Checksums:
         self._module, self._kernels = compiled(cu, device, _source(), _KERNELS)
         self._stream: Any = cu.CUstream(0)
         self._factors = _Buffer(cu)
-        self._buffers = [_Buffer(cu), _Buffer(cu), _Buffer(cu)]
+        self._buffers = [_Buffer(cu) for _ in range(4)]
         self._factors.hold(CHUNK_BYTES)
         self._launch("coefficients", (CHUNK_WORDS // THREADS, 1), self._factors.address)
 
@@ -56,38 +56,43 @@ class Checksums:
             buffer.close()
         self._cu.cuModuleUnload(self._module)
 
-    def of(self, addresses: Sequence[int], size_bytes: int) -> list[int]:
-        """One for each address."""
+    def of(
+        self, addresses: Sequence[int], size_bytes: int, targets: Sequence[int] | None = None
+    ) -> list[int]:
+        """One for each address; with `targets`, of what is copied from there."""
         if not 0 <= size_bytes <= SIZE_BYTES_MAX:
             raise ValueError(f"expected at most {SIZE_BYTES_MAX} bytes, got {size_bytes}")
-        given = np.array(addresses, dtype=np.uint64)
+        given = np.array([addresses] if targets is None else [addresses, targets], dtype=np.uint64)
         if np.any(given % np.uint64(8)):
             raise ValueError("expected addresses that are multiples of 8")
         found: list[int] = []
-        for start in range(0, len(given), _LAUNCHED_MAX):
-            found += self._some(given[start : start + _LAUNCHED_MAX], size_bytes)
+        for start in range(0, len(addresses), _LAUNCHED_MAX):
+            found += self._some(list(given[:, start : start + _LAUNCHED_MAX]), size_bytes)
         return found
 
-    def _some(self, addresses: Words, size_bytes: int) -> list[int]:
-        cu, count = self._cu, len(addresses)
+    def _some(self, places: list[Words], size_bytes: int) -> list[int]:
+        """`places` are sources, and perhaps targets."""
+        cu, count = self._cu, len(places[0])
         num_chunks = -(-size_bytes // CHUNK_BYTES)
         num_parts = -(-size_bytes // (CHUNK_BYTES // PARTS))
-        given, digests, results = self._buffers
-        given.hold(8 * count)
+        *given, digests, results = self._buffers
         digests.hold(8 * count * num_chunks)
         results.hold(8 * count)
-        host, size = addresses.copy(), 8 * count
-        sent = cu.cuMemcpyHtoD(cu.CUdeviceptr(given.address), host.ctypes.data, size)
-        asked(cu, "take addresses", sent)
+        size = 8 * count
+        for place, buffer in zip(places, given, strict=False):
+            buffer.hold(size)
+            sent = cu.cuMemcpyHtoD(cu.CUdeviceptr(buffer.address), place.ctypes.data, size)
+            asked(cu, "take addresses", sent)
         if num_chunks:
             cleared = cu.cuMemsetD8Async(
                 cu.CUdeviceptr(digests.address), 0, 8 * count * num_chunks, self._stream
             )
             asked(cu, "clear digests", cleared)
             self._launch(
-                "chunk_digests",
+                "chunk_digests" if len(places) == 1 else "copied_digests",
                 (num_parts, count),
-                *(given.address, size_bytes, num_chunks),
+                *(buffer.address for buffer in given[: len(places)]),
+                *(size_bytes, num_chunks),
                 *(self._factors.address, digests.address),
             )
         self._launch(
@@ -95,6 +100,7 @@ class Checksums:
             (count, 1),
             *(digests.address, size_bytes, num_chunks, self._factors.address, results.address),
         )
+        host = np.empty(count, dtype=np.uint64)
         got = cu.cuMemcpyDtoH(host.ctypes.data, cu.CUdeviceptr(results.address), size)
         asked(cu, "compute checksums", got)
         return [int(one) for one in host.tolist()]

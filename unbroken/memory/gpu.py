@@ -127,6 +127,16 @@ class Gpu(Vmm, Protocol):
         """`mlh64` of the bytes at each address, a multiple of 8. Waits."""
         ...
 
+    def copy_blocks(
+        self, targets: Sequence[int], sources: Sequence[int], size_bytes: int
+    ) -> list[int]:
+        """Copy blocks of one size, which do not overlap; their `checksums`, as they are read.
+
+        Addresses are multiples of 8. Unlike with `copy`, one that may not be written to ends the
+        process. Waits.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Wait for all that this process gave the GPU to do."""
         ...

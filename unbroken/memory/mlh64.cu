@@ -44,20 +44,22 @@ extern "C" __global__ void coefficients(word_t* factors)
     factors[i] = (z ^ (z >> 31)) | 1;
 }
 
-// Adds to digests[whole][chunk], which are zero before. Grid: parts of chunks, wholes.
-extern "C" __global__ void __launch_bounds__(256) chunk_digests(
-    const word_t* addresses, word_t num_bytes, word_t num_chunks, const word_t* factors,
-    word_t* digests)
+// Adds to digests[whole][chunk], which are zero before; with `targets`, copies what it reads. Grid: parts of chunks, wholes.
+template <bool COPIES>
+__device__ __forceinline__ void digest(
+    const word_t* sources, const word_t* targets, word_t num_bytes, word_t num_chunks,
+    const word_t* factors, word_t* digests)
 {
     word_t chunk = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
-    const word_t* words = (const word_t*)addresses[blockIdx.y] + chunk * CHUNK_WORDS;
+    const word_t* words = (const word_t*)sources[blockIdx.y] + chunk * CHUNK_WORDS;
+    word_t* copies = COPIES ? (word_t*)targets[blockIdx.y] + chunk * CHUNK_WORDS : 0;
     word_t left = num_bytes - chunk * CHUNK_BYTES;
     word_t num_words = left < CHUNK_BYTES ? left / 8 : CHUNK_WORDS;
     word_t first = part * PART_WORDS, end = first + PART_WORDS;
     if (end > num_words)
         end = num_words;
     word_t sum = 0;
-    if (((word_t)words & 15) == 0 && first < end) {
+    if ((((word_t)words | (word_t)copies) & 15) == 0 && first < end) {
         word_t num_pairs = (end - first) / 2;
         const ulonglong2* data = (const ulonglong2*)(words + first);
         const ulonglong2* pairs = (const ulonglong2*)(factors + first);
@@ -65,22 +67,45 @@ extern "C" __global__ void __launch_bounds__(256) chunk_digests(
         for (word_t i = threadIdx.x; i < num_pairs; i += blockDim.x) {
             ulonglong2 word = __ldcs(data + i);
             ulonglong2 factor = __ldg(pairs + i);
+            if (COPIES)
+                __stcs((ulonglong2*)(copies + first) + i, word);
             sum += mixed(word.x, factor.x) + mixed(word.y, factor.y);
         }
         first += num_pairs * 2;
     }
-    for (word_t i = first + threadIdx.x; i < end; i += blockDim.x)
-        sum += mixed(words[i], factors[i]);
+    for (word_t i = first + threadIdx.x; i < end; i += blockDim.x) {
+        word_t word = words[i];
+        if (COPIES)
+            copies[i] = word;
+        sum += mixed(word, factors[i]);
+    }
     if (left < CHUNK_BYTES && left % 8 && part == num_words / PART_WORDS && threadIdx.x == 0) {
         const unsigned char* rest = (const unsigned char*)(words + num_words);
         word_t word = 0;
-        for (word_t i = 0; i < left % 8; i++)
+        for (word_t i = 0; i < left % 8; i++) {
+            if (COPIES)
+                ((unsigned char*)(copies + num_words))[i] = rest[i];
             word |= (word_t)rest[i] << (8 * i);
+        }
         sum += mixed(word, factors[num_words]);
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0)
         atomicAdd(digests + blockIdx.y * num_chunks + chunk, sum);
+}
+
+extern "C" __global__ void __launch_bounds__(256) chunk_digests(
+    const word_t* sources, word_t num_bytes, word_t num_chunks, const word_t* factors,
+    word_t* digests)
+{
+    digest<false>(sources, 0, num_bytes, num_chunks, factors, digests);
+}
+
+extern "C" __global__ void __launch_bounds__(256) copied_digests(
+    const word_t* sources, const word_t* targets, word_t num_bytes, word_t num_chunks,
+    const word_t* factors, word_t* digests)
+{
+    digest<true>(sources, targets, num_bytes, num_chunks, factors, digests);
 }
 
 // Grid: wholes.
