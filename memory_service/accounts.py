@@ -61,10 +61,21 @@ class Accounts:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.used: dict[str, int] = {}
+        self.unreclaimed: dict[str, int] = {}
+        """Of that, the bytes of slabs that are freed and that somebody may have mapped."""
 
     @property
     def total(self) -> int:
         return sum(self.used.values())
+
+    @property
+    def total_unreclaimed(self) -> int:
+        return sum(self.unreclaimed.values())
+
+    @property
+    def total_in_use(self) -> int:
+        """Bytes of the slabs that somebody can find."""
+        return self.total - self.total_unreclaimed
 
     def missing(self, tenant: str, num_bytes: int) -> tuple[int, int]:
         """Bytes that have to be freed first: by the tenant, and by anybody."""
@@ -72,12 +83,20 @@ class Accounts:
         of_all = self.total + num_bytes - self.limits.capacity_bytes
         return max(0, of_tenant), max(0, of_all)
 
+    def to_evict(self, tenant: str, num_bytes: int) -> tuple[int, int]:
+        """As `missing`, without the bytes that come back by themselves when they are unmapped."""
+        of_tenant, of_all = self.missing(tenant, num_bytes)
+        return (
+            max(0, of_tenant - self.unreclaimed.get(tenant, 0)),
+            max(0, of_all - self.total_unreclaimed),
+        )
+
     def above_watermark(self) -> int:
         """Bytes to evict now, so that the next who asks need not wait."""
         limits = self.limits
         if self.total <= limits.high_share * limits.capacity_bytes:
             return 0
-        return self.total - int(limits.low_share * limits.capacity_bytes)
+        return max(0, self.total_in_use - int(limits.low_share * limits.capacity_bytes))
 
     def charge(self, tenant: str, num_bytes: int) -> None:
         """Note memory that was given. Raises MEMORY_EXHAUSTED if it may not be."""
@@ -96,11 +115,21 @@ class Accounts:
         """Note memory that is there, whatever the limits say now."""
         self.used[tenant] = self.used.get(tenant, 0) + num_bytes
 
+    def free(self, tenant: str, num_bytes: int) -> None:
+        """Note memory that nobody can find any more; it is not back yet."""
+        self.unreclaimed[tenant] = self.unreclaimed.get(tenant, 0) + num_bytes
+        assert self.unreclaimed[tenant] <= self.used[tenant], "nothing is freed twice"
+
     def credit(self, tenant: str, num_bytes: int) -> None:
-        """Note memory that was freed."""
-        left = self.used[tenant] - num_bytes
-        assert left >= 0, "nothing is freed twice"
-        if left:
-            self.used[tenant] = left
-        else:
-            del self.used[tenant]
+        """Note that memory is back, after `free`."""
+        _subtract(self.unreclaimed, tenant, num_bytes)
+        _subtract(self.used, tenant, num_bytes)
+
+
+def _subtract(amounts: dict[str, int], tenant: str, num_bytes: int) -> None:
+    left = amounts[tenant] - num_bytes
+    assert left >= 0, "nothing comes back twice"
+    if left:
+        amounts[tenant] = left
+    else:
+        del amounts[tenant]

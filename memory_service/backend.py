@@ -20,6 +20,10 @@ class Allocation:
     """As it was asked for."""
 
 
+class NeverSealed(Exception):  # noqa: N818 - It names what happened.
+    """Who could write to it has seen to it that it can never be sealed."""
+
+
 class Backend(Protocol):
     """Memory of one device."""
 
@@ -50,6 +54,7 @@ class Backend(Protocol):
         """Let nobody write to it any more. False if somebody still can: nothing changed.
 
         Where no kernel can do that, True: the caller has other proof, or takes the owner's word.
+        Raises NeverSealed.
         """
         ...
 

@@ -27,6 +27,8 @@ PART_BYTES: Final = 2 * 1024 * 1024
 WATCH_INTERVAL_S: Final = 0.02
 """Between two looks for events."""
 WATCHERS_MAX: Final = 64
+VERIFIERS_MAX: Final = 2
+"""Each reads all that there is, in a thread."""
 READERS_MAX: Final = 16
 """Calls of ReadBlocks at once: each holds a pin and a few messages."""
 
@@ -55,12 +57,13 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
         self._started_at = clock()
         self._num_watchers = 0
         self._num_readers = 0
+        self._num_verifying = 0
 
     @override
     async def GetUsage(self, request: pb.GetUsageRequest, context: _Context) -> pb.GetUsageResponse:
         self._check_boot(request.boot_token)
         holdings = self._holdings
-        host = holdings.accounts[HOST]
+        host = holdings.ledger.accounts[HOST]
         return pb.GetUsageResponse(
             boot_token=holdings.boot_token,
             capacity_bytes=host.limits.capacity_bytes,
@@ -73,8 +76,9 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
                     quota_bytes=accounts.limits.quota_of(tenant),
                     memory_kind=labels.kind_to_proto(device),
                     device=device.uuid,
+                    unreclaimed_bytes=accounts.unreclaimed.get(tenant, 0),
                 )
-                for device, accounts in holdings.accounts.items()
+                for device, accounts in holdings.ledger.accounts.items()
                 for tenant, used in sorted(accounts.used.items())
             ],
             memories=[
@@ -83,15 +87,18 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
                     device=device.uuid,
                     capacity_bytes=accounts.limits.capacity_bytes,
                     used_bytes=accounts.total,
+                    unreclaimed_bytes=accounts.total_unreclaimed,
                     page_bytes=device.page_bytes,
                     health=labels.health_to_proto(holdings.health_of(device)),
                 )
-                for device, accounts in holdings.accounts.items()
+                for device, accounts in holdings.ledger.accounts.items()
             ],
             num_blocks=holdings.store.num_blocks,
             num_pinned=holdings.store.num_pinned,
             has_vault=self._keeper.vault is not None and not self._keeper.vault.is_lost,
             event_sequence=holdings.news.sequence,
+            num_slabs=holdings.ledger.num_slabs,
+            slabs_max=holdings.ledger.slabs_max,
         )
 
     @override
@@ -136,7 +143,8 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
         try:
             for index, key in enumerate(_keys(request.keys)):
                 # A pin for each: a slow reader holds up the slot of one block at most.
-                pin = self._holdings.store.pin(0, request.tenant, [key], self._clock() + PIN_S_MAX)
+                store = self._holdings.store
+                pin = store.pin(0, store.find(request.tenant, [key]), self._clock() + PIN_S_MAX)
                 if pin is None:
                     yield _end(index, pb.READ_END_MISSING)
                     return
@@ -172,7 +180,17 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
     @override
     async def Verify(self, request: pb.VerifyRequest, context: _Context) -> pb.VerifyResponse:
         self._check_boot(request.boot_token)
-        result = await self._scrubber.verify(request.tenant)
+        if self._num_verifying >= VERIFIERS_MAX:
+            raise UnbrokenError(
+                Reason.OVERLOADED,
+                f"expected at most {VERIFIERS_MAX} verifications at once",
+                retry_after_s=5.0,
+            )
+        self._num_verifying += 1
+        try:
+            result = await self._scrubber.verify(request.tenant)
+        finally:
+            self._num_verifying -= 1
         return pb.VerifyResponse(
             num_intact=result.num_intact,
             num_corrupt=result.num_corrupt,

@@ -2,18 +2,20 @@
 
 A method is one call of a session, or one thing that was seen. It raises what the caller has to be
 told, or changes what is held and leaves, in `commands`, what is to be done about it. Memory is
-allocated by the shell after `create_segment` or `open_slab` named the slabs; if that fails, the
-shell gives them back with `release_segment` or `abandon_slab`.
+allocated by the shell after `plan_segment` or `open_slab` named the slabs; if that fails, the shell
+gives them back with `abandon_segment` or `abandon_slab`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from memory_service import fencing, gpu_health
-from memory_service.accounts import HOST, Accounts, Device, Limits, MemoryKind
+from memory_service.accounts import HOST, Device, Limits
 from memory_service.fencing import Fence, FencePolicy, Verdict
 from memory_service.gpu_health import EngineFault, GpuHealth, Health, Verify, Worsened
+from memory_service.ledger import Charge, Charged, Ledger
 from memory_service.news import News, NewsKind
 from memory_service.segments import SegmentClass, Segments, State, Version, not_fenced
 from memory_service.sessions import Peer, Session, Sessions
@@ -23,8 +25,10 @@ from unbroken.memory.checksums import Algorithm
 from unbroken.memory.records import Record
 
 SLABS_MAX = 250
-"""Of a segment: what the kernel passes in one message is 253 descriptors."""
+"""Of a segment, or new in one answer: the kernel passes 253 descriptors in one message."""
 SLOTS_MAX = 65_536
+OWNED_MAX = 1000
+"""Segments of a session: the answer to its binding again lists them."""
 LAYOUT_BYTES_MAX = 32 * 1024
 PIN_S_MAX = 60.0
 
@@ -92,14 +96,8 @@ class Policy:
     """How long a pool waits to be adopted."""
     gpus: Mapping[Device, Limits] = field(default_factory=dict[Device, Limits])
     """Of the memory of each GPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Charge:
-    """What a slab takes of one memory."""
-
-    device: Device
-    num_bytes: int
+    slabs_max: int = 8192
+    """Of all tenants: each takes two descriptors at most."""
 
 
 class Holdings:
@@ -107,7 +105,7 @@ class Holdings:
 
     Attributes:
         commands: What the shell has yet to do, in order.
-        accounts: Of each memory; the host's is the first.
+        ledger: What every slab is charged for.
     """
 
     def __init__(self, policy: Policy, boot_token: int) -> None:
@@ -116,16 +114,13 @@ class Holdings:
         self.sessions = Sessions(policy.fence)
         self.segments = Segments()
         self.store = BlockStore()
-        self.accounts = {HOST: Accounts(policy.limits)} | {
-            device: Accounts(limits) for device, limits in policy.gpus.items()
-        }
+        self.ledger = Ledger({HOST: policy.limits, **policy.gpus}, slabs_max=policy.slabs_max)
         self.gpus = {device: GpuHealth() for device in policy.gpus}
         self.news = News()
         self.commands: list[Command] = []
         self.num_corrupt = 0
         self.num_stale = 0
         self._highest = 0
-        self._charges: dict[int, tuple[str, tuple[Charge, ...]]] = {}  # By slab; whose they are.
 
     # Sessions.
 
@@ -148,8 +143,20 @@ class Holdings:
         self._tell_session(NewsKind.SESSION_BOUND, session)
         return session
 
-    def rebind(self, session_id: int, peer: Peer, secret: bytes, now: float) -> Session | None:
-        """A process that goes on; None if its session is over. Its records have to be read anew."""
+    def rebind(
+        self,
+        session_id: int,
+        peer: Peer,
+        secret: bytes,
+        now: float,
+        *,
+        attached: Collection[int] = (),
+        mapped: Collection[int] = (),
+    ) -> Session | None:
+        """A process that goes on; None if its session is over. Its records have to be read anew.
+
+        `attached` and `mapped` are the versions and slabs that it says it has mapped for reading.
+        """
         session = self.sessions.rebind(session_id, peer, secret)
         if session is not None and session.is_connected:  # It knows before we do.
             self.seen(session_id, fencing.ConnectionLost(), now)
@@ -158,12 +165,79 @@ class Holdings:
             return None
         session.fence.handle(fencing.Connected(), now)
         session.is_connected = True
-        session.shown.clear()
-        session.freed.clear()
         self.segments.owner_back(session_id)
+        # What it does not name it never heard of, or has let go.
+        for version in list(self.segments):
+            if session_id in version.readers and version.version not in attached:
+                self._detach(session, version)
+        known = self.ledger.mappings.of(session_id)
+        self.ledger.mappings.unmapped(
+            session_id,
+            [
+                slab.slab_id
+                for slab in self.store
+                if slab.slab_id in known and slab.slab_id not in mapped and slab.owner != session_id
+            ],
+        )
+        self._reads(session, attached, mapped)
         self._tell_session(NewsKind.SESSION_BOUND, session)
         self._settle()
         return session
+
+    def succeed(
+        self,
+        session: Session,
+        old_id: int,
+        secret: bytes,
+        *,
+        attached: Collection[int],
+        mapped: Collection[int],
+    ) -> None:
+        """A process that is bound anew, since its old session is over, says what it has mapped."""
+        old = self.sessions.given_up(old_id, session.peer, secret)
+        if old is not None:
+            owned = {slab.slab_id for slab in self.store.owned_by(old_id)}
+            for version in self.segments.owned_by(old_id):
+                owned.update(version.slab_ids)
+            moved = self.ledger.mappings.of(old_id) - owned
+            self.ledger.mappings.given(session.session_id, moved)
+            self.ledger.mappings.unmapped(old_id, moved)
+        self._reads(session, attached, mapped)
+        self._settle()
+
+    def _reads(self, session: Session, attached: Collection[int], mapped: Collection[int]) -> None:
+        """A process that binds has these versions and slabs mapped, as far as they are there."""
+        session_id, tenant = session.session_id, session.peer.tenant
+        for version in self.segments.reattach(session_id, tenant, attached):
+            self.ledger.mappings.given(session_id, version.slab_ids)
+        session.shown.clear()
+        session.freed.clear()
+        for slab_id in mapped:
+            slab = self.store.get_slab(slab_id)
+            if slab is None or slab.tenant != tenant:
+                session.freed.append(slab_id)
+            else:
+                session.shown.add(slab_id)
+        self.ledger.mappings.given(session_id, session.shown)
+        session.shown.update(slab.slab_id for slab in self.store.owned_by(session_id))
+
+    def unmapped(self, session: Session, slab_ids: Iterable[int]) -> None:
+        """It says that it has nothing of these slabs mapped; of those it writes to, it has."""
+        owned = {slab.slab_id for slab in self.store.owned_by(session.session_id)}
+        gone = set(slab_ids) - owned
+        session.shown -= gone
+        self.ledger.mappings.unmapped(session.session_id, gone)
+        self._settle()
+
+    def unbind(self, session: Session) -> None:
+        """It ends in order, and has nothing mapped."""
+        session_id = session.session_id
+        self.store.unpin_all(session_id)
+        self.segments.reader_lost(session_id)
+        self.segments.owner_ended(session_id)
+        self._seal_owned(session)
+        self.ledger.mappings.ended(session_id)
+        self._settle()
 
     def seen(self, session_id: int, event: fencing.Event, now: float) -> None:
         """Something was noticed about a process. Late news of one that is forgotten is dropped."""
@@ -174,7 +248,6 @@ class Holdings:
             session.is_connected = False
             session.shown.clear()
             session.freed.clear()
-            self.segments.reader_lost(session_id)
         self._obey(session, session.fence.handle(event, now), now)
 
     def deadline(self) -> float | None:
@@ -195,14 +268,6 @@ class Holdings:
         self.store.expire(now)
         self.segments.expire(now, self.policy.orphan_grace_s)
         self._settle()
-
-    def device(self, kind: int, uuid: str) -> Device:
-        """The memory that a caller means; kind 0 is the host's. Raises InvalidField."""
-        for device in self.accounts:
-            if (device.kind, device.uuid) == ((kind or MemoryKind.HOST), uuid):
-                return device
-        known = ", ".join(str(device) for device in self.accounts)
-        raise InvalidField("device", f"one of {known}", f"{kind} {uuid}")
 
     # GPUs.
 
@@ -256,7 +321,7 @@ class Holdings:
 
     # Segments.
 
-    def create_segment(
+    def plan_segment(
         self,
         session: Session,
         name: str,
@@ -265,7 +330,7 @@ class Holdings:
         wall_us: int,
         device: Device = HOST,
     ) -> Version:
-        """Name the slabs of a new version; the caller allocates them."""
+        """Name the slabs of a new version; the caller allocates them, and then begins it."""
         if kind is SegmentClass.KV_STORE:
             raise InvalidField("segment_class", "WEIGHTS, KV_POOL or SCRATCH", kind.name)
         if not 1 <= len(slab_bytes) <= SLABS_MAX:
@@ -276,17 +341,56 @@ class Holdings:
         self._check_health(device, Health.HEALTHY)
         tenant = session.peer.tenant
         self.segments.check_begin(session.session_id, tenant, name, kind)
-        self._make_room(tenant, (Charge(device, sum(slab_bytes)),))
+        if len(self.segments.owned_by(session.session_id)) >= OWNED_MAX:
+            raise InvalidField("name", f"at most {OWNED_MAX} segments of a session", name)
+        self.ledger.check_number(len(slab_bytes))
+        wanted = Charge(device, sum(slab_bytes))
+        try:
+            self._make_room(tenant, [wanted])
+        except UnbrokenError:
+            self._give_up_superseded(session, name, wanted)
         slab_ids = tuple(self._next(wall_us) for _ in slab_bytes)
         epoch = self._next(wall_us)
         for slab_id, size in zip(slab_ids, slab_bytes, strict=True):
-            self._take(slab_id, tenant, (Charge(device, size),))
-        version = Version(
+            self.ledger.charge(slab_id, tenant, [Charge(device, size)])
+        return Version(
             tenant, name, kind, epoch, epoch, session.session_id, slab_ids, device=device
         )
+
+    def begin_segment(self, version: Version) -> None:
+        """Its slabs are allocated: it takes the place of what it supersedes."""
         self.segments.begin(version)
+        self.ledger.mappings.given(version.owner, version.slab_ids)
         self._settle()
-        return version
+
+    def abandon_segment(self, version: Version) -> None:
+        """Its slabs could not be allocated, and it was not begun."""
+        for slab_id in version.slab_ids:
+            self._drop(slab_id)
+        self._settle()
+
+    def _give_up_superseded(self, session: Session, name: str, wanted: Charge) -> None:
+        """Free what a new version takes the place of, if there is no room for both.
+
+        Raises MEMORY_EXHAUSTED, with nothing freed, if there would not be room for one either.
+        """
+        tenant = session.peer.tenant
+        old = [
+            version
+            for version in self.segments.superseded(session.session_id, tenant, name)
+            if not any(map(self.ledger.mappings.is_mapped, version.slab_ids))
+        ]
+        gain = sum(
+            self.ledger.size_of(slab_id, wanted.device)
+            for version in old
+            for slab_id in version.slab_ids
+        )
+        accounts = self.ledger.accounts[wanted.device]
+        if max(accounts.missing(tenant, wanted.num_bytes)) > gain:
+            accounts.charge(tenant, wanted.num_bytes)  # Says what is missing.
+        for version in old:
+            self.segments.lose(version)
+        self._settle()
 
     def check_seal(
         self, session: Session, name: str, epoch: int, checksums: Sequence[int], layout: bytes
@@ -310,6 +414,7 @@ class Holdings:
         """Its bytes are what the writer meant, and nobody can change them: publish it."""
         version = self.check_seal(session, name, epoch, checksums, layout)
         self.segments.seal(version, tuple(checksums), layout, algorithm)
+        self.ledger.mappings.unmapped(session.session_id, version.slab_ids)
         self._settle()
         return version
 
@@ -322,14 +427,16 @@ class Holdings:
 
     def attach_segment(self, session: Session, name: str, number: int) -> Version:
         """A reader, or a standby."""
-        return self.segments.attach(session.session_id, session.peer.tenant, name, number)
+        version = self.segments.attach(session.session_id, session.peer.tenant, name, number)
+        self.ledger.mappings.given(session.session_id, version.slab_ids)
+        return version
 
     def adopt_pool(self, session: Session, name: str, expected_epoch: int, wall_us: int) -> Version:
         """Give a dead owner's pool to this session, if all ranks of its cohort are dead."""
         tenant = session.peer.tenant
         version = self.segments.check_adopt(session.session_id, tenant, name, expected_epoch)
         if version.owner == session.session_id:
-            return version
+            return version  # It was given before.
         self._check_health(version.device, Health.DRAINING)
         owner = self.sessions.get(version.owner)
         verdict = Verdict.REFUSE if owner is None else self.sessions.judge(owner)
@@ -342,12 +449,14 @@ class Holdings:
                 Reason.QUARANTINED, f"expected all ranks of its cohort to agree, {version}"
             )
         self.segments.adopt(version, session.session_id, self._next(wall_us))
+        self.ledger.mappings.given(session.session_id, version.slab_ids)
         self._settle()
         return version
 
     def release_segment(self, session: Session, name: str, number: int) -> None:
-        """Its owner frees it, or a reader lets it go."""
-        self.segments.release(session.session_id, session.peer.tenant, name, number)
+        """Its owner frees it, or a reader lets it go; it has nothing of it mapped."""
+        version = self.segments.release(session.session_id, session.peer.tenant, name, number)
+        self.ledger.mappings.unmapped(session.session_id, version.slab_ids)
         self._settle()
 
     def segment_corrupt(self, version: Version) -> None:
@@ -378,6 +487,9 @@ class Holdings:
         if not 1 <= num_slots <= SLOTS_MAX:
             raise InvalidField("num_slots", f"1 to {SLOTS_MAX}", num_slots)
         self._check_health(device, Health.HEALTHY)
+        if len(self.store.owned_by(session.session_id)) >= SLABS_MAX:
+            raise InvalidField("num_slots", f"at most {SLABS_MAX} slabs of a session", num_slots)
+        self.ledger.check_number(1)
         tenant, slab_id = session.peer.tenant, self._next(wall_us)
         slab = StoreSlab(
             slab_id,
@@ -389,16 +501,22 @@ class Holdings:
             device=device,
         )
         self._make_room(tenant, _charges(slab))
-        self._take(slab_id, tenant, _charges(slab))
+        self.ledger.charge(slab_id, tenant, _charges(slab))
         self.store.add(slab)
         session.shown.add(slab_id)
+        self.ledger.mappings.given(session.session_id, [slab_id])
         self.commands.append(Keep(slab_id))
         self._settle()
         return slab
 
     def abandon_slab(self, slab: StoreSlab) -> None:
         """It could not be allocated."""
-        self.store.seal(slab)
+        self.ledger.mappings.unmapped(slab.owner, [slab.slab_id])
+        self.give_up_slab(slab)
+
+    def give_up_slab(self, slab: StoreSlab) -> None:
+        """Nobody can say who writes to it: nobody may find what is in it."""
+        self.store.abandon(slab)
         self._settle()
 
     def commit(
@@ -425,15 +543,23 @@ class Holdings:
     def get(
         self, session: Session, keys: Sequence[bytes], ttl_s: float, now: float
     ) -> tuple[Pin | None, list[StoreSlab]]:
-        """Pin blocks for a reader; also the slabs whose descriptors it does not have."""
+        """Pin blocks for a reader; also the slabs whose descriptors it does not have.
+
+        So many blocks that the descriptors fit into one packet.
+        """
         if not 0 < ttl_s <= PIN_S_MAX:
             raise InvalidField("ttl", f"a time up to {PIN_S_MAX:g} s", ttl_s)
-        pin = self.store.pin(session.session_id, session.peer.tenant, keys, now + ttl_s)
-        if pin is None:
-            return None, []
-        slabs = {block.slab.slab_id: block.slab for block in pin.blocks}
+        blocks = self.store.find(session.peer.tenant, keys)
+        slabs = {block.slab.slab_id: block.slab for block in blocks}
         new = [slab for slab_id, slab in slabs.items() if slab_id not in session.shown]
-        session.shown.update(slabs)
+        if len(new) > SLABS_MAX:
+            new, beyond = new[:SLABS_MAX], new[SLABS_MAX]
+            blocks = list(itertools.takewhile(lambda block: block.slab is not beyond, blocks))
+        pin = self.store.pin(session.session_id, blocks, now + ttl_s)
+        if new:
+            slab_ids = [slab.slab_id for slab in new]
+            session.shown.update(slab_ids)
+            self.ledger.mappings.given(session.session_id, slab_ids)
         return pin, new
 
     def close_slab(self, session: Session, slab_id: int) -> None:
@@ -447,8 +573,10 @@ class Holdings:
         if slab is None or slab.state is SlabState.SEALED:
             return
         self.store.commit(slab, self._sound(slab, records))
-        if (owner := self.sessions.get(slab.owner)) is not None:
-            owner.shown.discard(slab_id)  # It has nothing mapped any more.
+        owner = self.sessions.get(slab.owner)
+        if owner is not None and owner.is_connected:  # It says that it has it no longer.
+            owner.shown.discard(slab_id)
+            self.ledger.mappings.unmapped(owner.session_id, [slab_id])
         self.store.seal(slab)
         if self.store.get_slab(slab_id) is not None:
             self.commands.append(Keep(slab_id))
@@ -464,14 +592,14 @@ class Holdings:
 
     def evict(self, tenant: str, name: str) -> int:
         """What an operator wants freed; returns the bytes."""
-        before = self._total()
+        before = self.ledger.total
         if name:
             self.segments.evict(tenant, name)
         else:
-            for device in self.accounts:
+            for device in self.ledger.accounts:
                 self._evict(1 << 62, device, tenant)
         self._settle()
-        return before - self._total()
+        return before - self.ledger.total
 
     # What an earlier life of the service knew.
 
@@ -486,11 +614,13 @@ class Holdings:
         """Its slabs are all there. After the sessions."""
         self._highest = max(self._highest, version.epoch, *version.slab_ids)
         for slab_id, size in zip(version.slab_ids, slab_bytes, strict=True):
-            self._restore(slab_id, version.tenant, (Charge(version.device, size),))
+            self.ledger.restore(slab_id, version.tenant, [Charge(version.device, size)])
         version.adoptable_since = now
         if version.state is State.LIVE:
             version.state = State.FENCING
         self.segments.restore(version)
+        if self.sessions.get(version.owner) is not None:
+            self.ledger.mappings.given(version.owner, version.slab_ids)
         if version.state is State.RETIRED:
             self.segments.lose(version)  # Nobody can ask for it; who maps it keeps it.
         elif version.owner and self.sessions.get(version.owner) is None:
@@ -499,43 +629,38 @@ class Holdings:
     def restore_slab(self, slab: StoreSlab) -> None:
         """A slab of blocks. After the sessions. Its records are read when its owner is known."""
         self._highest = max(self._highest, slab.epoch, slab.slab_id)
-        self._restore(slab.slab_id, slab.tenant, _charges(slab))
+        self.ledger.restore(slab.slab_id, slab.tenant, _charges(slab))
         self.store.add(slab)
+        if self.sessions.get(slab.owner) is not None:
+            self.ledger.mappings.given(slab.owner, [slab.slab_id])
 
     def restored(self) -> None:
         """That was all."""
         for slab in list(self.store):
             if slab.owner and self.sessions.get(slab.owner) is None:
-                self.abandon_slab(slab)  # It cannot be proved who writes there.
+                self.give_up_slab(slab)  # It cannot be proved who writes there.
             elif slab.state is SlabState.SEALED:
                 self.commands.append(ReadSlab(slab.slab_id))
         self._settle()
 
     def size_of(self, slab_id: int) -> int:
         """Bytes of a slab, records included."""
-        return sum(charge.num_bytes for charge in self._charges[slab_id][1])
+        return self.ledger.size_of(slab_id)
 
     def check(self) -> None:
         """What is always true."""
         self.segments.check()
         self.store.check()
-        slab_ids = [slab_id for version in self.segments for slab_id in version.slab_ids]
-        slab_ids += [slab.slab_id for slab in self.store]
-        assert sorted(slab_ids) == sorted(self._charges), "every slab is somewhere, once"
+        slabs = {slab.slab_id: Charged(slab.tenant, _charges(slab)) for slab in self.store}
         for version in self.segments:
-            assert {self._charges[slab_id][0] for slab_id in version.slab_ids} == {version.tenant}
+            for slab_id in version.slab_ids:
+                assert slab_id not in slabs, "every slab is somewhere, once"
+                charge = Charge(version.device, self.ledger.size_of(slab_id))
+                slabs[slab_id] = Charged(version.tenant, (charge,))
             assert not version.owner or self.sessions.get(version.owner), "owners are known"
             assert all(self.sessions.get(one) for one in version.readers), "readers are known"
-        for slab in self.store:
-            assert self._charges[slab.slab_id] == (slab.tenant, _charges(slab))
-            assert not slab.owner or self.sessions.get(slab.owner), "owners are known"
-        used: dict[Device, dict[str, int]] = {device: {} for device in self.accounts}
-        for tenant, charges in self._charges.values():
-            for charge in charges:
-                of_device = used[charge.device]
-                of_device[tenant] = of_device.get(tenant, 0) + charge.num_bytes
-        for device, accounts in self.accounts.items():
-            assert used[device] == accounts.used, "the ledger is the sum of the slabs"
+        self.ledger.check(slabs)
+        assert all(not slab.owner or self.sessions.get(slab.owner) for slab in self.store)
         for session in self.sessions:
             assert session.is_connected or self._holds(session), "the dead are forgotten"
 
@@ -546,11 +671,13 @@ class Holdings:
                     self._tell_session(NewsKind.SESSION_FENCED, session, int(fence))
                     self._fenced(session, fence, now)
                 case fencing.Kill():
-                    self.commands.append(KillSession(session.session_id))
+                    if self._writes(session):  # Who only reads does no harm.
+                        self.commands.append(KillSession(session.session_id))
                 case fencing.GiveUp():
                     for version in self.segments.owned_by(session.session_id):
                         self._refuse(version)
                     self.segments.owner_given_up(session.session_id)
+                    self.segments.reader_lost(session.session_id)
         self._settle()
 
     def _fenced(self, session: Session, fence: Fence, now: float) -> None:
@@ -558,10 +685,20 @@ class Holdings:
             self.segments.owner_lost(session.session_id)
             return
         self.store.unpin_all(session.session_id)
+        self.segments.reader_lost(session.session_id)
         self.segments.owner_quiet(session.session_id, now)
+        self._seal_owned(session)
+        if fence is Fence.GONE:
+            self.ledger.mappings.ended(session.session_id)
+
+    def _seal_owned(self, session: Session) -> None:
         for slab in self.store.owned_by(session.session_id):
             if SealSlab(slab.slab_id) not in self.commands:
                 self.commands.append(SealSlab(slab.slab_id))
+
+    def _detach(self, session: Session, version: Version) -> None:
+        self.segments.detach(version, session.session_id)
+        self.ledger.mappings.unmapped(session.session_id, version.slab_ids)
 
     def _refuse(self, version: Version) -> None:
         """No pool of this cohort is ever adopted."""
@@ -576,45 +713,48 @@ class Holdings:
 
     def _holds(self, session: Session) -> bool:
         """Whether anything of it is left, or of the others whose fate it decides."""
-        if self._owns(session):
+        if self._owns(session) or self.ledger.mappings.of(session.session_id):
             return True
         if session.is_connected or not session.peer.cohort:
             return False
         return any(self._owns(one) for one in self.sessions.cohort(session))
 
-    def _owns(self, session: Session) -> bool:
-        session_id = session.session_id
-        return bool(
-            self.segments.owned_by(session_id)
-            or self.store.owned_by(session_id)
-            or self.store.has_pins(session_id)
-        )
+    def needs_proof(self, session: Session) -> bool:
+        """Whether anything waits for proof that it writes no more: not if it only reads."""
+        return bool(session.peer.cohort) or self._writes(session)
 
-    def _total(self) -> int:
-        return sum(accounts.total for accounts in self.accounts.values())
+    def _writes(self, session: Session) -> bool:
+        """Whether it may write to anything."""
+        session_id = session.session_id
+        return bool(self.segments.owned_by(session_id) or self.store.owned_by(session_id))
+
+    def _owns(self, session: Session) -> bool:
+        return self._writes(session) or self.store.has_pins(session.session_id)
 
     def _make_room(self, tenant: str, charges: Sequence[Charge]) -> None:
-        """Evict until this much can be given. Raises MEMORY_EXHAUSTED if it cannot be."""
+        """Evict until this much can be given.
+
+        Raises MEMORY_EXHAUSTED if it cannot be: with nothing evicted, unless it will be there once
+        readers have unmapped what was.
+        """
         for charge in charges:
-            accounts, device, num_bytes = (
-                self.accounts[charge.device],
-                charge.device,
-                charge.num_bytes,
-            )
-            of_tenant, of_all = accounts.missing(tenant, num_bytes)
-            if of_tenant:
-                self._evict(of_tenant, device, tenant)
-            of_tenant, of_all = accounts.missing(tenant, num_bytes)
-            if of_all and not of_tenant:
-                self._evict(of_all, device, None)
-            of_tenant, of_all = accounts.missing(tenant, num_bytes)
-            if of_tenant or of_all:
+            device, num_bytes = charge.device, charge.num_bytes
+            accounts = self.ledger.accounts[device]
+            of_tenant, of_all = accounts.to_evict(tenant, num_bytes)
+            can_tenant = self.store.evictable(device, tenant)
+            if of_tenant <= can_tenant and of_all <= self.store.evictable(device, None):
+                freed = self._evict(of_tenant, device, tenant) if of_tenant else 0
+                if of_all > freed:
+                    self._evict(of_all - freed, device, None)
+            if any(accounts.missing(tenant, num_bytes)):
                 self.news.add(NewsKind.PRESSURE, tenant=tenant, value=num_bytes)
                 accounts.charge(tenant, num_bytes)
 
-    def _evict(self, num_bytes: int, device: Device, tenant: str | None) -> None:
+    def _evict(self, num_bytes: int, device: Device, tenant: str | None) -> int:
         before = self.store.num_evicted
-        self.store.evict(num_bytes, device=device, tenant=tenant)
+        freed = self.store.evict(
+            num_bytes, device=device, tenant=tenant, is_mapped=self.ledger.mappings.is_mapped
+        )
         if self.store.num_evicted > before:
             self.news.add(
                 NewsKind.BLOCKS_EVICTED,
@@ -622,16 +762,7 @@ class Holdings:
                 value=self.store.num_evicted - before,
             )
         self._settle()
-
-    def _take(self, slab_id: int, tenant: str, charges: tuple[Charge, ...]) -> None:
-        for charge in charges:
-            self.accounts[charge.device].charge(tenant, charge.num_bytes)
-        self._charges[slab_id] = (tenant, charges)
-
-    def _restore(self, slab_id: int, tenant: str, charges: tuple[Charge, ...]) -> None:
-        for charge in charges:
-            self.accounts[charge.device].restore(tenant, charge.num_bytes)
-        self._charges[slab_id] = (tenant, charges)
+        return freed
 
     def _next(self, wall_us: int) -> int:
         """A number above all that were given, in this life and, by the clock, in earlier ones."""
@@ -657,7 +788,7 @@ class Holdings:
             kind = NewsKind.SEGMENT_SEALED if is_sealed else NewsKind.SEGMENT_CHANGED
             self._tell_version(kind, version)
             self.commands += [
-                Keep(slab_id) for slab_id in version.slab_ids if slab_id in self._charges
+                Keep(slab_id) for slab_id in version.slab_ids if self.ledger.is_used(slab_id)
             ]
         self.segments.changed.clear()
         lost = [
@@ -669,15 +800,14 @@ class Holdings:
             self.segments.reader_lost(session.session_id)
             self.sessions.remove(session)
             self.commands.append(ForgetSession(session.session_id))
-        for device, accounts in self.accounts.items():
+        self.ledger.settle()
+        for device, accounts in self.ledger.accounts.items():
             excess = accounts.above_watermark()
-            if excess and self.store.evict(excess, device=device):
-                self._settle()
+            if excess and self.store.evictable(device, None):
+                self._evict(excess, device, None)
 
     def _drop(self, slab_id: int) -> None:
-        tenant, charges = self._charges.pop(slab_id)
-        for charge in charges:
-            self.accounts[charge.device].credit(tenant, charge.num_bytes)
+        self.ledger.free(slab_id)
         self.commands.append(Free(slab_id))
         for session in self.sessions:
             if slab_id in session.shown:

@@ -1,14 +1,15 @@
 """Has the descriptors, and does what `holdings` says is to be done about them."""
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from memory_service import labels, memfd
 from memory_service.accounts import HOST, Device
-from memory_service.backend import Allocation, Backend
+from memory_service.backend import Allocation, Backend, NeverSealed
 from memory_service.holdings import (
     ForgetSession,
     Free,
@@ -56,6 +57,8 @@ class Keeper:
     Attributes:
         backends: Of the host and of each GPU.
         on_forget: Told of sessions of which nothing is left, before their descriptors are closed.
+        on_sealed: Told of slabs that nobody writes to any more, and whose records are to be read
+            (`read_sealed`) and told to the holdings.
         unsealed: Slabs whose owner is gone and which the kernel did not let us seal yet.
     """
 
@@ -66,13 +69,14 @@ class Keeper:
         *,
         on_forget: Callable[[int], None],
     ) -> None:
-        assert backends.keys() == holdings.accounts.keys(), "one for each memory"
+        assert backends.keys() == holdings.ledger.accounts.keys(), "one for each memory"
         self.holdings = holdings
         self.backends = backends
         self.vault: VaultLink | None = None
         self.ends: dict[int, Ends] = {}
         self.unsealed: set[int] = set()
         self.on_forget = on_forget
+        self.on_sealed: Callable[[StoreSlab], None] = self._read_here
         self._slabs: dict[int, Held] = {}
         self._tables: dict[int, Held] = {}
 
@@ -131,7 +135,10 @@ class Keeper:
         return fds
 
     def seal(self, slab_ids: Iterable[int]) -> bool:
-        """Whether nobody can write to any of them, or to their records, any more."""
+        """Whether nobody can write to any of them, or to their records, any more.
+
+        Raises NeverSealed.
+        """
         return all(
             held.backend.seal(held.allocation)
             for slab_id in slab_ids
@@ -201,7 +208,8 @@ class Keeper:
                 case KillSession(session_id=session_id):
                     if (ends := self.ends.get(session_id)) is not None:
                         _log.warning("session killed", session=session_id)
-                        signal.pidfd_send_signal(ends.pidfd, signal.SIGKILL)
+                        with contextlib.suppress(ProcessLookupError):  # It has just exited.
+                            signal.pidfd_send_signal(ends.pidfd, signal.SIGKILL)
                 case _:
                     assert_never(command)
 
@@ -211,12 +219,28 @@ class Keeper:
             slab = self.holdings.store.get_slab(slab_id)
             if slab is None or slab_id not in self._slabs:
                 self.unsealed.discard(slab_id)
-            elif self.seal([slab_id]):
+                continue
+            try:
+                is_sealed = self.seal([slab_id])
+            except NeverSealed as error:
+                _log.error("slab given up", slab=slab_id, detail=str(error))
                 self.unsealed.discard(slab_id)
-                self.holdings.slab_sealed(slab_id, self._read_checked(slab))
+                self.holdings.give_up_slab(slab)
+                continue
+            if is_sealed:
+                self.unsealed.discard(slab_id)
+                self.on_sealed(slab)
 
-    def _read_checked(self, slab: StoreSlab) -> list[tuple[int, Record | None]]:
-        """Records of a slab; without those that are new and whose bytes are wrong."""
+    def _read_here(self, slab: StoreSlab) -> None:
+        self.holdings.slab_sealed(slab.slab_id, self.read_sealed(slab, set(slab.blocks)))
+
+    def read_sealed(
+        self, slab: StoreSlab, known: Collection[int]
+    ) -> list[tuple[int, Record | None]]:
+        """Records of a slab; without those that are new and whose bytes are wrong.
+
+        `known` are the slots whose blocks were told of. For a thread: it only counts.
+        """
         found = self.read(slab)
         if not self.is_readable(slab.device):
             return found
@@ -225,7 +249,7 @@ class Keeper:
         for index, (slot, record) in enumerate(found):
             if record is None or record.state is not RecordState.COMMITTED or left < size:
                 continue
-            if slot in slab.blocks:
+            if slot in known:
                 continue
             left -= size
             seen = checksums.compute(view[slot * size : (slot + 1) * size], record.algorithm)
@@ -235,9 +259,16 @@ class Keeper:
                 found[index] = (slot, None)
         return found
 
-    def put_everything(self) -> None:
-        """To a vault that has nothing yet."""
+    def use_vault(
+        self, vault: VaultLink, found: Sequence[tuple[wire.VaultEntry, list[int]]]
+    ) -> None:
+        """Give a vault all it lacks, and let it forget what is gone since it had `found`."""
         holdings = self.holdings
+        self.vault = vault
+        for entry, fds in found:
+            channel.close_all(fds)  # We have them.
+            if entry.entry_id not in self._slabs and entry.entry_id not in self.ends:
+                vault.drop(entry.entry_id)
         for session in holdings.sessions:
             self._keep_session(session.session_id)
         for version in holdings.segments:
@@ -272,7 +303,7 @@ class Keeper:
             return
         (slab,) = entry.segment.slabs
         data, *table = fds
-        backend = self.backends[self.holdings.device(slab.memory_kind, slab.device)]
+        backend = self.backends[self.holdings.ledger.device(slab.memory_kind, slab.device)]
         held = Held(backend, backend.adopt(data, slab.size_bytes))
         if slab.num_slots:
             (fd,) = table

@@ -193,7 +193,7 @@ def _store_slab(holdings: Holdings, segment: pb.Segment) -> StoreSlab:
         slab.block_bytes,
         slab.num_slots,
         SlabState(slab.state),
-        holdings.device(slab.memory_kind, slab.device),
+        holdings.ledger.device(slab.memory_kind, slab.device),
     )
 
 
@@ -216,5 +216,5 @@ def _version(holdings: Holdings, entries: list[wire.VaultEntry]) -> Version:
         oldest.layout,
         tuple(segment.slabs[0].checksum for segment in segments) if is_immutable else (),
         checksums.of_contract(slab.checksum_algorithm),
-        holdings.device(slab.memory_kind, slab.device),
+        holdings.ledger.device(slab.memory_kind, slab.device),
     )

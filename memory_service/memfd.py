@@ -11,7 +11,7 @@ import mmap
 import os
 from typing import Final
 
-from memory_service.backend import Allocation
+from memory_service.backend import Allocation, NeverSealed
 
 MFD_NOEXEC_SEAL: Final = 0x8
 _FIRST_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -30,13 +30,20 @@ def allocate(size_bytes: int, name: str) -> int:
 
 
 def seal(fd: int) -> bool:
-    """Whether nobody can write any more; False while somebody has it mapped for that."""
+    """Whether nobody can write any more; False while somebody has it mapped for that.
+
+    Raises NeverSealed.
+    """
     try:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False
-        raise
+        if error.errno != errno.EPERM:
+            raise
+        # Whoever may write to it may also have forbidden all further seals.
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
+            raise NeverSealed(f"expected to seal descriptor {fd}, its owner forbade it") from error
     return True
 
 

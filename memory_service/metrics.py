@@ -29,7 +29,14 @@ class HoldingsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         holdings = self._holdings
         limits = holdings.policy.limits
-        yield _gauge("used_bytes", "Memory that is given out.", holdings.accounts[HOST].total)
+        host = holdings.ledger.accounts[HOST]
+        yield _gauge("used_bytes", "Memory of the host that is given out.", host.total)
+        yield _gauge(
+            "unreclaimed_bytes",
+            "Of that, memory that is freed and that somebody may have mapped.",
+            host.total_unreclaimed,
+        )
+        yield _gauge("slabs", "Slabs, unreclaimed ones included.", holdings.ledger.num_slabs)
         yield _gauge("capacity_bytes", "Memory that may be given out.", limits.capacity_bytes)
         yield _gauge("quarantined_bytes", "Memory that nobody may touch.", quarantined(holdings))
         yield _gauge("sessions", "Processes that hold memory.", len(holdings.sessions))

@@ -13,7 +13,7 @@ owner had, nothing is freed or given to another before it is proved that it writ
 An epoch numbers one ownership. Whoever has an older one than the segment has lost it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -117,13 +117,21 @@ class Segments:
         """
         versions = self._of(version.tenant, version.name)
         assert all(version.epoch > other.epoch for other in versions), "epochs grow"
-        for other in list(versions):
-            if other.state is State.ADOPTABLE or other.owner == version.owner:
-                self._free(other)
-            elif other.state is State.FENCING:
+        for other in self.superseded(version.owner, version.tenant, version.name):
+            self._free(other)
+        for other in list(self._of(version.tenant, version.name)):
+            if other.state is State.FENCING:
                 self._move(other, State.QUARANTINED)
         self._versions.setdefault((version.tenant, version.name), []).append(version)
         self.changed.append(version)
+
+    def superseded(self, session: int, tenant: str, name: str) -> list[Version]:
+        """What is freed once this session begins a new version."""
+        return [
+            other
+            for other in self._of(tenant, name)
+            if other.state is State.ADOPTABLE or other.owner == session
+        ]
 
     def owned(self, session: int, tenant: str, name: str, epoch: int) -> Version:
         """The version that this session owns under this epoch. Raises FENCED if it does not."""
@@ -195,16 +203,34 @@ class Segments:
             return version
         raise _not_found(name, number)
 
+    def reattach(self, session: int, tenant: str, numbers: Collection[int]) -> list[Version]:
+        """Note a reader that has these mapped already; returns those that are there."""
+        readable = (State.SEALED, State.RETIRED, State.LIVE, State.FENCING, State.ADOPTABLE)
+        found = [
+            version
+            for version in self
+            if version.version in numbers
+            and (version.tenant, version.state in readable) == (tenant, True)
+            and version.owner != session
+        ]
+        for version in found:
+            version.readers.add(session)
+        return found
+
+    def attached(self, session: int) -> list[Version]:
+        """What a session reads."""
+        return [version for version in self if session in version.readers]
+
     def release(self, session: int, tenant: str, name: str, number: int) -> Version:
-        """Give up what a session has: as owner, or else as reader."""
-        for version in self._of(tenant, name):
-            if version.version != number:
+        """Give up what a session has: as owner, or else as reader. Without a name, by number."""
+        for version in self._of(tenant, name) if name else list(self):
+            if (version.tenant, version.version) != (tenant, number):
                 continue
             if version.owner == session:
                 self._free(version)
                 return version
             if session in version.readers:
-                self._detach(version, session)
+                self.detach(version, session)
                 return version
         raise _not_found(name, number)
 
@@ -279,11 +305,15 @@ class Segments:
             if version.state in (State.BUILDING, State.FENCING):
                 self._move(version, State.QUARANTINED)
 
+    def owner_ended(self, session: int) -> None:
+        """It ended in order: nobody is to succeed it."""
+        for version in self._owned_by(session):
+            self._free(version)
+
     def reader_lost(self, session: int) -> None:
         """Forget what it had attached: its mappings keep what they map."""
-        for version in list(self):
-            if session in version.readers:
-                self._detach(version, session)
+        for version in self.attached(session):
+            self.detach(version, session)
 
     def expire(self, now: float, grace_s: float) -> None:
         """Free the pools that nobody adopted in time."""
@@ -334,7 +364,8 @@ class Segments:
     def _owned_by(self, session: int) -> list[Version]:
         return [version for version in self if version.owner == session]
 
-    def _detach(self, version: Version, session: int) -> None:
+    def detach(self, version: Version, session: int) -> None:
+        """A reader lets it go."""
         version.readers.discard(session)
         if version.state is State.RETIRED and not version.readers:
             self._free(version)

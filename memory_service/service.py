@@ -248,20 +248,21 @@ class MemoryService:
         lost.close()
         try:
             vault = await asyncio.to_thread(self._open_vault)
-            vault.list()  # It has nothing, or what an earlier one of us gave it.
+            # It is new and has nothing; or it only stalled, and has all, and more than all.
+            found = await asyncio.to_thread(vault.list)
         except (OSError, ChannelClosed) as error:
             _log.error("no vault", detail=str(error))
             await asyncio.sleep(VAULT_RETRY_S)
             return
-        self.keeper.vault = vault
-        self.keeper.put_everything()
+        self.keeper.use_vault(vault, found)
 
 
 def _is_gone(vault: VaultLink) -> bool:
     if vault.is_lost:
         return True
-    ready, _, _ = select.select([vault], [], [], 0)
-    return bool(ready)  # It never says anything unasked.
+    poller = select.poll()
+    poller.register(vault, select.POLLIN)
+    return bool(poller.poll(0))  # It never says anything unasked.
 
 
 async def _locked(path: Path) -> int:

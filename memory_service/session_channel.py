@@ -1,7 +1,8 @@
 """The Unix socket at which processes of the host get memory: who they are, descriptors, hot calls.
 
 One packet, one call; a connection has one call at a time. Calls are answered on the event loop, but
-for sealing, which reads all bytes of a segment. A process that reads no answers is cut off.
+for those that read many records or bytes, which have a thread. A process that reads no answers is
+cut off.
 """
 
 import asyncio
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Final
 
 from memory_service import fencing, labels, memfd
+from memory_service.backend import NeverSealed
 from memory_service.fencing import Fence
 from memory_service.holdings import PIN_S_MAX, Holdings
 from memory_service.keeper import Ends, Keeper, make_lifeline
 from memory_service.segments import SegmentClass, State, Version
 from memory_service.sessions import Peer, Session
-from memory_service.store import Block
+from memory_service.store import Block, StoreSlab
 from unbroken import log
 from unbroken.discovery import incarnation_now
 from unbroken.errors import InvalidField, Reason, UnbrokenError
@@ -37,14 +39,19 @@ KEYS_MAX: Final = 1000
 """In one call: the answer has to fit into a packet."""
 SLOTS_MAX: Final = 4096
 FREED_MAX: Final = 500
+ATTACHED_MAX: Final = 1000
+MAPPED_MAX: Final = 2000
 CONNECTIONS_MAX: Final = 2048
 """More than there can be sessions; others are cut off."""
 NAME: Final = "[A-Za-z0-9._/-]{1,200}"
+ACCEPT_RETRY_S: Final = 0.1
 CALLS_A_TURN: Final = 16
 """Of one connection, before others have theirs."""
-PROBE_INTERVALS_S: Final = (0.0002, 0.001, 0.01)
-"""Between two looks at a lifeline: at first, after 10 ms, after a second."""
+PROBE_INTERVALS_S: Final = ((0.01, 0.0002), (1.0, 0.001), (10.0, 0.01), (float("inf"), 0.1))
+"""Between two looks at a lifeline: until so long after the connection was lost."""
 
+SLOW: Final = frozenset({"bind", "seal", "close_slab", "report_corrupt"})
+"""Calls that may read more than fits into a turn of the loop."""
 HOT: Final = frozenset({"find", "get", "commit", "reclaim", "release_pin"})
 """Calls that change no deadline but that of their own pin."""
 
@@ -93,8 +100,12 @@ class SessionChannel:
         """By session."""
         self._open: set[Connection] = set()
         self._listener: socket.socket | None = None
+        self._accept_again: asyncio.TimerHandle | None = None
         self._probes: dict[int, asyncio.TimerHandle] = {}
         self._watched: set[int] = set()
+        self._reading: dict[int, asyncio.Task[None]] = {}
+        """By slab: its records are read in a thread."""
+        keeper.on_sealed = self._sealed
 
     def listen(self, path: Path, *, mode: int) -> None:
         """Serve at `path`. Whoever held it before is gone: there is a lock. Raises OSError."""
@@ -118,15 +129,44 @@ class SessionChannel:
 
     def close(self) -> None:
         """Stop serving."""
+        if self._accept_again is not None:
+            self._accept_again.cancel()
         if self._listener is not None:
             self.loop.remove_reader(self._listener.fileno())
             self._listener.close()
         for connection in list(self._open):
             connection.close()
+        for task in list(self._reading.values()):
+            task.cancel()  # The next service reads them again.
         for handle in self._probes.values():
             handle.cancel()
         for session_id in list(self._watched):
             self.unwatch(session_id)
+
+    def _listen_again(self) -> None:
+        assert self._listener is not None
+        self.loop.add_reader(self._listener.fileno(), self._accept)
+
+    # What is read in threads.
+
+    def _sealed(self, slab: StoreSlab) -> None:
+        if slab.slab_id not in self._reading:
+            task = self.loop.create_task(self._read_sealed(slab))
+            self._reading[slab.slab_id] = task
+
+    async def _read_sealed(self, slab: StoreSlab) -> None:
+        try:
+            found = await asyncio.to_thread(self.keeper.read_sealed, slab, set(slab.blocks))
+            self.holdings.slab_sealed(slab.slab_id, found)
+            self.keeper.obey()
+            self.on_change()
+        finally:
+            self._reading.pop(slab.slab_id, None)
+
+    async def until_read(self, slab_id: int) -> None:
+        """Until the records of a sealed slab are told."""
+        if (task := self._reading.get(slab_id)) is not None:
+            await asyncio.wait([task])
 
     # What happens to processes.
 
@@ -155,13 +195,18 @@ class SessionChannel:
         session, ends = self.holdings.sessions.get(session_id), self.keeper.ends.get(session_id)
         if session is None or ends is None or session.is_connected:
             return
-        if session.fence.fence >= Fence.QUIET:
+        if session.fence.fence >= Fence.QUIET or not self.holdings.needs_proof(session):
             return
-        if memfd.seal(ends.lifeline):
+        try:
+            is_sealed = memfd.seal(ends.lifeline)
+        except NeverSealed as error:
+            _log.error("lifeline proves nothing", session=session_id, detail=str(error))
+            return  # Its exit does.
+        if is_sealed:
             self.seen(session_id, fencing.LifelineSealed())
             return
         passed = self.loop.time() - begun
-        interval = PROBE_INTERVALS_S[0 if passed < 0.01 else 1 if passed < 1 else 2]
+        interval = next(interval for until, interval in PROBE_INTERVALS_S if passed < until)
         self._probes[session_id] = self.loop.call_later(interval, self._probe, session_id, begun)
 
     def _exited(self, session_id: int) -> None:
@@ -196,7 +241,12 @@ class SessionChannel:
         for _ in range(CALLS_A_TURN):
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
+            except BlockingIOError:
+                return
+            except OSError as error:  # Such as for want of a descriptor.
+                _log.error("connections wait", detail=str(error))
+                self.loop.remove_reader(self._listener.fileno())
+                self._accept_again = self.loop.call_later(ACCEPT_RETRY_S, self._listen_again)
                 return
             if len(self._open) >= CONNECTIONS_MAX:
                 sock.close()
@@ -249,9 +299,9 @@ class Connection:
             channel.close_all(fds)
             self._owner.num_calls += 1
             kind = request.WhichOneof("kind")
-            if kind == "seal":
+            if kind in SLOW:
                 self._owner.loop.remove_reader(self._sock.fileno())
-                self._task = self._owner.loop.create_task(self._seal(request))
+                self._task = self._owner.loop.create_task(self._slowly(request, kind))
                 return
             try:
                 answer = self._answer(request)
@@ -273,21 +323,33 @@ class Connection:
         finally:
             channel.close_all(ours)
 
-    async def _seal(self, request: wire.SessionRequest) -> None:
+    async def _slowly(self, request: wire.SessionRequest, kind: str) -> None:
         try:
-            self._bound(request)
-            answer = await self._seal_segment(request.seal)
+            answer = await self._slow_answer(request, kind)
         except UnbrokenError as error:
             answer = _failed(error)
         except Exception:
-            _log.exception("sealing failed")
-            answer = _failed(UnbrokenError(Reason.INTERNAL, "sealing failed"))
+            _log.exception("call failed", call=kind)
+            answer = _failed(UnbrokenError(Reason.INTERNAL, f"{kind} failed"))
         self._task = None
         self._owner.keeper.obey()
         self._owner.on_change()
         if self._sock.fileno() != -1:
             self._owner.loop.add_reader(self._sock.fileno(), self.on_readable)
             self._send(answer)
+
+    async def _slow_answer(self, request: wire.SessionRequest, kind: str) -> Answer:
+        if kind == "bind":
+            return await self._bind(request.bind)
+        session = self._bound(request)
+        match kind:
+            case "seal":
+                return await self._seal_segment(session, request.seal)
+            case "close_slab":
+                return await self._close_slab(session, request.close_slab.slab_id)
+            case _:
+                assert kind == "report_corrupt", "no other is slow"
+                return await self._report(session, request.report_corrupt)
 
     def _bound(self, request: wire.SessionRequest) -> Session:
         self._owner.holdings.check_boot(request.boot_token)
@@ -297,8 +359,6 @@ class Connection:
 
     def _answer(self, request: wire.SessionRequest) -> Answer:
         kind = request.WhichOneof("kind")
-        if kind == "bind":
-            return self._bind(request.bind)
         session, holdings = self._bound(request), self._owner.holdings
         now = self._owner.clock()
         match kind:
@@ -339,14 +399,16 @@ class Connection:
             case "release":
                 holdings.release_segment(session, request.release.name, request.release.version)
                 return _DONE
-            case "close_slab":
-                return self._close_slab(session, request.close_slab.slab_id)
-            case "report_corrupt":
-                return self._report(session, request.report_corrupt)
+            case "unmapped":
+                holdings.unmapped(session, request.unmapped.slab_ids)
+                return _DONE
+            case "unbind":
+                holdings.unbind(session)
+                return _DONE
             case _:
                 raise UnbrokenError(Reason.NOT_IMPLEMENTED, f"expected a known call, got {kind}")
 
-    def _bind(self, bind: wire.Bind) -> Answer:
+    async def _bind(self, bind: wire.Bind) -> Answer:
         owner, caller = self._owner, self._caller
         if self.session is not None:
             raise UnbrokenError(Reason.PROTOCOL_VIOLATION, "expected to be bound once")
@@ -357,6 +419,12 @@ class Connection:
                 raise InvalidField(name, "at most 128 characters", text)
         if len(bind.tenant) > 128:
             raise InvalidField("tenant", "at most 128 characters", bind.tenant)
+        for name, numbers, most in (
+            ("attached_versions", bind.attached_versions, ATTACHED_MAX),
+            ("mapped_slab_ids", bind.mapped_slab_ids, MAPPED_MAX),
+        ):
+            if len(numbers) > most:
+                raise InvalidField(name, f"at most {most}", len(numbers))
         if not owner.may_use(caller.uid, bind.tenant):
             raise UnbrokenError(
                 Reason.NOT_PERMITTED, f"expected a user of tenant {bind.tenant!r}, got {caller.uid}"
@@ -372,9 +440,17 @@ class Connection:
         )
         session = None
         if bind.session_id:
-            if (old := owner.connections.get(bind.session_id)) is not None:
+            # Refused here if it is another's, before anything of that session is touched.
+            session = owner.holdings.rebind(
+                bind.session_id,
+                peer,
+                bind.secret,
+                owner.clock(),
+                attached=set(bind.attached_versions),
+                mapped=bind.mapped_slab_ids,
+            )
+            if (old := owner.connections.pop(bind.session_id, None)) is not None:
                 old.close()
-            session = owner.holdings.rebind(bind.session_id, peer, bind.secret, owner.clock())
         is_resumed = session is not None
         if session is None:
             lifeline = make_lifeline(caller.pid)
@@ -385,18 +461,39 @@ class Connection:
                 raise
             owner.keeper.ends[session.session_id] = Ends(lifeline, caller.pidfd)
             self._has_pidfd = False
+            if bind.session_id:
+                owner.holdings.succeed(
+                    session,
+                    bind.session_id,
+                    bind.secret,
+                    attached=set(bind.attached_versions),
+                    mapped=bind.mapped_slab_ids,
+                )
         self.session = session
         owner.connections[session.session_id] = self
         owner.watch(session.session_id)
         slabs = owner.holdings.store.owned_by(session.session_id)
         for slab in slabs:
-            owner.holdings.records_read(slab, owner.keeper.read(slab))
+            # Its owner cannot get leave to overwrite a block before it has this answer.
+            found = await asyncio.to_thread(owner.keeper.read, slab)
+            if slab.owner == session.session_id:
+                owner.holdings.records_read(slab, found)
+        if session.session_id not in owner.keeper.ends:
+            raise UnbrokenError(Reason.STALE_HANDLE, "expected a process that lives")
+        freed, session.freed = session.freed, []
+        owned = owner.holdings.segments.owned_by(session.session_id)
         bound = wire.Bound(
             boot_token=owner.holdings.boot_token,
             session_id=session.session_id,
             secret=session.secret,
             is_resumed=is_resumed,
             slabs=[labels.slab_to_proto(slab) for slab in slabs],
+            owned_versions=[version.version for version in owned],
+            owned_epochs=[version.epoch for version in owned],
+            attached_versions=[
+                version.version for version in owner.holdings.segments.attached(session.session_id)
+            ],
+            freed_slab_ids=freed,
         )
         return _reply((owner.keeper.ends[session.session_id].lifeline,), bound=bound)
 
@@ -407,15 +504,16 @@ class Connection:
             kind = SegmentClass(create.segment_class)
         except ValueError:
             raise InvalidField("segment_class", "a known class", create.segment_class) from None
-        device = owner.holdings.device(create.memory_kind, create.device)
-        version = owner.holdings.create_segment(
+        device = owner.holdings.ledger.device(create.memory_kind, create.device)
+        version = owner.holdings.plan_segment(
             session, create.name, kind, create.slab_bytes, incarnation_now(), device
         )
         try:
             owner.keeper.allocate(version.slab_ids, create.slab_bytes, device)
         except UnbrokenError:
-            owner.holdings.release_segment(session, version.name, version.version)
+            owner.holdings.abandon_segment(version)
             raise
+        owner.holdings.begin_segment(version)
         return self._granted(version, owner.keeper.writable(version.slab_ids), ())
 
     def _open_slab(self, session: Session, wanted: wire.OpenSlab) -> Answer:
@@ -425,7 +523,7 @@ class Connection:
             wanted.block_bytes,
             wanted.num_slots,
             incarnation_now(),
-            owner.holdings.device(wanted.memory_kind, wanted.device),
+            owner.holdings.ledger.device(wanted.memory_kind, wanted.device),
         )
         try:
             owner.keeper.allocate_store(slab)
@@ -435,9 +533,8 @@ class Connection:
         fds = (*owner.keeper.writable([slab.slab_id]), owner.keeper.table(slab.slab_id))
         return _reply(fds, granted=wire.Granted(segment=labels.store_to_proto(slab)))
 
-    async def _seal_segment(self, seal: wire.SealSegment) -> Answer:
-        owner, session = self._owner, self.session
-        assert session is not None, "bound before"
+    async def _seal_segment(self, session: Session, seal: wire.SealSegment) -> Answer:
+        owner = self._owner
         try:
             algorithm = checksums.of_contract(seal.checksum_algorithm)
         except ValueError:
@@ -447,10 +544,7 @@ class Connection:
             session, seal.name, seal.epoch, seal.checksums, seal.layout
         )
         if version.state is not State.SEALED:
-            if not owner.keeper.seal(version.slab_ids):
-                raise UnbrokenError(
-                    Reason.SEGMENT_BUSY, f"expected nobody to have {version} mapped for writing"
-                )
+            self._seal_slabs(version.slab_ids, str(version))
             if owner.keeper.is_readable(version.device):
                 await self._compare(version, seal.checksums, algorithm)
             owner.holdings.seal_segment(
@@ -459,6 +553,17 @@ class Connection:
         return _reply(
             granted=wire.Granted(segment=labels.version_to_proto(owner.holdings, version))
         )
+
+    def _seal_slabs(self, slab_ids: Sequence[int], what: str) -> None:
+        """Raise unless nobody can write to them any more."""
+        try:
+            is_sealed = self._owner.keeper.seal(slab_ids)
+        except NeverSealed as error:
+            raise UnbrokenError(Reason.SEGMENT_BUSY, f"{what}: {error}") from error
+        if not is_sealed:
+            raise UnbrokenError(
+                Reason.SEGMENT_BUSY, f"expected nobody to have {what} mapped for writing"
+            )
 
     async def _compare(
         self, version: Version, expected: Sequence[int], algorithm: Algorithm
@@ -515,17 +620,16 @@ class Connection:
         )
         return _reply(fds, fds, pinned=pinned)
 
-    def _close_slab(self, session: Session, slab_id: int) -> Answer:
+    async def _close_slab(self, session: Session, slab_id: int) -> Answer:
         owner = self._owner
         owner.holdings.store.owned(session.session_id, slab_id)
-        if not owner.keeper.seal([slab_id]):
-            raise UnbrokenError(
-                Reason.SEGMENT_BUSY, f"expected nobody to have slab {slab_id} mapped for writing"
-            )
+        self._seal_slabs([slab_id], f"slab {slab_id}")
         owner.holdings.close_slab(session, slab_id)
+        owner.keeper.obey()
+        await owner.until_read(slab_id)
         return _DONE
 
-    def _report(self, session: Session, report: wire.ReportCorrupt) -> Answer:
+    async def _report(self, session: Session, report: wire.ReportCorrupt) -> Answer:
         owner = self._owner
         slab = owner.holdings.store.get_slab(report.slab_id)
         block = None if slab is None else slab.blocks.get(report.slot)
@@ -537,7 +641,9 @@ class Connection:
             # Nothing of it can be looked at here. The report is its tenant's own, and costs a miss.
             owner.holdings.block_corrupt(report.slab_id, report.slot, report.generation)
             return _DONE
-        if checksums.compute(owner.keeper.block_view(block), block.algorithm) != block.checksum:
+        view = owner.keeper.block_view(block)
+        seen = await asyncio.to_thread(checksums.compute, view, block.algorithm)
+        if seen != block.checksum:  # If it is still that block: the generation says so.
             _log.error("block corrupt", slab=report.slab_id, slot=report.slot, where="get")
             owner.holdings.block_corrupt(report.slab_id, report.slot, report.generation)
         return _DONE

@@ -77,14 +77,20 @@ class Sessions:
         session = self._sessions.get(session_id)
         if session is None:
             return None
-        is_same = (session.peer.pid, session.peer.uid) == (peer.pid, peer.uid)
-        if not hmac.compare_digest(session.secret, secret) or not is_same:
+        if not _is_same(session, peer, secret):
             raise UnbrokenError(
                 Reason.NOT_PERMITTED, f"expected the process of session {session_id}"
             )
         if session.fence.fence > Fence.HINT or session.fence.is_given_up:
             return None
         return session
+
+    def given_up(self, session_id: int, peer: Peer, secret: bytes) -> Session | None:
+        """The session that this process had, if it lives and it was given up."""
+        session = self._sessions.get(session_id)
+        if session is None or not _is_same(session, peer, secret):
+            return None
+        return session if session.fence.is_given_up else None
 
     def remove(self, session: Session) -> None:
         """Nothing is left of it."""
@@ -107,3 +113,8 @@ class Sessions:
             for one in cohort
         }
         return judge_cohort(ranks.values(), num_ranks=session.peer.num_ranks)
+
+
+def _is_same(session: Session, peer: Peer, secret: bytes) -> bool:
+    is_peer = (session.peer.pid, session.peer.uid) == (peer.pid, peer.uid)
+    return hmac.compare_digest(session.secret, secret) and is_peer

@@ -17,7 +17,7 @@ without the first ones the others are of no use.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -208,11 +208,8 @@ class BlockStore:
         self._touch(found)
         return found
 
-    def pin(
-        self, session: int, tenant: str, keys: Sequence[bytes], expires_at: float
-    ) -> Pin | None:
-        """Keep what `find` finds from being evicted; None if that is nothing."""
-        blocks = self.find(tenant, keys)
+    def pin(self, session: int, blocks: Sequence[Block], expires_at: float) -> Pin | None:
+        """Keep blocks that `find` found from being evicted; None if there are none."""
         if not blocks:
             return None
         if len(self._pins) >= self._pins_max:
@@ -282,13 +279,41 @@ class BlockStore:
         slab.state, slab.owner = SlabState.SEALED, 0
         self._free_if_empty(slab)
 
-    def evict(self, num_bytes: int, *, device: Device = HOST, tenant: str | None = None) -> int:
+    def abandon(self, slab: StoreSlab) -> None:
+        """Free it, whatever is in it, and whoever writes to it."""
+        self._free(slab)
+
+    def evictable(self, device: Device, tenant: str | None) -> int:
+        """Bytes that `evict` could free of a memory."""
+        return sum(slab.bytes_of(device) for slab in self._idle(device, tenant))
+
+    def evict(
+        self,
+        num_bytes: int,
+        *,
+        device: Device = HOST,
+        tenant: str | None = None,
+        is_mapped: Callable[[int], bool] = lambda _: False,
+    ) -> int:
         """Free sealed slabs of a memory that nobody reads, until so many bytes are free.
 
-        Returns how many are.
+        First those that nobody has mapped: the others' memory is not back at once. Returns how many
+        bytes are freed.
         """
         freed = 0
-        idle = [
+        for slab in sorted(
+            self._idle(device, tenant),
+            key=lambda slab: (is_mapped(slab.slab_id), slab.last_used, slab.slab_id),
+        ):
+            if freed >= num_bytes:
+                break
+            self.num_evicted += len(slab.blocks)
+            freed += slab.bytes_of(device)
+            self._free(slab)
+        return freed
+
+    def _idle(self, device: Device, tenant: str | None) -> list[StoreSlab]:
+        return [
             slab
             for slab in self
             if slab.state is SlabState.SEALED
@@ -296,13 +321,6 @@ class BlockStore:
             and not slab.is_pinned
             and (tenant is None or slab.tenant == tenant)
         ]
-        for slab in sorted(idle, key=lambda slab: (slab.last_used, slab.slab_id)):
-            if freed >= num_bytes:
-                break
-            self.num_evicted += len(slab.blocks)
-            freed += slab.bytes_of(device)
-            self._free(slab)
-        return freed
 
     def check(self) -> None:
         """What is always true."""

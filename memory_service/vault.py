@@ -20,6 +20,8 @@ from unbroken.memory import channel
 from unbroken.memory.channel import ChannelClosed
 from unbroken.v1 import memory_session_pb2 as wire
 
+ACCEPT_RETRY_S = 0.05
+
 
 @dataclass(slots=True)
 class Kept:
@@ -46,22 +48,39 @@ class Vault:
         """Until no service was there for long enough."""
         alone_since = time.monotonic()
         while True:
-            sources = [self._listener, *([] if self._service is None else [self._service])]
-            left_s = None
+            left_ms = None
             if self._service is None:
-                left_s = alone_since + self._idle_exit_s - time.monotonic()
-                if left_s <= 0:
+                left_ms = (alone_since + self._idle_exit_s - time.monotonic()) * 1000
+                if left_ms <= 0:
                     return
-            ready, _, _ = select.select(sources, [], [], left_s)
-            if self._service in ready:
+            ready = self._ready(left_ms)
+            if self._service is not None and self._service.fileno() in ready:
                 if not self._serve(self._service):
                     alone_since = time.monotonic()
-            elif self._listener in ready:
+            elif ready:
                 self._accept()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._listener.close()
+        for entry_id in list(self._kept):
+            self._drop(entry_id)
+
+    def _ready(self, wait_ms: float | None) -> set[int]:
+        """Which descriptors have something to read; `select` knows none above 1023."""
+        poller = select.poll()
+        poller.register(self._listener, select.POLLIN)
+        if self._service is not None:
+            poller.register(self._service, select.POLLIN)
+        return {fd for fd, _ in poller.poll(wait_ms)}
 
     def _accept(self) -> None:
         """A new service; what the old one sent has been read, since that goes first."""
-        new, _ = self._listener.accept()
+        try:
+            new, _ = self._listener.accept()
+        except OSError:  # Such as for want of a descriptor. To exit would lose everything.
+            time.sleep(ACCEPT_RETRY_S)
+            return
         if self._service is not None:
             self._service.close()
         self._service = new
@@ -131,6 +150,7 @@ def main() -> int:
     new.write_text(f"{os.getpid()}\n")
     new.replace(pid_file)
     vault.run()
+    vault.close()
     given.socket.unlink(missing_ok=True)
     return 0
 

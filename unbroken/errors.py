@@ -64,7 +64,7 @@ class Reason(Enum):
     CHECKSUM_MISMATCH = "CHECKSUM_MISMATCH"
     """Bytes in memory are not those that were meant."""
     MEMORY_EXHAUSTED = "MEMORY_EXHAUSTED"
-    """No room for so much memory; metadata `limit` says whose: quota or capacity."""
+    """No room for so much memory; metadata `limit` says of what."""
     GPU_FAILED = "GPU_FAILED"
     """A GPU's memory is not to be relied on; metadata `health` says how it is."""
     NOT_PERMITTED = "NOT_PERMITTED"

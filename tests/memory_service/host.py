@@ -133,11 +133,12 @@ class Host:
         device: Device = HOST,
     ) -> int:
         """The epoch of a new version of one slab."""
-        version = self.holdings.create_segment(
+        version = self.holdings.plan_segment(
             process.session, name, SegmentClass(kind), [num_pages * 4096], self.tick(), device
         )
         for slab_id in version.slab_ids:
             self.memory[slab_id] = Memory()
+        self.holdings.begin_segment(version)
         self.obey()
         return version.epoch
 

@@ -115,7 +115,7 @@ def test_records_that_are_read_of_a_dead_process_do_not_count_on_a_tainted_gpu()
     tell(host, Xid(48))
     host.die(owner)
     assert find(host, 0) == 0
-    assert host.holdings.accounts[GPU].total == 0
+    assert host.holdings.ledger.accounts[GPU].total_in_use == 0
 
 
 def test_of_a_lost_gpu_nothing_is_left_and_its_bytes_are_free() -> None:
@@ -125,10 +125,12 @@ def test_of_a_lost_gpu_nothing_is_left_and_its_bytes_are_free() -> None:
     assert (find(host, 0), find(host, 1)) == (0, 1)
     assert not takes_new(host, owner)
     slab = next(one for one in host.holdings.store if one.device == GPU)
-    assert host.holdings.accounts[GPU].total == slab.allocated_bytes, "an open slab of a live owner"
+    assert host.holdings.ledger.accounts[GPU].total_in_use == slab.allocated_bytes, (
+        "an open slab of a live owner"
+    )
     host.die(owner)
-    assert host.holdings.accounts[GPU].total == 0
-    assert host.holdings.accounts[OTHER].total > 0
+    assert host.holdings.ledger.accounts[GPU].total_in_use == 0
+    assert host.holdings.ledger.accounts[OTHER].total_in_use > 0
 
 
 def test_whoever_watches_is_told() -> None:

@@ -215,7 +215,7 @@ def test_scratch_and_unfrozen_pools_die_with_their_owner() -> None:
     assert states(host) == []
     assert not host.memory
     assert not host.vault
-    assert host.holdings.accounts[HOST].total == 0
+    assert host.holdings.ledger.accounts[HOST].total == 0
     assert len(host.holdings.sessions) == 0
 
 
@@ -318,10 +318,10 @@ def test_above_the_high_watermark_blocks_are_evicted_down_to_the_low_one() -> No
             slab = host.open_slab(writer)
             host.put(writer, slab.slab_id, slab.slab_id)
             host.die(writer)
-    assert host.holdings.accounts[HOST].total == 56 * 4096
+    assert host.holdings.ledger.accounts[HOST].total == 56 * 4096
     host.open_slab(host.bind("c"), num_slots=5)
     limits = POLICY.limits
-    assert host.holdings.accounts[HOST].total <= limits.low_share * limits.capacity_bytes
+    assert host.holdings.ledger.accounts[HOST].total <= limits.low_share * limits.capacity_bytes
     kinds = [item.kind for item in host.holdings.news.since(0)[0]]
     assert NewsKind.FREED in kinds
 
@@ -437,14 +437,14 @@ WITH_GPU = dataclasses.replace(POLICY, gpus={GPU: Limits(8 << 20, 6 << 20)})
 def test_a_gpus_memory_is_given_in_its_own_pages_and_records_are_the_hosts() -> None:
     host = Host(WITH_GPU)
     owner = host.bind()
-    slab = host.open_slab(owner, device=host.holdings.device(2, "GPU-1"))
-    accounts = host.holdings.accounts
+    slab = host.open_slab(owner, device=host.holdings.ledger.device(2, "GPU-1"))
+    accounts = host.holdings.ledger.accounts
     assert (accounts[GPU].total, accounts[HOST].total) == (2 << 20, 4096)
     with pytest.raises(UnbrokenError) as raised:
-        host.holdings.create_segment(owner.session, "kv", POOL, [4096], host.tick(), GPU)
+        host.holdings.plan_segment(owner.session, "kv", POOL, [4096], host.tick(), GPU)
     assert refused(raised) is Reason.INVALID_FIELD
     with pytest.raises(UnbrokenError) as raised:
-        host.holdings.create_segment(owner.session, "kv", POOL, [6 << 20], host.tick(), GPU)
+        host.holdings.plan_segment(owner.session, "kv", POOL, [6 << 20], host.tick(), GPU)
     assert refused(raised) is Reason.MEMORY_EXHAUSTED, "more than the quota of this memory"
     host.put(owner, slab.slab_id, 1)
     host.die(owner)
@@ -454,9 +454,9 @@ def test_a_gpus_memory_is_given_in_its_own_pages_and_records_are_the_hosts() -> 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(UnbrokenError) as raised:
-        Host(WITH_GPU).holdings.device(2, "GPU-2")
+        Host(WITH_GPU).holdings.ledger.device(2, "GPU-2")
     assert refused(raised) is Reason.INVALID_FIELD
-    assert Host().holdings.device(0, "") == Host().holdings.device(1, "") == HOST
+    assert Host().holdings.ledger.device(0, "") == Host().holdings.ledger.device(1, "") == HOST
 
 
 def test_memory_of_a_gpu_is_known_as_such_to_the_next_life_of_the_service() -> None:
@@ -465,6 +465,144 @@ def test_memory_of_a_gpu_is_known_as_such_to_the_next_life_of_the_service() -> N
     host.open_slab(owner, device=GPU)
     host.create(owner, "kv", POOL, 512, device=GPU)
     host.crash()
-    accounts = host.holdings.accounts
+    accounts = host.holdings.ledger.accounts
     assert (accounts[GPU].total, accounts[HOST].total) == (4 << 20, 4096)
     assert {version.device for version in host.holdings.segments} == {GPU}
+
+
+def used(host: Host) -> tuple[int, int]:
+    """Pages, and those of them that are not back."""
+    accounts = host.holdings.ledger.accounts[HOST]
+    return accounts.total // 4096, accounts.total_unreclaimed // 4096
+
+
+def test_a_slab_takes_whole_pages_of_blocks_and_of_records() -> None:
+    host = Host()
+    session = host.bind().session
+    host.holdings.open_slab(session, 1, 1, host.tick())
+    assert used(host) == (2, 0)
+
+
+def test_there_are_only_so_many_slabs_however_small_and_unreclaimed_ones_count() -> None:
+    host = Host(dataclasses.replace(POLICY, slabs_max=3))
+    owner = host.bind()
+    host.create(owner, "kv", POOL)
+    for _ in range(2):
+        host.open_slab(owner, num_slots=1)
+    with pytest.raises(UnbrokenError) as raised:
+        host.open_slab(owner, num_slots=1)
+    assert raised.value.metadata["limit"] == "slabs"
+    host.see(owner, fencing.ConnectionLost(), fencing.LifelineSealed())
+    assert host.holdings.ledger.num_slabs == 3, "its process has not exited"
+    host.see(owner, fencing.Exited())
+    host.open_slab(host.bind(), num_slots=1)
+
+
+def test_nothing_is_evicted_for_what_would_not_have_room_even_then() -> None:
+    host = Host()
+    writer = host.bind("small")
+    slab = host.open_slab(writer, num_slots=1)
+    host.put(writer, slab.slab_id, 1)
+    host.die(writer)
+    with pytest.raises(UnbrokenError):
+        host.open_slab(host.bind("small"), num_slots=5)
+    assert host.holdings.store.num_blocks == 1
+    host.open_slab(host.bind("small"), num_slots=2)
+    assert host.holdings.store.num_blocks == 0, "for this it has"
+
+
+def test_what_was_evicted_and_is_mapped_is_not_given_out_nor_evicted_for_again() -> None:
+    host = Host()
+    slabs: list[int] = []
+    reader = host.bind("small")
+    for number in (1, 2):
+        writer = host.bind("small")
+        slabs.append(host.open_slab(writer, num_slots=1).slab_id)
+        host.put(writer, slabs[-1], number)
+        host.die(writer)
+    pin, new = host.holdings.get(reader.session, [key_of(1)], 1.0, host.now)
+    assert pin is not None
+    assert [slab.slab_id for slab in new] == slabs[:1]
+    host.holdings.store.unpin(reader.session_id, pin.pin_id)
+    writer = host.bind("small")
+    host.open_slab(writer, num_slots=1)
+    assert host.holdings.store.num_blocks == 1, "the one that nobody has mapped went first"
+    with pytest.raises(UnbrokenError):
+        host.open_slab(writer, num_slots=1)
+    assert host.holdings.store.num_blocks == 0
+    assert used(host) == (4, 2), "freed, and mapped by the reader"
+    assert reader.session.freed == slabs[:1], "it is told"
+    host.holdings.unmapped(reader.session, slabs[:1])
+    host.open_slab(writer, num_slots=1)
+
+
+def test_memory_of_a_dead_process_is_given_out_when_it_has_exited() -> None:
+    host = Host()
+    owner = host.bind("small")
+    host.create(owner, "scratch", SCRATCH, num_pages=4)
+    host.see(owner, fencing.ConnectionLost(), fencing.LifelineSealed())
+    assert used(host) == (4, 4), "it writes no more, and is not gone"
+    with pytest.raises(UnbrokenError):
+        host.create(host.bind("small"), "scratch", SCRATCH, num_pages=4)
+    host.see(owner, fencing.Exited())
+    host.create(host.bind("small"), "scratch", SCRATCH, num_pages=4)
+
+
+def test_an_orphaned_pool_makes_way_for_a_new_one_if_there_is_no_room_for_both() -> None:
+    host = Host()
+    owner = host.bind("small")
+    host.holdings.freeze_pool(owner.session, "kv", host.create(owner, "kv", POOL, 3), b"")
+    host.die(owner)
+    heir = host.bind("small")
+    with pytest.raises(UnbrokenError):
+        host.create(heir, "kv", POOL, num_pages=5)
+    assert [one.state for one in host.holdings.segments] == [State.ADOPTABLE], "not for nothing"
+    host.create(heir, "kv", POOL, num_pages=4)
+    assert [one.owner for one in host.holdings.segments] == [heir.session_id]
+
+
+def test_a_pool_stays_until_the_new_one_is_allocated() -> None:
+    host = Host()
+    owner = host.bind()
+    host.holdings.freeze_pool(owner.session, "kv", host.create(owner, "kv", POOL), b"")
+    host.die(owner)
+    heir = host.bind()
+    version = host.holdings.plan_segment(heir.session, "kv", POOL, [4096], host.tick())
+    assert [one.state for one in host.holdings.segments] == [State.ADOPTABLE]
+    host.holdings.abandon_segment(version)
+    assert used(host) == (1, 0)
+    assert [one.state for one in host.holdings.segments] == [State.ADOPTABLE]
+
+
+def test_a_process_whose_session_was_given_up_says_anew_what_it_has_mapped() -> None:
+    host = Host()
+    reader, writer = host.bind(), host.bind()
+    slab = host.open_slab(writer)
+    host.put(writer, slab.slab_id, 1)
+    pin, _ = host.holdings.get(reader.session, [key_of(1)], 1.0, host.now)
+    assert pin is not None
+    host.see(reader, fencing.ConnectionLost())
+    host.pass_time(6.0)
+    assert not host.rebind(reader)
+    again = host.holdings.bind(reader.session.peer, b"secret", host.tick())
+    host.holdings.succeed(again, reader.session_id, b"secret", attached=(), mapped=[slab.slab_id])
+    host.die(writer)
+    host.holdings.evict("t", "")
+    assert used(host)[1] > 0
+    assert again.freed == [slab.slab_id]
+    host.holdings.unmapped(again, again.freed)
+    assert used(host) == (0, 0)
+    host.obey()
+
+
+def test_a_process_that_only_reads_is_never_killed() -> None:
+    policy = dataclasses.replace(POLICY, fence=FencePolicy(rebind_grace_s=1.0, kills=True))
+    host = Host(policy)
+    reader, writer = host.bind(), host.bind()
+    slab = host.open_slab(writer)
+    host.put(writer, slab.slab_id, 1)
+    host.holdings.get(reader.session, [key_of(1)], 1.0, host.now)
+    host.see(reader, fencing.ConnectionLost())
+    host.pass_time(2.0)
+    host.pass_time(10.0)
+    assert host.killed == []

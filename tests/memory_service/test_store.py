@@ -35,7 +35,7 @@ def test_the_longest_stored_prefix_is_found() -> None:
 def test_tenants_do_not_find_each_others_blocks() -> None:
     store, _ = store_with(1)
     assert store.find("other", keys(1)) == []
-    assert store.pin(3, "other", keys(1), 1.0) is None
+    assert store.pin(3, store.find("other", keys(1)), 1.0) is None
 
 
 def test_a_slot_without_a_valid_committed_record_is_free_and_no_block() -> None:
@@ -57,7 +57,7 @@ def test_a_block_that_is_stored_already_is_not_needed_again() -> None:
 def test_the_owner_may_overwrite_what_was_used_least_recently_and_is_not_pinned() -> None:
     store, slab = store_with(1, 2, 3, 4)
     store.find("t", keys(1, 2))
-    pin = store.pin(9, "t", keys(3), 10.0)
+    pin = store.pin(9, store.find("t", keys(3)), 10.0)
     assert pin is not None
     assert store.reclaim(slab, 2) == [3, 1], "of a sequence, its end first"
     assert store.reclaim(slab, 4) == [0]
@@ -69,7 +69,7 @@ def test_the_owner_may_overwrite_what_was_used_least_recently_and_is_not_pinned(
 
 def test_a_pin_is_of_its_session_and_ends_with_its_time() -> None:
     store, slab = store_with(1)
-    pin = store.pin(9, "t", keys(1), 10.0)
+    pin = store.pin(9, store.find("t", keys(1)), 10.0)
     assert pin is not None
     store.unpin(8, pin.pin_id)
     store.expire(9.9)
@@ -85,9 +85,9 @@ def test_pins_are_bounded() -> None:
     slab = StoreSlab(1, "t", 7, 1, 64, 1)
     store.add(slab)
     store.commit(slab, [record(0, 1)])
-    store.pin(9, "t", keys(1), 10.0)
+    store.pin(9, store.find("t", keys(1)), 10.0)
     with pytest.raises(UnbrokenError) as raised:
-        store.pin(9, "t", keys(1), 10.0)
+        store.pin(9, store.find("t", keys(1)), 10.0)
     assert raised.value.reason is Reason.MEMORY_EXHAUSTED
 
 
@@ -112,7 +112,7 @@ def test_sealed_slabs_are_evicted_whole_the_least_used_first_and_never_a_pinned_
         if slab_id < 4:
             store.seal(slab)
     store.find("t", keys(1))
-    store.pin(9, "t", keys(2), 10.0)
+    store.pin(9, store.find("t", keys(2)), 10.0)
     assert store.evict(1) == 2 * 4096, "whole pages, one of them for the record"
     assert [slab.slab_id for slab in store.freed] == [3]
     assert store.evict(1 << 40) == 2 * 4096
@@ -122,7 +122,7 @@ def test_sealed_slabs_are_evicted_whole_the_least_used_first_and_never_a_pinned_
 
 def test_the_slot_of_a_block_that_was_wrong_can_be_overwritten_once_nobody_reads_it() -> None:
     store, slab = store_with(1, 2)
-    pin = store.pin(9, "t", keys(1), 10.0)
+    pin = store.pin(9, store.find("t", keys(1)), 10.0)
     assert pin is not None
     assert store.drop(1, 0, generation=1)
     assert store.reclaim(slab, 4) == [1]

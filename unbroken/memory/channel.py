@@ -1,6 +1,7 @@
 """Messages with descriptors over a Unix socket of type SEQPACKET: one packet, one message."""
 
 import array
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -43,6 +44,15 @@ def set_timeout(sock: socket.socket, timeout_s: float) -> None:
     value = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Whether neither side has ended the connection, by what the kernel knows now."""
+    if (fd := sock.fileno()) == -1:
+        return False
+    poller = select.poll()
+    poller.register(fd, select.POLLRDHUP)
+    return not poller.poll(0)
 
 
 def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:

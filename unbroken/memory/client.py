@@ -17,37 +17,37 @@ A process that dies leaves its blocks to whoever asks for their keys, and its po
 import contextlib
 import fcntl
 import mmap
-import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from unbroken.errors import Reason, UnbrokenError
-from unbroken.memory import channel, checksums, records
+from unbroken.memory import channel, checksums
 from unbroken.memory.channel import ChannelClosed
 from unbroken.memory.checksums import Algorithm
-from unbroken.memory.records import RECORD_BYTES, Record, RecordState
+from unbroken.memory.mapped import Leaving, ReaderSlab, Segment, map_lifeline, map_segment
+from unbroken.memory.writer import BlockWriter
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
 PROTOCOL_VERSION = 1
-FLUSH_BLOCKS = 64
-"""Blocks that are told of in one call."""
-RECLAIM_BLOCKS = 64
-"""Blocks that make room for new ones at once."""
 KEYS_A_CALL = 1000
 OWED_MAX = 64
 """Pins that are released before their answers are received."""
 CALL_TIMEOUT_S = 30.0
 """A service that takes longer is taken for dead; sealing, which reads everything, has no limit."""
+ATTEMPTS_MAX = 5
+"""A call that so many connections ended over is not made again: it may be what ends them."""
+MAPPED_MAX = 2000
+"""Slabs of others that stay mapped when this process binds again."""
 _HIGH_FD = 512
 _RETRY_S = 0.002
+_HOST_KINDS = (pb.MEMORY_KIND_UNSPECIFIED, pb.MEMORY_KIND_HOST)
 
 
 class SegmentClass(IntEnum):
@@ -56,28 +56,6 @@ class SegmentClass(IntEnum):
     WEIGHTS = 1
     KV_POOL = 2
     SCRATCH = 4
-
-
-@dataclass(slots=True, eq=False)
-class Segment:
-    """One version of a segment, mapped into this process.
-
-    Attributes:
-        slabs: Its memory. Of one that is attached, read-only.
-        epoch: The fencing token of its owner.
-    """
-
-    name: str
-    version: int
-    epoch: int
-    layout: bytes
-    slabs: list[mmap.mmap]
-
-    def unmap(self) -> None:
-        """Give the mappings back. Raises BufferError while somebody has a view of one."""
-        while self.slabs:
-            self.slabs[-1].close()
-            self.slabs.pop()
 
 
 class StoredBlock(NamedTuple):
@@ -90,25 +68,24 @@ class StoredBlock(NamedTuple):
     """Of the checksum."""
 
 
-@dataclass(slots=True, eq=False)
-class _ReaderSlab:
-    """A slab of the block store that is mapped for reading."""
-
-    mapping: mmap.mmap
-    block_bytes: int
-
-
 class Pinned:
     """Blocks that nobody overwrites. Use it as a context; its views must not outlive that."""
 
     def __init__(
-        self, client: "MemoryClient", pin_id: int, blocks: list[StoredBlock], expires_at: float
+        self,
+        client: "MemoryClient",
+        pin_id: int,
+        life: int,
+        blocks: list[StoredBlock],
+        expires_at: float,
     ) -> None:
+        """`life` is the client's when it was pinned."""
         self._client = client
         self._pin_id = pin_id
-        self._life = client.num_lives
+        self._life = life
         self._blocks = blocks
         self._expires_at = expires_at
+        self._is_released = False
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -122,10 +99,15 @@ class Pinned:
     @property
     def is_valid(self) -> bool:
         """Whether the bytes cannot have been overwritten. Look after you used them."""
-        return self._client.num_lives == self._life and time.monotonic() < self._expires_at
+        return (
+            not self._is_released
+            and time.monotonic() < self._expires_at
+            and self._client.is_bound(self._life)
+        )
 
     def release(self) -> None:
         """Let others overwrite them. Idempotent."""
+        self._is_released = True
         self._blocks = []
         if self._pin_id:
             self._client.release_pin(self._pin_id, self._life)
@@ -148,6 +130,7 @@ class MemoryClient:
 
     Attributes:
         num_lives: How often it was bound; whoever sees it change has lost its pins.
+        lock: Held over every call, and over binding again.
     """
 
     def __init__(
@@ -175,13 +158,16 @@ class MemoryClient:
             rank=rank,
             num_ranks=num_ranks,
         )
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._sock: socket.socket | None = None
         self._boot_token = 0
-        self._lifeline: mmap.mmap | None = None
-        self._reading: dict[int, _ReaderSlab] = {}
+        self._lifelines: list[mmap.mmap] = []
+        """Of this session, the last one, and of earlier ones of which something is mapped."""
+        self._reading: dict[int, ReaderSlab] = {}
         self._writers: dict[int, BlockWriter] = {}
-        self._owned: list[Segment] = []
+        self._leaving: dict[int, Leaving] = {}
+        self._segments: list[Segment] = []
+        """All that are mapped, owned or attached."""
         self._num_owed = 0
         """Answers that have yet to be received, before that of the next call."""
         self.num_lives = 0
@@ -191,25 +177,60 @@ class MemoryClient:
     def session_id(self) -> int:
         return self._identity.session_id
 
+    def is_bound(self, life: int) -> bool:
+        """Whether the connection of this life is open still: whether the service may know its pins.
+
+        Asks the kernel and not the service, so that it takes no lock and 2 µs.
+        """
+        sock = self._sock
+        is_open = sock is not None and channel.is_open(sock)
+        # In this order: a life ends before its connection is closed, and its number used again.
+        return is_open and self.num_lives == life
+
     def close(self) -> None:
         """Give everything back, in order: blocks to whoever wants them, and pools to nobody.
 
-        Idempotent.
+        What somebody in this process has a view of stays mapped, and charged, until the view is
+        gone or the process exits. Idempotent.
         """
-        with self._lock:
-            for writer in list(self._writers.values()):
-                with contextlib.suppress(UnbrokenError):
-                    writer.close()
-            for segment in list(self._owned):
-                with contextlib.suppress(UnbrokenError, BufferError):
-                    self.release(segment)
-            if self._sock is not None:
+        with self.lock:
+            if self._sock is None:
+                return
+            try:
+                self._give_back()
+            except UnbrokenError as error:  # Then nobody is there to take it.
+                if error.reason is not Reason.UNREACHABLE:
+                    raise
+            finally:
+                self.num_lives += 1
                 self._sock.close()
                 self._sock = None
-            self._reading.clear()
-            if self._lifeline is not None:
-                self._lifeline.close()
-                self._lifeline = None
+                self._writers.clear()
+                self._reading.clear()  # Unmapped when the last view of it is gone.
+
+    def _give_back(self) -> None:
+        def tried(give: Callable[[], None]) -> None:
+            try:
+                give()
+            except BufferError:
+                pass  # Somebody has a view of it.
+            except UnbrokenError as error:
+                if error.reason is Reason.UNREACHABLE:
+                    raise
+
+        for writer in list(self._writers.values()):
+            tried(writer.close)
+        for segment in list(self._segments):
+            tried(lambda segment=segment: self.release(segment))
+        self._let_go(list(self._reading))
+        if self._segments or self._leaving:
+            return  # What may still be written through needs its lifeline.
+        for lifeline in self._lifelines:
+            lifeline.close()
+        self._lifelines.clear()
+        unbind = wire.SessionRequest(boot_token=self._boot_token, unbind=wire.Unbind())
+        with contextlib.suppress(ChannelClosed, BlockingIOError):  # It is over, one way or another.
+            self._ask(unbind)
 
     def __enter__(self) -> Self:
         return self
@@ -231,32 +252,31 @@ class MemoryClient:
             slab_bytes=slab_bytes,
             segment_class=pb.SegmentClass.ValueType(int(kind)),
         )
-        response, fds = self._call(wire.SessionRequest(create=create))
-        segment = _mapped(response.granted.segment, fds, is_writable=True)
-        self._owned.append(segment)
-        return segment
+        return self._granted(wire.SessionRequest(create=create), is_owned=True)
 
     def seal(self, segment: Segment, layout: bytes = b"") -> None:
         """Publish weights: from now on `attach` gives them. The segment is unmapped."""
-        with self._lock:
+        with self.lock:
             sums = [checksums.compute(memoryview(slab)) for slab in segment.slabs]
             segment.unmap()
             seal = wire.SealSegment(
                 name=segment.name, epoch=segment.epoch, checksums=sums, layout=layout
             )
             self._call(wire.SessionRequest(seal=seal), timeout_s=0)
-            self._disown(segment)
+            self._forget(segment)
 
     def freeze(self, segment: Segment, layout: bytes = b"") -> None:
         """Let a pool be adopted if this process dies."""
         freeze = wire.FreezePool(name=segment.name, epoch=segment.epoch, layout=layout)
-        self._call(wire.SessionRequest(freeze=freeze))
+        self._tell(wire.SessionRequest(freeze=freeze))
 
     def attach(self, name: str, version: int = 0) -> Segment:
-        """Map what another published, or, as a standby, the pool of one that lives."""
+        """Map what another published, or, as a standby, the pool of one that lives.
+
+        It is to be released: until then its memory is not given to anybody else.
+        """
         attach = wire.AttachSegment(name=name, version=version)
-        response, fds = self._call(wire.SessionRequest(attach=attach))
-        return _mapped(response.granted.segment, fds, is_writable=False)
+        return self._granted(wire.SessionRequest(attach=attach), is_owned=False)
 
     def adopt(self, name: str, expected_epoch: int = 0, *, timeout_s: float = 5.0) -> Segment:
         """Take a dead process's pool over; waits until that is proved dead. Check its records."""
@@ -264,32 +284,48 @@ class MemoryClient:
         give_up_at = time.monotonic() + timeout_s
         while True:
             try:
-                response, fds = self._call(wire.SessionRequest(adopt=adopt))
+                return self._granted(wire.SessionRequest(adopt=adopt), is_owned=True)
             except UnbrokenError as error:
                 if error.reason is not Reason.NOT_FENCED or time.monotonic() > give_up_at:
                     raise
                 time.sleep(error.retry_after_s or _RETRY_S)
-            else:
-                segment = _mapped(response.granted.segment, fds, is_writable=True)
-                self._owned.append(segment)
-                return segment
 
     def release(self, segment: Segment) -> None:
-        """Give up what was created, adopted or attached. It is unmapped."""
-        segment.unmap()
-        self._disown(segment)
-        release = wire.ReleaseSegment(name=segment.name, version=segment.version)
-        self._call(wire.SessionRequest(release=release))
+        """Give up what was created, adopted or attached. It is unmapped.
 
-    def _disown(self, segment: Segment) -> None:
-        self._owned = [one for one in self._owned if one is not segment]
+        Raises BufferError while somebody has a view of it.
+        """
+        with self.lock:
+            segment.unmap()
+            self._forget(segment)
+            if segment.is_lost:
+                self._say_unmapped(segment.slab_ids)
+                return
+            release = wire.ReleaseSegment(name=segment.name, version=segment.version)
+            self._tell(wire.SessionRequest(release=release))
+
+    def _granted(self, request: wire.SessionRequest, *, is_owned: bool) -> Segment:
+        with self.lock:
+            response, fds = self._call(request)
+            told = response.granted.segment
+            try:
+                segment = map_segment(told, fds, is_owned=is_owned)
+            except OSError:
+                release = wire.ReleaseSegment(name=told.name, version=told.version)
+                self._tell(wire.SessionRequest(release=release))
+                raise
+            self._segments.append(segment)
+            return segment
+
+    def _forget(self, segment: Segment) -> None:
+        self._segments = [one for one in self._segments if one is not segment]
 
     # Blocks.
 
-    def open_writer(self, block_bytes: int, num_slots: int) -> "BlockWriter":
+    def open_writer(self, block_bytes: int, num_slots: int) -> BlockWriter:
         """Memory for blocks of one size, of which the oldest make room for new ones."""
         open_slab = wire.OpenSlab(block_bytes=block_bytes, num_slots=num_slots)
-        with self._lock:
+        with self.lock:
             response, fds = self._call(wire.SessionRequest(open_slab=open_slab))
             (slab,) = response.granted.segment.slabs
             writer = BlockWriter(self, slab, fds)
@@ -302,7 +338,7 @@ class MemoryClient:
         for start in range(0, len(keys), KEYS_A_CALL):
             part = keys[start : start + KEYS_A_CALL]
             find = wire.FindBlocks(keys=b"".join(part))
-            response, _ = self._call(wire.SessionRequest(find=find))
+            response = self.call(wire.SessionRequest(find=find))
             found += response.found.num_blocks
             if response.found.num_blocks < len(part):
                 break
@@ -312,49 +348,58 @@ class MemoryClient:
         """The blocks of the first keys (1,000 at most) that are stored and intact.
 
         They lie where they were written: nothing is copied. Without `checked` the caller compares
-        each with its checksum, such as on a GPU.
+        each with its checksum, such as on a GPU. Blocks beyond those in 250 slabs that this process
+        has not mapped yet are left out; ask again for them.
         """
         get = wire.GetBlocks(keys=b"".join(keys))
         get.ttl.FromMilliseconds(round(ttl_s * 1000))
-        with self._lock:
+        with self.lock:
+            if self._leaving:
+                self._sweep()
             begun = time.monotonic()
             response, fds = self._call(wire.SessionRequest(get=get))
+            life = self.num_lives  # Before another call: that may begin the next one.
             pinned = response.pinned
             self._map_new(pinned.new_slabs, fds)
-            for slab_id in pinned.freed_slab_ids:
-                self._reading.pop(slab_id, None)  # Unmapped when the last view of it is gone.
-            # Columns as lists, and no loop of our own where none is needed: this is a hot path.
-            slab_ids, slots = list(pinned.slab_ids), list(pinned.slots)
-            views: dict[int, tuple[memoryview, int]] = {}
-            for slab_id in set(slab_ids):
-                slab = self._readable(slab_id)
-                views[slab_id] = (memoryview(slab.mapping).toreadonly(), slab.block_bytes)
-            if len(views) == 1:
-                ((view, size),) = views.values()
-                datas = [view[slot * size : (slot + 1) * size] for slot in slots]
-            else:
-                datas = [
-                    view[slot * size : (slot + 1) * size]
-                    for slot, (view, size) in zip(
-                        slots, map(views.__getitem__, slab_ids), strict=True
-                    )
-                ]
-            algorithms = list(map(checksums.of_contract, pinned.checksum_algorithms))
-            columns = zip(
-                datas,
-                pinned.num_tokens,
-                pinned.checksums,
-                algorithms or [Algorithm.XXH3] * len(datas),
-                strict=True,
-            )
-            blocks = list(map(StoredBlock._make, columns))
+            blocks = self._blocks(pinned)
+            if pinned.freed_slab_ids:
+                self._let_go(pinned.freed_slab_ids)
             if checked:
                 blocks = blocks[: self._num_intact(pinned, blocks)]
-            return Pinned(self, pinned.pin_id, blocks, begun + ttl_s)
+            return Pinned(self, pinned.pin_id, life, blocks, begun + ttl_s)
+
+    def _blocks(self, pinned: wire.Pinned) -> list[StoredBlock]:
+        """The first of them that this process can read."""
+        # Columns as lists, and no loop of our own where none is needed: this is a hot path.
+        slab_ids, slots = list(pinned.slab_ids), list(pinned.slots)
+        views: dict[int, tuple[memoryview, int]] = {}
+        for slab_id in dict.fromkeys(slab_ids):
+            slab = self._readable(slab_id)
+            if slab is None:
+                slab_ids = slab_ids[: slab_ids.index(slab_id)]
+                break
+            views[slab_id] = (memoryview(slab.mapping).toreadonly(), slab.block_bytes)
+        if len(views) == 1:
+            ((view, size),) = views.values()
+            datas = [view[slot * size : (slot + 1) * size] for slot in slots[: len(slab_ids)]]
+        else:
+            datas = [
+                view[slot * size : (slot + 1) * size]
+                for slot, (view, size) in zip(slots, map(views.__getitem__, slab_ids), strict=False)
+            ]
+        algorithms = list(map(checksums.of_contract, pinned.checksum_algorithms))
+        columns = zip(
+            datas,
+            pinned.num_tokens,
+            pinned.checksums,
+            algorithms or [Algorithm.XXH3] * len(datas),
+            strict=False,
+        )
+        return list(map(StoredBlock._make, columns))
 
     def release_pin(self, pin_id: int, life: int) -> None:
         """End a pin of this life; one of an earlier life has ended with it."""
-        with self._lock:
+        with self.lock:
             if life != self.num_lives or self._sock is None:
                 return
             release = wire.ReleasePin(pin_id=pin_id)
@@ -375,56 +420,121 @@ class MemoryClient:
             channel.close_all(fds)
             self._num_owed -= 1
 
+    # What is mapped.
+
+    def _map_new(self, slabs: Sequence[pb.Slab], fds: list[int]) -> None:
+        try:
+            for slab, fd in zip(slabs, fds, strict=True):
+                if slab.slab_id not in self._reading and slab.memory_kind in _HOST_KINDS:
+                    mapping = mmap.mmap(fd, slab.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+                    self._reading[slab.slab_id] = ReaderSlab(mapping, slab.block_bytes)
+        finally:
+            channel.close_all(fds)
+
+    def _readable(self, slab_id: int) -> ReaderSlab | None:
+        if slab_id in self._reading:
+            return self._reading[slab_id]
+        writer = self._writers.get(slab_id)
+        return None if writer is None else writer.as_reader()
+
+    def _let_go(self, slab_ids: Sequence[int]) -> None:
+        """Unmap slabs that were read, and say so; later, of those somebody still looks at."""
+        for slab_id in slab_ids:
+            if (slab := self._reading.pop(slab_id, None)) is not None:
+                self._leaving[slab_id] = Leaving(slab.mapping, is_written=False)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Unmap what nobody looks at any more, and say so."""
+        read: list[int] = []
+        for slab_id, slab in list(self._leaving.items()):
+            try:
+                slab.mapping.close()
+            except BufferError:
+                continue
+            del self._leaving[slab_id]
+            if slab.is_written:
+                close = wire.SessionRequest(close_slab=wire.CloseSlab(slab_id=slab_id))
+                with contextlib.suppress(UnbrokenError):  # It may be closed already.
+                    self._tell(close)
+            else:
+                read.append(slab_id)
+        if read:
+            self._say_unmapped(read)
+
+    def _say_unmapped(self, slab_ids: Sequence[int]) -> None:
+        self._tell(wire.SessionRequest(unmapped=wire.Unmapped(slab_ids=slab_ids)))
+
+    def writer_ended(self, slab_id: int, mapping: mmap.mmap) -> None:
+        """For writers: it writes no more."""
+        self._writers.pop(slab_id, None)
+        try:
+            mapping.close()
+        except BufferError:  # Somebody reads one of our blocks.
+            self._leaving[slab_id] = Leaving(mapping, is_written=True)
+
     # The session.
 
     def call(self, request: wire.SessionRequest) -> wire.SessionResponse:
-        """For writers: a call without descriptors."""
+        """A call without descriptors. Raises what the service answers."""
         response, fds = self._call(request)
         channel.close_all(fds)
         return response
 
-    def forget_writer(self, slab_id: int) -> None:
-        """For writers: it is closed."""
-        self._writers.pop(slab_id, None)
+    def _tell(self, request: wire.SessionRequest) -> None:
+        self.call(request)
 
     def _call(
         self, request: wire.SessionRequest, *, timeout_s: float = CALL_TIMEOUT_S
     ) -> tuple[wire.SessionResponse, list[int]]:
         """One call, made again if the service died over it. Raises what the service answers."""
-        with self._lock:
+        with self.lock:
             if self._sock is None:
                 raise UnbrokenError(Reason.CANCELLED, "expected an open client, it was closed")
-            while True:
+            for attempt in range(1, ATTEMPTS_MAX + 1):
                 request.boot_token = self._boot_token
                 try:
-                    if timeout_s != CALL_TIMEOUT_S:
-                        channel.set_timeout(self._sock, timeout_s)
-                    channel.send(self._sock, request)
-                    self._take_owed()
-                    response, fds = channel.receive(self._sock, wire.SessionResponse)
-                    if timeout_s != CALL_TIMEOUT_S:
-                        channel.set_timeout(self._sock, CALL_TIMEOUT_S)
-                except (ChannelClosed, BlockingIOError):  # The latter: it took too long.
+                    response, fds = self._ask(request, timeout_s)
+                except (ChannelClosed, BlockingIOError) as error:  # The latter: it took too long.
+                    if attempt == ATTEMPTS_MAX:
+                        raise UnbrokenError(
+                            Reason.UNREACHABLE,
+                            f"expected an answer, {attempt} connections ended over it: {error}",
+                        ) from error
                     self._bind(self._rebind_timeout_s)
                     continue
                 if response.WhichOneof("kind") == "error":
                     channel.close_all(fds)
                     raise _raised(response.error)
                 return response, fds
+            raise AssertionError("the last attempt returns or raises")
+
+    def _ask(
+        self, request: wire.SessionRequest, timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[wire.SessionResponse, list[int]]:
+        """On this connection alone. Raises ChannelClosed, BlockingIOError."""
+        assert self._sock is not None, "it is open"
+        if timeout_s != CALL_TIMEOUT_S:
+            channel.set_timeout(self._sock, timeout_s)
+        channel.send(self._sock, request)
+        self._take_owed()
+        answer = channel.receive(self._sock, wire.SessionResponse)
+        if timeout_s != CALL_TIMEOUT_S:
+            channel.set_timeout(self._sock, CALL_TIMEOUT_S)
+        return answer
 
     def _bind(self, timeout_s: float) -> None:
         """Begin, or go on, with the service that is there, or comes in time."""
         self.num_lives += 1
-        self._num_owed = 0
         give_up_at = time.monotonic() + timeout_s
         while True:
             if self._sock is not None:
                 self._sock.close()
+            self._num_owed = 0
             try:
-                self._sock = sock = _high(channel.connect(self._path))
-                channel.set_timeout(sock, CALL_TIMEOUT_S)
-                channel.send(sock, wire.SessionRequest(bind=self._identity))
-                response, fds = channel.receive(sock, wire.SessionResponse)
+                self._sock = _high(channel.connect(self._path))
+                channel.set_timeout(self._sock, CALL_TIMEOUT_S)
+                self._bind_here()
             except (OSError, ChannelClosed) as error:  # Or it took too long.
                 if time.monotonic() > give_up_at:
                     if self._sock is not None:
@@ -433,58 +543,79 @@ class MemoryClient:
                         Reason.UNREACHABLE, f"expected a memory service at {self._path}: {error}"
                     ) from error
                 time.sleep(_RETRY_S)
-                continue
-            if response.WhichOneof("kind") == "error":
-                channel.close_all(fds)
-                sock.close()
-                raise _raised(response.error)
-            break
+            else:
+                return
+
+    def _bind_here(self) -> None:
+        """On a new connection. Raises what the service answers, OSError and ChannelClosed."""
+        assert self._sock is not None, "it is open"
+        identity = self._identity
+        del identity.attached_versions[:], identity.mapped_slab_ids[:]
+        if identity.session_id:
+            attached = [one.version for one in self._segments if not one.is_owned]
+            identity.attached_versions.extend(attached[-KEYS_A_CALL:])
+            identity.mapped_slab_ids.extend(list(self._reading)[-MAPPED_MAX:])
+        response, fds = self._ask(wire.SessionRequest(bind=identity))
+        if response.WhichOneof("kind") == "error":
+            channel.close_all(fds)
+            self._sock.close()
+            raise _raised(response.error)
         bound = response.bound
+        is_resumed = bool(identity.session_id) and bound.is_resumed
         self._boot_token = bound.boot_token
-        if self._identity.session_id and not bound.is_resumed:
-            self._lose_writers()
-        self._identity.session_id, self._identity.secret = bound.session_id, bound.secret
-        self._map_lifeline(fds)
-        known = {slab.slab_id for slab in bound.slabs}
+        identity.session_id, identity.secret = bound.session_id, bound.secret
+        self._have_lifeline(map_lifeline(fds), is_resumed=is_resumed)
+        self._lose_what_is_lost(bound)
+        told = [wire.SessionRequest(close_slab=one) for one in self._unheard_slabs(bound)]
+        told += [wire.SessionRequest(release=one) for one in self._unheard_segments(bound)]
+        for request in told:
+            request.boot_token = self._boot_token
+            self._ask(request)
+        for slab_id in (*bound.freed_slab_ids, *list(self._reading)[:-MAPPED_MAX]):
+            if (slab := self._reading.pop(slab_id, None)) is not None:
+                self._leaving[slab_id] = Leaving(slab.mapping, is_written=False)
+
+    def _have_lifeline(self, mapping: mmap.mmap, *, is_resumed: bool) -> None:
+        """Mapped before anything else is asked for."""
+        if is_resumed and self._lifelines:
+            self._lifelines.pop().close()  # The same, mapped twice.
+        elif not (self._writers or self._leaving or any(one.is_owned for one in self._segments)):
+            for lifeline in self._lifelines:
+                lifeline.close()
+            self._lifelines.clear()
+        self._lifelines.append(mapping)
+
+    def _lose_what_is_lost(self, bound: wire.Bound) -> None:
+        known = {slab.slab_id for slab in bound.slabs} if bound.is_resumed else set[int]()
         for writer in list(self._writers.values()):
             if writer.slab_id not in known:
                 writer.lose()
-        for slab_id in known - self._writers.keys():
-            # It was opened, and we never heard of it.
-            close = wire.SessionRequest(close_slab=wire.CloseSlab(slab_id=slab_id))
-            close.boot_token = self._boot_token
-            channel.send(sock, close)
-            channel.receive(sock, wire.SessionResponse)
+        owned = set(zip(bound.owned_versions, bound.owned_epochs, strict=True))
+        attached = set(bound.attached_versions)
+        for segment in self._segments:
+            is_known = (
+                (segment.version, segment.epoch) in owned
+                if segment.is_owned
+                else segment.version in attached
+            )
+            segment.is_lost |= not is_known
 
-    def _lose_writers(self) -> None:
-        for writer in list(self._writers.values()):
-            writer.lose()
+    def _unheard_slabs(self, bound: wire.Bound) -> list[wire.CloseSlab]:
+        """They were opened, and we never heard of it."""
+        return [
+            wire.CloseSlab(slab_id=slab.slab_id)
+            for slab in bound.slabs
+            if slab.slab_id not in self._writers
+        ]
 
-    def _map_lifeline(self, fds: list[int]) -> None:
-        """Mapped before anything else is asked for, and by no child of ours."""
-        (fd,) = fds
-        try:
-            mapping = mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_SHARED)
-            mapping.madvise(mmap.MADV_DONTFORK)
-        finally:
-            os.close(fd)
-        old, self._lifeline = self._lifeline, mapping
-        if old is not None:
-            old.close()
-
-    def _map_new(self, slabs: Sequence[pb.Slab], fds: list[int]) -> None:
-        try:
-            for slab, fd in zip(slabs, fds, strict=True):
-                if slab.slab_id not in self._reading:
-                    mapping = mmap.mmap(fd, slab.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-                    self._reading[slab.slab_id] = _ReaderSlab(mapping, slab.block_bytes)
-        finally:
-            channel.close_all(fds)
-
-    def _readable(self, slab_id: int) -> _ReaderSlab:
-        if slab_id in self._reading:
-            return self._reading[slab_id]
-        return self._writers[slab_id].as_reader()
+    def _unheard_segments(self, bound: wire.Bound) -> list[wire.ReleaseSegment]:
+        """As `_unheard_slabs`: the same call may be made again."""
+        known = {segment.version for segment in self._segments if segment.is_owned}
+        return [
+            wire.ReleaseSegment(version=version)
+            for version in bound.owned_versions
+            if version not in known
+        ]
 
     def _num_intact(self, pinned: wire.Pinned, blocks: Sequence[StoredBlock]) -> int:
         """How many of the first blocks are intact; the service is told of the one that is not."""
@@ -496,132 +627,7 @@ class MemoryClient:
 
     def _report(self, slab_id: int, slot: int, generation: int) -> None:
         report = wire.ReportCorrupt(slab_id=slab_id, slot=slot, generation=generation)
-        self._call(wire.SessionRequest(report_corrupt=report))
-
-
-class BlockWriter:
-    """One slab for blocks, written by this process alone. `MemoryClient.open_writer` makes it."""
-
-    def __init__(self, client: MemoryClient, slab: pb.Slab, fds: list[int]) -> None:
-        self._client = client
-        self.slab_id = slab.slab_id
-        self.block_bytes = slab.block_bytes
-        self.num_slots = slab.num_slots
-        try:
-            data, table = fds
-            self._data = mmap.mmap(data, slab.size_bytes, mmap.MAP_SHARED)
-            self._table = mmap.mmap(table, RECORD_BYTES * slab.num_slots, mmap.MAP_SHARED)
-        finally:
-            channel.close_all(fds)
-        # A child would keep the slab from being sealed when this process dies.
-        self._data.madvise(mmap.MADV_DONTFORK)
-        self._table.madvise(mmap.MADV_DONTFORK)
-        self._view = memoryview(self._data)
-        self._generations = [0] * slab.num_slots
-        self._free = list(range(slab.num_slots - 1, -1, -1))
-        self._untold: list[int] = []
-        self.is_lost = False
-        """The service has forgotten this process: what was committed, others may still have."""
-
-    def put(self, key: bytes, data: bytes | bytearray | memoryview, num_tokens: int) -> bool:
-        """Store a block; whether there was room. Others find it after `flush`, or if we die.
-
-        No call is made but for every 64th block, and when the slab is full.
-        """
-        if len(data) != self.block_bytes:
-            raise ValueError(f"expected {self.block_bytes} bytes, got {len(data)}")
-        if not self._free and not self._make_room():
-            return False
-        slot = self._free.pop()
-        self._mark(slot)
-        start = slot * self.block_bytes
-        checksum = records.copy(self._view[start : start + self.block_bytes], data)
-        self._write(
-            Record(
-                RecordState.COMMITTED,
-                num_tokens,
-                self._generations[slot],
-                slot,
-                key,
-                checksum,
-            )
-        )
-        self._untold.append(slot)
-        if len(self._untold) >= FLUSH_BLOCKS:
-            self.flush()
-        return True
-
-    def flush(self) -> None:
-        """Tell of the blocks that nobody was told of."""
-        if self.is_lost or not self._untold:
-            return
-        commit = wire.CommitBlocks(slab_id=self.slab_id, slots=self._untold)
-        free = self._client.call(wire.SessionRequest(commit=commit)).committed.free_slots
-        self._untold.clear()
-        self._take(free)
-
-    def close(self) -> None:
-        """Leave the blocks to others, and write no more."""
-        if not self.is_lost:
-            self.flush()
-        self.lose()
-        close = wire.CloseSlab(slab_id=self.slab_id)
-        try:
-            self._client.call(wire.SessionRequest(close_slab=close))
-        except UnbrokenError as error:
-            if error.reason is not Reason.STALE_HANDLE:  # Closed already, when we bound again.
-                raise
-
-    def lose(self) -> None:
-        """It is not ours any more: never write again."""
-        self.is_lost = True
-        self._free.clear()
-        self._untold.clear()
-        self._client.forget_writer(self.slab_id)
-        self._view.release()
-        with contextlib.suppress(BufferError):  # Somebody reads one of our blocks.
-            self._data.close()
-        self._table.close()
-
-    def as_reader(self) -> _ReaderSlab:
-        """For `MemoryClient.get`: our own blocks are read where we wrote them."""
-        return _ReaderSlab(self._data, self.block_bytes)
-
-    def _make_room(self) -> bool:
-        self.flush()
-        if self._free or self.is_lost:
-            return bool(self._free)
-        reclaim = wire.ReclaimSlots(slab_id=self.slab_id, num_slots=RECLAIM_BLOCKS)
-        self._take(self._client.call(wire.SessionRequest(reclaim=reclaim)).reclaimed.slots)
-        return bool(self._free)
-
-    def _take(self, slots: Sequence[int]) -> None:
-        """Slots that are ours to overwrite: their records say so before anything else happens."""
-        for slot in slots:
-            self._mark(slot)
-        self._free += slots
-
-    def _mark(self, slot: int) -> None:
-        generation = self._generations[slot] = (self._generations[slot] + 1) & 0xFFFF_FFFF
-        self._write(records.writing(slot, generation))
-
-    def _write(self, record: Record) -> None:
-        start = record.slot * RECORD_BYTES
-        self._table[start : start + RECORD_BYTES] = record.to_bytes(self.slab_id)
-
-
-def _mapped(segment: pb.Segment, fds: list[int], *, is_writable: bool) -> Segment:
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
-    slabs: list[mmap.mmap] = []
-    try:
-        for slab, fd in zip(segment.slabs, fds, strict=True):
-            mapping = mmap.mmap(fd, slab.size_bytes, mmap.MAP_SHARED, protection)
-            if is_writable:
-                mapping.madvise(mmap.MADV_DONTFORK)
-            slabs.append(mapping)
-    finally:
-        channel.close_all(fds)
-    return Segment(segment.name, segment.version, segment.epoch, segment.layout, slabs)
+        self._tell(wire.SessionRequest(report_corrupt=report))
 
 
 def _high(sock: socket.socket) -> socket.socket:

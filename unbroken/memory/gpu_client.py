@@ -23,9 +23,10 @@ from typing_extensions import override
 
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.memory import channel
-from unbroken.memory.client import MemoryClient, Segment, SegmentClass
+from unbroken.memory.client import MemoryClient, SegmentClass
 from unbroken.memory.device_slabs import DeviceSlabs
 from unbroken.memory.gpu import Access, Gpu, GpuError
+from unbroken.memory.mapped import Segment
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -117,11 +118,10 @@ class GpuMemoryClient(MemoryClient):
         """Adopt the pool that this process has attached as a standby, where it is mapped."""
         adopt = wire.AdoptPool(name=segment.name, expected_epoch=segment.epoch)
         request = wire.SessionRequest(adopt=adopt)
-        with self._lock:
+        with self.lock:
             told = _fenced(lambda: self.call(request), timeout_s).granted.segment
             assert told.version == segment.version, "an epoch is of one version"
-            segment.epoch = told.epoch
-            self._owned.append(segment)
+            segment.epoch, segment.is_owned = told.epoch, True
 
     def verify(self, segment: GpuSegment) -> None:
         """Compare what is sealed with its checksums, on the GPU. Raises CHECKSUM_MISMATCH."""
@@ -152,7 +152,7 @@ class GpuMemoryClient(MemoryClient):
             checksum_algorithm=pb.CHECKSUM_ALGORITHM_MLH64,
         )
         self.call(wire.SessionRequest(seal=seal))
-        self._disown(segment)
+        self._forget(segment)
 
     def _sums(self, segment: GpuSegment) -> list[int]:
         """Slabs of one size at once."""
@@ -170,23 +170,28 @@ class GpuMemoryClient(MemoryClient):
 
         Raises GpuError, AddressTaken, and INVALID_FIELD for what is elsewhere.
         """
-        with self._lock:
+        with self.lock:
             response, fds = self._call(request)
             told = response.granted.segment
             try:
-                segment = self._mapped(told, fds, access, address)
+                segment = self._mapped(told, fds, access, address, is_owned=is_owned)
             except BaseException:
                 release = wire.ReleaseSegment(name=told.name, version=told.version)
                 self.call(wire.SessionRequest(release=release))
                 raise
             finally:
                 channel.close_all(fds)
-            if is_owned:
-                self._owned.append(segment)
+            self._segments.append(segment)
             return segment
 
     def _mapped(
-        self, told: pb.Segment, fds: Sequence[int], access: Access, address: int
+        self,
+        told: pb.Segment,
+        fds: Sequence[int],
+        access: Access,
+        address: int,
+        *,
+        is_owned: bool,
     ) -> GpuSegment:
         for slab in told.slabs:
             if (slab.memory_kind, slab.device) != (pb.MEMORY_KIND_CUDA, self.gpu.uuid):
@@ -208,6 +213,8 @@ class GpuMemoryClient(MemoryClient):
             told.epoch,
             told.layout,
             [],
+            tuple(slab.slab_id for slab in told.slabs),
+            is_owned,
             on_gpu=on_gpu,
             checksums=tuple(slab.checksum for slab in told.slabs) if is_comparable else (),
         )
