@@ -20,9 +20,11 @@ from frontend.placement import WorkerView, standing
 from frontend.stream import Life
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.thresholds import (
+    NOTHING,
     Engine,
     Excess,
     Given,
+    RankState,
     Threshold,
     Thresholds,
     Verdict,
@@ -47,16 +49,39 @@ MEMORY_S: Final = 10.0
 """What was measured so long ago counts a third."""
 
 
-def judge(view: WorkerView, thresholds: Thresholds) -> Verdict:
+def judge(view: WorkerView, thresholds: Thresholds, more: Given = NOTHING) -> Verdict:
     """Which of a worker's ranks are beyond which thresholds, with what was placed there since: by
-    this frontend, and as it seems by others.
+    this frontend, and as it seems by others; and with `more`.
     """
     crowding = view.crowding
     given = Given(
-        round(view.prefill_tokens_placed * crowding), round(view.blocks_placed * crowding)
+        round(view.prefill_tokens_placed * crowding) + more.prefill_tokens,
+        round(view.blocks_placed * crowding) + more.kv_blocks,
     )
-    engine = Engine(view.block_size, view.num_ranks, view.prefill_tokens_max)
-    return judge_ranks(view.ranks, given, thresholds, engine)
+    return judge_ranks(view.ranks, given, thresholds, _engine(view))
+
+
+def judge_known(view: WorkerView, thresholds: Thresholds) -> Verdict:
+    """The same without what others seem to place there."""
+    given = Given(view.prefill_tokens_placed, view.blocks_placed)
+    return judge_ranks(view.ranks, given, thresholds, _engine(view))
+
+
+def has_room_for(view: WorkerView, thresholds: Thresholds, num_tokens: int) -> bool:
+    """Whether a worker would not be busy with so many tokens more.
+
+    With what would make a worker busy that has nothing, it may be.
+    """
+    more = Given(num_tokens, -(-num_tokens // view.block_size))
+    if thresholds.is_off or not judge(view, thresholds, more).is_busy:
+        return True
+    empty = [RankState(kv_blocks_total=rank.kv_blocks_total) for rank in view.ranks]
+    is_large = judge_ranks(empty, more, thresholds, _engine(view)).is_busy
+    return is_large and not judge(view, thresholds).is_busy
+
+
+def _engine(view: WorkerView) -> Engine:
+    return Engine(view.block_size, view.num_ranks, view.prefill_tokens_max)
 
 
 Busy: TypeAlias = tuple[WorkerView, Verdict]

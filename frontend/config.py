@@ -81,6 +81,15 @@ class FrontendConfig(ProcessConfig):
     """Prompt tokens of those."""
     queue_wait_s_max: float = Field(5.0, gt=0, le=3600)
     """No new request waits for longer; one that would is refused at once."""
+    preemption: bool = False
+    """Streams may be paused for waiting requests of a higher priority, and go on later
+    (docs/decisions/preemption.md). Needs thresholds and the queue of new requests."""
+    preemption_run_s_min: float = Field(2.0, ge=0, le=3600)
+    """How long a stream runs at least between two pauses."""
+    preemption_pauses_max: int = Field(3, ge=1, le=1000)
+    """How often one stream is paused at most."""
+    preemption_wait_s_max: float = Field(30.0, gt=0, le=86400)
+    """A stream that was paused for so long goes on, however busy workers are."""
     requests_running_max: int = Field(10_000, ge=1)
     """More requests at once are refused."""
     load_trailers: bool = True

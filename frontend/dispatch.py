@@ -26,7 +26,9 @@ from frontend.feasibility import first_token_s
 from frontend.links import Fate, Links
 from frontend.mesh_view import MeshView, Worker
 from frontend.metrics import FrontendMetrics
+from frontend.pausing import Pausing
 from frontend.placement import Need, WorkerView, choose, num_cached_tokens
+from frontend.preemption import PreemptionLimits
 from frontend.quarantine import Quarantine
 from frontend.query_of_death import Fingerprint
 from frontend.relay_call import RelayCall
@@ -64,13 +66,15 @@ class Dispatcher:
         limits: ResumeLimits | None = None,
         thresholds: Thresholds | None = None,
         waiting: QueueLimits | None = None,
+        preemption: PreemptionLimits | None = None,
         deadline_share: float = 0.5,
         random: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`thresholds` are those of models that have none of their own; none, unless given.
-        `waiting` is how much new work may wait while all workers are busy; none, unless given. Of
-        the estimated time to a first token, `deadline_share` is sure to be needed.
+        `waiting` is how much new work may wait while all workers are busy; none, unless given.
+        Nobody is paused for another unless `preemption` says so. Of the estimated time to a first
+        token, `deadline_share` is sure to be needed.
         """
         limits = limits or ResumeLimits()
         random = random or Random()
@@ -92,7 +96,18 @@ class Dispatcher:
             self.shedder,
             metrics,
             views_of=self._views_of,
+            highest_paused=self._highest_paused,
             on_expiry=self._expire,
+            clock=clock,
+        )
+        self.pausing = Pausing(
+            preemption or PreemptionLimits(),
+            self.room,
+            self.shedder,
+            metrics,
+            views_of=self._views_of,
+            is_held=self.queue.holds_new_work,
+            on_due=self._give_turns_soon,
             clock=clock,
         )
         self.clock = clock
@@ -136,6 +151,7 @@ class Dispatcher:
         """Look at nothing any more."""
         self._cancel_timers()
         self.room.close()
+        self.pausing.close()
 
     def reason_to_refuse(self, arrival: Arrival) -> UnbrokenError | None:
         """Why a request is refused before anything is done for it, if it is; counts it."""
@@ -244,6 +260,9 @@ class Dispatcher:
         """Workers that take requests for a model."""
         return (view for view in self.mesh.views() if view.is_ready and view.model == model)
 
+    def _highest_paused(self, model: str) -> int | None:
+        return self.pausing.highest_paused(model)
+
     def _push_thresholds(self) -> None:
         """Have all sidecars know what their workers may have, before anything is begun there."""
         version = self.shedder.version
@@ -256,6 +275,7 @@ class Dispatcher:
         self._push_thresholds()
         self.queue.workers(self.mesh.views(), self.clock())
         self.shedder.workers(self.mesh.views())
+        self.pausing.workers(view.life for view in self.mesh.views())
         self.room.queue.models_known(self.mesh.model_names())
         self.room.changed()
         self._give_turns_soon()
@@ -275,11 +295,12 @@ class Dispatcher:
             self.queue.reported(worker.view.life, worker.load, worker.load_at)
             if not self.shedder.thresholds_of(worker.view.model).is_off:
                 self.shedder.reported(worker.view.life, worker.load, worker.load_at)
+                self.pausing.reported(worker.view.life, worker.load)
                 self.room.changed()
             self._give_turns_soon()
 
     def _give_turns_soon(self) -> None:
-        if self._soon is None and self.num_waiting:
+        if self._soon is None and (self.num_waiting or not self.pausing.is_idle):
             self._soon = asyncio.get_running_loop().call_soon(self._give_turns)
 
     def _give_turns(self) -> None:
@@ -300,6 +321,7 @@ class Dispatcher:
                 self._give_turns_soon()
         finally:
             self._is_giving_turns = False
+        self.pausing.look()
         due = self.queue.deadline()
         if due is not None:
             wait_s = max(0.0, due - self.clock())
@@ -476,7 +498,22 @@ class Choice:
     @property
     def waiting_detail(self) -> str:
         """What it waits for, for people; empty if it waits for no worker."""
-        return self._dispatcher.queue.detail(self) or self._dispatcher.room.queue.detail(self)
+        dispatcher = self._dispatcher
+        return (
+            dispatcher.queue.detail(self)
+            or dispatcher.room.queue.detail(self)
+            or dispatcher.pausing.detail(self)
+        )
+
+    @property
+    def model(self) -> str:
+        """Name of the model that answers."""
+        return self._model.name
+
+    @property
+    def priority(self) -> int:
+        """That of its request."""
+        return self._envelope.priority
 
     @property
     def has_to_wait(self) -> bool:
@@ -518,6 +555,7 @@ class Choice:
         self._relink_no_more()
         self.stream.cancelled(error)  # The commands it gives have just been obeyed.
         self._ended()
+        self._dispatcher.pausing.forget(self)
         self.wake()
 
     def obey(self, commands: Sequence[machine.Command]) -> None:
@@ -545,6 +583,15 @@ class Choice:
                 case machine.Abort(epoch=epoch):
                     if self._seat is not None and self._seat.epoch == epoch:
                         self._leave()
+                case machine.Halt(epoch=epoch):
+                    if self._seat is not None and self._seat.epoch == epoch:
+                        self._seat.call.halt(self._seat.slot)
+                        self._at_deadline()
+                case machine.Paused():
+                    self._dispatcher.pausing.stopped(self)
+                    self._leave()
+                    self._ended()
+                    self._stop_waiting()
                 case machine.Ack(epoch=epoch, offset=offset):
                     if self._seat is not None and self._seat.epoch == epoch:
                         self._seat.call.ack(self._seat.slot, offset)
@@ -555,6 +602,7 @@ class Choice:
                     self._ended()
                     self._stop_waiting()
                     self._relink_no_more()
+                    self._dispatcher.pausing.forget(self)
                 case _:
                     assert_never(command)
 
@@ -612,10 +660,14 @@ class Choice:
             self.obey([order])
 
     def time_is_up(self) -> None:
-        """The stream has waited long enough for a link, or for an adoption. Raises nothing."""
+        """The stream has waited long enough for a link, an adoption or a halt. Raises nothing."""
         self._timer = None
+        due, now = self.stream.deadline(), self._dispatcher.clock()
+        if due is not None and now < due:
+            self._at_deadline()  # A loop's timer may be early by a fraction of what it waits.
+            return
         self._relink_no_more()
-        self.obey(self.stream.handle_timeout(self._dispatcher.clock()))
+        self.obey(self.stream.handle_timeout(now))
 
     def place_again(self) -> None:
         """The pause after a refusal is over, or nobody had room for too long. Raises nothing."""
@@ -674,6 +726,7 @@ class Choice:
             and self._standing is not None
             and self._envelope.num_choices == 1
             and not self.stream.ledger
+            and not self.stream.was_paused
         )
 
     def _is_refused_at(self, chosen: WorkerView) -> bool:
@@ -743,14 +796,14 @@ class Choice:
             model=self._model.name,
             work=Work.RESUME if is_resume else Work.NEW,
             priority=self._envelope.priority,
-            num_tokens=self._num_tokens,
+            num_tokens=self.num_tokens,
             give_up_at=give_up_at,
             avoid=self._avoid,
             cached=self._cached() if is_resume else {},
         )
 
     @property
-    def _num_tokens(self) -> int:
+    def num_tokens(self) -> int:
         """To compute before the next one: prompt and delivered output."""
         return len(self.stream.original.prompt_token_ids) + len(self.stream.ledger)
 
@@ -792,8 +845,8 @@ class Choice:
                 and self._could_go_on(view)
             )
 
-        need = Need(model=model.name, num_tokens=self._num_tokens, avoid=self._avoid)
-        has_begun = self._is_resume and not self._is_unheard
+        need = Need(model=model.name, num_tokens=self.num_tokens, avoid=self._avoid)
+        has_begun = self._is_resume and not self._is_unheard and not self.stream.was_paused
         is_busy = _never if has_begun else self._dispatcher.shedder.is_busy
         return choose(
             mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes, is_busy=is_busy
@@ -833,7 +886,7 @@ class Choice:
         start.priority = envelope.priority
         start.is_new_work = self._is_new_work
         view = worker.view
-        num_tokens = self._num_tokens
+        num_tokens = self.num_tokens
         hashes = self._block_hashes(view)
         num_cached = num_cached_tokens(view.cached_blocks, hashes, view.block_size)
         slot = call.start(
@@ -846,6 +899,7 @@ class Choice:
         self._seat = _Seat(call, slot, order.epoch, view)
         self._life, self._tried = order.life, stream.attempts[-1]
         view.placed(num_tokens, num_cached)
+        dispatcher.pausing.started(self, view)
         if len(stream.attempts) == 1:
             dispatcher.shedder.placed(view.model, num_tokens)
         dispatcher.quarantine.started(self, order.life)
@@ -909,6 +963,7 @@ class Choice:
         self._seat = _Seat(call, slot, order.epoch, worker.view)
         self._life, self._tried = order.life, stream.attempts[-1]
         worker.view.num_attempts += 1
+        dispatcher.pausing.started(self, worker.view)
         self._at_deadline()
         return ()
 
@@ -940,6 +995,7 @@ class Choice:
             leave = seat.call.abort if is_aborted else seat.call.let_go
             leave(seat.slot)
             seat.view.num_attempts -= 1
+            self._dispatcher.pausing.left(self)
 
     def _ended(self) -> None:
         """The last attempt is over: not merely unlinked, or about to be adopted."""

@@ -53,6 +53,9 @@ class FrontendHoldings:
         for choice, arrival, since in line.waiting():
             detail = line.detail(choice)
             yield Holding(Kind.QUEUE_ENTRY, choice.name, since, arrival.num_tokens, detail=detail)
+        for choice, since in self._dispatcher.pausing.paused():
+            detail = choice.waiting_detail
+            yield Holding(Kind.QUEUE_ENTRY, choice.name, since, choice.num_tokens, detail=detail)
         for worker_id, choice in self._dispatcher.unlinked():
             detail = f"waits for the link to {worker_id}"
             yield Holding(Kind.QUEUE_ENTRY, choice.name, detail=detail)

@@ -93,6 +93,22 @@ class FrontendMetrics:
             "Requests that were told when to come back, and may yet.",
             registry=registry,
         )
+        self.pauses = Counter(
+            f"{_PREFIX}_pauses_total",
+            "Times that a choice was paused for a request of a higher priority.",
+            registry=registry,
+        )
+        self.pause_s = Histogram(
+            f"{_PREFIX}_pause_seconds",
+            "Time for which a choice was paused, until it looked for a worker again.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._paused = Gauge(
+            f"{_PREFIX}_choices_paused",
+            "Choices that are paused, and hold nothing at any worker.",
+            registry=registry,
+        )
         self._placements_refused = Counter(
             f"{_PREFIX}_placements_refused_total",
             "Attempts that a worker refused because it was busy; they looked for another one.",
@@ -114,7 +130,7 @@ class FrontendMetrics:
         )
         self.recomputed_tokens = Counter(
             f"{_PREFIX}_recomputed_tokens_total",
-            "Tokens computed again because something failed, by phase: prefill or decode.",
+            "Tokens computed again after a failure or a pause, by phase: prefill or decode.",
             ["phase"],
             registry=registry,
         )
@@ -258,6 +274,7 @@ class FrontendMetrics:
         num_waiting: Callable[[], int],
         queue: QueueFigures,
         waiting_room: LineFigures,
+        num_paused: Callable[[], int],
         num_links_up: Callable[[], int],
         num_busy: Callable[[], int],
         outliers: Outliers,
@@ -273,6 +290,7 @@ class FrontendMetrics:
         self._queue_waiting.set_function(lambda: waiting_room.num_waiting)
         self._queue_tokens.set_function(lambda: waiting_room.tokens_waiting)
         self._queue_promised.set_function(lambda: waiting_room.num_promised)
+        self._paused.set_function(num_paused)
         self._links_up.set_function(num_links_up)
         self._busy.set_function(num_busy)
         self._ejected.set_function(lambda: outliers.num_ejected)

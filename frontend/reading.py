@@ -221,16 +221,18 @@ class Readers:
             stream = choice.stream
             self._metrics.recomputed("prefill", stream.accounts.recomputed_prefill_tokens)
             self._metrics.recomputed("decode", stream.accounts.recomputed_decode_tokens)
+            was_paused = False
             for attempt in stream.attempts:
                 if attempt.is_adopted:
                     self._metrics.adopted(is_refused=attempt.is_refused)
-                if attempt.gap_s is not None:
+                if attempt.gap_s is not None and not was_paused:  # That was no failure.
                     self._metrics.gap_s.observe(attempt.gap_s)
+                was_paused = attempt.failure is FailureKind.PREEMPTED
         losses = [
             attempt.failure
             for choice in request.choices
             for attempt in choice.stream.attempts
-            if attempt.failure is not FailureKind.UNSPECIFIED
+            if attempt.failure not in (FailureKind.UNSPECIFIED, FailureKind.PREEMPTED)
         ]
         if losses or error is not None:
             _log.info(

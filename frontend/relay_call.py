@@ -346,6 +346,11 @@ class RelayCall:
         if self._leave(slot) is not None:
             self._enqueue(relay_service_pb2.RelayRequest(abort=attempt_pb2.AbortAttempt(slot=slot)))
 
+    def halt(self, slot: int) -> None:
+        """Have an attempt ended; it is heard until the sidecar says that it has."""
+        if slot in self._seats:
+            self._enqueue(relay_service_pb2.RelayRequest(abort=attempt_pb2.AbortAttempt(slot=slot)))
+
     def let_go(self, slot: int) -> None:
         """Hear no more of an attempt. It goes on within its window, and for its grace time after
         the end of the call. Idempotent.

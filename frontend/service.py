@@ -29,6 +29,7 @@ from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
 from frontend.outlier_watch import OutlierWatch
 from frontend.outliers import OutlierLimits, Outliers
+from frontend.preemption import PreemptionLimits
 from frontend.processes.child import Family, Place
 from frontend.quarantine import Quarantine
 from frontend.query_of_death import Queries, QueryLimits
@@ -167,6 +168,12 @@ class Frontend(Leaving):
                 tokens_max=config.queue_tokens_max,
                 wait_s_max=config.queue_wait_s_max,
             ),
+            preemption=PreemptionLimits(
+                is_on=config.preemption,
+                run_s_min=config.preemption_run_s_min,
+                pauses_max=config.preemption_pauses_max,
+                wait_s_max=config.preemption_wait_s_max,
+            ),
             deadline_share=config.deadline_estimate_share,
             random=random,
             clock=self._clock,
@@ -222,6 +229,7 @@ class Frontend(Leaving):
             num_waiting=lambda: dispatcher.num_waiting,
             queue=dispatcher.queue,
             waiting_room=dispatcher.room.queue,
+            num_paused=lambda: dispatcher.pausing.num_paused,
             num_links_up=lambda: self._links.num_up,
             num_busy=lambda: dispatcher.num_busy,
             outliers=outliers,

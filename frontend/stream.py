@@ -8,6 +8,8 @@
        │                │  │                    │
        └── lost, refused ──┴── limit, no way ───┘
 
+    RUNNING ──pause──▶ (halting) ──its worker confirms──▶ PAUSED ──proceed──▶ PLACING
+
 Each worker serves under an epoch of its own. Giving up on a worker ends its epoch at once, and
 whatever it still sends is dropped, so two workers never speak for the same stream. The ledger is
 the truth: a token is in it once, at its offset, whoever produced it; what a worker says again is
@@ -18,6 +20,10 @@ bounded time, and adopts its attempt, whose KV is warm, if the link comes back t
 the worker. A stream that begins with a `Past`, because its client brought it here from another
 frontend, is UNLINKED from the start: it adopts what runs, or goes on from what its client holds.
 What the client claims is compared with what the worker knows (docs/decisions/resume.md).
+
+A stream may be PAUSED for one of a higher priority: its worker is told to end the attempt, and is
+listened to until it says that it has. What was delivered until then stays, and the stream goes on
+after it, wherever it is placed next. A worker that is lost meanwhile is lost as any other.
 
 The output completes here, not at the worker: the budget, a stop token and a stop string are seen in
 the ledger, so a worker that dies after its last token but before its goodbye costs nothing.
@@ -105,6 +111,18 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Halt:
+    """Have the worker end the current attempt, and go on listening until it says that it has."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The stream holds nothing anywhere; keep it, and call `proceed` when there is room."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ack:
     """Move the window of the current attempt."""
 
@@ -117,7 +135,7 @@ class Finish:
     """The stream is done; `Stream.outcome` says how."""
 
 
-Command: TypeAlias = Place | Start | Relink | Adopt | Abort | Ack | Finish
+Command: TypeAlias = Place | Start | Relink | Adopt | Abort | Halt | Paused | Ack | Finish
 
 
 class State(Enum):
@@ -127,6 +145,8 @@ class State(Enum):
     UNLINKED = auto()
     """Its attempt may live, but there is no link to it."""
     RUNNING = auto()
+    PAUSED = auto()
+    """It is to go on later, and has no attempt."""
     DONE = auto()
 
 
@@ -192,6 +212,8 @@ stream, in milliseconds, so that epochs of a later owner are above all of an ear
 ADOPTION_S_MAX = 3.0
 """How long a sidecar, whose link is up, may take to answer an adoption. Longer than any silent or
 deaf link lives: who is merely busy, as this process may be, must not be left for another worker."""
+HALT_S_MAX = 3.0
+"""How long a worker may take to end an attempt that is to be paused; else it is left."""
 BUSY_AT_ONCE = 3
 """So many more refusals by busy workers are bad luck: several frontends want the same room."""
 BUSY_PAUSE_S_MAX = 0.02
@@ -289,7 +311,7 @@ _NONE = -1
 """No epoch, no offset."""
 _ATTEMPTING = frozenset({State.RUNNING, State.UNLINKED})
 """When there is an attempt that can be lost."""
-_NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN})
+_NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN, FailureKind.PREEMPTED})
 """A worker that had no room, or that leaves in good order, has not failed the stream."""
 
 
@@ -332,6 +354,8 @@ class Stream(_Flow):
         "_contradicted_at",
         "_detokenizer",
         "_first_offset",
+        "_halt_detail",
+        "_halted_at",
         "_is_adopting",
         "_is_resumed",
         "_is_resuming",
@@ -435,6 +459,8 @@ class Stream(_Flow):
         self._first_offset = 0  # Of what that attempt produces, counting what comes again.
         self._base = 0  # Size of the ledger when that attempt began.
         self._is_adopting = False  # The sidecar has not answered yet.
+        self._halted_at: float | None = None  # Since then its worker is to end the attempt.
+        self._halt_detail = ""
         self._told_again = 0  # Before this offset an adopted attempt repeats; nothing is computed.
         self._is_resuming = past is not None  # Until an attempt is ours.
         self._claimed = range(0)  # Offsets for which there is only the client's word.
@@ -475,6 +501,37 @@ class Stream(_Flow):
         """Whether the current attempt has said a token: what it had to compute before is there."""
         is_flowing = self._flowing != _NONE
         return self.state is State.RUNNING and (is_flowing or self._said > self._said_from)
+
+    @property
+    def is_halting(self) -> bool:
+        """Whether its worker is to end the attempt, and has not said that it did."""
+        return self._halted_at is not None
+
+    @property
+    def was_paused(self) -> bool:
+        """Whether its latest attempt ended because the stream was paused."""
+        return bool(self._attempts) and self._attempts[-1].failure is FailureKind.PREEMPTED
+
+    @property
+    def num_left_max(self) -> int:
+        """Tokens that the output may still have."""
+        return self._max_tokens - len(self.ledger)
+
+    @property
+    def way_back(self) -> ContinuationClass:
+        """How it would go on after a pause, at an engine like that of its attempt; NONE if it must
+        not be paused now.
+        """
+        if (
+            self.state is not State.RUNNING
+            or self._is_adopting
+            or self._is_resuming
+            or self._halted_at is not None
+            or self._policy is ContinuationPolicy.NEVER
+            or self._serving is None
+        ):
+            return ContinuationClass.NONE
+        return self.way_at(self._serving)
 
     @property
     def continued(self) -> Continued:
@@ -528,6 +585,8 @@ class Stream(_Flow):
             return self._unlinked_since + self._limits.relink_s
         if self.state is State.RUNNING and self._is_adopting:
             return self._unlinked_since + ADOPTION_S_MAX
+        if self.state is State.RUNNING and self._halted_at is not None:
+            return self._halted_at + HALT_S_MAX
         return None
 
     # Events.
@@ -686,6 +745,8 @@ class Stream(_Flow):
             return self._done(Outcome(finish_reason, stop_token_id=stop_token_id))
         if is_expired and finish_reason is FinishReason.CANCELLED:
             return self._fail(UnbrokenError(Reason.DEADLINE_EXCEEDED, "the client's time is up"))
+        if self._halted_at is not None and finish_reason is FinishReason.CANCELLED:
+            return self._pause()
         if failure is FailureKind.FENCED:
             # Somebody with a higher epoch has the stream: to go on would be to steal it back.
             self.attempts[-1].failure, self.attempts[-1].detail = failure, detail
@@ -707,6 +768,7 @@ class Stream(_Flow):
         attempt = self.attempts[-1]
         attempt.failure, attempt.detail = FailureKind.PARTITION, detail
         self.state = State.UNLINKED
+        self._halted_at = None
         self._flow_no_more()
         self._unlinked_since = now
         return [Relink(epoch, attempt.life)]
@@ -817,6 +879,23 @@ class Stream(_Flow):
         self._avoid |= {attempt.life}
         return [self._place_after_refusal()]
 
+    def pause(self, detail: str, now: float) -> list[Command]:
+        """It is to make room; `detail` says for whom. Nothing happens if `way_back` is NONE.
+
+        What the attempt still delivers counts, and if that completes the output it is complete.
+        """
+        if self.way_back is ContinuationClass.NONE:
+            return []
+        self._halted_at, self._halt_detail = now, detail
+        return [Halt(self.epoch)]
+
+    def proceed(self, now: float) -> list[Command]:
+        """There is room for it again, or it has been paused for long enough."""
+        if self.state is not State.PAUSED:
+            return []
+        self._placing_since = now
+        return [self._place()]
+
     def unplaceable(self, epoch: int, error: UnbrokenError) -> list[Command]:
         """No worker can ever take this epoch."""
         if epoch != self.epoch or self.state is not State.PLACING:
@@ -840,6 +919,10 @@ class Stream(_Flow):
         if self.state is State.UNLINKED:
             detail = f"no link for {self._limits.relink_s:g} s"
             return self._lost(FailureKind.PARTITION, detail, now)
+        if self.state is State.RUNNING and self._halted_at is not None:
+            detail = f"it did not end the attempt for {HALT_S_MAX:g} s"
+            self._avoid |= {self.attempts[-1].life}  # But what we asked for is no loss.
+            return self._lost(FailureKind.HANG, detail, now, is_counted=False)
         if self.state is State.RUNNING:
             detail = f"no answer to an adoption for {ADOPTION_S_MAX:g} s"
             return self._lost(FailureKind.HANG, detail, now)
@@ -934,6 +1017,7 @@ class Stream(_Flow):
         for before, after in zip(self.attempts, self.attempts[1:], strict=False):
             assert before.end_offset <= after.first_offset, "attempts do not overlap"
         assert self._num_losses <= self._limits.migrations_max + 1, "losses are bounded"
+        assert self._halted_at is None or self.state is State.RUNNING, "what runs is halted"
 
     # What happens inside.
 
@@ -944,6 +1028,15 @@ class Stream(_Flow):
             attempt.way is ContinuationClass.INEXACT and attempt.end_offset > attempt.first_offset
             for attempt in self.attempts
         )
+
+    def _pause(self) -> list[Command]:
+        """The worker has ended the attempt, as it was told."""
+        attempt = self.attempts[-1]
+        attempt.failure, attempt.detail = FailureKind.PREEMPTED, self._halt_detail
+        self.state = State.PAUSED
+        self._halted_at = None
+        self._flow_no_more()
+        return [Paused()]
 
     def _place_after_refusal(self) -> Place:
         """Nothing was lost, so it is no migration; the wait for a worker goes on where it was."""
@@ -1091,6 +1184,7 @@ class Stream(_Flow):
 
     def _place(self, pause_s: float = 0.0) -> Place:
         self.state = State.PLACING
+        self._halted_at = None
         self._flow_no_more()
         self.epoch += 1
         return Place(self.epoch, self._avoid, pause_s)
@@ -1201,6 +1295,7 @@ class Stream(_Flow):
                 outcome = Outcome(FinishReason.STOP, stop=stopped.stop)
         self.state = State.DONE
         self._is_adopting = False
+        self._halted_at = None
         self._flow_no_more()
         self.outcome = outcome
         return [Finish()]

@@ -51,16 +51,18 @@ class WaitingRoom:
         metrics: FrontendMetrics,
         *,
         views_of: Callable[[str], Iterable[WorkerView]],
+        highest_paused: Callable[[str], int | None],
         on_expiry: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        """`views_of` are the workers of a model that take work; `on_expiry` is called when
-        `expire` has somebody.
+        """`views_of` are the workers of a model that take work; `highest_paused` is the highest
+        priority of its streams that are paused; `on_expiry` is called when `expire` has somebody.
         """
         self.queue = AdmissionQueue["Choice"](limits, random)
         self._shedder = shedder
         self._metrics = metrics
         self._views_of = views_of
+        self._highest_paused = highest_paused
         self._on_expiry = on_expiry
         self._clock = clock
         self._timer: asyncio.TimerHandle | None = None
@@ -78,9 +80,31 @@ class WaitingRoom:
         """Whether a worker takes new work now; also if there is none, which is not for here."""
         return not self._shedder.busy(model, self._views_of(model))
 
+    def first_priority(self, model: str) -> int | None:
+        """Of whoever has the next turn; None if nobody waits."""
+        first = self.queue.first(model)
+        standing = first[0].waits_as if first is not None else None
+        return standing.arrival.priority if standing is not None else None
+
+    def _is_below_paused(self, model: str, priority: int | None) -> bool:
+        """Whether new work waits for who is paused: of this priority, or else the first in line."""
+        paused = self._highest_paused(model)
+        if paused is None:
+            return False
+        priority = self.first_priority(model) if priority is None else priority
+        return priority is not None and priority <= paused
+
+    def _has_to_wait(self, arrival: Arrival) -> bool:
+        model = arrival.model
+        return (
+            self.queue.has_line(model)
+            or self._is_below_paused(model, arrival.priority)
+            or not self.has_room(model)
+        )
+
     def reason_to_refuse(self, arrival: Arrival) -> UnbrokenError | None:
         """Why a request is refused before anything is done for it, if it is; counts it."""
-        if not self.queue.has_line(arrival.model) and self.has_room(arrival.model):
+        if not self._has_to_wait(arrival):
             return None
         now = self._clock()
         refusal = self.queue.check(arrival, now, rate_hint=self._rate_hint(arrival.model))
@@ -91,7 +115,7 @@ class WaitingRoom:
     def line_up(self, choice: "Choice", standing: Standing) -> tuple[UnbrokenError | None, bool]:
         """Whether it is refused, and else whether it may go to a worker at once."""
         arrival, queue, now = standing.arrival, self.queue, self._clock()
-        has_to_wait = queue.has_line(arrival.model) or not self.has_room(arrival.model)
+        has_to_wait = self._has_to_wait(arrival)
         if standing.is_in:
             if has_to_wait:
                 self.come_back(choice, standing)
@@ -127,7 +151,11 @@ class WaitingRoom:
     def next(self, is_held: Callable[[str], bool]) -> "Choice | None":
         """Whose turn it is, of a model that has room, and whose new work nobody holds back."""
         for model in self.queue.models():
-            if not is_held(model) and (self.has_room(model) or self._may_pass(model)):
+            if is_held(model):
+                continue
+            if self._is_below_paused(model, None):
+                continue
+            if self.has_room(model) or self._may_pass(model):
                 return self.queue.next(model, self._clock())
         return None
 

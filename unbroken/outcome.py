@@ -32,6 +32,7 @@ class FailureKind(IntEnum):
     REJECTED = 10
     DATA_LOSS = 11
     ENGINE_ERROR = 12
+    PREEMPTED = 13
 
 
 class ContinuationClass(IntEnum):

@@ -171,6 +171,8 @@ class FakeSidecar(RelayServiceServicer):
     """Refusals for the next starts; slots are filled in."""
     full_with: int | None = None
     """It refuses new work, because each of its ranks has so many prompt tokens queued."""
+    is_full: bool = False
+    """It refuses new work, because each of its ranks holds 51 of 100 KV blocks."""
     on_step: Callable[[attempt_pb2.StepFrame], None] | None = None
     """May change a frame before it is sent."""
     tokens_per_step: int = 1
@@ -194,6 +196,8 @@ class FakeSidecar(RelayServiceServicer):
         self.is_hung = False
         self.is_mute = False
         """It says nothing for a while; what it has to say waits."""
+        self.is_reluctant = False
+        """It does not say when it has ended an attempt that was aborted."""
         self.is_deaf = False
         """Nothing that a frontend says reaches it, and it goes on speaking."""
         self._news = asyncio.Event()
@@ -431,7 +435,14 @@ class FakeSidecar(RelayServiceServicer):
 
     def _abort(self, slot: int) -> None:
         self.aborts.append(slot)
-        self.running.pop(slot, None)
+        one = self.running.pop(slot, None)
+        if one is not None and not self.is_reluctant:
+            ended = attempt_pb2.AttemptEnded(
+                slot=slot,
+                end_offset=one.offset,
+                finish_reason=generation_pb2.FINISH_REASON_CANCELLED,
+            )
+            self.say_frame(attempt_pb2.StepFrame(ended=[ended]))
 
     def _adopt(self, adopt: relay_service_pb2.AdoptAttempt) -> None:
         """Give what runs to its new reader, and tell it what that one lacks."""
@@ -462,9 +473,13 @@ class FakeSidecar(RelayServiceServicer):
             )
 
     def _start(self, start: attempt_pb2.StartAttempt) -> None:
-        if self.full_with is not None and start.is_new_work:
+        if start.is_new_work and (self.is_full or self.full_with is not None):
             self.num_turned_away += 1
-            self.say_frame(attempt_pb2.StepFrame(refused=[busy(self.full_with, slot=start.slot)]))
+            refused = busy(self.full_with or 0, slot=start.slot)
+            if self.is_full:
+                for rank in refused.busy.load.ranks:
+                    rank.kv_blocks_total, rank.kv_blocks_used = 100, 51
+            self.say_frame(attempt_pb2.StepFrame(refused=[refused]))
             return
         self.starts.append(start)
         if self.refuse:

@@ -115,6 +115,7 @@ def test_a_crash_under_forty_streams_is_one_failure() -> None:
         FailureKind.PARTITION,
         FailureKind.DRAIN,
         FailureKind.OVERLOAD,
+        FailureKind.PREEMPTED,
         FailureKind.FENCED,
         FailureKind.REJECTED,
     ],

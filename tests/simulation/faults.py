@@ -40,6 +40,12 @@ class Fault(StrEnum):
     """A frontend let go of attempts that it had left behind on an earlier call."""
     CANCEL = auto()
     DEADLINE = auto()
+    PAUSE = auto()
+    """A stream was paused, as for one of a higher priority."""
+    PROCEED = auto()
+    """It went on."""
+    PAUSE_LOST = auto()
+    """Its worker or its link was lost instead, or did not end the attempt in time."""
     CLOCK_STEP = auto()
     """The time of day was set on the host of a frontend that had streams, or of a worker."""
 

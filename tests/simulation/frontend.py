@@ -157,6 +157,11 @@ class Call:
             if not self.is_over:
                 self.up.send(self._sidecar_aborts, slot)
 
+    def halt(self, slot: int) -> None:
+        """Have an attempt ended, and listen on."""
+        if not self.is_over and not self.seats[slot].has_left:
+            self.up.send(self._sidecar_aborts, slot)
+
     def ack(self, slot: int, offset: int) -> None:
         """Move a window."""
         if not self.is_over and not self.seats[slot].has_left:
@@ -653,6 +658,7 @@ class Choice:
         self._priority = priority
         self._is_computing = False
         self._is_take_planned = False
+        self._pause_s = 0.0
         self._unlinked: machine.Relink | None = None
 
     def begin(self) -> None:
@@ -758,6 +764,23 @@ class Choice:
         self.witness.asked_to_end(self._world.now)
         self.obey(commands)
 
+    def pause(self, pause_s: float) -> None:
+        """It is to make room for so long."""
+        stream, now = self.stream, self._world.now
+        commands = stream.pause("for another", now)
+        if commands:
+            self._world.tell("%s.%d is to pause", self.name, stream.epoch)
+            self._pause_s = pause_s
+            self.obey(commands)
+
+    def _proceed(self) -> None:
+        stream, now = self.stream, self._world.now
+        if self.frontend.is_dead or stream.state is not machine.State.PAUSED:
+            return
+        self._trouble.took_effect(Fault.PROCEED)
+        self.witness.began_looking(now)
+        self.obey(stream.proceed(now))
+
     @property
     def is_running(self) -> bool:
         """Whether a worker works on it."""
@@ -839,6 +862,7 @@ class Choice:
         """A goodbye came."""
         stream, now = self.stream, self._world.now
         is_adopted = bool(stream.attempts) and stream.attempts[-1].is_adopted
+        is_cancelled = ended.finish_reason == generation_pb2.FINISH_REASON_CANCELLED
         due_at = self._deadline_at
         is_expired = ended.is_expired and due_at is not None and now >= due_at - _EXPIRED_EARLY_S
         if is_expired and self.listens_to(epoch):
@@ -866,10 +890,9 @@ class Choice:
                 is_expired=is_expired,
             ),
             # What nobody read was ended by its sidecar, or by who left it.
-            is_counted=not is_adopted
-            or not (
-                ended.finish_reason == generation_pb2.FINISH_REASON_CANCELLED
-                or ended.failure == worker_pb2.FAILURE_KIND_PARTITION
+            is_counted=not (stream.is_halting and is_cancelled)
+            and not (
+                is_adopted and (is_cancelled or ended.failure == worker_pb2.FAILURE_KIND_PARTITION)
             ),
         )
 
@@ -938,7 +961,11 @@ class Choice:
         stream = self.stream
         was_current = self.listens_to(epoch) or (is_loss and self._can_lose(epoch))
         size_before, outcome_before = len(stream.ledger), stream.outcome
+        was_halting = stream.is_halting
         commands = handle()
+        if was_halting and not stream.is_halting and stream.outcome is None:
+            is_paused = stream.state is machine.State.PAUSED
+            self._trouble.took_effect(Fault.PAUSE if is_paused else Fault.PAUSE_LOST)
         self.witness.heard(
             epoch,
             was_current=was_current,
@@ -974,6 +1001,14 @@ class Choice:
                 case machine.Abort(epoch=epoch):
                     if self._seat is not None and self._seat[2] == epoch:
                         self._leave()
+                case machine.Halt(epoch=epoch):
+                    if self._seat is not None and self._seat[2] == epoch:
+                        self._seat[0].halt(self._seat[1])
+                        self._time_is_up_at(self.stream.deadline())
+                case machine.Paused():
+                    self._leave()
+                    self._stop_waiting()
+                    self._world.after(self._pause_s, self._proceed)
                 case machine.Ack(epoch=epoch, offset=offset):
                     self.witness.acknowledged(offset)
                     if self._seat is not None and self._seat[2] == epoch:
@@ -1039,7 +1074,12 @@ class Choice:
             return
         self._relink_no_more()
         stream, now = self.stream, self._world.now
-        self._hear(stream.epoch, lambda: stream.handle_timeout(now), is_loss=True)
+        self._hear(
+            stream.epoch,
+            lambda: stream.handle_timeout(now),
+            is_loss=True,
+            is_counted=not stream.is_halting,
+        )
 
     def _relink_no_more(self) -> None:
         order, self._unlinked = self._unlinked, None

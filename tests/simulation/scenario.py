@@ -211,6 +211,10 @@ class Mesh:
             world.at(random.uniform(0.05, 0.65), self._strike, fault)
         for when in self.clocks.steps:
             world.at(when, self._set_a_clock)
+        self._pauses = Random(seed ^ 0x9A5E)
+        if self._pauses.random() < 0.2:
+            for _ in range(self._pauses.choice((1, 2, 5))):
+                world.at(self._pauses.uniform(0.1, 0.8), self._pause)
 
     def live(self) -> None:
         """Let everything happen, then compare."""
@@ -351,6 +355,13 @@ class Mesh:
                 raise AssertionError(fault)
         if is_busy:
             trouble.took_effect(fault)
+
+    def _pause(self) -> None:
+        """Somebody has to make room for a while."""
+        random = self._pauses
+        running = [c for c in self.choices if c.is_running and not c.frontend.is_dead]
+        if running:
+            random.choice(running).pause(random.choice((0.0, 0.05, 0.5)))
 
     def _set_a_clock(self) -> None:
         """The time of day jumps on one host."""
