@@ -7,6 +7,7 @@ from typing import cast
 from tests.simulation.crowd import Crowd
 from tests.simulation.faults import Fault
 from tests.simulation.fleet import Fleet
+from tests.simulation.pauses import Pauses
 from tests.simulation.scenario import Report, quiet, run_seed
 
 
@@ -40,10 +41,26 @@ def run_crowd_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> 
     return report
 
 
+def run_pauses_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
+    """Live through one world of pauses and report."""
+    pauses = Pauses(seed, trace=trace)
+    report = Report(seed, num_streams=len(pauses.jobs))
+    try:
+        pauses.live()
+    except AssertionError as violation:
+        report.violation = str(violation) or repr(violation)
+        pauses.world.tell("VIOLATION %s", report.violation)
+    report.faults = cast("Counter[Fault]", +pauses.seen)  # Events of its own kinds.
+    report.num_events = pauses.world.num_events
+    report.num_tokens = sum(len(job.stream.ledger) for job in pauses.jobs)
+    return report
+
+
 WORLDS: dict[str, Callable[..., Report]] = {
     "streams": run_seed,
     "fleet": run_fleet_seed,
     "crowd": run_crowd_seed,
+    "pauses": run_pauses_seed,
 }
 
 
