@@ -43,6 +43,8 @@ from unbroken.v1 import worker_pb2
 BATCH = 256
 LIMIT = 512
 STEP_S = 0.05
+REST_S = 0.5
+"""An engine that has nothing to do only says so, and so often."""
 IDLE_S_MAX = 1.0
 """So long a worker may have nothing to do while somebody waits."""
 CALLS_MAX = 60
@@ -131,6 +133,8 @@ class Worker:
         self.queued: dict[int, Prompt] = {}
         self.idle_since = 0.0
         self._last_due = 0.0
+        self._num_planned = 0
+        self._is_resting = False
         self.boot()
 
     @property
@@ -148,7 +152,7 @@ class Worker:
         description = worker_pb2.EngineDescription(block_size=16, prefill_tokens_max=BATCH)
         self.admission.up(description)
         self.steps, self.load = 0, None
-        self.world.after(STEP_S, self.step, self.engine)
+        self.plan_step(STEP_S)
         for frontend in self.crowd.frontends:
             self.welcome(frontend)
 
@@ -199,9 +203,16 @@ class Worker:
         if engine == self.engine and self.is_up and self.unread:
             slot = min(self.unread)
             self.queued[slot] = self.unread.pop(slot)
+            if self._is_resting:
+                self.plan_step(STEP_S)
 
-    def step(self, engine: int) -> None:
-        if engine != self.engine or not self.is_up or self.crowd.is_over:
+    def plan_step(self, delay_s: float) -> None:
+        self._num_planned += 1
+        self._is_resting = delay_s > STEP_S
+        self.world.after(delay_s, self.step, self._num_planned)
+
+    def step(self, number: int) -> None:
+        if number != self._num_planned or not self.is_up or self.crowd.is_over:
             return
         room, has_step = BATCH, bool(self.queued)
         for slot, prompt in list(self.queued.items()):
@@ -225,7 +236,7 @@ class Worker:
         self.admission.check()
         for frontend in self.crowd.frontends:
             self.tell(frontend.hear_load, self, self.life, load)
-        self.world.after(STEP_S, self.step, engine)
+        self.plan_step(STEP_S if self.queued or self.unread or has_step else REST_S)
 
     def crash(self) -> None:
         if not self.is_up:
@@ -307,6 +318,7 @@ class Frontend:
             self.send_away(job, refusal)
             return
         self.crowd.seen[Event.WAITED] += 1
+        self.queue.check_all()
         self.expire_in_time()
         self.give_turns()
 
@@ -334,8 +346,11 @@ class Frontend:
         """Let in whoever has a turn."""
         if self.crowd.is_over:
             return
-        self.expire()
+        due = self.queue.deadline()
+        if due is not None and due <= self.world.now:
+            self.expire()
         tried: set[str] = set()
+        has_called = False
         while self.views and self.queue.has_line(MODEL):
             first = self.queue.first(MODEL)
             if first is None:
@@ -348,7 +363,9 @@ class Frontend:
             assert job is not None
             self.queue.settled(job, self.world.now)
             self.place(job)
-        self.queue.check_all()
+            has_called = True
+        if has_called:
+            self.queue.check_all()
 
     def place(self, job: Job) -> None:
         """It goes to a worker, if there is one."""
@@ -484,7 +501,7 @@ class Crowd:
         capacity = len(self.workers) * BATCH / STEP_S / 120  # Jobs a second, about.
         level, pulse_s = random.choice((0.5, 1.0, 3.0, 6.0)), random.uniform(0.3, 1.0)
         when = 0.1
-        while when < 0.1 + pulse_s and len(self.jobs) < 250:
+        while when < 0.1 + pulse_s and len(self.jobs) < 80:
             when += random.expovariate(level * capacity)
             job = Job(
                 f"j{len(self.jobs)}",
