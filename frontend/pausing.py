@@ -100,7 +100,7 @@ class Pausing:
         """It has none any more. Idempotent."""
         peers = self._running.get(choice.priority)
         if peers is not None and peers.pop(choice, None) is not None:
-            self._book.left(choice)
+            self._book.left(choice, self._clock())
             if not peers:
                 del self._running[choice.priority]
 

@@ -281,9 +281,16 @@ class Preemption(Generic[K]):
         steps = self._steps.get(halting.life, 0)
         self._settling[halting.life] = _Settling(halting.model, steps, now + SETTLE_S)
 
-    def left(self, key: K) -> None:
-        """It is at its worker no more, whatever the reason. Idempotent."""
-        self._halting.pop(key, None)
+    def left(self, key: K, now: float) -> None:
+        """It is at its worker no more, whatever the reason. Idempotent.
+
+        If its worker had not ended it yet, it was disturbed as by a pause: else it could be told to
+        stop for ever by a worker that is too slow to do so.
+        """
+        if self._halting.pop(key, None) is not None:
+            story = self._stories.setdefault(key, _Story())
+            story.num_pauses += 1
+            story.went_on_at = now
 
     def went_on(self, key: K, now: float) -> float:
         """It looks for a worker; returns how long it was paused."""

@@ -190,10 +190,22 @@ def test_a_worker_that_counts_no_steps_is_believed_after_a_while() -> None:
 def test_who_is_lost_instead_of_paused_frees_nothing() -> None:
     it = Preemption[str](LIMITS)
     it.halting(runs("a"), MODEL)
-    it.left("a")
+    it.left("a", 1.0)
     assert not it.num_paused
     assert it.is_idle
-    assert whom(it, [worker(used=550)], runs("a")) == ["a"], "it was no pause of his"
+    view = worker(used=550)
+    assert whom(it, [view], runs("a"), now=1.0) == [], "he was disturbed as by a pause"
+    assert whom(it, [view], runs("a"), now=1.0 + LIMITS.run_s_min) == ["a"]
+
+
+def test_a_worker_that_never_stops_anybody_is_not_asked_for_ever() -> None:
+    it, view = Preemption[str](LIMITS), worker(used=550)
+    for number in range(LIMITS.pauses_max):
+        assert whom(it, [view], runs("a"), now=10.0 * number) == ["a"]
+        it.halting(runs("a"), MODEL)
+        it.left("a", 10.0 * number + 3.0)
+        it.check()
+    assert whom(it, [view], runs("a"), now=1000.0) == []
 
 
 # How often, and for how long.
@@ -351,7 +363,7 @@ def test_nobody_is_paused_too_often_or_for_too_long(
                 since[one.key] = now
                 num_pauses[one.key] += 1
             else:
-                it.left(one.key)
+                it.left(one.key, now)
         room = range(4) if has_room else ()
         while (key := next_of(it, now, first=first, room=room)) is not None:
             it.went_on(key, now)

@@ -494,7 +494,7 @@ class Frontend:
 
     def leave(self, job: Job) -> None:
         self.at_work.pop(job, None)
-        self.book.left(job)
+        self.book.left(job, self.world.now)
         if job.worker is not None and job.stream.state is not State.PAUSED:
             job.worker.freed_at = max(job.worker.freed_at, self.world.now)
         job.worker = job.view = None
