@@ -220,6 +220,30 @@ def test_many_at_once_are_each_as_if_alone(subject: Subject, tmp_path: Path) -> 
     play(scenario())
 
 
+def test_what_does_not_fit_at_once_is_as_if_alone_all_the_same(
+    subject: Subject, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with talk(subject, tmp_path) as it:
+            assert it.hub.up is not None
+            can_resume = it.hub.up.description.capabilities.native_resume
+            params = sampled(220, presence_penalty=0.7)
+            prompts = [(5, 6, 7 + index) for index in range(12)]
+            wholes = [(await it.alone(params, prompt)).token_ids for prompt in prompts]
+            room = it.kv_blocks * it.hub.up.description.block_size
+            assert sum(map(len, wholes)) > room, "else none has to wait, or to come back"
+            for cut in (0, 90) if can_resume else (0,):
+                slots = [
+                    it.start(params, prompt, output=whole[:cut], first_offset=cut)
+                    for prompt, whole in zip(prompts, wholes, strict=True)
+                ]
+                for slot, whole in zip(slots, wholes, strict=True):
+                    await it.ended(slot)
+                    assert it.tokens[slot] == whole[cut:]
+
+    play(scenario())
+
+
 CONSTRAINTS = {
     "regex": Constraint("regex", "[0-9]{3}-[0-9]"),
     "choice": Constraint("choice", options=("yes", "no")),

@@ -3,7 +3,8 @@
     python -m tests.engines.real [--parts conformance,deaths,stops] [--stops 3] [--logs DIR]
 
 conformance  two servers of one model, one of gRPC and one of HTTP: each has to do what every engine
-             has to, and what it gives is compared with what the other gives
+             has to, and what it gives is compared with what the other gives; with our plug-in
+             over gRPC, so that continuations are compared as well
 deaths       `unbroken run -- vllm serve MODEL --grpc` twice, a frontend before them, streams of all
              features; a server, its core, its worker is killed, a core stopped, a server told to
              stop; without our plug-in, so by classes A and B
@@ -28,6 +29,7 @@ from typing import Final
 
 import uvloop
 
+from sidecar.engines import continuation_key
 from tests.engines.real import deaths, model, servers, units, vllm
 from tests.engines.real.subject import Real
 from tests.support.environments import NotInstalledError
@@ -106,6 +108,7 @@ def _part(part: str, setup: Setup, hurts: list[str], num_stops: int) -> tuple[bo
 async def _conformance(setup: Setup) -> tuple[bool, object]:
     """The suite on each of two servers, the other one as its reference."""
     directory = setup.directory("conformance")
+    continuation_key.choose()  # For the servers and for the suite, which inherit it.
     at = {"vllm": servers.free_port(), "openai": servers.free_port()}
     starting = {
         protocol: servers.serving(
