@@ -46,7 +46,11 @@ class _Cancelled(NamedTuple):
     """A cancel that is remembered."""
 
     at: float
+    number: int
+    """Of all that is remembered, ascending."""
     is_by_name: bool
+    is_over: bool = False
+    """No cancel, but the opposite: for this tenant none from before counts, of all tenants."""
 
 
 class Lineage:
@@ -57,6 +61,7 @@ class Lineage:
         self._by_id: dict[str, dict[Key, None]] = {}
         self._cancelled: OrderedDict[tuple[str | None, str], _Cancelled] = OrderedDict()
         """By tenant (None: whichever) and request id."""
+        self._num_remembered = 0
 
     def enter(self, key: Key, parent_id: str, now: float, *, is_resumed: bool = False) -> Member:
         """A request came, with an empty `parent_id` if it has no parent; it MUST `leave`.
@@ -66,8 +71,9 @@ class Lineage:
         """
         if is_resumed and any(one.is_by_name for one in self._cancels_of(key, now)):
             raise UnbrokenError(Reason.CANCELLED, "cancelled by request")
-        for name in (key, (None, key[1])):
-            self._cancelled.pop(name, None)  # It lives, or this is another request of that name.
+        self._cancelled.pop(key, None)  # It lives, or this is another request of that name,
+        if (None, key[1]) in self._cancelled:  # and of this tenant only.
+            self._keep(key, now, is_over=True)
         known = self._members.get(key)
         if known is not None and not known.num_here and known.context.is_stopped:
             known = None
@@ -127,7 +133,18 @@ class Lineage:
         `name` is a tenant (None: whichever) and a request id; `is_by_name`: it was not its client
         that left, which may come back.
         """
-        self._cancelled[name] = _Cancelled(now, is_by_name)
+        self._keep(name, now, is_by_name=is_by_name)
+
+    def _keep(
+        self,
+        name: tuple[str | None, str],
+        now: float,
+        *,
+        is_by_name: bool = False,
+        is_over: bool = False,
+    ) -> None:
+        self._num_remembered += 1
+        self._cancelled[name] = _Cancelled(now, self._num_remembered, is_by_name, is_over)
         self._cancelled.move_to_end(name)
         if len(self._cancelled) > REMEMBERED_MAX:
             self._cancelled.popitem(last=False)
@@ -170,8 +187,11 @@ class Lineage:
 
     def _cancels_of(self, key: Key, now: float) -> list["_Cancelled"]:
         """What is remembered of cancels of a request."""
-        found = [self._cancelled.get(name) for name in (key, (None, key[1]))]
-        return [one for one in found if one is not None and now - one.at <= REMEMBERED_S]
+        own, of_all = self._cancelled.get(key), self._cancelled.get((None, key[1]))
+        if own is not None and own.is_over:
+            of_all = of_all if of_all is not None and of_all.number > own.number else None
+            own = None
+        return [one for one in (own, of_all) if one is not None and now - one.at <= REMEMBERED_S]
 
 
 def _detach(member: Member) -> None:

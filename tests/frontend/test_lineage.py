@@ -151,6 +151,22 @@ def test_what_was_cancelled_by_name_is_not_resumed_and_what_its_client_left_is()
     assert it.lineage.num_known == 0
 
 
+def test_a_new_request_of_one_tenant_takes_back_no_cancel_of_the_others() -> None:
+    it = Requests()
+    it.cancel("r")
+    it.enter("r", tenant="u")
+    assert not it.enter("below", "r", tenant="u").context.is_stopped
+    assert it.enter("late", "r", tenant="t").context.is_killed, "it was cancelled for all tenants"
+    with pytest.raises(UnbrokenError):
+        it.lineage.enter(("t", "r"), "", it.now, is_resumed=True)
+    it.leave("below", "r")
+    resumed = it.lineage.enter(("u", "r"), "", it.now, is_resumed=True)
+    it.lineage.leave(resumed, it.now)
+    it.cancel("r")
+    with pytest.raises(UnbrokenError):
+        it.lineage.enter(("u", "r"), "", it.now, is_resumed=True)
+
+
 def test_equal_calls_that_wait_are_cancelled_together() -> None:
     it = Requests()
     key = ("t", "r")
