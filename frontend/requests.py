@@ -99,7 +99,6 @@ class Request:
         self.member = member
         self.context = member.context
         """What ends it early, with those below it."""
-        self.context.on_change.append(self._context_changed)
         self._own_error: UnbrokenError | None = None
         """Why it is ended early, if it was not ended with another or by name."""
         self._soft_from: dict[Choice, int] = {}
@@ -129,6 +128,7 @@ class Request:
             for index, checkpoint in enumerate(admitted.checkpoints)
         )
         self._set_deadline(deadline_at)
+        self.context.on_change.append(self._context_changed)  # Last: what was not made hears none.
 
     @property
     def request_id(self) -> str:

@@ -7,7 +7,10 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from frontend.lineage import Lineage
 from frontend.reading import Reader
+from frontend.requests import Request
+from frontend.stream import Limits, Mismatch, Past
 from tests.frontend.fakes import FakeSidecar, reference
 from tests.frontend.worlds import World, run, world
 from tests.integration.plain import Caller, Recording
@@ -251,6 +254,30 @@ def test_a_false_claim_is_refused_and_starts_nothing(
                 assert len(it.sidecars[0].starts) == num_starts
                 assert await caller.resume(seen)  # The honest one goes on.
             assert_whole(seen)
+
+    run(scenario())
+
+
+def test_a_request_that_came_to_nothing_hears_of_no_cancel() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it, Caller(it.frontend.address) as caller:
+            call = caller.stub.Generate(request(max_tokens=4000))
+            await call.read()
+            (running,) = it.frontend.requests.running
+            member = Lineage().enter(("t", "r"), "", 0.0)
+            with pytest.raises(Mismatch):
+                Request(
+                    running.admitted,
+                    running._dispatcher,  # pyright: ignore[reportPrivateUsage]
+                    Limits(),
+                    digest=b"",
+                    epoch=1,
+                    taken_ms=1,
+                    deadline_at=None,
+                    member=member,
+                    pasts=[Past(token_ids=[1])],
+                )
+            assert not member.context.on_change
 
     run(scenario())
 
