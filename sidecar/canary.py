@@ -11,11 +11,12 @@ The watchdog (`watchdog`) sees to engines that have work, by their own word: as 
 does not make a step, no time passes here. So a loaded engine never fails. What is left is the
 engine without work, and the one that says so, or says that it makes steps, and lies.
 
-Each data-parallel rank is watched by itself. Time in which this process did not run counts little,
-as for the watchdog.
+Each data-parallel rank is watched by itself, if its engine tells them apart. While others make
+progress and one does not, time passes more slowly for it: it may compute a step that takes long.
+Time in which this process did not run counts little, as for the watchdog.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -23,6 +24,10 @@ from unbroken.outcome import FailureKind
 
 LATE_S_MAX: Final = 0.1
 """Of the time between two looks, what counts."""
+PATIENCE: Final = 4
+"""So many times slower it passes for a rank while others make progress."""
+LEFT_MIN: Final = 4
+"""So many probes may be left with a rank at least, unanswered and not waited for any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,8 @@ class Canary:
     _answer: int | None = None
     """The token that it always gives, once it has given one."""
     _looked_at: float = 0.0
+    _has_partly_moved: bool = False
+    """Since it looked, some ranks made progress, and others perhaps did not."""
     _is_failing: bool = False
     _is_unfit: bool = False
 
@@ -119,6 +126,7 @@ class Canary:
         self._ranks = [_Rank() for _ in range(max(1, num_ranks))]
         self._is_repeatable, self._answer = is_repeatable, None
         self._looked_at = now
+        self._has_partly_moved = False
         return self._well()
 
     def down(self) -> Sequence[Command]:
@@ -126,10 +134,14 @@ class Canary:
         self._ranks = []
         return self._well()
 
-    def progressed(self) -> Sequence[Command]:
-        """It made what only an engine that works makes: tokens of any stream, a prefill."""
-        for rank in self._ranks:
-            if not rank.is_wrong:
+    def progressed(self, ranks: Collection[int] | None = None) -> Sequence[Command]:
+        """It made what only an engine that works makes: tokens of any stream, a prefill.
+
+        `ranks` are those which did; None: it does not tell, so all are believed to.
+        """
+        self._has_partly_moved = ranks is not None
+        for number, rank in enumerate(self._ranks):
+            if not rank.is_wrong and (ranks is None or number in ranks):
                 rank.idle_s = rank.waited_s = 0.0
                 rank.num_failures = 0
         return self._well()
@@ -167,17 +179,23 @@ class Canary:
             rank.probe, rank.idle_s = None, 0.0
         return []
 
-    def look(self, now: float, *, is_guarded: bool) -> Sequence[Command]:
-        """Time passes. `is_guarded`: the watchdog waits for its next step."""
+    def look(self, now: float, *, is_guarded: bool, num_left: int = 0) -> Sequence[Command]:
+        """Time passes. `is_guarded`: the watchdog waits for its next step. `num_left`: so many
+        probes are with it that were given up; who has too many is not asked again.
+        """
         passed_s = min(max(0.0, now - self._looked_at), LATE_S_MAX)
         self._looked_at = now
+        pace = 1 / PATIENCE if self._has_partly_moved else 1.0
+        self._has_partly_moved = False
         if is_guarded or not self.policy.period_s or self._is_unfit:
             return []
+        has_room = num_left < len(self._ranks) * max(self.policy.failures_max, LEFT_MIN)
+        passed_s *= pace  # Who made progress himself begins anew with it.
         commands: list[Command] = []
         for number, rank in enumerate(self._ranks):
             rank.idle_s += passed_s
             if rank.probe is None:
-                if rank.idle_s >= self.policy.period_s:
+                if rank.idle_s >= self.policy.period_s and has_room:
                     self.num_probes += 1
                     rank.probe, rank.waited_s = self.num_probes, 0.0
                     commands.append(Probe(rank.probe, number))

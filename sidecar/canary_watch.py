@@ -42,6 +42,12 @@ class CanaryWatch:
         self._on_unfit = on_unfit
         self._up: EngineUp | None = None
         self._asked: dict[int, Attempt] = {}
+        self._left: dict[int, Attempt] = {}
+        """Probes that are not waited for any more, and have not ended."""
+        self._loads: dict[int, tuple[int, int]] = {}
+        """KV blocks in use and prompt tokens queued, by rank, as last told."""
+        self._moved: set[int] = set()
+        """Ranks of which that changed since there was progress."""
         self._tokens = 0
         self._prefilled = 0
         self._steps = 0
@@ -53,7 +59,8 @@ class CanaryWatch:
         hub, decisions, now = self._hub, self.decisions, self._hub.now()
         if hub.up is not self._up:
             self._up = hub.up
-            self._asked.clear()
+            for of_this_life in (self._asked, self._left, self._loads, self._moved):
+                of_this_life.clear()
             self._obey(self._began(now))
         if self._up is None:
             return
@@ -67,9 +74,29 @@ class CanaryWatch:
                     self._obey(decisions.deferred(number))
                 else:
                     self._obey(decisions.ended(number, ended.detail or "an end without one"))
+        for number in [n for n, attempt in self._left.items() if attempt.ended is not None]:
+            del self._left[number]
+        moved = self._ranks_moved()
         if self._has_progressed(now):
-            self._obey(decisions.progressed())
-        self._obey(decisions.look(now, is_guarded=self._is_guarded(now)))
+            self._obey(decisions.progressed(moved))
+            self._moved.clear()
+        is_guarded = self._is_guarded(now)
+        self._obey(decisions.look(now, is_guarded=is_guarded, num_left=len(self._left)))
+
+    def _ranks_moved(self) -> set[int] | None:
+        """Ranks whose load is another than when there was progress last; None if that is not told.
+
+        More prompt tokens in line are none of a rank's doing.
+        """
+        up, load = self._up, self._hub.load
+        if up is None or load is None or not 1 < up.description.num_ranks == len(load.ranks):
+            return None
+        for rank in load.ranks:
+            blocks, queued = self._loads.get(rank.rank, (rank.kv_blocks_used, 0))
+            if rank.kv_blocks_used != blocks or rank.prefill_tokens_queued < queued:
+                self._moved.add(rank.rank)
+            self._loads[rank.rank] = rank.kv_blocks_used, rank.prefill_tokens_queued
+        return set(self._moved)
 
     def _is_guarded(self, now: float) -> bool:
         """Whether the watchdog waits for a step that may well be longer than the canary's time."""
@@ -127,6 +154,7 @@ class CanaryWatch:
                     attempt = self._asked.pop(number, None)
                     if attempt is not None:
                         self._hub.abandon(attempt)
+                        self._left[number] = attempt
                 case canary.Failing(failure=failure, detail=detail):
                     _log.warning("canary fails", failure=failure.name, detail=detail)
                     self._hub.call_unfit(failure, f"canary: {detail}")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from sidecar.canary import (
+    LEFT_MIN,
+    PATIENCE,
     Abandon,
     Canary,
     CanaryPolicy,
@@ -141,6 +143,38 @@ def test_each_rank_is_asked_for_itself() -> None:
     assert kinds(said) == [Abandon, Failing]
     assert isinstance(said[1], Failing)
     assert said[1].detail.startswith("rank 1 ")
+
+
+def test_a_rank_that_stands_still_while_others_go_on_is_found_later() -> None:
+    clock = Clock(num_ranks=2)
+    said: list[Command] = []
+    for _ in range(round(PATIENCE * (PERIOD_S + TIMEOUT_S) / LOOK_S) + 1):
+        clock.canary.progressed({0})
+        said += clock.after(LOOK_S)
+    assert kinds(said) == [Probe, Abandon, Failing]
+    assert [one.rank for one in said if isinstance(one, Probe)] == [1]
+    assert clock.canary.progressed({0}) == [], "the others speak for themselves"
+    assert kinds(clock.canary.progressed({1})) == [Well]
+
+
+def test_an_engine_that_does_not_tell_its_ranks_apart_is_believed_of_all() -> None:
+    clock = Clock(num_ranks=2)
+    for _ in range(100):
+        clock.canary.progressed()
+        assert clock.after(LOOK_S) == []
+
+
+def test_one_that_is_never_given_up_is_not_asked_without_end() -> None:
+    clock = Clock(CanaryPolicy(period_s=PERIOD_S, timeout_s=TIMEOUT_S, failures_max=0))
+    num_left = 0
+    for _ in range(round(60 / LOOK_S)):
+        clock.now += LOOK_S
+        said = clock.canary.look(clock.now, is_guarded=False, num_left=num_left)
+        num_left += sum(isinstance(one, Abandon) for one in said)
+    assert num_left == LEFT_MIN
+    assert clock.canary.is_failing
+    (probe,) = clock.after(LOOK_S)  # It has let go of them.
+    assert isinstance(probe, Probe)
 
 
 def test_a_new_life_begins_anew_and_may_answer_otherwise() -> None:
