@@ -296,7 +296,7 @@ class Dispatcher:
             if not self.shedder.thresholds_of(worker.view.model).is_off:
                 self.shedder.reported(worker.view.life, worker.load, worker.load_at)
                 self.pausing.reported(worker.view.life, worker.load)
-                self.room.changed()
+                self.room.reported(worker.view)
             self._give_turns_soon()
 
     def _give_turns_soon(self) -> None:
@@ -321,6 +321,7 @@ class Dispatcher:
                 self._give_turns_soon()
         finally:
             self._is_giving_turns = False
+        self.room.looked()
         self.pausing.look()
         due = self.queue.deadline()
         if due is not None:

@@ -15,6 +15,7 @@ from frontend.admission_queue import AdmissionQueue, Arrival, QueueLimits, Refus
 from frontend.busy import Shedder
 from frontend.metrics import FrontendMetrics
 from frontend.placement import WorkerView
+from frontend.stream import Life
 from unbroken.errors import UnbrokenError
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ class WaitingRoom:
         self._timer_at = 0.0
         self._computing = Counter[tuple[str, str]]()  # Requests by model and tenant.
         self._has_passed: set[tuple[str, str]] = set()  # Tenants, since the last news of workers.
+        self._newly_aside: set[str] = set()
+        """Models of which some stand aside since `looked`."""
+        self._free: dict[str, set[Life]] = {}
+        """By model of which some stand aside: workers that were free, and could take none."""
 
     # Questions.
 
@@ -138,6 +143,7 @@ class WaitingRoom:
         standing.may_pass = False
         if self.queue.is_called(choice):
             self.queue.passed_over(choice, self._clock())
+            self._newly_aside.add(standing.arrival.model)
         else:
             self.queue.come_back(
                 choice,
@@ -181,7 +187,27 @@ class WaitingRoom:
     def changed(self) -> None:
         """There is news of workers."""
         self._has_passed.clear()
+        self._newly_aside.clear()
+        self._free.clear()
         self.queue.changed()
+
+    def reported(self, view: WorkerView) -> None:
+        """A worker told its load. Reports come often, and to try all who stand aside takes some 0.1
+        ms for each: they have a turn again when a worker is free that was busy.
+        """
+        self._has_passed.clear()
+        free = self._free.get(view.model)
+        if free is not None and view.life not in free and not self._shedder.is_busy(view):
+            self.changed()
+
+    def looked(self) -> None:
+        """Everybody has had the turns that there are for him."""
+        for model in self._newly_aside:
+            views = self._views_of(model)
+            free = {view.life for view in views if not self._shedder.is_busy(view)}
+            # Who stood aside before may not have been tried where there is room by now.
+            self._free[model] = self._free.get(model, free) & free
+        self._newly_aside.clear()
 
     def computed(self, standing: Standing | None) -> None:
         """The prompt of a request is computed, or nobody computes it any more."""
