@@ -6,7 +6,6 @@ import fcntl
 import os
 import secrets
 import select
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from unbroken import log, metrics
 from unbroken.config import split_address
 from unbroken.health import add_health
 from unbroken.memory.channel import ChannelClosed
+from unbroken.signals import STOPPING, heed_no_more
 from unbroken.transport import listen, listen_locally, make_server
 from unbroken.v1 import memory_pb2_grpc
 
@@ -286,7 +286,7 @@ async def serve(config: MemoryConfig, driver: Driver = CUDA) -> int:
     """Run a memory service until SIGTERM or SIGINT. Raises OSError if it cannot start."""
     loop = asyncio.get_running_loop()
     stop_wanted = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         loop.add_signal_handler(number, stop_wanted.set)
     service = MemoryService(config, driver=driver)
     try:
@@ -303,4 +303,5 @@ async def serve(config: MemoryConfig, driver: Driver = CUDA) -> int:
             task.result()
     finally:
         await service.stop()
+    heed_no_more()
     return 0

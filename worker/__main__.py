@@ -1,7 +1,6 @@
 """`python -m worker`: runs one engine for one sidecar, until it is asked to stop (SIGTERM)."""
 
 import asyncio
-import signal
 import sys
 
 import uvloop
@@ -9,6 +8,7 @@ import uvloop
 from unbroken import log
 from unbroken.config import load
 from unbroken.garbage import collected_in_quiet
+from unbroken.signals import STOPPING, heed_no_more
 from worker.config import WorkerConfig
 from worker.engine import ModelRunner
 from worker.service import EngineService
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 async def _run(config: WorkerConfig) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         loop.add_signal_handler(number, stop.set)
     try:
         runner = _runner(config)
@@ -50,6 +50,7 @@ async def _run(config: WorkerConfig) -> int:
         _log.info("stopping")
         serving.cancel()
         await asyncio.wait((serving,))
+        heed_no_more()
         return 0
     await serving  # It ends by itself only with an error.
     return 1

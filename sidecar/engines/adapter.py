@@ -9,7 +9,7 @@ What an engine can do is said once, in `Discovered`; nobody asks later which kin
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from unbroken.generation import GenerationParams, TokenLogprobs
 from unbroken.outcome import FailureKind, FinishReason
@@ -111,6 +111,10 @@ class End:
     stop_token_id: int | None = None
     """The token that stopped it, if the engine says so; it may have left it out of the tokens."""
     detail: str = ""
+
+
+END_REASONS: Final = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+"""What engines call an end that is none of theirs."""
 
 
 @dataclass(frozen=True, slots=True)

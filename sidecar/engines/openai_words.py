@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final, cast
 
-from sidecar.engines.adapter import Call, CallFailed, Delta, End
+from sidecar.engines.adapter import END_REASONS, Call, CallFailed, Delta, End
 from unbroken.generation import Constraint, TokenLogprobs
 from unbroken.outcome import FailureKind, FinishReason
 from unbroken.tokenizer import Tokenizer
@@ -15,7 +15,6 @@ from unbroken.v1 import worker_pb2
 
 _OVERLOADED: Final = 429
 _UNAVAILABLE: Final = 503
-_REASONS: Final = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 class Ids(Enum):
@@ -161,7 +160,7 @@ class Reading:
         if reason:
             stop = choice.get("stop_reason")
             self._end = End(
-                _REASONS.get(str(reason), FinishReason.CANCELLED),
+                END_REASONS.get(str(reason), FinishReason.CANCELLED),
                 stop if isinstance(stop, int) else None,
                 f"the engine ended the request as {reason!r}",
             )

@@ -18,7 +18,7 @@ from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb  # pyright: igno
 from smg_grpc_proto.generated import sglang_scheduler_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
-from sidecar.engines.adapter import Call, Delta, Discovered, End, LoadOfRank
+from sidecar.engines.adapter import END_REASONS, Call, Delta, Discovered, End, LoadOfRank
 from sidecar.engines.smg import SmgAdapter, logprobs_of
 from sidecar.engines.tokenizer_process import read_asset
 from unbroken.generation import Constraint
@@ -37,7 +37,6 @@ _FACTS: Final = (
     "enable_deterministic_inference",
 )
 """Arguments of the server that its logits depend on."""
-_REASONS: Final = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 class SglangAdapter(SmgAdapter):
@@ -123,7 +122,7 @@ class SglangAdapter(SmgAdapter):
             return None
         complete = response.complete
         end = End(
-            _REASONS.get(complete.finish_reason, FinishReason.CANCELLED),
+            END_REASONS.get(complete.finish_reason, FinishReason.CANCELLED),
             complete.matched_token_id if complete.HasField("matched_token_id") else None,
             f"the engine ended the request as {complete.finish_reason!r}",
         )

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from sidecar.engines import continuation_key
 from sidecar.engines.adapter import (
+    END_REASONS,
     Call,
     CallFailed,
     Delta,
@@ -59,7 +60,6 @@ _PROBE: Final = GenerationParams(
     StopConditions(max_tokens=_PROBE_TOKENS, ignore_eos=True),
 )
 """Generator, counts and budget of a request all show in what comes of it."""
-_REASONS: Final = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 class VllmAdapter(SmgAdapter):
@@ -140,7 +140,7 @@ class VllmAdapter(SmgAdapter):
         if not response.HasField("complete"):
             return None
         complete = response.complete  # Its tokens were in the last chunk.
-        reason = _REASONS.get(complete.finish_reason, FinishReason.CANCELLED)
+        reason = END_REASONS.get(complete.finish_reason, FinishReason.CANCELLED)
         has_token = complete.HasField("matched_token_id")
         end = End(
             reason,

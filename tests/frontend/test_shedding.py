@@ -4,21 +4,17 @@ import asyncio
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import grpc
-import grpc.aio
 import pytest
-from google.rpc import error_details_pb2  # pyright: ignore[reportMissingTypeStubs]
-from google.rpc import status_pb2 as rpc_status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from frontend.dispatch import MOVE_TOLD_S
 from tests.frontend.fakes import MODEL, FakeSidecar, busy, reference
+from tests.frontend.refusals import refused
 from tests.frontend.worlds import World, failure_of, read, read_some, run, world
 from unbroken.client import Client
 from unbroken.errors import Reason
 from unbroken.resumption import ResumePolicy
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import relay_service_pb2, worker_pb2
-from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 pytestmark = pytest.mark.usefixtures("each_edge")
 
@@ -73,26 +69,11 @@ def test_when_all_are_busy_a_request_is_refused_and_told_why_and_when_to_come_ba
         sidecar = FakeSidecar("w1")
         async with refusing(sidecar, busy_kv_blocks_share=0.5, busy_prefill_tokens=100) as it:
             await report(it, sidecar, used=60, queued=101)
-            stub = InferenceServiceStub(await it.client.channel())
-            call = stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)))
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call.read()
-            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            trailers = dict(caught.value.trailing_metadata() or ())
-            details = trailers["grpc-status-details-bin"]
-            assert isinstance(details, bytes)
-            status = rpc_status_pb2.Status.FromString(details)
-            quota = error_details_pb2.QuotaFailure()
-            retry = error_details_pb2.RetryInfo()
-            assert sum(one.Unpack(quota) for one in status.details) == 1
-            assert sum(one.Unpack(retry) for one in status.details) == 1
-            names = {one.quota_id: one for one in quota.violations}
+            told = await refused(it, pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)))
+            names = {one.quota_id: one for one in told.quota.violations}
             assert set(names) == {"kv_blocks_share", "prefill_tokens"}
             assert names["kv_blocks_share"].subject == f"model:{MODEL}"
             assert "0.6, above 0.5" in names["kv_blocks_share"].description
-            told_ms = retry.retry_delay.ToMilliseconds()
-            assert told_ms > 0
-            assert trailers["grpc-retry-pushback-ms"] == str(told_ms)
             assert not sidecar.starts
             assert count_of(it, "requests_refused_total", reason="OVERLOADED") == 1
             for threshold in names:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import grpc
 import grpc.aio
 import pytest
-from google.rpc import error_details_pb2  # pyright: ignore[reportMissingTypeStubs]
-from google.rpc import status_pb2 as rpc_status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from tests.frontend import test_shedding
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
+from tests.frontend.refusals import refused
 from tests.frontend.test_resumes_in_line import streams_on
 from tests.frontend.test_shedding import count_of
 from tests.frontend.worlds import World, failure_of, read, read_some, run, world
@@ -131,25 +130,11 @@ def test_who_finds_the_line_full_is_told_when_to_come_back_and_is_then_let_in() 
         async with world(sidecar, busy_prefill_tokens=100, queue_requests_max=2) as it:
             await report(it, sidecar, used=0, queued=101)
             readings = await line_up(it, ["a", "b"])
-            stub = InferenceServiceStub(await it.client.channel())
             request = pb.GenerateRequest(request_id="c", token_ids=pb.TokenIds(ids=PROMPT))
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Generate(request).read()
-            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            trailers = dict(caught.value.trailing_metadata() or ())
-            details = trailers["grpc-status-details-bin"]
-            assert isinstance(details, bytes)
-            status = rpc_status_pb2.Status.FromString(details)
-            quota = error_details_pb2.QuotaFailure()
-            retry = error_details_pb2.RetryInfo()
-            assert sum(one.Unpack(quota) for one in status.details) == 1
-            assert sum(one.Unpack(retry) for one in status.details) == 1
-            assert [one.quota_id for one in quota.violations] == ["prefill_tokens"]
-            assert quota.violations[0].subject == f"model:{MODEL}"
-            told_ms = retry.retry_delay.ToMilliseconds()
-            assert told_ms > 0
-            assert trailers["grpc-retry-pushback-ms"] == str(told_ms)
-            assert "2 requests with 32 prompt tokens wait" in status.message
+            told = await refused(it, request)
+            assert [one.quota_id for one in told.quota.violations] == ["prefill_tokens"]
+            assert told.quota.violations[0].subject == f"model:{MODEL}"
+            assert "2 requests with 32 prompt tokens wait" in told.message
             assert count_of(it, "queue_refused_total", limit="requests") == 1
             assert count_of(it, "requests_shed_total", threshold="prefill_tokens") == 1
             assert count_of(it, "queue_promises") == 1
