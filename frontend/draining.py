@@ -55,10 +55,12 @@ class Draining:
         self.frontend_id = frontend_id
         self.stop_wanted = asyncio.Event()
         """Nobody is waited for any more."""
+        self.over = asyncio.Event()
+        """As `stop_wanted`, or no deadline would be seen any more, which only a bug does."""
         self._requests = requests
         self._frontend = frontend
         self._clock = clock
-        self._num_finished = self._num_moved = self._num_cut = 0
+        self._num_finished = self._num_moved = self._num_left_by_client = self._num_cut = 0
         self._calls: set[asyncio.Event] = set()  # Each is told when something changed.
         self._changed = asyncio.Event()
         requests.on_end.append(self._ended)
@@ -83,7 +85,13 @@ class Draining:
             changed.set()
 
     async def follow(self) -> None:
-        """See deadlines come."""
+        """See deadlines come, for ever."""
+        try:
+            await self._follow()
+        finally:
+            self.over.set()
+
+    async def _follow(self) -> None:
         while True:
             self._changed.clear()
             now = self._clock()
@@ -130,6 +138,7 @@ class Draining:
             num_requests=self._requests.num_running,
             num_finished=self._num_finished,
             num_moved=self._num_moved,
+            num_left=self._num_left_by_client,
             num_cut=self._num_cut,
         )
         if self.drain.phase is Phase.LEAVING:
@@ -156,6 +165,7 @@ class Draining:
                     self._frontend.cut_short()
                 case drain.Stop():
                     self.stop_wanted.set()
+                    self.over.set()
                 case _:
                     assert_never(command)
 
@@ -167,8 +177,10 @@ class Draining:
             self._num_cut += 1
         elif error is None:
             self._num_finished += 1
-        elif request.cut_at is not None and error.reason in (Reason.FENCED, Reason.CANCELLED):
-            self._num_moved += 1  # Adopted by another frontend, or left for one.
+        elif error.reason is Reason.FENCED:
+            self._num_moved += 1  # Adopted by another frontend.
+        elif error.reason is Reason.CANCELLED and request.cut_at is not None:
+            self._num_left_by_client += 1
         self.look()
 
 
