@@ -7,13 +7,13 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Final, Protocol
 
 from frontend import admission
-from frontend.admission import Admitted, Decided, Envelope, Model
+from frontend.admission import ID_CHARS_MAX, Admitted, Decided, Envelope, Model
 from frontend.admission_queue import Arrival
 from frontend.dispatch import Dispatcher
 from frontend.lineage import Key
@@ -164,13 +164,22 @@ class Gateway:
         return self.readers.open(running, arrived_at=arrived_at, on_news=on_news)
 
     async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
-        """Raises `UnbrokenError`."""
-        check_request_id(request.request_id)
-        return cancelled(self.cancel_here(request))
+        """Raises `InvalidField`."""
+        check_name(request.request_id, request.tenant)
+        found = self.cancel_here(request)
+        self.cancel_orphans(request, found)
+        return cancelled(found)
 
     def cancel_here(self, request: pb.CancelRequest) -> Sequence[Key]:
         """Cancel what is in this process; returns tenants and ids of those that ran."""
         return self._requests.cancel(request.request_id, tenant=request.tenant, soft=request.soft)
+
+    def cancel_orphans(self, request: pb.CancelRequest, found: Iterable[Key]) -> None:
+        """If the request was not among what was found, its frontend may have died: no worker is
+        to go on with it.
+        """
+        if all(request_id != request.request_id for _, request_id in found):
+            self._dispatcher.links.cancel(request.request_id, request.tenant)
 
     def cancel_below(self, parents: Set[Key], *, soft: bool) -> Sequence[Key]:
         """As `cancel_here`, for what is below requests of other processes."""
@@ -178,7 +187,7 @@ class Gateway:
 
     async def get_stream(self, request: pb.GetStreamRequest) -> pb.GetStreamResponse:
         """Raises `UnbrokenError`."""
-        check_request_id(request.request_id)
+        check_name(request.request_id, request.tenant)
         stream = self._requests.get(request.request_id, tenant=request.tenant)
         return pb.GetStreamResponse(stream=stream)
 
@@ -468,7 +477,9 @@ def cancelled(keys: Sequence[Key]) -> pb.CancelResponse:
     return pb.CancelResponse(was_running=bool(keys), cancelled=named)
 
 
-def check_request_id(request_id: str) -> None:
-    """Raises `InvalidField` if there is none."""
-    if not request_id:
-        raise InvalidField("request_id", "the id of a request", request_id)
+def check_name(request_id: str, tenant: str) -> None:
+    """Raises `InvalidField` for what no request is called; names are remembered."""
+    if not 0 < len(request_id) <= ID_CHARS_MAX:
+        raise InvalidField("request_id", "the id of a request", request_id[:ID_CHARS_MAX])
+    if len(tenant) > ID_CHARS_MAX:
+        raise InvalidField("tenant", "the name of a tenant", tenant[:ID_CHARS_MAX])

@@ -138,6 +138,12 @@ class Links:
                 for seat in link.call.seats:
                     yield worker_id, seat
 
+    def cancel(self, request_id: str, tenant: str) -> None:
+        """Have what nobody reads of a request ended at all workers, as `RelayCall.cancel`."""
+        for link in self._links.values():
+            if link.call is not None:
+                link.call.cancel(request_id, tenant)
+
     def suspicion(self, worker_id: str) -> float:
         """How surprising the silence of the worker is now (phi); 0 without a link."""
         link = self._links.get(worker_id)

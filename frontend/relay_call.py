@@ -40,6 +40,8 @@ from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
 
 PROTOCOL_VERSION: Final = 1
 SLOT_MAX: Final = 2**32 - 1
+CANCELS_MAX: Final = 1024
+"""Names of cancelled requests that wait to be told; what is not told ends after its grace time."""
 COMMANDS_BYTES_MAX: Final = 1024 * 1024
 """A message of commands is not filled beyond this, so that it stays far below any limit."""
 SAMPLE_INTERVAL_S: Final = 0.5
@@ -243,6 +245,8 @@ class RelayCall:
         self._heartbeats_sent = 0
         self._commands: deque[relay_service_pb2.RelayRequest] = deque()
         self._acks: dict[int, int] = {}
+        self._cancels: dict[tuple[str, str], None] = {}
+        """Tenants and request ids; told when there is nothing else to say."""
         self._pushed: tuple[Thresholds, int] = OFF, 0
         self._is_heartbeat_due = False
         self._has_work = asyncio.Event()
@@ -361,6 +365,12 @@ class RelayCall:
         """Move the window of an attempt."""
         if slot in self._seats:
             self._acks[slot] = offset
+            self._has_work.set()
+
+    def cancel(self, request_id: str, tenant: str) -> None:
+        """Have what nobody reads of a request ended; of whichever tenant, if none is given."""
+        if not self._ended.done() and len(self._cancels) < CANCELS_MAX:
+            self._cancels[tenant, request_id] = None
             self._has_work.set()
 
     def push_thresholds(self, thresholds: Thresholds, version: int) -> None:
@@ -496,6 +506,11 @@ class RelayCall:
             acks, self._acks = self._acks, {}
             message = attempt_pb2.AckAttempts(slots=acks.keys(), offsets=acks.values())
             return relay_service_pb2.RelayRequest(ack=message)
+        if self._cancels:
+            tenant, request_id = next(iter(self._cancels))
+            del self._cancels[tenant, request_id]
+            cancel = relay_service_pb2.CancelAttempts(request_id=request_id, tenant=tenant)
+            return relay_service_pb2.RelayRequest(cancel=cancel)
         return None
 
     def _next_commands(self) -> relay_service_pb2.RelayRequest:

@@ -25,7 +25,7 @@ from typing_extensions import override
 from frontend import drain
 from frontend.admin import Admin
 from frontend.draining import budget_of
-from frontend.gateway import Gateway, cancelled, check_request_id
+from frontend.gateway import Gateway, cancelled, check_name
 from frontend.processes.claims import Elsewhere
 from frontend.processes.siblings import CALL_TIMEOUT_S, Key, Siblings, has_been_cancelled
 from frontend.reading import Output, Reading
@@ -100,7 +100,7 @@ class Whole:
 
     async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
         """As `Gateway.cancel`, wherever the request and those below it are."""
-        check_request_id(request.request_id)
+        check_name(request.request_id, request.tenant)
         found = dict.fromkeys(self._gateway.cancel_here(request))
         new: Set[Key] = set(found)
         is_first = True
@@ -110,11 +110,12 @@ class Whole:
             new = (told | set(here)) - found.keys()
             found |= dict.fromkeys(sorted(new))
             is_first = False
+        self._gateway.cancel_orphans(request, found)
         return cancelled(list(found))
 
     async def get_stream(self, request: pb.GetStreamRequest) -> pb.GetStreamResponse:
         """As `Gateway.get_stream`; if several processes know it, of the one that has it."""
-        check_request_id(request.request_id)
+        check_name(request.request_id, request.tenant)
         missing: UnbrokenError | None = None
         found: list[pb.GetStreamResponse] = []
         try:
@@ -416,6 +417,7 @@ def _together(
         whole.num_requests += other.num_requests
         whole.num_finished += other.num_finished
         whole.num_moved += other.num_moved
+        whole.num_left += other.num_left
         whole.num_cut += other.num_cut
     return whole
 

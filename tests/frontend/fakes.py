@@ -187,6 +187,8 @@ class FakeSidecar(RelayServiceServicer):
         """New work that it refused because it was full."""
         self.adopts: list[relay_service_pb2.AdoptAttempt] = []
         self.num_releases = 0
+        self.cancels: list[tuple[str, str]] = []
+        """Tenants and names of requests that were cancelled somewhere else."""
         self.thresholds: list[relay_service_pb2.PushThresholds] = []
         self.aborts: list[int] = []
         self.acks: list[tuple[int, int]] = []
@@ -417,6 +419,8 @@ class FakeSidecar(RelayServiceServicer):
                     self._adopt(request.adopt)
                 case "release":
                     self.num_releases += 1
+                case "cancel":
+                    self.cancels.append((request.cancel.tenant, request.cancel.request_id))
                 case "thresholds":
                     self.thresholds.append(request.thresholds)
                 case "ack":

@@ -108,6 +108,36 @@ def test_a_client_that_leaves_takes_what_is_below_its_request_with_it() -> None:
     run(scenario())
 
 
+def test_a_cancel_of_what_is_not_here_is_told_to_all_workers_and_of_what_is_here_to_none() -> None:
+    async def scenario() -> None:
+        sidecars = FakeSidecar("w1", step_s=0.002), FakeSidecar("w2", step_s=0.002)
+        async with world(*sidecars) as it:
+            assert not await it.client.cancel("elsewhere", tenant="t")
+            for sidecar in sidecars:
+                await sidecar.until(lambda s=sidecar: s.cancels == [("t", "elsewhere")])
+            stream = it.client.generate(token_ids=PROMPT, max_tokens=3000, request_id="here")
+            await read_some(stream, 2)
+            assert await it.client.cancel("here")
+            assert (await failure_of(stream)).reason is Reason.CANCELLED
+            assert not await it.client.cancel("last")
+            for sidecar in sidecars:
+                await sidecar.until(lambda s=sidecar: len(s.cancels) == 2)
+                assert sidecar.cancels[-1] == ("", "last")
+
+    run(scenario())
+
+
+def test_a_name_that_no_request_can_have_is_refused() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1")) as it:
+            for request_id, tenant in (("x" * 129, ""), ("x", "x" * 129)):
+                with pytest.raises(UnbrokenError) as refused:
+                    await it.client.cancel(request_id, tenant=tenant)
+                assert refused.value.reason is Reason.INVALID_FIELD
+
+    run(scenario())
+
+
 def test_what_is_below_a_complete_request_goes_on() -> None:
     async def scenario() -> None:
         async with world(FakeSidecar("w1")) as it:
