@@ -36,6 +36,8 @@ class FrontendConfig(ProcessConfig):
     """PEM file with its private key."""
     tls_client_ca: Path | None = None
     """PEM file of the authority whose certificates clients have to show; without, none do."""
+    admin_tokens: Path | None = None
+    """File of the tokens that callers of AdminService have to bring; without, they need none."""
     continuation: Literal["prefer_exact", "require_exact", "allow_inexact", "never"] = (
         "prefer_exact"
     )

@@ -12,7 +12,6 @@ take an old one out when the last token that it signed has expired.
 import os
 import re
 import secrets
-import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,18 +19,14 @@ from pathlib import Path
 from typing import Final
 
 from frontend.resume_token import Keyring
-from unbroken import log
+from frontend.secret_file import SecretFile, lines_of
 
 FILE_NAME: Final = "resume.keys"
 """Of the file that a mesh in one directory makes for itself."""
-LOOK_INTERVAL_S: Final = 1.0
-"""How often to look whether the file has changed, at most."""
 KEYS_MAX: Final = 64
 KEY_BYTES_MIN: Final = 32
-FILE_BYTES_MAX: Final = 64 * 1024
 
 _LINE = re.compile(r"([A-Za-z0-9._-]{1,64})[ \t]+((?:[0-9A-Fa-f]{2}){32,128})")
-_log = log.get_logger(__name__)
 
 
 class ResumeKeys:
@@ -39,48 +34,18 @@ class ResumeKeys:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises OSError or ValueError if there are no keys to begin with."""
-        self._path = path
-        self._clock = clock
-        self._looked_at = clock()
-        self._state = _state(path)
-        self._keyring = read(path)
+        self._file = SecretFile(path, read, name="resume keys", clock=clock)
 
     @property
     def keyring(self) -> Keyring:
         """The keys; those from before as long as the file cannot be read."""
-        now = self._clock()
-        if now - self._looked_at >= LOOK_INTERVAL_S:
-            self._looked_at = now
-            self._look()
-        return self._keyring
-
-    def _look(self) -> None:
-        try:
-            state = _state(self._path)
-            if state == self._state:
-                return
-            self._keyring = read(self._path)
-            self._state = state
-        except (OSError, ValueError) as error:
-            _log.warning("resume keys stay as they were", path=str(self._path), detail=str(error))
-        else:
-            _log.info("resume keys read again", key_ids=list(self._keyring.keys))
+        return self._file.content
 
 
 def read(path: Path) -> Keyring:
     """The keys of a file. Raises OSError, and ValueError that says where but never what."""
-    with path.open("rb") as file:
-        data = file.read(FILE_BYTES_MAX + 1)
-        mode = os.fstat(file.fileno()).st_mode
-    if len(data) > FILE_BYTES_MAX:
-        raise ValueError(f"expected at most {FILE_BYTES_MAX} bytes")
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        _log.warning("others may read the resume keys", path=str(path), mode=oct(mode & 0o777))
     keys: dict[str, bytes] = {}
-    for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
+    for number, text in lines_of(path, name="resume keys"):
         match = _LINE.fullmatch(text)
         if match is None:
             raise ValueError(f"line {number}: expected a key id and 64 to 256 hexadecimal digits")
@@ -110,9 +75,3 @@ def make_once(directory: Path) -> Path:
     finally:
         made.unlink()
     return path
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    """What differs when the file has been changed or replaced."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns

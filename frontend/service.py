@@ -27,6 +27,7 @@ from frontend.links import Links
 from frontend.load import FrontendLoad
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
+from frontend.operators import ForOperators, Operators
 from frontend.outlier_watch import OutlierWatch
 from frontend.outliers import OutlierLimits, Outliers
 from frontend.preemption import PreemptionLimits
@@ -268,6 +269,10 @@ class Frontend(Leaving):
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
             GrpcioEdge(served), self._server
         )
+        if config.admin_tokens is not None:
+            served_admin = ForOperators(
+                served_admin, Operators(config.admin_tokens, clock=self._clock)
+            )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(served_admin, self._server)
         self.health = add_health(self._server, [INFERENCE_SERVICE, ADMIN_SERVICE])
         self.health.set("startup", is_serving=False)
@@ -326,7 +331,8 @@ class Frontend(Leaving):
     async def stop(self, grace_s: float = 0.0) -> None:
         """Drain within so long, if it does not sooner, and close everything. Idempotent."""
         self.draining.tell(drain.Asked(grace_s))
-        await self.draining.stop_wanted.wait()
+        await self.draining.over.wait()
+        self.cut_short()  # Nothing runs any more, unless deadlines were not seen.
         await self._until_told()
         if self._family is not None:
             self._family.end_passed_on()

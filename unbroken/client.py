@@ -30,7 +30,7 @@ from unbroken.generation_stream import GenerationStream
 from unbroken.request import GenerateOptions, request_to_proto
 from unbroken.resumption import ResumeBudget, ResumePolicy, Resumption
 from unbroken.tls import ClientTls
-from unbroken.transport import CLIENT_KEEPALIVE, Keepalive
+from unbroken.transport import CLIENT_KEEPALIVE, Keepalive, admin_metadata
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import admin_service_pb2_grpc as admin_grpc
 from unbroken.v1 import holding_pb2, worker_pb2
@@ -62,9 +62,11 @@ class Client:
         resume_budget: ResumeBudget | None = None,
         keepalive: Keepalive = CLIENT_KEEPALIVE,
         tls: ClientTls | None = None,
+        admin_token: str | None = None,
     ) -> None:
         """`addresses` are "host:port", at least one. Connections are made when needed.
 
+        `admin_token` is brought to calls for operators: workers, thresholds and ledgers.
         `resume_budget` can be shared by several clients. Without `tls`, everything is in the clear;
         raises ValueError if its files are wrong.
         """
@@ -76,6 +78,7 @@ class Client:
         self._policy = resume_policy or ResumePolicy()
         self._budget = resume_budget or ResumeBudget()
         self._random = random.Random()
+        self._as_operator = admin_metadata(admin_token)
         self._streams: weakref.WeakSet[GenerationStream] = weakref.WeakSet()
 
     async def __aenter__(self) -> Self:
@@ -224,7 +227,9 @@ class Client:
         """The workers as a frontend sees them, by name."""
         index = await self.frontends.first()
         call = admin_grpc.AdminServiceStub(self.frontends.channel(index)).ListWorkers(
-            admin_pb.ListWorkersRequest(), timeout=self._call_timeout_s
+            admin_pb.ListWorkersRequest(),
+            timeout=self._call_timeout_s,
+            metadata=self._as_operator,
         )
         return (await self._answer(index, call)).workers
 
@@ -232,7 +237,9 @@ class Client:
         """When workers are busy: of one model, or of all; raises `MODEL_NOT_FOUND`."""
         index = await self.frontends.first()
         call = admin_grpc.AdminServiceStub(self.frontends.channel(index)).GetThresholds(
-            admin_pb.GetThresholdsRequest(model=model), timeout=self._call_timeout_s
+            admin_pb.GetThresholdsRequest(model=model),
+            timeout=self._call_timeout_s,
+            metadata=self._as_operator,
         )
         return await self._answer(index, call)
 
@@ -251,6 +258,7 @@ class Client:
         call = admin_grpc.AdminServiceStub(self.frontends.channel(index)).SetThresholds(
             admin_pb.SetThresholdsRequest(model=model, thresholds=thresholds, version=version),
             timeout=self._call_timeout_s,
+            metadata=self._as_operator,
         )
         return await self._answer(index, call)
 
@@ -259,7 +267,7 @@ class Client:
         request = admin_pb.GetLedgerRequest(holdings_max=holdings_max)
         answers = await self._ask_all_of(
             lambda index: admin_grpc.AdminServiceStub(self.frontends.channel(index)).GetLedger(
-                request, timeout=self._call_timeout_s
+                request, timeout=self._call_timeout_s, metadata=self._as_operator
             )
         )
         return [process for answer in answers for process in answer.processes]

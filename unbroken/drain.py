@@ -15,7 +15,7 @@ from unbroken import status
 from unbroken.discovery import FRONTENDS, WORKERS, Discovery
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.tls import ClientTls
-from unbroken.transport import open_channel
+from unbroken.transport import admin_metadata, open_channel
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import sidecar_service_pb2 as pb
 from unbroken.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -47,7 +47,9 @@ class FrontendDrained:
     num_finished: int
     """They came to their own end there while it drained."""
     num_moved: int
-    """Their clients went on with them at other frontends, or left."""
+    """Their clients went on with them at other frontends."""
+    num_left: int
+    """Their clients left, or cancelled them, when they had been told."""
     num_cut: int
     """They were cut when the budget was over."""
     took_s: float
@@ -108,11 +110,12 @@ async def drain_frontend(
     *,
     budget_s: float | None = None,
     tls: ClientTls | None = None,
+    admin_token: str | None = None,
     tell: Callable[[admin_pb.DrainFrontendResponse], None] = lambda _: None,
 ) -> FrontendDrained:
     """Drain the frontend of that name; returns when it serves nobody any more, as `drain_worker`.
 
-    Its own setting counts if no budget is given.
+    Its own setting counts if no budget is given. `admin_token` is that of an operator, if it asks.
     """
     members = await where.snapshot(FRONTENDS)
     if frontend_id not in members:
@@ -132,7 +135,9 @@ async def drain_frontend(
             credentials=None if tls is None else tls.credentials(),
             server_name=None if tls is None else tls.server_name,
         ) as channel:
-            async for last in AdminServiceStub(channel).DrainFrontend(request):
+            calls = AdminServiceStub(channel)
+            as_operator = admin_metadata(admin_token)
+            async for last in calls.DrainFrontend(request, metadata=as_operator):
                 tell(last)
     except grpc.aio.AioRpcError as error:
         raise status.from_rpc_error(error) from error
@@ -144,6 +149,7 @@ async def drain_frontend(
         record.incarnation,
         last.num_finished,
         last.num_moved,
+        last.num_left,
         last.num_cut,
         took_s,
     )

@@ -68,7 +68,7 @@ class Reason(Enum):
     GPU_FAILED = "GPU_FAILED"
     """A GPU's memory is not to be relied on; metadata `health` says how it is."""
     NOT_PERMITTED = "NOT_PERMITTED"
-    """The caller may not use this tenant's memory, or is not who it says."""
+    """The caller may not use this tenant's memory, is not who it says, or is no operator."""
     DIVERGED = "DIVERGED"
     """A continuation did not reproduce what had been delivered."""
     PROTOCOL_VIOLATION = "PROTOCOL_VIOLATION"

@@ -57,6 +57,7 @@ async def roll_out(
     policy: sidecar_pb.DrainPolicy.ValueType = sidecar_pb.DRAIN_POLICY_UNSPECIFIED,
     ready_timeout_s: float = READY_TIMEOUT_S,
     tls: ClientTls | None = None,
+    admin_token: str | None = None,
     tell: Callable[[Replaced], None] = lambda _: None,
 ) -> Sequence[Replaced]:
     """Replace all that is in the mesh now, by name: workers first. `tell` hears of each.
@@ -71,10 +72,11 @@ async def roll_out(
 
     if workers:
         for worker_id in await where.snapshot(WORKERS):
-            done(await replace_worker(where, worker_id, policy, ready_timeout_s, tls))
+            one = await replace_worker(where, worker_id, policy, ready_timeout_s, tls, admin_token)
+            done(one)
     if frontends:
         for frontend_id in whole_frontends(await where.snapshot(FRONTENDS)):
-            done(await replace_frontend(where, frontend_id, ready_timeout_s, tls))
+            done(await replace_frontend(where, frontend_id, ready_timeout_s, tls, admin_token))
     return replaced
 
 
@@ -84,6 +86,7 @@ async def replace_worker(
     policy: sidecar_pb.DrainPolicy.ValueType,
     ready_timeout_s: float,
     tls: ClientTls | None,
+    admin_token: str | None,
 ) -> Replaced:
     """Drain a worker and wait until every frontend can send work to its successor."""
     drained = await drain_worker(where, worker_id, policy=policy)
@@ -93,7 +96,8 @@ async def replace_worker(
             where, WORKERS, worker_id, lambda it: it.identity.incarnation > drained.incarnation
         )
         for frontend in _addresses(await where.snapshot(FRONTENDS)):
-            await _until_known(frontend, {worker_id: record.identity.incarnation}, tls)
+            lives = {worker_id: record.identity.incarnation}
+            await _until_known(frontend, lives, tls, admin_token)
     away_s = asyncio.get_running_loop().time() - began_at
     return Replaced(
         worker_id,
@@ -107,10 +111,14 @@ async def replace_worker(
 
 
 async def replace_frontend(
-    where: Discovery, frontend_id: str, ready_timeout_s: float, tls: ClientTls | None
+    where: Discovery,
+    frontend_id: str,
+    ready_timeout_s: float,
+    tls: ClientTls | None,
+    admin_token: str | None,
 ) -> Replaced:
     """Drain a frontend and wait until its successor can send work to every worker."""
-    drained = await drain_frontend(where, frontend_id, tls=tls)
+    drained = await drain_frontend(where, frontend_id, tls=tls, admin_token=admin_token)
     began_at = asyncio.get_running_loop().time()
     async with _limit(ready_timeout_s, frontend_id):
         record = await _successor(
@@ -118,7 +126,7 @@ async def replace_frontend(
         )
         workers = await where.snapshot(WORKERS)
         lives = {name: worker.identity.incarnation for name, worker in workers.items()}
-        await _until_known(record.address, lives, tls)
+        await _until_known(record.address, lives, tls, admin_token)
     away_s = asyncio.get_running_loop().time() - began_at
     return Replaced(
         frontend_id,
@@ -159,9 +167,11 @@ def _addresses(members: Mapping[str, worker_pb2.FrontendRecord]) -> Sequence[str
     return [members[name].address for name in whole_frontends(members)]
 
 
-async def _until_known(address: str, lives: Mapping[str, int], tls: ClientTls | None) -> None:
+async def _until_known(
+    address: str, lives: Mapping[str, int], tls: ClientTls | None, admin_token: str | None
+) -> None:
     """Wait until the frontend is ready, and would send work to these lives of workers."""
-    async with Client(address, tls=tls) as client:
+    async with Client(address, tls=tls, admin_token=admin_token) as client:
         while True:
             try:
                 workers = {
@@ -171,8 +181,9 @@ async def _until_known(address: str, lives: Mapping[str, int], tls: ClientTls | 
                 answer = await health.Check(
                     health_pb2.HealthCheckRequest(service="readiness"), timeout=POLL_S * 20
                 )
-            except (UnbrokenError, grpc.RpcError):
-                pass
+            except (UnbrokenError, grpc.RpcError) as error:
+                if isinstance(error, UnbrokenError) and error.reason is Reason.NOT_PERMITTED:
+                    raise
             else:
                 is_ready = answer.status == health_pb2.HealthCheckResponse.SERVING
                 if is_ready and all(

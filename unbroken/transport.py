@@ -135,6 +135,11 @@ def open_channel(
     return grpc.aio.secure_channel(address, credentials, options=options)
 
 
+def admin_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    """What makes a call one of an operator; `frontend/operators.py` reads it."""
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
 def server_options(receive_bytes_max: int, keepalive: Keepalive) -> Options:
     """gRPC's arguments for a server."""
     return [

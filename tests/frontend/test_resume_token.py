@@ -7,7 +7,7 @@ import pytest
 
 from frontend import resume_keys
 from frontend.continuation import Abilities
-from frontend.resume_keys import LOOK_INTERVAL_S, ResumeKeys, make_once
+from frontend.resume_keys import ResumeKeys, make_once
 from frontend.resume_token import (
     CLOCK_SLACK_S,
     CLOCK_STEP_S,
@@ -23,6 +23,7 @@ from frontend.resume_token import (
     seal,
     unseal,
 )
+from frontend.secret_file import LOOK_INTERVAL_S
 from frontend.stream import Life, Standing
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import ContinuationClass, ContinuationPolicy

@@ -97,7 +97,9 @@ def test_streams_go_on_at_the_other_frontend_before_theirs_stops(world: World) -
             drained = await drain_frontend(connect(world.mesh.directory), "f1")
             assert await is_gone(world, "f1") == 0
             histories = await asyncio.gather(*reading)
-        assert (drained.num_finished, drained.num_moved, drained.num_cut) == (0, NUM_STREAMS, 0)
+        # A client that reads on elsewhere leaves, and may be heard before the worker's word.
+        assert drained.num_moved + drained.num_left == NUM_STREAMS
+        assert (drained.num_finished, drained.num_cut) == (0, 0)
         assert drained.took_s < 10, "nobody was waited for to the end of its stream"
         first, second = world.mesh.frontend_addresses
         for stream, seen, wanted in zip(streams, histories, undisturbed, strict=True):

@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 
-from tests.integration.worlds import World, real_mesh
+from tests.integration.worlds import World, real_mesh, until_nothing_is_held
 from unbroken.chaos import processes
 from unbroken.client import Client
-from unbroken.errors import Reason
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.file_discovery import FileDiscovery
 from unbroken.history import History, record
+from unbroken.holdings import num_held
+from unbroken.mesh_ledger import mesh_ledger
+from unbroken.resumption import ResumePolicy
 
 NUM_TOKENS = 60
 OPTIONS: dict[str, Any] = {"temperature": 0.9, "seed": 7, "max_tokens": NUM_TOKENS, "prompt": "Sea"}
@@ -75,6 +79,27 @@ def test_a_killed_frontend_is_not_seen_and_nothing_is_computed_twice(world: Worl
         assert seen.finished is not None
         usage = seen.finished.usage
         assert usage.recomputed_prefill_tokens == usage.recomputed_decode_tokens == 0
+
+    world.run(scenario())
+
+
+def test_a_cancel_finds_what_a_killed_frontend_left_at_workers(world: World) -> None:
+    async def scenario() -> None:
+        async with both_frontends(world):
+            first, second = world.mesh.frontend_addresses
+            options: dict[str, Any] = {**OPTIONS, "max_tokens": 3000, "orphan_grace_s": 600}
+            async with Client(first, resume_policy=ResumePolicy(resumes_max=0)) as client:
+                stream = client.generate(request_id="left", num_choices=2, **options)
+                await anext(stream)
+                await processes.kill([world.mesh.frontends["f1"].pid])
+                with pytest.raises(UnbrokenError):
+                    async for _ in stream:
+                        pass
+            async with Client(second) as client:
+                held = await mesh_ledger(client, FileDiscovery(world.mesh.directory))
+                assert num_held(held), "it runs on"
+                assert not await client.cancel("left")
+        await until_nothing_is_held(world.mesh)
 
     world.run(scenario())
 
