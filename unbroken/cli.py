@@ -50,6 +50,8 @@ DISCOVERY_DEFAULT: Final = Path(".run") / "mesh"
 
 _tls: ContextVar[ClientTls | None] = ContextVar("tls", default=None)
 """How this command line speaks with frontends; None: in the clear."""
+_admin_token: ContextVar[str | None] = ContextVar("admin_token", default=None)
+"""What it brings to calls for operators."""
 
 app = typer.Typer(
     name="unbroken",
@@ -132,8 +134,25 @@ def connection(
             help="Whom their certificates name, if not the host; TLS.",
         ),
     ] = None,
+    admin_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="UNBROKEN_ADMIN_TOKEN_FILE",
+            help="File with the token of an operator, for frontends that ask for one.",
+        ),
+    ] = None,
 ) -> None:
     """Keeps LLM token streams going when anything under them dies."""
+    if admin_token_file is not None:
+        try:
+            (token,) = admin_token_file.read_text(encoding="ascii").split()
+        except OSError as error:
+            raise typer.BadParameter(f"{error}") from None
+        except ValueError:  # Not shown: it may be a secret.
+            raise typer.BadParameter(
+                f"expected one token and nothing else in {admin_token_file}"
+            ) from None
+        _admin_token.set(token)
     if tls or any(given is not None for given in (ca, certificate, key, server_name)):
         try:
             _tls.set(ClientTls(ca, certificate, key, server_name))
@@ -171,6 +190,7 @@ def up(
             engine=engine.value,
             engine_options=engine_options,
             frontend_listen=listen,
+            admin_token=_admin_token.get(),
             frontend_flags=[
                 *(("--edge", edge.value) if edge else ()),
                 *(("--processes", str(processes)) if processes else ()),
@@ -251,6 +271,10 @@ def generate(
     migrations_max: Annotated[int | None, typer.Option(help="Most moves elsewhere.")] = None,
     priority: Annotated[int | None, typer.Option(help="-100 to 100; higher goes first.")] = None,
     request_id: Annotated[str | None, typer.Option(help="Identity of the request.")] = None,
+    parent_request_id: Annotated[
+        str | None, typer.Option(help="Cancelled with that request.")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose request it is.")] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Seconds for the whole output.")] = None,
     frontend: FrontendOption = None,
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
@@ -285,6 +309,8 @@ def generate(
         "migrations_max": migrations_max,
         "priority": priority,
         "request_id": request_id,
+        "parent_request_id": parent_request_id,
+        "tenant": tenant,
     }
     if token_ids:
         given["token_ids"] = _parse_token_ids(text)
@@ -544,6 +570,7 @@ def rollout(
             policy=_drain_policy_to_proto(policy),
             ready_timeout_s=ready_timeout_s,
             tls=_tls.get(),
+            admin_token=_admin_token.get(),
             tell=lambda one: terminal.note(f"replaced {one.name}: {one.num_moved} streams moved"),
         )
         facts = {
@@ -561,15 +588,16 @@ def rollout(
 def cancel(
     request_id: Annotated[str, typer.Argument(help="Identity of the request.")],
     soft: Annotated[bool, typer.Option("--soft", help="Deliver the current step.")] = False,
+    tenant: Annotated[str, typer.Option(help="Whose request; of whichever, unless given.")] = "",
     frontend: FrontendOption = None,
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Cancel a request. It is not an error if it has ended."""
+    """Cancel a request and those below it. It is not an error if it has ended."""
 
     async def scenario() -> None:
         async with await _connect(frontend, directory) as client:
-            was_running = await client.cancel(request_id, is_soft=soft)
+            was_running = await client.cancel(request_id, is_soft=soft, tenant=tenant)
         text = f"cancelled {request_id}" if was_running else f"{request_id} was not running"
         terminal.show_result(output, {"request_id": request_id, "was_running": was_running}, text)
 
@@ -580,20 +608,24 @@ def cancel(
 def demo(
     engine: Annotated[EngineKind, typer.Option(help="Engine of both workers.")] = EngineKind.LLAMA,
     scenes: Annotated[int, typer.Option(min=1, max=1000, help="How often to play it.")] = 1,
+    output: OutputOption = Output.TEXT,
 ) -> None:
-    """See a stream survive the death of its worker; ends with the figures as one line of JSON."""
+    """See a stream survive the death of its worker; ends with the figures as one line of JSON.
+
+    With JSON nothing but that line is the output.
+    """
+    tell = terminal.teller(output)
 
     async def scenario() -> None:
         with tempfile.TemporaryDirectory(prefix="unbroken-demo-") as directory:
-            result = await play(
-                Path(directory), terminal.write, engine=engine.value, num_scenes=scenes
-            )
+            result = await play(Path(directory), tell, engine=engine.value, num_scenes=scenes)
         figures = result.to_json()
-        terminal.write(f"\n{json.dumps(figures)}\n")
+        tell("\n")
+        terminal.write(f"{json.dumps(figures)}\n")
         if not figures["ok"]:
             raise typer.Exit(1)
 
-    _run(scenario(), Output.TEXT)
+    _run(scenario(), output)
 
 
 @app.command()
@@ -607,11 +639,13 @@ def chaos(
     workers: Annotated[int, typer.Option(min=2, max=16, help="Number of workers.")] = 3,
     frontends: Annotated[int, typer.Option(min=2, max=8, help="Number of frontends.")] = 2,
     streams: Annotated[int, typer.Option(min=1, max=1000, help="Streams at once.")] = 8,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Hurt a mesh of simulated engines under load, and hold what clients read against the truth.
 
-    Ends with the verdict and the figures as one line of JSON.
+    Ends with the verdict and the figures as one line of JSON; with JSON nothing else is the output.
     """
+    tell = terminal.teller(output)
     worker_ids = [f"w{number}" for number in range(1, workers + 1)]
     frontend_ids = [f"f{number}" for number in range(1, frontends + 1)]
     seed = secrets.randbelow(2**32) if seed is None and schedule is None else seed
@@ -628,7 +662,7 @@ def chaos(
 
     async def scenario() -> None:
         source = f"seed {seed}" if schedule is None else str(schedule)
-        terminal.write(f"{source}: {len(faults)} faults in {seconds:g} s\n")
+        tell(f"{source}: {len(faults)} faults in {seconds:g} s\n")
         with tempfile.TemporaryDirectory(prefix="unbroken-chaos-") as directory:
             async with Arena(
                 Path(directory),
@@ -642,13 +676,13 @@ def chaos(
                     faults,
                     seconds,
                     num_streams=streams,
-                    tell=lambda line: terminal.write(f"{line}\n"),
+                    tell=lambda line: tell(f"{line}\n"),
                 )
         verdict = result.verdict
         if (example := verdict.counter_example) is not None:
-            terminal.write(f"the shortest counter-example:\n{example}\n")
+            tell(f"the shortest counter-example:\n{example}\n")
         for trouble in result.trouble:
-            terminal.write(f"{trouble}\n")
+            tell(f"{trouble}\n")
         figures = {
             "ok": result.is_ok,
             "seed": seed,
@@ -668,7 +702,7 @@ def chaos(
         if not figures["ok"]:
             raise typer.Exit(1)
 
-    _run(scenario(), Output.TEXT)
+    _run(scenario(), output)
 
 
 def main() -> None:
@@ -704,19 +738,26 @@ async def _drain_frontend(
     where: discovery.Discovery, name: str, budget_s: float | None, output: Output
 ) -> None:
     drained = await drain_frontend(
-        where, name, budget_s=budget_s, tls=_tls.get(), tell=terminal.FrontendDrainNotes(name)
+        where,
+        name,
+        budget_s=budget_s,
+        tls=_tls.get(),
+        admin_token=_admin_token.get(),
+        tell=terminal.FrontendDrainNotes(name),
     )
     facts = {
         "frontend": name,
         "incarnation": drained.incarnation,
         "finished": drained.num_finished,
         "moved": drained.num_moved,
+        "left": drained.num_left,
         "cut": drained.num_cut,
         "took_s": round(drained.took_s, 3),
     }
     text = (
         f"drained {name}: {drained.num_finished} requests finished there, "
-        f"{drained.num_moved} went on elsewhere, {drained.num_cut} were cut"
+        f"{drained.num_moved} went on elsewhere, {drained.num_left} were left by their clients, "
+        f"{drained.num_cut} were cut"
     )
     terminal.show_result(output, facts, text)
 
@@ -739,7 +780,7 @@ async def _connect(frontends: Sequence[str] | None, directory: Path) -> Client:
             f"expected a frontend in {directory}, found none; start one with: unbroken up",
         )
     try:
-        return Client(*frontends, tls=_tls.get())
+        return Client(*frontends, tls=_tls.get(), admin_token=_admin_token.get())
     except ValueError as error:
         raise typer.BadParameter(f"{error}") from None
 

@@ -75,6 +75,7 @@ class LocalMesh:
         flags_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
         wrap_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
         client_tls: ClientTls | None = None,
+        admin_token: str | None = None,
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         """Discovery lives in `directory`, logs in `directory`/logs.
@@ -96,6 +97,8 @@ class LocalMesh:
         self._wrap_of = wrap_of
         self._client_tls = client_tls
         """How the frontends are asked whether they serve, if their flags say TLS."""
+        self._admin_token = admin_token
+        """What they are asked with, if they ask for the token of an operator."""
         self._ready_timeout_s = ready_timeout_s
         self._discovery = FileDiscovery(directory)
         self._mark = secrets.token_hex(8)
@@ -299,7 +302,9 @@ class LocalMesh:
         while (record := self._frontends.get(frontend_id)) is None or record.pid != pid:
             self._check_running([frontend_id])
             await asyncio.sleep(_POLL_S)
-        async with Client(record.address, tls=self._client_tls) as client:
+        async with Client(
+            record.address, tls=self._client_tls, admin_token=self._admin_token
+        ) as client:
             while True:
                 self._check_running([frontend_id, *worker_ids])
                 try:

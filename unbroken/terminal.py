@@ -335,6 +335,16 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def teller(output: Output) -> Callable[[str], None]:
+    """Where to say what goes on before the result: beside it, if the result is JSON."""
+
+    def aside(text: str) -> None:
+        sys.stderr.write(text if sys.stderr.isatty() else _COLOUR.sub("", text))
+        sys.stderr.flush()
+
+    return aside if output is Output.JSON else write
+
+
 def note(text: str) -> None:
     """Something beside the result, dim if a terminal shows it."""
     print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)  # noqa: T201

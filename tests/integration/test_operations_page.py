@@ -25,6 +25,7 @@ async def block_played(world: World, block: str, directory: Path) -> list[Step]:
     """The block, when the workers that live can be told."""
     last = max(world.mesh.workers.items())[1]
     environment = {
+        "FRONTEND": world.mesh.frontend_address,
         "SIDECAR": last.address,
         "UNBROKEN_DISCOVERY": str(world.mesh.directory),
         "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
@@ -45,7 +46,7 @@ def write() -> None:
     with tempfile.TemporaryDirectory() as name, mesh_for_the_page(Path(name) / "mesh") as world:
 
         def anew(match: re.Match[str]) -> str:
-            steps = world.run(block_played(world, match[0], Path(name)), limit_s=60)
+            steps = world.run(block_played(world, match[0], Path(name)), limit_s=600)
             return "".join(f"$ {step.command}\n{normal(step.output)}" for step in steps)
 
         PAGE.write_text(BLOCK.sub(anew, PAGE.read_text()))
