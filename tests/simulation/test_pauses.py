@@ -9,7 +9,8 @@ from typing_extensions import override
 from frontend.busy import Busy
 from frontend.preemption import Candidate, Preemption
 from frontend.stream import Abort, Command, Paused, State, Stream
-from tests.simulation.pauses import Event, Job, Pauses
+from tests.simulation.pauses import Pauses
+from tests.simulation.pausing_worker import Event, Job
 from tests.simulation.witness import Violation
 from unbroken.outcome import FailureKind
 
