@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from unbroken.config import Address, ProcessConfig
+from unbroken.transport import TlsFiles
 
 
 class MemoryConfig(ProcessConfig):
@@ -13,7 +14,13 @@ class MemoryConfig(ProcessConfig):
     directory: Path
     """For its sockets: session.sock for engines, control.sock for gRPC, vault.sock."""
     listen: Address | None = None
-    """host:port of gRPC for other hosts; control.sock alone if not given. There is no TLS here."""
+    """host:port at which other hosts read blocks, with tickets; none if not given."""
+    tls_certificate: Path | None = None
+    """PEM file with the certificate shown there, its chain after it; without, no TLS."""
+    tls_key: Path | None = None
+    """PEM file with its private key."""
+    tls_client_ca: Path | None = None
+    """PEM file of the authority whose certificates readers have to show; without, none do."""
     metrics_listen: Address | None = None
     """host:port of the metrics endpoint; none if not given."""
     capacity_bytes: int = Field(4 * 1024**3, ge=1024**2, le=2**50)
@@ -34,6 +41,8 @@ class MemoryConfig(ProcessConfig):
     """Above this share of the capacity, blocks are evicted before anybody asks."""
     low_share: float = Field(0.85, gt=0, le=1)
     """Down to this share."""
+    slabs_max: int = Field(8192, ge=1, le=1_000_000)
+    """Slabs of all tenants: each takes two descriptors at most, here and in the vault."""
     orphan_grace_s: float = Field(600.0, ge=0, le=86400)
     """How long the pool of a dead engine waits to be adopted."""
     rebind_grace_s: float = Field(5.0, ge=0.05, le=600)
@@ -55,11 +64,22 @@ class MemoryConfig(ProcessConfig):
             raise ValueError(
                 f"expected low_share up to high_share ({self.high_share:g}), got {self.low_share:g}"
             )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("expected tls_certificate and tls_key together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("expected tls_certificate with tls_client_ca")
         self.tenant_quotas()
         self.tenant_gpu_quotas()
         self.gpu_bytes()
         self.user_grants()
         return self
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """How other hosts are spoken to; None if in the clear."""
+        if self.tls_certificate is None or self.tls_key is None:
+            return None
+        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_client_ca)
 
     def tenant_quotas(self) -> dict[str, int]:
         """Of the host's memory, by tenant."""

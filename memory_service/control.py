@@ -15,6 +15,7 @@ from memory_service.keeper import Keeper
 from memory_service.metrics import quarantined
 from memory_service.scrubber import Scrubber
 from memory_service.session_channel import KEYS_MAX
+from memory_service.tickets import Tickets
 from unbroken import log
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.memory import checksums, keys
@@ -38,7 +39,10 @@ _log = log.get_logger(__name__)
 
 
 class Control(memory_pb2_grpc.MemoryServiceServicer):
-    """Answers on the event loop; bytes are compared in threads."""
+    """Answers on the event loop; bytes are compared in threads.
+
+    Where other hosts reach it, it has `tickets`: it reads blocks for who has one, and that is all.
+    """
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
         scrubber: Scrubber,
         *,
         on_change: Callable[[], None],
+        tickets: Tickets | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._holdings = holdings
@@ -54,6 +59,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
         self._scrubber = scrubber
         self._on_change = on_change
         self._clock = clock
+        self._tickets = tickets
         self._started_at = clock()
         self._num_watchers = 0
         self._num_readers = 0
@@ -61,7 +67,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
 
     @override
     async def GetUsage(self, request: pb.GetUsageRequest, context: _Context) -> pb.GetUsageResponse:
-        self._check_boot(request.boot_token)
+        self._check(request.boot_token)
         holdings = self._holdings
         host = holdings.ledger.accounts[HOST]
         return pb.GetUsageResponse(
@@ -105,7 +111,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
     async def ListSegments(
         self, request: pb.ListSegmentsRequest, context: _Context
     ) -> pb.ListSegmentsResponse:
-        self._check_boot(request.boot_token)
+        self._check(request.boot_token)
         holdings = self._holdings
         found = [labels.version_to_proto(holdings, version) for version in holdings.segments]
         found += [labels.store_to_proto(slab) for slab in holdings.store]
@@ -117,7 +123,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: _Context
     ) -> pb.ListSessionsResponse:
-        self._check_boot(request.boot_token)
+        self._check(request.boot_token)
         return pb.ListSessionsResponse(
             sessions=[labels.session_to_proto(session) for session in self._holdings.sessions]
         )
@@ -126,7 +132,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
     async def LookupBlocks(
         self, request: pb.LookupBlocksRequest, context: _Context
     ) -> pb.LookupBlocksResponse:
-        self._check_boot(request.boot_token)
+        self._check_reader(request)
         found = self._holdings.store.find(request.tenant, _keys(request.keys))
         return pb.LookupBlocksResponse(num_blocks=len(found))
 
@@ -134,7 +140,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
     async def ReadBlocks(
         self, request: pb.ReadBlocksRequest, context: _Context
     ) -> AsyncIterator[pb.ReadBlocksResponse]:
-        self._check_boot(request.boot_token)
+        self._check_reader(request)
         if self._num_readers >= READERS_MAX:
             raise UnbrokenError(
                 Reason.OVERLOADED, f"expected at most {READERS_MAX} readers", retry_after_s=0.1
@@ -179,7 +185,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
 
     @override
     async def Verify(self, request: pb.VerifyRequest, context: _Context) -> pb.VerifyResponse:
-        self._check_boot(request.boot_token)
+        self._check(request.boot_token)
         if self._num_verifying >= VERIFIERS_MAX:
             raise UnbrokenError(
                 Reason.OVERLOADED,
@@ -199,7 +205,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
 
     @override
     async def Evict(self, request: pb.EvictRequest, context: _Context) -> pb.EvictResponse:
-        self._check_boot(request.boot_token)
+        self._check(request.boot_token)
         freed = self._holdings.evict(request.tenant, request.segment)
         self._keeper.obey()
         self._on_change()
@@ -209,6 +215,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
     async def Watch(
         self, request: pb.WatchRequest, context: _Context
     ) -> AsyncIterator[pb.WatchResponse]:
+        self._check(0)  # It says itself if the life is another.
         holdings, news = self._holdings, self._holdings.news
         if self._num_watchers >= WATCHERS_MAX:
             raise UnbrokenError(
@@ -256,6 +263,20 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
                     await asyncio.sleep(WATCH_INTERVAL_S)
         finally:
             self._num_watchers -= 1
+
+    def _check(self, boot_token: int) -> None:
+        """Raise unless this is for the owner of the service, in this life of it."""
+        if self._tickets is not None:
+            raise UnbrokenError(
+                Reason.NOT_PERMITTED, "expected this call on the service's own socket"
+            )
+        self._check_boot(boot_token)
+
+    def _check_reader(self, request: pb.LookupBlocksRequest | pb.ReadBlocksRequest) -> None:
+        """Raise unless the caller may read this tenant's blocks."""
+        if self._tickets is not None:
+            self._tickets.check(request.ticket, request.tenant, time.time())
+        self._check_boot(request.boot_token)
 
     def _check_boot(self, boot_token: int) -> None:
         if boot_token:

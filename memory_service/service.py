@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import resource
 import secrets
 import select
 import time
@@ -24,10 +25,11 @@ from memory_service.memfd import MemfdBackend
 from memory_service.metrics import HoldingsCollector
 from memory_service.scrubber import Scrubber
 from memory_service.session_channel import SessionChannel
+from memory_service.tickets import KEY_BYTES, Tickets
 from memory_service.vault_link import VaultLink
 from unbroken import log, metrics
 from unbroken.config import split_address
-from unbroken.health import add_health
+from unbroken.health import HealthServicer, add_health
 from unbroken.memory.channel import ChannelClosed
 from unbroken.signals import STOPPING, heed_no_more
 from unbroken.transport import listen, listen_locally, make_server
@@ -36,6 +38,8 @@ from unbroken.v1 import memory_pb2_grpc
 MEMORY_SERVICE = "unbroken.v1.MemoryService"
 LOCK_WAIT_S = 10.0
 """How long another service of this directory may take to end."""
+FDS_RESERVED = 4500
+"""Descriptors that are not for slabs."""
 SEAL_RETRY_S = 0.01
 VAULT_RETRY_S = 1.0
 
@@ -72,14 +76,21 @@ class MemoryService:
             ),
             config.orphan_grace_s,
             gpus.limits,
+            min(config.slabs_max, _slabs_max()),
         )
         self._grants = config.user_grants()
         self.holdings = Holdings(policy, secrets.randbits(63) | 1)
         self.keeper = Keeper(
             self.holdings, {HOST: MemfdBackend(), **gpus.backends}, on_forget=self._forget
         )
+        config.directory.mkdir(parents=True, exist_ok=True)
+        self._tickets = Tickets(_secret(config.directory / "ticket.key"))
         self.channel = SessionChannel(
-            self.holdings, self.keeper, may_use=self._may_use, clock=clock
+            self.holdings,
+            self.keeper,
+            may_use=self._may_use,
+            tickets=self._tickets,
+            clock=clock,
         )
         self.channel.on_change = self._schedule
         self.channel.on_due = self._schedule_at
@@ -99,7 +110,7 @@ class MemoryService:
         self._lock = -1
         self._due: asyncio.TimerHandle | None = None
         self._due_at = 0.0
-        self._server: grpc.aio.Server | None = None
+        self._servers: list[grpc.aio.Server] = []
         self._metrics_server: metrics.MetricsServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -107,7 +118,6 @@ class MemoryService:
         """Serve. Sessions come first: engines wait for them. Raises OSError."""
         begun = self._clock()
         config, directory = self._config, self._config.directory
-        directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o711 if self._grants else 0o700)
         self._lock = await _locked(directory / "service.lock")
         if config.has_vault:
@@ -122,22 +132,16 @@ class MemoryService:
             boot_token=f"{self.holdings.boot_token:016x}",
             took_s=round(self._clock() - begun, 4),
         )
-        server = self._server = make_server()
-        control = Control(
-            self.holdings,
-            self.keeper,
-            self.scrubber,
-            on_change=self._schedule,
-            clock=self._clock,
-        )
-        memory_pb2_grpc.add_MemoryServiceServicer_to_server(control, server)
-        health = add_health(server, [MEMORY_SERVICE])
+        server, health = self._server(None)
         path = directory / "control.sock"
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
         listen_locally(server, path)
         if config.listen is not None:
-            self.address = listen(server, config.listen)
+            remote, remote_health = self._server(self._tickets)
+            self.address = listen(remote, config.listen, tls=config.tls)
+            await remote.start()
+            remote_health.set_all(is_serving=True)
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
             self._metrics_server = metrics.serve(self._registry, host, port)
@@ -156,6 +160,21 @@ class MemoryService:
             metrics_address=self._metrics_server.address if self._metrics_server else "",
         )
 
+    def _server(self, tickets: Tickets | None) -> tuple[grpc.aio.Server, HealthServicer]:
+        """One that is not started; with tickets, for whoever has one."""
+        server = make_server()
+        control = Control(
+            self.holdings,
+            self.keeper,
+            self.scrubber,
+            on_change=self._schedule,
+            tickets=tickets,
+            clock=self._clock,
+        )
+        memory_pb2_grpc.add_MemoryServiceServicer_to_server(control, server)
+        self._servers.append(server)
+        return server, add_health(server, [MEMORY_SERVICE])
+
     async def wait(self) -> None:
         """Until one of its tasks fails, which it then raises."""
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -172,8 +191,8 @@ class MemoryService:
         if self._due is not None:
             self._due.cancel()
         self.channel.close()
-        if self._server is not None:
-            await self._server.stop(None)
+        for server in self._servers:
+            await server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         if self.keeper.vault is not None:
@@ -263,6 +282,27 @@ def _is_gone(vault: VaultLink) -> bool:
     poller = select.poll()
     poller.register(vault, select.POLLIN)
     return bool(poller.poll(0))  # It never says anything unasked.
+
+
+def _slabs_max() -> int:
+    """So many that descriptors are left for processes: two for each session, and connections."""
+    files_max, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (files_max - min(FDS_RESERVED, files_max // 2)) // 2
+
+
+def _secret(path: Path) -> bytes:
+    """The key in a file, which is made once. Raises OSError."""
+    new = path.with_suffix(f".{os.getpid()}")
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(secrets.token_bytes(KEY_BYTES))
+    with contextlib.suppress(FileExistsError):
+        path.hardlink_to(new)
+    new.unlink()
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise OSError(f"expected {KEY_BYTES} bytes in {path}, got {len(key)}")
+    return key
 
 
 async def _locked(path: Path) -> int:

@@ -25,6 +25,7 @@ from memory_service.keeper import Ends, Keeper, make_lifeline
 from memory_service.segments import SegmentClass, State, Version
 from memory_service.sessions import Peer, Session
 from memory_service.store import Block, StoreSlab
+from memory_service.tickets import Tickets
 from unbroken import log
 from unbroken.discovery import incarnation_now
 from unbroken.errors import InvalidField, Reason, UnbrokenError
@@ -83,9 +84,11 @@ class SessionChannel:
         keeper: Keeper,
         *,
         may_use: Callable[[int, str], bool],
+        tickets: Tickets,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`may_use` says whether a user may use a tenant's memory."""
+        self.tickets = tickets
         self.holdings = holdings
         self.keeper = keeper
         self.may_use = may_use
@@ -399,6 +402,10 @@ class Connection:
             case "release":
                 holdings.release_segment(session, request.release.name, request.release.version)
                 return _DONE
+            case "grant_reads":
+                ttl_s = request.grant_reads.ttl.ToTimedelta().total_seconds()
+                ticket = self._owner.tickets.grant(session.peer.tenant, ttl_s, time.time())
+                return _reply(read_ticket=wire.ReadTicket(ticket=ticket))
             case "unmapped":
                 holdings.unmapped(session, request.unmapped.slab_ids)
                 return _DONE
@@ -670,6 +677,7 @@ def _reply(
     found: wire.Found | None = None,
     pinned: wire.Pinned | None = None,
     reclaimed: wire.Reclaimed | None = None,
+    read_ticket: wire.ReadTicket | None = None,
 ) -> Answer:
     response = wire.SessionResponse(
         bound=bound,
@@ -678,6 +686,7 @@ def _reply(
         found=found,
         pinned=pinned,
         reclaimed=reclaimed,
+        read_ticket=read_ticket,
     )
     return response, fds, ours
 

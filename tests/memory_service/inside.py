@@ -20,6 +20,7 @@ from memory_service.keeper import Keeper
 from memory_service.memfd import MemfdBackend
 from memory_service.session_channel import SessionChannel
 from memory_service.store import StoreSlab
+from memory_service.tickets import Tickets
 from unbroken.memory.client import MemoryClient
 from unbroken.memory.records import Record
 
@@ -102,7 +103,9 @@ class Inside:
             self.holdings, lambda session_id: self._channel.unwatch(session_id)
         )
         # The channel asks for the running loop, which is the thread's.
-        self._channel = SessionChannel(self.holdings, self.keeper, may_use=_anybody)
+        self._channel = SessionChannel(
+            self.holdings, self.keeper, may_use=_anybody, tickets=Tickets(bytes(32))
+        )
         self._channel.listen(self.socket, mode=0o600)
 
 

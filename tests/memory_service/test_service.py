@@ -1,6 +1,7 @@
 """Real processes share memory, and lose each other (docs/decisions/memory-contract.md)."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -47,11 +48,15 @@ os.kill(os.getpid(), signal.SIGSTOP)
 Stub = memory_pb2_grpc.MemoryServiceStub
 
 
-def asked(service: ServiceProcess, ask: Callable[[Stub], Coroutine[Any, Any, ResultT]]) -> ResultT:
-    """What the control side answers."""
+def asked(
+    service: ServiceProcess,
+    ask: Callable[[Stub], Coroutine[Any, Any, ResultT]],
+    address: str = "",
+) -> ResultT:
+    """What the control side answers, or who listens for other hosts."""
 
     async def scenario() -> ResultT:
-        async with open_channel(service.control) as grpc_channel, asyncio.timeout(10):
+        async with open_channel(address or service.control) as grpc_channel, asyncio.timeout(10):
             return await ask(memory_pb2_grpc.MemoryServiceStub(grpc_channel))
 
     return uvloop.run(scenario())
@@ -85,7 +90,8 @@ def expect_blocks(client: MemoryClient, seed: int, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServiceProcess]:
-    with serving(tmp_path_factory.mktemp("memory"), "--scrub-bytes-per-s", "0") as service:
+    flags = ("--scrub-bytes-per-s", "0", "--listen", "127.0.0.1:0")
+    with serving(tmp_path_factory.mktemp("memory"), *flags) as service:
         yield service
 
 
@@ -316,6 +322,63 @@ def test_blocks_are_read_over_grpc_up_to_the_first_that_is_missing(
         assert part.checksum == checksums.compute(part.data)
         assert part.checksum_algorithm == pb.CHECKSUM_ALGORITHM_XXH3
         assert (part.size_bytes, part.num_tokens) == (BLOCK_BYTES, 16)
+
+
+def remote_address(service: ServiceProcess) -> str:
+    for line in (service.directory / "service.log").read_text().splitlines():
+        entry = json.loads(line)
+        if entry["event"] == "memory service serves":
+            return entry["address"]
+    raise AssertionError("it does not serve")
+
+
+def refusal(service: ServiceProcess, call: Callable[[Stub], Any]) -> Reason | None:
+    """Why another host is refused."""
+
+    async def ask(stub: Stub) -> None:
+        found = call(stub)
+        if hasattr(found, "__aiter__"):
+            _ = [part async for part in found]
+        else:
+            await found
+
+    try:
+        asked(service, ask, remote_address(service))
+    except grpc.aio.AioRpcError as error:
+        return from_rpc_error(error).reason
+    return None
+
+
+def test_another_host_reads_blocks_with_a_ticket_of_their_tenant(service: ServiceProcess) -> None:
+    with service.client(tenant="r") as writing, service.client(tenant="other") as other:
+        put(writing.open_writer(BLOCK_BYTES, 1), 14, 1)
+        keys = b"".join(keys_of(14, 1))
+        for ticket, expected in (
+            (writing.grant_reads(60.0), None),
+            (other.grant_reads(60.0), Reason.NOT_PERMITTED),
+            (b"", Reason.NOT_PERMITTED),
+        ):
+            read = pb.ReadBlocksRequest(tenant="r", keys=keys, ticket=ticket)
+            look = pb.LookupBlocksRequest(tenant="r", keys=keys, ticket=ticket)
+            assert refusal(service, lambda stub, read=read: stub.ReadBlocks(read)) is expected
+            assert refusal(service, lambda stub, look=look: stub.LookupBlocks(look)) is expected
+
+
+CALLS: dict[str, Callable[[Stub], Any]] = {
+    "GetUsage": lambda stub: stub.GetUsage(pb.GetUsageRequest()),
+    "ListSegments": lambda stub: stub.ListSegments(pb.ListSegmentsRequest()),
+    "ListSessions": lambda stub: stub.ListSessions(pb.ListSessionsRequest()),
+    "Verify": lambda stub: stub.Verify(pb.VerifyRequest()),
+    "Evict": lambda stub: stub.Evict(pb.EvictRequest()),
+    "Watch": lambda stub: stub.Watch(pb.WatchRequest()),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_another_host_does_nothing_else(
+    service: ServiceProcess, call: Callable[[Stub], Any]
+) -> None:
+    assert refusal(service, call) is Reason.NOT_PERMITTED
 
 
 def test_events_are_watched_from_where_one_was(service: ServiceProcess) -> None:

@@ -397,6 +397,15 @@ class MemoryClient:
         )
         return list(map(StoredBlock._make, columns))
 
+    def grant_reads(self, ttl_s: float) -> bytes:
+        """A ticket with which another host may read this tenant's blocks for so long.
+
+        It goes to who may, over connections that nobody else can read: see `ReadBlocksRequest`.
+        """
+        grant = wire.GrantReads()
+        grant.ttl.FromMilliseconds(round(ttl_s * 1000))
+        return self.call(wire.SessionRequest(grant_reads=grant)).read_ticket.ticket
+
     def release_pin(self, pin_id: int, life: int) -> None:
         """End a pin of this life; one of an earlier life has ended with it."""
         with self.lock:
