@@ -48,6 +48,18 @@ class Block:
     algorithm: Algorithm = Algorithm.XXH3
     """Of the checksum."""
     num_pins: int = 0
+    told: tuple[int, int, int, int, int, int] = field(init=False)
+    """What its readers are told: slab, slot, generation, checksum, tokens and algorithm."""
+
+    def __post_init__(self) -> None:
+        self.told = (
+            self.slab.slab_id,
+            self.slot,
+            self.generation,
+            self.checksum,
+            self.num_tokens,
+            int(self.algorithm),
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +121,7 @@ class BlockStore:
     def __init__(self, *, pins_max: int = 65_536) -> None:
         self._pins_max = pins_max
         self._slabs: dict[int, StoreSlab] = {}
-        self._index: dict[tuple[str, bytes], Block] = {}
+        self._index: dict[str, dict[bytes, Block]] = {}  # By tenant and key.
         self._pins: dict[int, Pin] = {}
         self._next_pin_id = 1
         self._use = 0
@@ -122,7 +134,7 @@ class BlockStore:
 
     @property
     def num_blocks(self) -> int:
-        return len(self._index)
+        return sum(map(len, list(self._index.values())))
 
     @property
     def num_pins(self) -> int:
@@ -130,11 +142,11 @@ class BlockStore:
 
     @property
     def num_pinned(self) -> int:
-        return sum(1 for block in self._index.values() if block.num_pins)
+        return sum(1 for block in self._all() if block.num_pins)
 
     def blocks(self) -> list[Block]:
         """All of them, least recently used first."""
-        return sorted(self._index.values(), key=lambda block: block.last_used)
+        return sorted(self._all(), key=lambda block: block.last_used)
 
     def add(self, slab: StoreSlab) -> None:
         """A slab of a session, or one of an earlier life of the service."""
@@ -179,7 +191,8 @@ class BlockStore:
                 if (old.key, old.generation) == (record.key, record.generation):
                     continue  # Told twice.
                 self._forget(old)
-            if (slab.tenant, record.key) in self._index:
+            index = self._index.setdefault(slab.tenant, {})
+            if record.key in index:
                 free.append(slot)
                 continue
             self._use += 1
@@ -194,14 +207,13 @@ class BlockStore:
                 record.algorithm,
             )
             slab.blocks[slot] = block
-            self._index[slab.tenant, record.key] = block
+            index[record.key] = block
         return free
 
     def find(self, tenant: str, keys: Sequence[bytes]) -> list[Block]:
         """The blocks of the first keys, up to the first that is not stored."""
         found: list[Block] = []
-        for key in keys:
-            block = self._index.get((tenant, key))
+        for block in map(self._index.get(tenant, {}).get, keys):
             if block is None:
                 break
             found.append(block)
@@ -337,14 +349,20 @@ class BlockStore:
                 num_blocks += 1
                 assert 0 <= slot < slab.num_slots
                 assert (block.slot, block.slab) == (slot, slab)
-                assert self._index[slab.tenant, block.key] is block, "one block per key"
+                assert self._index[slab.tenant][block.key] is block, "one block per key"
                 assert block.num_pins == pins.get(block, 0), "pins are counted"
-        assert num_blocks == len(self._index), "the index has nothing else"
+        assert num_blocks == self.num_blocks, "the index has nothing else"
+        assert all(self._index.values()), "nor a tenant without a block"
+
+    def _all(self) -> list[Block]:
+        return [block for index in list(self._index.values()) for block in list(index.values())]
 
     def _touch(self, blocks: Sequence[Block]) -> None:
+        use = self._use
         for block in reversed(blocks):
-            self._use += 1
-            block.last_used = self._use
+            use += 1
+            block.last_used = use
+        self._use = use
 
     def _end(self, pin: Pin) -> None:
         del self._pins[pin.pin_id]
@@ -352,7 +370,10 @@ class BlockStore:
             block.num_pins -= 1
 
     def _forget(self, block: Block) -> None:
-        del self._index[block.slab.tenant, block.key]
+        index = self._index[block.slab.tenant]
+        del index[block.key]
+        if not index:
+            del self._index[block.slab.tenant]
         del block.slab.blocks[block.slot]
 
     def _free_if_empty(self, slab: StoreSlab) -> None:

@@ -30,16 +30,23 @@ WAIT_S = 20.0
 
 
 class WatchedKeeper(Keeper):
-    """Notes who reads tables."""
+    """Notes who reads tables, and can hold up one of them after it has read."""
 
     def __init__(self, holdings: Holdings, on_forget: Callable[[int], None]) -> None:
         super().__init__(holdings, {HOST: MemfdBackend()}, on_forget=on_forget)
         self.readers: list[int | None] = []
+        self.held: threading.Event | None = None
+        self.num_read = 0
 
     @override
     def read(self, slab: StoreSlab) -> list[tuple[int, Record | None]]:
         self.readers.append(threading.current_thread().ident)
-        return super().read(slab)
+        found = super().read(slab)
+        held, self.held = self.held, None
+        if held is not None:
+            held.wait(WAIT_S)
+        self.num_read += 1
+        return found
 
 
 class Inside:

@@ -461,3 +461,47 @@ def test_records_and_bytes_are_read_in_threads_and_not_on_the_loop(service: Insi
         assert in_threads(), "when it binds again"
         client.close()
         until(in_threads, "and when its slab is sealed")
+
+
+def test_records_that_were_read_for_a_connection_that_is_gone_do_not_count(
+    service: Inside,
+) -> None:
+    def ask(sock: socket.socket, request: wire.SessionRequest) -> wire.SessionResponse:
+        channel.send(sock, request)
+        response, fds = channel.receive(sock, wire.SessionResponse)
+        kept.extend(fds)
+        return response
+
+    def num_blocks() -> int:
+        return service.run(lambda: service.holdings.store.num_blocks)
+
+    kept: list[int] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: channel.close_all(kept))
+        socks = [stack.enter_context(channel.connect(service.socket)) for _ in range(3)]
+        for sock in socks:
+            sock.settimeout(20)
+        first, slow, second = socks
+        bind = wire.SessionRequest(bind=wire.Bind(protocol_version=1))
+        bound = ask(first, bind).bound
+        token = bound.boot_token
+        open_slab = wire.OpenSlab(block_bytes=PAGE, num_slots=1)
+        granted = ask(first, wire.SessionRequest(boot_token=token, open_slab=open_slab)).granted
+        (slab,) = granted.segment.slabs
+        record = records.Record(records.RecordState.COMMITTED, 16, 1, 0, KEYS[0], 0)
+        os.pwrite(kept[-1], record.to_bytes(slab.slab_id), 0)
+        commit = wire.CommitBlocks(slab_id=slab.slab_id, slots=[0])
+        ask(first, wire.SessionRequest(boot_token=token, commit=commit))
+        assert num_blocks() == 1
+        bind.bind.session_id, bind.bind.secret = bound.session_id, bound.secret
+        service.keeper.held = held = threading.Event()
+        channel.send(slow, bind)
+        until(lambda: bool(service.keeper.readers), "its records are read")
+        assert ask(second, bind).bound.is_resumed
+        reclaim = wire.ReclaimSlots(slab_id=slab.slab_id, num_slots=1)
+        answer = ask(second, wire.SessionRequest(boot_token=token, reclaim=reclaim))
+        assert list(answer.reclaimed.slots) == [0], "it may overwrite the block"
+        held.set()
+        until(lambda: service.keeper.num_read == 2, "the first reading is over")
+        time.sleep(0.05)  # Were it to be taken in, that would be in the next turns of the loop.
+        assert num_blocks() == 0

@@ -388,14 +388,15 @@ class MemoryClient:
                 for slot, (view, size) in zip(slots, map(views.__getitem__, slab_ids), strict=False)
             ]
         algorithms = list(map(checksums.of_contract, pinned.checksum_algorithms))
-        columns = zip(
-            datas,
-            pinned.num_tokens,
-            pinned.checksums,
-            algorithms or [Algorithm.XXH3] * len(datas),
-            strict=False,
+        return list(
+            map(
+                StoredBlock,
+                datas,
+                pinned.num_tokens,
+                pinned.checksums,
+                algorithms or [Algorithm.XXH3] * len(datas),
+            )
         )
-        return list(map(StoredBlock._make, columns))
 
     def grant_reads(self, ttl_s: float) -> bytes:
         """A ticket with which another host may read this tenant's blocks for so long.
