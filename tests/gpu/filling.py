@@ -1,11 +1,17 @@
 """Bytes for a GPU's memory that no checksum takes for others."""
 
+import hashlib
 import random
 
 from unbroken.memory.gpu import Gpu
 
 SLAB_BYTES = 1 << 30
+BLOCK_BYTES = 2 << 20
 _SENT_BYTES = 32 << 20
+
+
+def keys_of(seed: str, number: int) -> list[bytes]:
+    return [hashlib.blake2b(f"{seed} {i}".encode(), digest_size=32).digest() for i in range(number)]
 
 
 def fill(gpu: Gpu, address: int, size_bytes: int, *, seed: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from memory_service.nvml import NvmlWatch
 from tests.gpu import deeds
-from tests.gpu.filling import SLAB_BYTES, fill
+from tests.gpu.filling import BLOCK_BYTES, SLAB_BYTES, fill, keys_of
 from tests.gpu.watching import faults
 from tests.memory_service import refusals
 from tests.memory_service.processes import ServiceProcess, serving
@@ -41,6 +41,10 @@ CHECKSUM_SHARE_MIN = 0.85
 """Of the traffic of one large copy, which reads and writes: the GPU's own measure."""
 COPY_SHARE_MIN = 0.8
 """Of one large copy, by blocks of 2 MiB that lie anywhere, with their checksums."""
+BLOCKS = 130
+"""Of 2 MiB: KV of some 8,000 tokens of a model of 1.5 B, or 2,000 of one of 8 B."""
+RESTORE_MS_MAX = 12.0
+"""From the kill of their writer until the standby has all of them."""
 CONTEXT_BYTES_MAX = 16 << 20
 """What a service without a context may take of the GPU; a context takes 500 MiB."""
 SIZES = (0, 1, 7, 8, 9, 4096, (2 << 20) - 8, 2 << 20, (2 << 20) + 5, (5 << 20) + 3, 64 << 20)
@@ -221,6 +225,7 @@ class Proof:
                 self.weights(service)
                 self.killed(service, is_standby=False)
                 self.killed(service, is_standby=True)
+                self.blocks(service)
                 self.outage(service)
                 if find_spec("torch") is not None:
                     self.offence(service)
@@ -307,6 +312,48 @@ class Proof:
         }
         self.expect(num_equal == self.rounds, f"{word}: bytes were equal in {num_equal} rounds")
         self.expect(num_quiet == self.rounds, f"{word}: nobody wrote later in {num_quiet} rounds")
+
+    def blocks(self, service: ServiceProcess) -> None:
+        """A writer is killed among its blocks; a standby copies them into a cache of its own."""
+        gpu, number = self.gpu, BLOCKS
+        cache = self._slabs(1, number * BLOCK_BYTES)
+        addresses = [cache.address + place * BLOCK_BYTES for place in range(number)]
+        took: list[float] = []
+        num_equal = 0
+        for turn in range(self.rounds):
+            keys = keys_of(str(turn), number)
+            writer = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tests.gpu.writer"),
+                    *(str(service.socket), gpu.uuid, str(turn), str(number)),
+                ],
+                stdout=subprocess.PIPE,
+            )
+            assert writer.stdout is not None
+            with writer.stdout:
+                expected = json.loads(writer.stdout.readline())
+            with GpuMemoryClient(service.socket, gpu) as standby:
+                self.expect(standby.restore(keys[:1], addresses) == 1, "a first block is there")
+                fill(gpu, cache.address, cache.size_bytes, seed=4711)
+                time.sleep(random.Random(turn).uniform(0.01, 0.03))  # Somewhere in its writing.
+                begun = time.perf_counter()
+                writer.kill()
+                restored = standby.restore(keys, addresses)
+                took.append(time.perf_counter() - begun)
+                is_equal = gpu.checksums(addresses, BLOCK_BYTES) == expected
+                num_equal += restored == number and is_equal
+                writer.wait(30)
+        cache.close()
+        self.figures |= {
+            "restored_blocks": number,
+            "restored_equal": num_equal,
+            "kill_to_restored_ms": _ms(took),
+        }
+        self.expect(num_equal == self.rounds, f"blocks were equal in {num_equal} rounds")
+        self.expect(
+            statistics.median(took) * 1000 <= RESTORE_MS_MAX,
+            f"restoring {number} blocks took {_ms(took)} ms",
+        )
 
     def outage(self, service: ServiceProcess) -> None:
         """The service dies; its next life gives out what the first one made."""

@@ -1,12 +1,11 @@
 """Slabs of a GPU are mapped all or not at all, and where they were before."""
 
-import os
 from collections.abc import Generator, Sequence
 
 import pytest
 
 from memory_service.cuda import CudaBackend
-from tests.support.fake_gpu import GRANULARITY_BYTES, MADE_OF, FakeGpu
+from tests.support.fake_gpu import GRANULARITY_BYTES, MADE_OF, FakeGpu, num_descriptors
 from unbroken.memory import mlh64
 from unbroken.memory.device_slabs import DeviceSlabs
 from unbroken.memory.gpu import Access, AddressTaken, GpuCode, GpuError
@@ -17,12 +16,12 @@ SIZES = (GRANULARITY_BYTES, 3 * GRANULARITY_BYTES, 2 * GRANULARITY_BYTES)
 @pytest.fixture
 def gpu() -> Generator[FakeGpu]:
     """A process's."""
-    num_fds = len(os.listdir("/proc/self/fd"))
+    before = num_descriptors()
     gpu = FakeGpu()
     yield gpu
     gpu.check_empty()
     gpu.check_failed()
-    assert len(os.listdir("/proc/self/fd")) == num_fds
+    assert num_descriptors() == before
 
 
 @pytest.fixture

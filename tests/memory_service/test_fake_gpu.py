@@ -1,17 +1,15 @@
 """The fake GPU refuses what a driver refuses, and leaks nothing."""
 
-import os
-
 import pytest
 
 from tests.memory_service import refusals
-from tests.support.fake_gpu import FakeGpu
+from tests.support.fake_gpu import FakeGpu, num_descriptors
 
 
 @pytest.mark.parametrize("name", refusals.DEEDS)
 def test_it_answers_as_a_driver_does(name: str) -> None:
     gpu = FakeGpu()
-    num_fds = len(os.listdir("/proc/self/fd"))
+    before = num_descriptors()
     expected = refusals.STRICTER.get(name, refusals.EXPECTED[name])
     if expected is refusals.Bug.CRASH:
         with pytest.raises(AssertionError, match="not released"):
@@ -19,4 +17,4 @@ def test_it_answers_as_a_driver_does(name: str) -> None:
     else:
         assert refusals.answer(gpu, name) == expected
     gpu.check_empty()
-    assert len(os.listdir("/proc/self/fd")) == num_fds
+    assert num_descriptors() == before

@@ -30,8 +30,16 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory import channel, checksums
 from unbroken.memory.channel import ChannelClosed
 from unbroken.memory.checksums import Algorithm
-from unbroken.memory.mapped import Leaving, ReaderSlab, Segment, map_lifeline, map_segment
-from unbroken.memory.writer import BlockWriter
+from unbroken.memory.device_slabs import DeviceSlabs
+from unbroken.memory.mapped import (
+    GpuReaderSlab,
+    Leaving,
+    ReaderSlab,
+    Segment,
+    map_lifeline,
+    map_segment,
+)
+from unbroken.memory.writer import BlockWriter, SlabWriter
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -163,8 +171,8 @@ class MemoryClient:
         self._boot_token = 0
         self._lifelines: list[mmap.mmap] = []
         """Of this session, the last one, and of earlier ones of which something is mapped."""
-        self._reading: dict[int, ReaderSlab] = {}
-        self._writers: dict[int, BlockWriter] = {}
+        self._reading: dict[int, ReaderSlab | GpuReaderSlab] = {}
+        self._writers: dict[int, SlabWriter] = {}
         self._leaving: dict[int, Leaving] = {}
         self._segments: list[Segment] = []
         """All that are mapped, owned or attached."""
@@ -442,10 +450,10 @@ class MemoryClient:
             channel.close_all(fds)
 
     def _readable(self, slab_id: int) -> ReaderSlab | None:
-        if slab_id in self._reading:
-            return self._reading[slab_id]
-        writer = self._writers.get(slab_id)
-        return None if writer is None else writer.as_reader()
+        slab = self._reading.get(slab_id)
+        if slab is None and slab_id in self._writers:
+            slab = self._writers[slab_id].as_reader()
+        return slab if isinstance(slab, ReaderSlab) else None
 
     def _let_go(self, slab_ids: Sequence[int]) -> None:
         """Unmap slabs that were read, and say so; later, of those somebody still looks at."""
@@ -475,7 +483,7 @@ class MemoryClient:
     def _say_unmapped(self, slab_ids: Sequence[int]) -> None:
         self._tell(wire.SessionRequest(unmapped=wire.Unmapped(slab_ids=slab_ids)))
 
-    def writer_ended(self, slab_id: int, mapping: mmap.mmap) -> None:
+    def writer_ended(self, slab_id: int, mapping: mmap.mmap | DeviceSlabs) -> None:
         """For writers: it writes no more."""
         self._writers.pop(slab_id, None)
         try:

@@ -23,10 +23,11 @@ from typing_extensions import override
 
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.memory import channel
-from unbroken.memory.client import MemoryClient, SegmentClass
+from unbroken.memory.client import MemoryClient, Pinned, SegmentClass
 from unbroken.memory.device_slabs import DeviceSlabs
 from unbroken.memory.gpu import Access, Gpu, GpuError
-from unbroken.memory.mapped import Segment
+from unbroken.memory.gpu_writer import GpuBlockWriter, mapped
+from unbroken.memory.mapped import GpuReaderSlab, Segment
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -134,6 +135,92 @@ class GpuMemoryClient(MemoryClient):
                     f"expected {segment.checksums[number]:016x} in slab {number} of "
                     f"{segment.name}, got {seen:016x}",
                 )
+
+    # Blocks.
+
+    def open_writer_on_gpu(self, block_bytes: int, num_slots: int) -> GpuBlockWriter:
+        """As `open_writer`. Blocks whose size is a multiple of 16 are copied fastest."""
+        open_slab = wire.OpenSlab(
+            block_bytes=block_bytes,
+            num_slots=num_slots,
+            memory_kind=pb.MEMORY_KIND_CUDA,
+            device=self.gpu.uuid,
+        )
+        with self.lock:
+            response, fds = self._call(wire.SessionRequest(open_slab=open_slab))
+            (slab,) = response.granted.segment.slabs
+            try:
+                writer = GpuBlockWriter(self, slab, fds, self.gpu)
+            except (GpuError, OSError):
+                close = wire.SessionRequest(close_slab=wire.CloseSlab(slab_id=slab.slab_id))
+                self.call(close)
+                raise
+            self._writers[slab.slab_id] = writer
+            return writer
+
+    def restore(
+        self, keys: Sequence[bytes], addresses: Sequence[int], *, ttl_s: float = 10.0
+    ) -> int:
+        """Copy the blocks of the first keys (1,000 at most) to these addresses; how many are there.
+
+        Up to the first that is not stored on this GPU, or does not match its checksum, which is
+        computed in the same pass. What is at the addresses of the others is undefined.
+        """
+        get = wire.GetBlocks(keys=b"".join(keys))
+        get.ttl.FromMilliseconds(round(ttl_s * 1000))
+        with self.lock:
+            begun = time.monotonic()
+            response, fds = self._call(wire.SessionRequest(get=get))
+            life, found = self.num_lives, response.pinned
+            self._map_new(found.new_slabs, fds)
+            sources, size = self._sources(found)
+            pin = Pinned(self, found.pin_id, life, [], begun + ttl_s)
+            with pin:
+                sums = self.gpu.copy_blocks(addresses[: len(sources)], sources, size)
+                is_valid = pin.is_valid
+            if found.freed_slab_ids:
+                self._let_go(found.freed_slab_ids)
+            if not is_valid:
+                return 0
+            for number, seen in enumerate(sums):
+                if seen != found.checksums[number]:
+                    self._report(
+                        found.slab_ids[number], found.slots[number], found.generations[number]
+                    )
+                    return number
+            return len(sums)
+
+    def _sources(self, found: wire.Pinned) -> tuple[list[int], int]:
+        """Where the first blocks are that lie on this GPU and are of one size; and that."""
+        sources: list[int] = []
+        size = 0
+        algorithms = found.checksum_algorithms
+        for number, (slab_id, slot) in enumerate(zip(found.slab_ids, found.slots, strict=True)):
+            slab = self._reading.get(slab_id)
+            if slab is None and slab_id in self._writers:
+                slab = self._writers[slab_id].as_reader()
+            if not isinstance(slab, GpuReaderSlab) or slab.block_bytes != (
+                size or slab.block_bytes
+            ):
+                break
+            if not algorithms or algorithms[number] != pb.CHECKSUM_ALGORITHM_MLH64:
+                break
+            size = slab.block_bytes
+            sources.append(slab.address(slot))
+        return sources, size
+
+    @override
+    def _map_new(self, slabs: Sequence[pb.Slab], fds: list[int]) -> None:
+        try:
+            for slab, fd in zip(slabs, fds, strict=True):
+                is_here = (slab.memory_kind, slab.device) == (pb.MEMORY_KIND_CUDA, self.gpu.uuid)
+                if is_here and slab.slab_id not in self._reading:
+                    there = mapped(self.gpu, slab, fd, Access.READ)
+                    self._reading[slab.slab_id] = GpuReaderSlab(there, slab.block_bytes)
+        except GpuError:
+            channel.close_all(fds)
+            raise
+        super()._map_new(slabs, fds)
 
     @override
     def seal(self, segment: Segment, layout: bytes = b"") -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unbroken.memory import channel
+from unbroken.memory.device_slabs import DeviceSlabs
 from unbroken.v1 import memory_pb2 as pb
 
 
@@ -46,10 +47,21 @@ class ReaderSlab:
 
 
 @dataclass(slots=True, eq=False)
+class GpuReaderSlab:
+    """The same of a slab in a GPU's memory."""
+
+    mapping: DeviceSlabs
+    block_bytes: int
+
+    def address(self, slot: int) -> int:
+        return self.mapping.address + slot * self.block_bytes
+
+
+@dataclass(slots=True, eq=False)
 class Leaving:
     """A slab that is given up, and that somebody in this process still has a view of."""
 
-    mapping: mmap.mmap
+    mapping: mmap.mmap | DeviceSlabs
     is_written: bool
     """It was this process's to write to."""
 
