@@ -36,6 +36,8 @@ _PREFILL_S_MAX = 0.9 * POLICY.prefill_unmeasured_s
 _NOTICED_AFTER_S = {True: 0.8, False: 1.4}
 """A hung engine that has work is noticed within the first, one that only makes no step within the
 second, unless something was to be prefilled."""
+_CERTAIN_AFTER_S = 2 * LOOK_INTERVAL_S
+"""A stall is called one at the second look that finds it."""
 _CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
 _TOKENIZER = worker_pb2.Tokenizer(vocab_size=VOCAB_SIZE)
 
@@ -86,6 +88,8 @@ class Engine:
         self._unread: list[Callable[[], None]] = []  # What it was asked since it hangs.
         self._said_at = 0.0
         self._went_on_at = -FOREVER
+        self._left_prefill_at = -FOREVER
+        """When an attempt ended whose prompt it may have been computing."""
         self._num_steps = 0
         self._is_pulse_planned = False
         self._s_per_token = 0.0002
@@ -164,6 +168,12 @@ class Engine:
 
     def _must_be_noticed(self, incarnation: int, num_stalls: int) -> None:
         """Unless all it had was taken from it."""
+        left_s = self._world.now - self._left_prefill_at
+        if not self._is_hung and left_s <= _CERTAIN_AFTER_S:
+            # Until then it may have been computing that.
+            due = _CERTAIN_AFTER_S - left_s + LOOK_INTERVAL_S
+            self._world.after(due, self._must_be_noticed, incarnation, num_stalls)
+            return
         if (
             self.is_up
             and incarnation == self.incarnation
@@ -389,7 +399,10 @@ class Engine:
     def _end(self, slot: int, running: _Running, ended: attempt_pb2.AttemptEnded) -> None:
         ended.slot = slot
         ended.end_offset = running.offset
+        num_queued = self._hub.queued_tokens
         self._say(attempt_pb2.StepFrame(ended=[ended]))
+        if self._hub.queued_tokens < num_queued:
+            self._left_prefill_at = self._world.now
 
     def _say(self, frame: attempt_pb2.StepFrame) -> None:
         self._said_at = self._world.now
