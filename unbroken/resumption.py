@@ -56,6 +56,7 @@ FINAL: Final = frozenset(
         Reason.CHECKSUM_MISMATCH,
         Reason.MEMORY_EXHAUSTED,
         Reason.NOT_PERMITTED,
+        Reason.GPU_FAILED,
     }
 )
 """A stream that ends so would end so everywhere, or must not go on."""

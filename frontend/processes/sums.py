@@ -14,6 +14,7 @@ PARTS: Final = frozenset(
         "process_open_fds",
         "process_resident_memory_bytes",
         "process_virtual_memory_bytes",
+        "unbroken_frontend_choices_paused",
         "unbroken_frontend_choices_waiting",
         "unbroken_frontend_edge_connections",
         "unbroken_frontend_links_up",
