@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-gpu recovery storm bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -62,7 +62,7 @@ detection: .venv/.dev ## How long streams stand still when something fails, for 
 soak: .venv/.dev ## Half an hour of hard conditions: no healthy worker is taken for a sick one
 	$(BIN)/python -m benchmarks.soak
 
-engines: .venv/.dev ## Real vLLM, installed into .engines (3 GB): conformance, killed under streams (PARTS=conformance,deaths,stops)
+engines: .venv/.dev ## Real vLLM, installed into .engines (2.5 GB): conformance, killed under streams (PARTS=conformance,deaths,native,stops)
 	$(BIN)/python -m tests.engines.real $(if $(PARTS),--parts $(PARTS))
 
 zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothing held, soon in service
@@ -74,7 +74,7 @@ memory-proof: .venv/.dev ## Memory survives engines, its service and its vault: 
 memory-gpu: .venv/.dev ## The same of a GPU's memory, and its checksum's speed; needs a GPU and extra cuda (GIB=16)
 	$(BIN)/python -m tests.gpu.memory $(if $(GIB),--gib $(GIB))
 
-recovery: .venv/.dev ## How long a stream stands still when its worker is killed
+recovery: .venv/.dev ## How long a stream stands still when its worker is killed; by default, and with real-time priority
 	$(BIN)/python -m benchmarks.recovery
 
 storm: .venv/.dev ## A worker dies with 200 long streams: what it does to the others, with and without the resume queue

@@ -180,6 +180,8 @@ async def storm(*, is_on: bool) -> Storm:
             engine="simulated",
             engine_options=options,
             frontend_flags=["--resume-queue" if is_on else "--no-resume-queue"],
+            # It asks engines that are idle before it begins, and they count its tokens.
+            sidecar_flags=["--canary-period-s", "0"],
         )
         async with mesh, Client(mesh.frontend_address) as client:
             tasks: list[asyncio.Task[None]] = []

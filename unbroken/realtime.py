@@ -11,36 +11,51 @@ The kernel leaves 5 % of the time to others whatever such a process does
 
 import os
 import resource
+from threading import Thread
 from typing import Annotated, Final
 
-from pydantic import Field
-
-from unbroken.errors import InvalidField
-
-RealtimePriority = Annotated[int, Field(ge=0, le=99)]
-"""Of SCHED_RR; 0: as any other process."""
+from pydantic import AfterValidator, Field
 
 _POLICIES: Final = (os.SCHED_FIFO, os.SCHED_RR)
 
 
 def run_before_others(priority: int) -> None:
-    """Take the priority, for this thread and what it starts; to be called before there are others.
+    """Take the priority (0: none), for this thread and what it starts; before there are others.
 
-    Raises InvalidField if the system does not allow it.
+    Raises PermissionError.
     """
-    if not priority:
-        return
-    try:
+    if priority:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
-    except PermissionError:
-        _, allowed = resource.getrlimit(resource.RLIMIT_RTPRIO)
-        raise InvalidField(
-            "realtime_priority",
-            expected=f"at most {allowed}, as this process has no CAP_SYS_NICE (see ulimit -r)",
-            seen=priority,
-        ) from None
 
 
 def is_before_others(pid: int = 0) -> bool:
     """Whether a process (0: this thread) has a real-time priority."""
     return os.sched_getscheduler(pid) in _POLICIES
+
+
+def is_allowed(priority: int) -> bool:
+    """Whether this process may take it."""
+    seen: list[bool] = []
+
+    def attempt() -> None:  # In a thread of its own, which it dies with.
+        try:
+            run_before_others(priority)
+        except PermissionError:
+            return
+        seen.append(True)
+
+    thread = Thread(target=attempt)
+    thread.start()
+    thread.join()
+    return bool(seen)
+
+
+def _allowed(priority: int) -> int:
+    if not is_allowed(priority):
+        _, limit = resource.getrlimit(resource.RLIMIT_RTPRIO)
+        raise ValueError(f"at most {limit}, or CAP_SYS_NICE (see ulimit -r)")
+    return priority
+
+
+RealtimePriority = Annotated[int, Field(ge=0, le=99), AfterValidator(_allowed)]
+"""Of SCHED_RR, and allowed to this process; 0: as any other process."""
