@@ -587,9 +587,11 @@ class Choice:
                 case machine.Halt(epoch=epoch):
                     if self._seat is not None and self._seat.epoch == epoch:
                         self._seat.call.halt(self._seat.slot)
-                        self._at_deadline()
+                        if self.stream.is_halting:  # The call may just have ended.
+                            self._at_deadline()
                 case machine.Paused():
                     self._dispatcher.pausing.stopped(self)
+                    self._ways.clear()  # The output has grown.
                     self._leave()
                     self._ended()
                     self._stop_waiting()
@@ -801,6 +803,7 @@ class Choice:
             give_up_at=give_up_at,
             avoid=self._avoid,
             cached=self._cached() if is_resume else {},
+            is_let_in=self.index > 0,
         )
 
     @property

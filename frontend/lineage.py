@@ -49,8 +49,10 @@ class _Cancelled(NamedTuple):
     number: int
     """Of all that is remembered, ascending."""
     is_by_name: bool
+    over: int = 0
+    """For this tenant no cancel of all tenants counts, up to this number."""
     is_over: bool = False
-    """No cancel, but the opposite: for this tenant none from before counts, of all tenants."""
+    """No cancel itself."""
 
 
 class Lineage:
@@ -144,7 +146,9 @@ class Lineage:
         is_over: bool = False,
     ) -> None:
         self._num_remembered += 1
-        self._cancelled[name] = _Cancelled(now, self._num_remembered, is_by_name, is_over)
+        number, known = self._num_remembered, self._cancelled.get(name)
+        over = number if is_over else known.over if known is not None else 0
+        self._cancelled[name] = _Cancelled(now, number, is_by_name, over, is_over)
         self._cancelled.move_to_end(name)
         if len(self._cancelled) > REMEMBERED_MAX:
             self._cancelled.popitem(last=False)
@@ -188,8 +192,9 @@ class Lineage:
     def _cancels_of(self, key: Key, now: float) -> list["_Cancelled"]:
         """What is remembered of cancels of a request."""
         own, of_all = self._cancelled.get(key), self._cancelled.get((None, key[1]))
+        if own is not None and of_all is not None and of_all.number < own.over:
+            of_all = None
         if own is not None and own.is_over:
-            of_all = of_all if of_all is not None and of_all.number > own.number else None
             own = None
         return [one for one in (own, of_all) if one is not None and now - one.at <= REMEMBERED_S]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from frontend.busy import Shedder, has_room_for, judge_known
 from frontend.metrics import FrontendMetrics
-from frontend.placement import WorkerView
+from frontend.placement import WorkerView, standing
 from frontend.preemption import Candidate, Preemption, PreemptionLimits
 from frontend.stream import Life
 from frontend.waiting_room import WaitingRoom
@@ -55,7 +55,8 @@ class Pausing:
         self._clock = clock
         self._running: dict[int, dict[Choice, WorkerView]] = {}
         """Who has an attempt, and where, by priority."""
-        self._looked_at = float("-inf")
+        self._looked_at: dict[str, float] = {}
+        """Until then, by model."""
         self._is_looking = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -168,10 +169,12 @@ class Pausing:
     def _has_room(self, choice: "Choice") -> bool:
         """Whether a worker has room for it."""
         thresholds = self._shedder.thresholds_of(choice.model)
-        return any(
+        views = [view for view in self._views_of(choice.model) if choice.could_take(view)]
+        best = min((standing(view, ()) for view in views), default=None)
+        return any(  # Of those only, among which it will be placed.
             has_room_for(view, thresholds, choice.num_tokens)
-            for view in self._views_of(choice.model)
-            if choice.could_take(view)
+            for view in views
+            if standing(view, ()) == best
         )
 
     def _make_room(self, model: str) -> None:
@@ -181,11 +184,10 @@ class Pausing:
         now = self._clock()
         if first is None or priority is None or min(self._running, default=priority) >= priority:
             return
-        due = self._looked_at + LOOK_INTERVAL_S
+        due = self._looked_at.get(model, float("-inf")) + LOOK_INTERVAL_S
         if now < due:
             self._wake_at(due)
             return
-        self._looked_at = now
         newcomer = first[0]
         views = [view for view in self._views_of(model) if newcomer.could_take(view)]
         thresholds = self._shedder.thresholds_of(model)
@@ -193,7 +195,9 @@ class Pausing:
         busy = [
             (view, judge_known(view, thresholds)) for view, _ in self._shedder.busy(model, views)
         ]
-        for one in self._book.whom(model, priority, busy, self._candidates(model, priority), now):
+        chosen = self._book.whom(model, priority, busy, self._candidates(model, priority), now)
+        self._looked_at[model] = self._clock()  # The pause is between two looks, however long.
+        for one in chosen:
             commands = one.key.stream.pause(f"for a request of priority {priority}", now)
             if commands:
                 self._book.halting(one, model)
@@ -208,7 +212,11 @@ class Pausing:
                     continue
                 if not self._book.may_be_paused(choice, stream.num_left_max, now):
                     continue  # Before the dear question.
-                way = stream.way_back
+                try:
+                    way = stream.way_back
+                except Exception:
+                    _log.exception("bug: a stream's way back", **choice.names())
+                    continue
                 if way is ContinuationClass.NONE:
                     continue
                 num_tokens = choice.num_tokens

@@ -94,14 +94,6 @@ class Shortage(NamedTuple):
             covered += min(1.0, candidate.prefill_tokens / self.prefill_tokens)
         return covered
 
-    def is_covered(self, candidates: Iterable[Candidate[K]]) -> bool:
-        """Whether all of it goes with these."""
-        kv_blocks, prefill_tokens = self
-        for one in candidates:
-            kv_blocks -= one.kv_blocks
-            prefill_tokens -= one.prefill_tokens
-        return kv_blocks <= 0 and prefill_tokens <= 0
-
 
 def shortage(excesses: Sequence[Excess]) -> Shortage:
     """Of the rank that is least beyond its thresholds."""
@@ -352,15 +344,21 @@ def _least(needed: Shortage, candidates: Sequence[Candidate[K]]) -> Sequence[Can
         return one.priority, one.price / needed.covered_by(one)
 
     useful = sorted((one for one in candidates if needed.covered_by(one)), key=price)
+    kv_blocks, prefill_tokens = needed
     chosen: list[Candidate[K]] = []
     for one in useful:
-        if needed.is_covered(chosen):
+        if kv_blocks <= 0 and prefill_tokens <= 0:
             break
         chosen.append(one)
-    if not needed.is_covered(chosen):
+        kv_blocks -= one.kv_blocks
+        prefill_tokens -= one.prefill_tokens
+    if kv_blocks > 0 or prefill_tokens > 0:
         return ()
-    for one in reversed(chosen[:]):  # The dearest first.
-        rest = [other for other in chosen if other is not one]
-        if needed.is_covered(rest):
-            chosen = rest
-    return chosen if len(chosen) <= PAUSED_AT_ONCE_MAX else ()
+    kept: list[Candidate[K]] = []
+    for one in reversed(chosen):  # The dearest first.
+        if kv_blocks + one.kv_blocks <= 0 and prefill_tokens + one.prefill_tokens <= 0:
+            kv_blocks += one.kv_blocks
+            prefill_tokens += one.prefill_tokens
+        else:
+            kept.append(one)
+    return kept[::-1] if len(kept) <= PAUSED_AT_ONCE_MAX else ()

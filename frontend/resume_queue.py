@@ -106,6 +106,8 @@ class Ticket:
     """Lives to be taken only if there is no other."""
     cached: Mapping[Life, int] = field(default_factory=dict[Life, int])
     """Tokens of those that a worker has in its prefix cache, when the ticket was made."""
+    is_let_in: bool = False
+    """A choice of a request whose first one got in: it is not refused in part."""
 
     def price_at(self, life: Life) -> int:
         """Tokens that have to be computed there."""
@@ -577,7 +579,9 @@ class ResumeQueue(Generic[K]):
         line = fleet.lines[ticket.work]
         if len(line) >= self._limits.waiting_max:
             return self._overloaded(f"{len(line)} streams wait", self._drain_s(fleet))
-        if ticket.work is Work.RESUME or not self._limits.is_on or not fleet.ready:
+        if ticket.work is Work.RESUME or ticket.is_let_in:
+            return None
+        if not self._limits.is_on or not fleet.ready:
             return None
         self._judge_loss(fleet, now)
         if fleet.peak_of_loss is not None:

@@ -14,7 +14,7 @@ from sidecar.hub import Hub
 from sidecar.link import Attempt
 from unbroken import log
 from unbroken.outcome import FailureKind
-from unbroken.v1 import attempt_pb2
+from unbroken.v1 import attempt_pb2, worker_pb2
 
 _log = log.get_logger(__name__)
 
@@ -44,8 +44,8 @@ class CanaryWatch:
         self._asked: dict[int, Attempt] = {}
         self._left: dict[int, Attempt] = {}
         """Probes that are not waited for any more, and have not ended."""
-        self._loads: dict[int, tuple[int, int]] = {}
-        """KV blocks in use and prompt tokens queued, by rank, as last told."""
+        self._loads: dict[int, worker_pb2.RankLoad] = {}
+        """As last told, by rank."""
         self._moved: set[int] = set()
         """Ranks of which that changed since there was progress."""
         self._tokens = 0
@@ -86,16 +86,23 @@ class CanaryWatch:
     def _ranks_moved(self) -> set[int] | None:
         """Ranks whose load is another than when there was progress last; None if that is not told.
 
-        More prompt tokens in line are none of a rank's doing.
+        More in its line is none of a rank's doing.
         """
         up, load = self._up, self._hub.load
         if up is None or load is None or not 1 < up.description.num_ranks == len(load.ranks):
             return None
+        if not any(_has_work(rank) for rank in load.ranks if rank.rank):
+            return None  # Or all is counted at the first, as the engine does not tell.
         for rank in load.ranks:
-            blocks, queued = self._loads.get(rank.rank, (rank.kv_blocks_used, 0))
-            if rank.kv_blocks_used != blocks or rank.prefill_tokens_queued < queued:
+            before = self._loads.get(rank.rank, rank)
+            self._loads[rank.rank] = rank
+            if (
+                rank.kv_blocks_used != before.kv_blocks_used
+                or rank.requests_running != before.requests_running
+                or rank.requests_waiting < before.requests_waiting
+                or rank.prefill_tokens_queued < before.prefill_tokens_queued
+            ):
                 self._moved.add(rank.rank)
-            self._loads[rank.rank] = rank.kv_blocks_used, rank.prefill_tokens_queued
         return set(self._moved)
 
     def _is_guarded(self, now: float) -> bool:
@@ -179,3 +186,7 @@ class CanaryWatch:
         if up.description.num_ranks > 1:
             start.rank = rank
         return start
+
+
+def _has_work(rank: worker_pb2.RankLoad) -> bool:
+    return bool(rank.kv_blocks_used or rank.requests_running or rank.requests_waiting)

@@ -379,7 +379,9 @@ class Hub(EngineListener):
             ):
                 continue
             attempt.orphan_grace_s = 0.0
-            if attempt.link is None and attempt.given_up is None:
+            is_fenced = attempt.given_up is not None and attempt.given_up[0] is FailureKind.FENCED
+            if attempt.link is None and not is_fenced:  # Whatever else it was given up for.
+                attempt.orphaned_until = None
                 self._give_up(attempt, FailureKind.FENCED, "cancelled by request")
 
     # The canary.

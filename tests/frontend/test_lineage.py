@@ -167,6 +167,17 @@ def test_a_new_request_of_one_tenant_takes_back_no_cancel_of_the_others() -> Non
         it.lineage.enter(("u", "r"), "", it.now, is_resumed=True)
 
 
+def test_a_new_request_whose_client_only_left_is_resumed_whatever_was_cancelled_before() -> None:
+    it = Requests()
+    it.cancel("r")
+    it.enter("r")
+    it.members["r"].context.kill(WHY)  # Its connection broke.
+    it.leave("r")
+    it.lineage.leave(it.lineage.enter(("t", "r"), "", it.now, is_resumed=True), it.now)
+    with pytest.raises(UnbrokenError):
+        it.lineage.enter(("u", "r"), "", it.now, is_resumed=True)
+
+
 def test_equal_calls_that_wait_are_cancelled_together() -> None:
     it = Requests()
     key = ("t", "r")

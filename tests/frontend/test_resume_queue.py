@@ -92,6 +92,7 @@ class Frontend:
         give_up_s: float = 30.0,
         avoid: frozenset[Life] = frozenset(),
         cached: dict[Life, int] | None = None,
+        is_let_in: bool = False,
     ) -> UnbrokenError | None:
         ticket = Ticket(
             "m",
@@ -101,6 +102,7 @@ class Frontend:
             self.now + give_up_s,
             avoid=avoid,
             cached=cached or {},
+            is_let_in=is_let_in,
         )
         return self.queue.offer(key, ticket, self.now)
 
@@ -464,6 +466,8 @@ def test_new_work_that_would_wait_too_long_is_refused_with_the_time() -> None:
     wait_s = 5000 / (0.2 * 0.5 * RATE)
     assert error.retry_after_s is not None
     assert wait_s <= error.retry_after_s <= 1.5 * wait_s
+    in_part = frontend.offer("n2", 5000, Work.NEW, give_up_s=1.0, is_let_in=True)
+    assert in_part is None, "its request got in"
 
 
 def test_new_work_behind_nobody_but_new_work_is_not_refused_at_the_pace_that_resumes_leave() -> (

@@ -339,3 +339,22 @@ def test_the_death_of_an_engine_that_is_asked_is_a_death() -> None:
     it.after(0.1)
     assert it.state() == worker_pb2.ENGINE_STATE_STARTING
     it.desk.check()
+
+
+def test_ranks_of_which_nothing_is_told_are_not_taken_for_dead() -> None:
+    it = Watched()
+    it.frontend.start(prompt=[1, 2, 3])
+    for look in range(round(20 * PERIOD_S / LOOK_INTERVAL_S)):
+        it.desk.now += LOOK_INTERVAL_S
+        load = worker_pb2.LoadReport(
+            engine_steps_total=look,
+            ranks=[
+                worker_pb2.RankLoad(rank=0, requests_running=1, kv_blocks_used=look % 2),
+                worker_pb2.RankLoad(rank=1),
+            ],
+        )
+        it.desk.hub.on_frame(attempt_pb2.StepFrame(load=load))
+        it.desk.step({1: 5})
+        it.desk.hub.watch()
+        it.watch.look()
+    assert it.probes() == []

@@ -126,6 +126,21 @@ def test_a_cancel_by_name_frees_what_a_dead_frontend_left_behind_and_nothing_els
     desk.check()
 
 
+def test_a_cancel_is_final_whatever_else_becomes_of_the_orphan() -> None:
+    desk = Desk()
+    dead = desk.frontend("dead")
+    dead.start("late")
+    desk.step({1: 5})
+    desk.hub.leave(dead.link)
+    other = desk.frontend("other")
+    other.cancel("late")
+    desk.tick(6.0)  # Its engine has not ended it when its grace is over.
+    slot = other.adopt("late")
+    desk.end(cancelled(1, 1))
+    other.read()
+    assert other.ended[slot].failure == FENCED
+
+
 def test_what_is_read_is_left_to_its_reader_and_has_no_grace_without_it() -> None:
     desk = Desk()
     reader = desk.frontend("reader")

@@ -40,7 +40,7 @@ def test_who_may_not_have_it_is_told_what_he_may() -> None:
     command = [sys.executable, "-c", become, *START[2:], "4"]
     output = subprocess.run(command, capture_output=True)
     assert output.returncode == 2
-    assert b"realtime-priority: expected at most 0, or CAP_SYS_NICE" in output.stderr
+    assert b"realtime_priority: expected at most 0, or CAP_SYS_NICE" in output.stderr
     assert b"got '4'" in output.stderr
 
 
@@ -49,4 +49,4 @@ def test_what_the_kernel_does_not_know_is_refused_at_the_start(priority: int) ->
     command = [sys.executable, *START, f"{priority}"]
     output = subprocess.run(command, capture_output=True)
     assert output.returncode == 2
-    assert b"realtime-priority" in output.stderr
+    assert b"realtime_priority" in output.stderr
