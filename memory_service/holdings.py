@@ -31,6 +31,9 @@ OWNED_MAX = 1000
 """Segments of a session: the answer to its binding again lists them."""
 LAYOUT_BYTES_MAX = 32 * 1024
 PIN_S_MAX = 60.0
+GPU_WORD_BYTES = 8
+"""What a GPU computes checksums of."""
+_UINT64_MAX = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,11 +396,21 @@ class Holdings:
         self._settle()
 
     def check_seal(
-        self, session: Session, name: str, epoch: int, checksums: Sequence[int], layout: bytes
+        self,
+        session: Session,
+        name: str,
+        epoch: int,
+        checksums: Sequence[int],
+        layout: bytes,
+        algorithm: Algorithm = Algorithm.XXH3,
     ) -> Version:
         """The version whose slabs the caller now seals and compares with `checksums`."""
         version = self.segments.check_seal(session.session_id, session.peer.tenant, name, epoch)
+        self._check_health(version.device, Health.DRAINING)
         _check_layout(layout)
+        if version.device != HOST and algorithm is not Algorithm.MLH64:
+            # Only its readers can compare it, on the GPU.
+            raise InvalidField("checksum_algorithm", "MLH64 for a GPU's memory", algorithm.name)
         if len(checksums) != len(version.slab_ids):
             raise InvalidField("checksums", f"{len(version.slab_ids)} of them", len(checksums))
         return version
@@ -412,7 +425,7 @@ class Holdings:
         algorithm: Algorithm = Algorithm.XXH3,
     ) -> Version:
         """Its bytes are what the writer meant, and nobody can change them: publish it."""
-        version = self.check_seal(session, name, epoch, checksums, layout)
+        version = self.check_seal(session, name, epoch, checksums, layout, algorithm)
         self.segments.seal(version, tuple(checksums), layout, algorithm)
         self.ledger.mappings.unmapped(session.session_id, version.slab_ids)
         self._settle()
@@ -425,9 +438,16 @@ class Holdings:
         self.segments.freeze(version, layout)
         self._settle()
 
+    def check_attach(self, session: Session, name: str, number: int) -> Version:
+        """The version that the caller now gets descriptors of."""
+        version = self.segments.check_attach(session.session_id, session.peer.tenant, name, number)
+        self._check_health(version.device, Health.DRAINING)
+        return version
+
     def attach_segment(self, session: Session, name: str, number: int) -> Version:
-        """A reader, or a standby."""
-        version = self.segments.attach(session.session_id, session.peer.tenant, name, number)
+        """A reader, or a standby, has them."""
+        version = self.check_attach(session, name, number)
+        version.readers.add(session.session_id)
         self.ledger.mappings.given(session.session_id, version.slab_ids)
         return version
 
@@ -484,6 +504,9 @@ class Holdings:
         """Name a slab for blocks; the caller allocates it and its table."""
         if block_bytes <= 0:
             raise InvalidField("block_bytes", "a size", block_bytes)
+        if device != HOST and block_bytes % GPU_WORD_BYTES:
+            known = f"a multiple of {GPU_WORD_BYTES} on a GPU"
+            raise InvalidField("block_bytes", known, block_bytes)
         if not 1 <= num_slots <= SLOTS_MAX:
             raise InvalidField("num_slots", f"1 to {SLOTS_MAX}", num_slots)
         self._check_health(device, Health.HEALTHY)
@@ -749,7 +772,8 @@ class Holdings:
                 if of_all > freed:
                     self._evict(of_all - freed, device, None)
             if any(accounts.missing(tenant, num_bytes)):
-                self.news.add(NewsKind.PRESSURE, tenant=tenant, value=num_bytes)
+                wanted = min(num_bytes, _UINT64_MAX)  # Whatever a caller asked for.
+                self.news.add(NewsKind.PRESSURE, tenant=tenant, value=wanted)
                 accounts.charge(tenant, num_bytes)
 
     def _evict(self, num_bytes: int, device: Device, tenant: str | None) -> int:

@@ -286,6 +286,8 @@ class Keeper:
             except (OSError, ValueError, UnbrokenError) as error:  # Such as of a GPU that is gone.
                 _log.error("entry of the vault unusable", entry=entry.entry_id, detail=str(error))
                 channel.close_all(fds)
+                if self.vault is not None:
+                    self.vault.drop(entry.entry_id)  # Else it would keep that memory for ever.
             else:
                 good.append(entry)
         labels.restore(self.holdings, good, now)

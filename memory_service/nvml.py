@@ -15,6 +15,16 @@ WAIT_MS: Final = 200
 LOOK_EVERY: Final = 25
 """So many waits without news, until what is no news is looked at."""
 
+_EVENT_TYPES: Final = (
+    "XidCriticalError",
+    "NonFatalPoisonError",
+    "FatalPoisonError",
+    "DramRetirementEvent",
+    "DramRetirementFailure",
+    "GpuUnavailableError",
+    "GpuRecoveryAction",
+)
+
 _log = log.get_logger(__name__)
 
 
@@ -74,18 +84,16 @@ class NvmlWatch:
     def _registered(self, uuid: str) -> Any:
         nvml = self._nvml
         device = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        wanted = (
-            nvml.nvmlEventTypeXidCriticalError
-            | nvml.nvmlEventTypeNonFatalPoisonError
-            | nvml.nvmlEventTypeFatalPoisonError
-            | nvml.nvmlEventTypeDramRetirementEvent
-            | nvml.nvmlEventTypeDramRetirementFailure
-            | nvml.nvmlEventTypeGpuUnavailableError
-            | nvml.nvmlEventTypeGpuRecoveryAction
-        )
+        wanted = 0
+        for name in _EVENT_TYPES:
+            wanted |= self._type(name)
         known = nvml.nvmlDeviceGetSupportedEventTypes(device)
         nvml.nvmlDeviceRegisterEvents(device, wanted & known, self._set)
         return device
+
+    def _type(self, name: str) -> int:
+        """The bit of these events; 0 if the bindings are older than they."""
+        return int(getattr(self._nvml, f"nvmlEventType{name}", 0))
 
     def _run(self) -> None:
         nvml, num_quiet = self._nvml, 0
@@ -105,19 +113,19 @@ class NvmlWatch:
                 self._heard(news)
 
     def _heard(self, news: Any) -> None:
-        nvml = self._nvml
         uuid = self._uuid_of(news.device)
         if uuid is None:
             return
         event: Event | None = None
-        match int(news.eventType):
-            case nvml.nvmlEventTypeXidCriticalError:
+        kind = int(news.eventType)
+        match next((name for name in _EVENT_TYPES if self._type(name) == kind), ""):
+            case "XidCriticalError":
                 event = Xid(int(news.eventData))
-            case nvml.nvmlEventTypeNonFatalPoisonError:
+            case "NonFatalPoisonError":
                 event = Poison(is_contained=True)
-            case nvml.nvmlEventTypeFatalPoisonError:
+            case "FatalPoisonError":
                 event = Poison(is_contained=False)
-            case nvml.nvmlEventTypeGpuUnavailableError:
+            case "GpuUnavailableError":
                 event = Gone()
             case _:
                 pass
@@ -145,8 +153,10 @@ class NvmlWatch:
             return
         except nvml.NVMLError:
             pass  # It has no spare rows.
+        field = getattr(nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)
+        if field is None:
+            return  # Older bindings.
         try:
-            field = nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
             (value,) = nvml.nvmlDeviceGetFieldValues(device, [field])
             if value.nvmlReturn == nvml.NVML_SUCCESS:
                 yield Recovery(int(value.value.uiVal))

@@ -188,8 +188,8 @@ class Segments:
         version.layout = layout
         self._move(version, State.LIVE)
 
-    def attach(self, session: int, tenant: str, name: str, number: int) -> Version:
-        """Note a reader of a version; 0: the newest that can be read."""
+    def check_attach(self, session: int, tenant: str, name: str, number: int) -> Version:
+        """The version that this session may read; 0: the newest that can be."""
         readable = (State.SEALED, State.RETIRED, State.LIVE, State.FENCING, State.ADOPTABLE)
         versions = self._of(tenant, name)
         for version in reversed(versions):
@@ -199,7 +199,6 @@ class Segments:
                 continue
             if version.owner == session:
                 raise UnbrokenError(Reason.SEGMENT_BUSY, f"{version} is the session's own")
-            version.readers.add(session)
             return version
         raise _not_found(name, number)
 

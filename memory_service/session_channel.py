@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from google.protobuf.duration_pb2 import Duration
+
 from memory_service import fencing, labels, memfd
 from memory_service.backend import NeverSealed
 from memory_service.fencing import Fence
@@ -218,11 +220,14 @@ class SessionChannel:
         if ends is not None:
             self.loop.remove_reader(ends.pidfd)
         self._watched.discard(session_id)
-        # What it had sent before counts; then it is gone for good.
-        if (connection := self.connections.get(session_id)) is not None:
-            connection.on_readable()
-            connection.close()
-        self.seen(session_id, fencing.Exited())
+        connection = self.connections.get(session_id)
+        try:
+            if connection is not None:
+                connection.on_readable()  # What it had sent before counts.
+        finally:  # Nobody would say again that it is gone.
+            if connection is not None:
+                connection.close()
+            self.seen(session_id, fencing.Exited())
 
     def seen(self, session_id: int, event: fencing.Event) -> None:
         """Tell the decisions, and do what they say."""
@@ -311,6 +316,9 @@ class Connection:
                 answer = self._answer(request)
             except UnbrokenError as error:
                 answer = _failed(error)
+            except Exception:
+                _log.exception("call failed", call=kind)
+                answer = _failed(UnbrokenError(Reason.INTERNAL, f"{kind} failed"))
             if self._owner.holdings.commands:
                 self._owner.keeper.obey()
             if kind not in HOT:
@@ -389,10 +397,10 @@ class Connection:
                 holdings.freeze_pool(session, freeze.name, freeze.epoch, freeze.layout)
                 return _DONE
             case "attach":
-                version = holdings.attach_segment(
-                    session, request.attach.name, request.attach.version
-                )
-                fds = self._owner.keeper.read_only(version.slab_ids)
+                name, number = request.attach.name, request.attach.version
+                version = holdings.check_attach(session, name, number)
+                fds = self._owner.keeper.read_only(version.slab_ids)  # May fail: nothing is noted.
+                holdings.attach_segment(session, name, number)
                 return self._granted(version, fds, fds)
             case "adopt":
                 adopt = request.adopt
@@ -404,7 +412,7 @@ class Connection:
                 holdings.release_segment(session, request.release.name, request.release.version)
                 return _DONE
             case "grant_reads":
-                ttl_s = request.grant_reads.ttl.ToTimedelta().total_seconds()
+                ttl_s = _seconds(request.grant_reads.ttl)
                 ticket = self._owner.tickets.grant(session.peer.tenant, ttl_s, time.time())
                 return _reply(read_ticket=wire.ReadTicket(ticket=ticket))
             case "unmapped":
@@ -549,7 +557,7 @@ class Connection:
             known = "a known algorithm"
             raise InvalidField("checksum_algorithm", known, seal.checksum_algorithm) from None
         version = owner.holdings.check_seal(
-            session, seal.name, seal.epoch, seal.checksums, seal.layout
+            session, seal.name, seal.epoch, seal.checksums, seal.layout, algorithm
         )
         if version.state is not State.SEALED:
             self._seal_slabs(version.slab_ids, str(version))
@@ -602,18 +610,19 @@ class Connection:
 
     def _get(self, session: Session, get: wire.GetBlocks, now: float) -> Answer:
         owner = self._owner
-        ttl_s = get.ttl.ToTimedelta().total_seconds() if get.HasField("ttl") else PIN_S_MAX
+        ttl_s = _seconds(get.ttl) if get.HasField("ttl") else PIN_S_MAX
         pin, new = owner.holdings.get(session, _keys(get.keys), ttl_s, now)
+        try:
+            fds = owner.keeper.read_only([slab.slab_id for slab in new]) if new else []
+        except UnbrokenError:
+            assert pin is not None, "a slab is new for a block of it"
+            owner.holdings.store.unpin(session.session_id, pin.pin_id)
+            owner.holdings.unmapped(session, [slab.slab_id for slab in new])
+            raise
         freed, session.freed = session.freed[:FREED_MAX], session.freed[FREED_MAX:]
         if pin is None:
             return _reply(pinned=wire.Pinned(freed_slab_ids=freed))
         owner.on_due(pin.expires_at)
-        try:
-            fds = owner.keeper.read_only([slab.slab_id for slab in new]) if new else []
-        except UnbrokenError:
-            session.shown.difference_update(slab.slab_id for slab in new)
-            owner.holdings.store.unpin(session.session_id, pin.pin_id)
-            raise
         # Columns at once, from what each block has ready: this is the hottest path there is.
         slab_ids, slots, generations, sums, tokens, algorithms = zip(
             *[block.told for block in pin.blocks], strict=True
@@ -702,6 +711,11 @@ def _failed(error: UnbrokenError) -> Answer:
     if error.retry_after_s is not None:
         told.retry_after.FromMilliseconds(max(1, round(error.retry_after_s * 1000)))
     return wire.SessionResponse(error=told), (), ()
+
+
+def _seconds(duration: Duration) -> float:
+    """Of any duration; `ToTimedelta` raises OverflowError for the longest."""
+    return duration.seconds + duration.nanos / 1e9
 
 
 def _keys(data: bytes) -> list[bytes]:

@@ -30,13 +30,22 @@ WAIT_S = 20.0
 
 
 class WatchedKeeper(Keeper):
-    """Notes who reads tables, and can hold up one of them after it has read."""
+    """Notes who reads tables, can hold up one of them after it has read, and can have a bug."""
 
     def __init__(self, holdings: Holdings, on_forget: Callable[[int], None]) -> None:
         super().__init__(holdings, {HOST: MemfdBackend()}, on_forget=on_forget)
         self.readers: list[int | None] = []
         self.held: threading.Event | None = None
         self.num_read = 0
+        self.bug: Exception | None = None
+        """Raised once, when a single record is read."""
+
+    @override
+    def record(self, slab_id: int, slot: int) -> Record | None:
+        if (bug := self.bug) is not None:
+            self.bug = None
+            raise bug
+        return super().record(slab_id, slot)
 
     @override
     def read(self, slab: StoreSlab) -> list[tuple[int, Record | None]]:

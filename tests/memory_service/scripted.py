@@ -44,10 +44,19 @@ class Scripted:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def answers(
-        self, kind: str, response: wire.SessionResponse, memory: Sequence[bytes] = ()
+        self,
+        kind: str,
+        response: wire.SessionResponse,
+        memory: Sequence[bytes] = (),
+        *,
+        given: Sequence[int] = (),
     ) -> list[int]:
-        """Answer these calls so, with descriptors of memory that holds this; returns them."""
-        fds = [self._memory(data) for data in memory]
+        """Answer these calls so, with descriptors of memory that holds this; returns them.
+
+        And with those that are `given`, which are closed at the end.
+        """
+        fds = [*(self._memory(data) for data in memory), *given]
+        self._fds.extend(given)
         self._answers[kind] = (response, fds)
         return fds
 

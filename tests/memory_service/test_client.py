@@ -89,6 +89,28 @@ def test_a_pin_of_before_a_restart_is_not_taken_for_one_of_after_it(tmp_path: Pa
         client.close()
 
 
+def test_a_block_whose_checksum_nobody_here_can_compute_is_a_miss(tmp_path: Path) -> None:
+    data = b"a" * PAGE + b"b" * PAGE
+    pinned = wire.Pinned(
+        pin_id=1,
+        slab_ids=[5, 5],
+        slots=[0, 1],
+        generations=[1, 1],
+        num_tokens=[16, 16],
+        checksums=[checksums.compute(data[:PAGE]), checksums.compute(data[PAGE:])],
+        new_slabs=[pb.Slab(slab_id=5, size_bytes=2 * PAGE, block_bytes=PAGE, num_slots=2)],
+    )
+    cases: list[tuple[list[int], int]] = [([], 2), ([1, 99], 1), ([99, 1], 0)]
+    service = Scripted(tmp_path / "session.sock")
+    with service.running(), MemoryClient(tmp_path / "session.sock") as client:
+        for algorithms, number in cases:
+            del pinned.checksum_algorithms[:]
+            pinned.checksum_algorithms.extend(map(pb.ChecksumAlgorithm.ValueType, algorithms))
+            service.answers("get", wire.SessionResponse(pinned=pinned), [data])
+            with client.get(KEYS[:2]) as blocks:
+                assert len(blocks) == number
+
+
 # Writers.
 
 
@@ -190,6 +212,32 @@ def test_blocks_in_more_new_slabs_than_a_packet_has_room_for_come_in_two_answers
         with reading.get(keys) as blocks:
             assert len(blocks) == len(keys)
             assert bytes(blocks[-1].data) == (len(keys) - 1).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize("seconds", [61, -1, 10**14, 2**63 - 1])
+def test_a_time_that_is_too_long_is_refused_however_long(service: Inside, seconds: int) -> None:
+    with service.client() as client:
+        get = wire.GetBlocks(keys=KEYS[0])
+        get.ttl.seconds = seconds
+        grant = wire.GrantReads()
+        grant.ttl.seconds = seconds if seconds != 61 else 86_401
+        for request in (wire.SessionRequest(get=get), wire.SessionRequest(grant_reads=grant)):
+            with pytest.raises(UnbrokenError) as raised:
+                client.call(request)
+            assert raised.value.reason is Reason.INVALID_FIELD
+
+
+def test_a_call_that_hits_a_bug_is_answered_and_so_are_the_next(service: Inside) -> None:
+    with service.client() as client:
+        writer = client.open_writer(PAGE, 1)
+        assert writer.put(KEYS[0], bytes(PAGE), 16)
+        service.keeper.bug = ZeroDivisionError("a bug")
+        with pytest.raises(UnbrokenError) as raised:
+            writer.flush()
+        assert raised.value.reason is Reason.INTERNAL
+        writer.flush()
+        assert client.find(KEYS[:1]) == 1
+        assert client.num_lives == 1
 
 
 # What is mapped, and charged.
@@ -367,6 +415,38 @@ def test_a_new_version_that_cannot_be_allocated_leaves_the_old_one(service: Insi
         assert used(service) == before
         standby = other.attach("pool")
         assert standby.slabs[0][:3] == b"old"
+
+
+def test_who_could_not_be_given_a_descriptor_has_nothing_and_hears_of_it_again(
+    service: Inside,
+) -> None:
+    with service.client() as reading:
+        with service.client() as leaving:
+            fill(leaving)
+            reading.get(KEYS[:4]).release()
+        evict(service)
+        assert used(service)[1] > 0, "it has yet to hear of it"
+        with service.client() as owner:
+            owner.seal(owner.create("w", SegmentClass.WEIGHTS, [PAGE]))
+            fill(owner, first=4)
+            before = service.run(lambda: set(mapped_by(service, reading)))
+            with descriptors(0):
+                for call in (lambda: reading.attach("w"), lambda: reading.get(KEYS[4:])):
+                    with pytest.raises(UnbrokenError) as raised:
+                        call()
+                    assert raised.value.reason is Reason.MEMORY_EXHAUSTED
+            assert service.run(lambda: set(mapped_by(service, reading))) == before
+            assert service.run(
+                lambda: [version.readers for version in service.holdings.segments]
+            ) == [set()]
+            with reading.get(KEYS[4:]) as blocks:
+                assert len(blocks) == 4
+            assert used(service)[1] == 0, "it heard of what was evicted, too"
+
+
+def mapped_by(service: Inside, client: MemoryClient) -> set[int]:
+    """What the service takes it to have mapped."""
+    return service.holdings.ledger.mappings.of(client.session_id)
 
 
 # What hostile ones do.

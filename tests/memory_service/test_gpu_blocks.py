@@ -8,12 +8,13 @@ from collections.abc import Generator, Sequence
 import pytest
 
 from tests.memory_service.processes import ServiceProcess, serving, until
-from tests.memory_service.test_service import usage
+from tests.memory_service.test_service import Stub, asked, usage
 from tests.support.fake_gpu import GRANULARITY_BYTES, FakeGpu
 from unbroken.memory.client import MemoryClient
 from unbroken.memory.gpu import Access, GpuCode, GpuError
 from unbroken.memory.gpu_client import GpuMemoryClient
 from unbroken.memory.mlh64 import compute
+from unbroken.v1 import memory_pb2 as pb
 
 UUID = "GPU-fa4efa4e-0000-0000-0000-000000000001"
 BLOCK_BYTES = 4096 + 24
@@ -173,6 +174,43 @@ def test_who_has_no_gpu_finds_them_and_gets_none(
         with MemoryClient(service.socket) as host:
             assert host.find(keys) == 3
             assert len(host.get(keys)) == 0
+
+
+def test_who_cannot_map_a_slab_does_not_keep_it_from_others(
+    service: ServiceProcess, gpu: FakeGpu, room: Room
+) -> None:
+    async def evict(stub: Stub) -> int:
+        return (await stub.Evict(pb.EvictRequest())).freed_bytes
+
+    def unreclaimed() -> int:
+        return usage(service).memories[1].unreclaimed_bytes
+
+    keys = keys_of("kept", 3)
+    room.fill(keys)
+    with MemoryClient(service.socket) as host:
+        with GpuMemoryClient(service.socket, gpu) as client:
+            client.open_writer_on_gpu(BLOCK_BYTES, 4).put(keys, room.addresses, 16)
+        before = unreclaimed()
+        with host.get(keys) as blocks:
+            assert len(blocks) == 0
+        assert host.find(keys) == 3, "and has let them go"
+        assert asked(service, evict) > 0
+        assert unreclaimed() > before, "it was given a descriptor"
+        host.get(keys).release()
+        assert unreclaimed() == before
+
+
+def test_a_put_that_fails_costs_no_slots(service: ServiceProcess, gpu: FakeGpu, room: Room) -> None:
+    keys = keys_of("fails", 3)
+    room.fill(keys)
+    with GpuMemoryClient(service.socket, gpu) as client:
+        writer = client.open_writer_on_gpu(BLOCK_BYTES, 3)
+        gpu.fail("checksums", 1, GpuCode.UNKNOWN)
+        with pytest.raises(GpuError):
+            writer.put(keys, room.addresses, 16)
+        assert writer.put(keys, room.addresses, 16) == 3
+        writer.flush()
+        assert client.find(keys) == 3
 
 
 def test_a_slab_that_cannot_be_mapped_is_given_back(service: ServiceProcess, gpu: FakeGpu) -> None:

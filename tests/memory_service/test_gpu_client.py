@@ -11,6 +11,7 @@ import pytest
 
 from tests.memory_service.gpu_service import MISSING
 from tests.memory_service.processes import ServiceProcess, serving, until
+from tests.memory_service.scripted import Scripted
 from tests.memory_service.test_service import usage
 from tests.support.fake_gpu import GRANULARITY_BYTES, FakeGpu
 from unbroken.errors import Reason, UnbrokenError
@@ -18,6 +19,7 @@ from unbroken.memory.client import SegmentClass
 from unbroken.memory.gpu import GpuCode, GpuError
 from unbroken.memory.gpu_client import GpuMemoryClient
 from unbroken.v1 import memory_pb2 as pb
+from unbroken.v1 import memory_session_pb2 as wire
 
 UNIT = GRANULARITY_BYTES
 UUID = "GPU-fa4efa4e-0000-0000-0000-000000000001"
@@ -116,6 +118,31 @@ def test_weights_that_somebody_spoiled_are_not_attached(
         hostile.unmap()
 
 
+@pytest.mark.parametrize("number", [pb.CHECKSUM_ALGORITHM_XXH3, 99])
+def test_weights_that_cannot_be_compared_are_not_taken_for_compared(
+    tmp_path: Path, gpu: FakeGpu, number: int
+) -> None:
+    handle = gpu.create(UNIT)
+    fd = gpu.export(handle)
+    gpu.release(handle)
+    slab = pb.Slab(
+        slab_id=5,
+        size_bytes=UNIT,
+        checksum=1,
+        memory_kind=pb.MEMORY_KIND_CUDA,
+        device=UUID,
+        checksum_algorithm=pb.ChecksumAlgorithm.ValueType(number),
+    )
+    granted = wire.Granted(segment=pb.Segment(name="w", version=1, slabs=[slab]))
+    service = Scripted(tmp_path / "session.sock")
+    service.answers("attach", wire.SessionResponse(granted=granted), given=[fd])
+    with service.running(), GpuMemoryClient(tmp_path / "session.sock", gpu) as client:
+        with pytest.raises(UnbrokenError) as raised:
+            client.attach_on_gpu("w")
+        assert raised.value.reason is Reason.NOT_IMPLEMENTED
+        client.release(client.attach_on_gpu("w", is_checked=False))
+
+
 def test_a_pool_of_a_killed_process_is_adopted_with_its_bytes(
     service: ServiceProcess, gpu: FakeGpu
 ) -> None:
@@ -129,6 +156,17 @@ def test_a_pool_of_a_killed_process_is_adopted_with_its_bytes(
         assert pool.epoch > epoch
         assert ends(gpu, pool.on_gpu.address) == [b"kept0", b"kept1"]
         gpu.write(pool.on_gpu.address, b"goes on")
+
+
+def test_a_pool_that_cannot_be_mapped_is_not_lost(service: ServiceProcess, gpu: FakeGpu) -> None:
+    owner, epoch = owner_of_pool(service, "kv4")
+    kill(owner)
+    with GpuMemoryClient(service.socket, gpu) as successor:
+        gpu.fail("map", 2, GpuCode.OUT_OF_MEMORY)
+        with pytest.raises(GpuError):
+            successor.adopt_on_gpu("kv4", epoch)
+        pool = successor.adopt_on_gpu("kv4", epoch)
+        assert ends(gpu, pool.on_gpu.address) == [b"kept0", b"kept1"]
 
 
 def test_a_standby_takes_over_what_it_has_mapped_and_maps_nothing(

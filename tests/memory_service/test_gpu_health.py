@@ -174,6 +174,16 @@ def test_a_gpu_that_knows_less_tells_less() -> None:
     assert device.registered == nvml.nvmlEventTypeXidCriticalError
 
 
+def test_older_bindings_tell_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    action = nvml.nvmlEventTypeGpuRecoveryAction
+    device = FakeDevice(UUIDS[0], types=action | nvml.nvmlEventTypeXidCriticalError)
+    monkeypatch.delattr(nvml, "nvmlEventTypeGpuRecoveryAction")
+    monkeypatch.delattr(nvml, "nvmlEventTypeFatalPoisonError")
+    monkeypatch.delattr(nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION")
+    heard(lambda fake: fake.tell(0, nvml.nvmlEventTypeXidCriticalError, 13), Xid(13), device)
+    assert device.registered == nvml.nvmlEventTypeXidCriticalError
+
+
 def test_it_knows_what_is_used_and_whether_the_gpu_is_kept_up() -> None:
     with nvml_of(FakeDevice(UUIDS[0], is_persistent=False)):
         watch = NvmlWatch(UUIDS[:1], nobody)

@@ -12,6 +12,7 @@ from memory_service.news import NewsKind
 from memory_service.segments import SegmentClass, State
 from tests.memory_service.host import POLICY, Host, Process, key_of
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.memory.checksums import Algorithm
 
 UUID = "GPU-1"
 GPU = Device(MemoryKind.CUDA, UUID, page_bytes=2 << 20)
@@ -29,7 +30,7 @@ def host_with_everything() -> tuple[Host, Process]:
         slab = host.open_slab(owner, device=device)
         host.put(owner, slab.slab_id, number)
         epoch = host.create(owner, f"w{number}", SegmentClass.WEIGHTS, PAGES, device=device)
-        host.holdings.seal_segment(owner.session, f"w{number}", epoch, [1], b"")
+        host.holdings.seal_segment(owner.session, f"w{number}", epoch, [1], b"", Algorithm.MLH64)
         epoch = host.create(owner, f"kv{number}", SegmentClass.KV_POOL, PAGES, device=device)
         host.holdings.freeze_pool(owner.session, f"kv{number}", epoch, b"")
         host.obey()
@@ -91,8 +92,17 @@ def test_a_gpu_that_drains_keeps_what_it_has_and_gets_nothing_new() -> None:
 
 def test_of_a_tainted_gpu_nobody_new_gets_anything() -> None:
     host, owner = host_with_everything()
+    epoch = host.create(owner, "w2", SegmentClass.WEIGHTS, PAGES, device=GPU)
     tell(host, Xid(95))
-    assert names(host) == {"kv0", "w1", "kv1"}, "its owner knows what it computes there"
+    assert names(host) == {"kv0", "w2", "w1", "kv1"}, "its owner knows what it computes there"
+    with pytest.raises(UnbrokenError) as raised:
+        host.holdings.seal_segment(owner.session, "w2", epoch, [1], b"", Algorithm.MLH64)
+    assert raised.value.reason is Reason.GPU_FAILED
+    standby = host.bind()
+    with pytest.raises(UnbrokenError) as raised:
+        host.holdings.attach_segment(standby.session, "kv0", 0)
+    assert raised.value.reason is Reason.GPU_FAILED
+    assert not host.holdings.segments.attached(standby.session_id), "nor is it noted as a reader"
     assert (find(host, 0), find(host, 1)) == (0, 1)
     assert not takes_new(host, owner)
     slab = next(one for one in host.holdings.store if one.device == GPU)
@@ -131,6 +141,27 @@ def test_of_a_lost_gpu_nothing_is_left_and_its_bytes_are_free() -> None:
     host.die(owner)
     assert host.holdings.ledger.accounts[GPU].total_in_use == 0
     assert host.holdings.ledger.accounts[OTHER].total_in_use > 0
+
+
+def test_weights_on_a_gpu_are_sealed_with_checksums_that_their_readers_can_compare() -> None:
+    host = Host(POLICY_WITH_GPUS)
+    owner = host.bind()
+    epoch = host.create(owner, "w", SegmentClass.WEIGHTS, PAGES, device=GPU)
+    with pytest.raises(UnbrokenError) as raised:
+        host.holdings.check_seal(owner.session, "w", epoch, [1], b"", Algorithm.XXH3)
+    assert raised.value.reason is Reason.INVALID_FIELD
+    host.holdings.seal_segment(owner.session, "w", epoch, [1], b"", Algorithm.MLH64)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4, 4095, 4100])
+def test_blocks_of_which_a_gpu_computes_no_checksums_are_refused(block_bytes: int) -> None:
+    host = Host(POLICY_WITH_GPUS)
+    session = host.bind().session
+    with pytest.raises(UnbrokenError) as raised:
+        host.holdings.open_slab(session, block_bytes, 4, host.tick(), GPU)
+    assert raised.value.reason is Reason.INVALID_FIELD
+    assert host.holdings.ledger.num_slabs == 0
+    host.holdings.open_slab(session, block_bytes, 4, host.tick())
 
 
 def test_whoever_watches_is_told() -> None:

@@ -12,6 +12,7 @@ from memory_service.news import NewsKind
 from memory_service.segments import SegmentClass, State, Version
 from tests.memory_service.host import POLICY, Host, Process, key_of
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.v1 import memory_pb2 as pb
 
 WEIGHTS, POOL, SCRATCH = SegmentClass.WEIGHTS, SegmentClass.KV_POOL, SegmentClass.SCRATCH
 
@@ -428,6 +429,15 @@ def test_watchers_go_on_where_they_were_and_learn_of_gaps() -> None:
         news.add(NewsKind.PRESSURE)
     assert news.since(2)[1]
     assert not news.since(news.sequence)[1]
+
+
+def test_whoever_asks_for_more_than_can_be_told_is_told_of_as_much() -> None:
+    host = Host()
+    with pytest.raises(UnbrokenError) as raised:
+        host.holdings.open_slab(host.bind().session, 2**64 - 1, 65_536, host.tick())
+    assert refused(raised) is Reason.MEMORY_EXHAUSTED
+    (told,) = [one for one in host.holdings.news.since(0)[0] if one.kind is NewsKind.PRESSURE]
+    assert pb.MemoryEvent(value=told.value).value == 2**64 - 1
 
 
 GPU = Device(MemoryKind.CUDA, "GPU-1", page_bytes=2 << 20)

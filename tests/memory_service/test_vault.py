@@ -19,6 +19,8 @@ from memory_service.sessions import Peer
 from memory_service.vault import Vault
 from memory_service.vault_link import VaultLink
 from unbroken.memory import channel
+from unbroken.v1 import memory_pb2 as pb
+from unbroken.v1 import memory_session_pb2 as wire
 
 WAIT_S = 20.0
 
@@ -80,6 +82,23 @@ def test_a_vault_that_only_stalled_gets_no_descriptors_twice_and_forgets_what_is
         assert kept in {entry.entry_id for entry, _ in entries}
         assert gone not in {entry.entry_id for entry, _ in entries}
         again.close()
+
+
+def test_a_vault_forgets_what_no_service_can_use_any_more(tmp_path: Path, keeper: Keeper) -> None:
+    path = tmp_path / "vault.sock"
+    slab = pb.Slab(slab_id=7, size_bytes=4096, memory_kind=pb.MEMORY_KIND_CUDA, device="GPU-gone")
+    entry = wire.VaultEntry(entry_id=7, segment=pb.Segment(name="w", slabs=[slab]), num_slabs=1)
+    with vault_at(path):
+        keeper.vault = VaultLink(path, 1.0)
+        assert keeper.vault.list() == []
+        of_gpu = os.memfd_create("test")
+        keeper.vault.put(entry, [of_gpu])
+        os.close(of_gpu)
+        found = keeper.vault.list()
+        assert len(found) == 1
+        assert keeper.take_back(found, 0.0) == 0
+        assert keeper.vault.list() == []
+        keeper.vault.close()
 
 
 def test_a_vault_keeps_more_descriptors_than_select_can_count(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import mmap
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
@@ -287,7 +287,10 @@ class MemoryClient:
         return self._granted(wire.SessionRequest(attach=attach), is_owned=False)
 
     def adopt(self, name: str, expected_epoch: int = 0, *, timeout_s: float = 5.0) -> Segment:
-        """Take a dead process's pool over; waits until that is proved dead. Check its records."""
+        """Take a dead process's pool over; waits until that is proved dead. Check its records.
+
+        If it cannot be mapped, it is this process's all the same: adopt it again.
+        """
         adopt = wire.AdoptPool(name=name, expected_epoch=expected_epoch)
         give_up_at = time.monotonic() + timeout_s
         while True:
@@ -319,11 +322,17 @@ class MemoryClient:
             try:
                 segment = map_segment(told, fds, is_owned=is_owned)
             except OSError:
-                release = wire.ReleaseSegment(name=told.name, version=told.version)
-                self._tell(wire.SessionRequest(release=release))
+                self._decline(request, told)
                 raise
             self._segments.append(segment)
             return segment
+
+    def _decline(self, request: wire.SessionRequest, told: pb.Segment) -> None:
+        """Give back what cannot be mapped, unless its bytes would be lost with it."""
+        if request.WhichOneof("kind") == "adopt":
+            return  # Whoever adopts it again is given it again.
+        release = wire.ReleaseSegment(name=told.name, version=told.version)
+        self._tell(wire.SessionRequest(release=release))
 
     def _forget(self, segment: Segment) -> None:
         self._segments = [one for one in self._segments if one is not segment]
@@ -395,14 +404,16 @@ class MemoryClient:
                 view[slot * size : (slot + 1) * size]
                 for slot, (view, size) in zip(slots, map(views.__getitem__, slab_ids), strict=False)
             ]
-        algorithms = list(map(checksums.of_contract, pinned.checksum_algorithms))
+        algorithms = [Algorithm.XXH3] * len(datas)
+        if pinned.checksum_algorithms:
+            algorithms = _known(pinned.checksum_algorithms)
         return list(
             map(
                 StoredBlock,
                 datas,
                 pinned.num_tokens,
                 pinned.checksums,
-                algorithms or [Algorithm.XXH3] * len(datas),
+                algorithms,
             )
         )
 
@@ -457,10 +468,15 @@ class MemoryClient:
 
     def _let_go(self, slab_ids: Sequence[int]) -> None:
         """Unmap slabs that were read, and say so; later, of those somebody still looks at."""
+        # Such as of a GPU, in a process that has none.
+        mapped = (self._reading, self._leaving, self._writers)
+        never = [one for one in slab_ids if not any(one in some for some in mapped)]
         for slab_id in slab_ids:
             if (slab := self._reading.pop(slab_id, None)) is not None:
                 self._leaving[slab_id] = Leaving(slab.mapping, is_written=False)
         self._sweep()
+        if never:
+            self._say_unmapped(never)
 
     def _sweep(self) -> None:
         """Unmap what nobody looks at any more, and say so."""
@@ -657,6 +673,17 @@ def _high(sock: socket.socket) -> socket.socket:
         return sock
     sock.close()
     return socket.socket(fileno=fd)
+
+
+def _known(numbers: Iterable[int]) -> list[Algorithm]:
+    """The first of these algorithms, up to one that nobody here can compute."""
+    known: list[Algorithm] = []
+    for number in numbers:
+        try:
+            known.append(checksums.of_contract(number))
+        except ValueError:
+            break
+    return known
 
 
 def _raised(told: wire.SessionError) -> UnbrokenError:

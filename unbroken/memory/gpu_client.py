@@ -42,10 +42,12 @@ class GpuSegment(Segment):
     Attributes:
         on_gpu: Where it is mapped.
         checksums: Of its slabs, if it is sealed.
+        is_comparable: Whether they are of the kind that a GPU computes.
     """
 
     on_gpu: DeviceSlabs = field(kw_only=True)
     checksums: tuple[int, ...] = field(kw_only=True)
+    is_comparable: bool = field(kw_only=True)
 
     @override
     def unmap(self) -> None:
@@ -107,7 +109,10 @@ class GpuMemoryClient(MemoryClient):
     def adopt_on_gpu(
         self, name: str, expected_epoch: int = 0, *, timeout_s: float = 5.0, address: int = 0
     ) -> GpuSegment:
-        """As `adopt`, at these addresses if any are given."""
+        """As `adopt`, at these addresses if any are given.
+
+        If it cannot be mapped, it is this process's all the same: adopt it again.
+        """
         adopt = wire.AdoptPool(name=name, expected_epoch=expected_epoch)
         request = wire.SessionRequest(adopt=adopt)
         return _fenced(
@@ -125,9 +130,17 @@ class GpuMemoryClient(MemoryClient):
             segment.epoch, segment.is_owned = told.epoch, True
 
     def verify(self, segment: GpuSegment) -> None:
-        """Compare what is sealed with its checksums, on the GPU. Raises CHECKSUM_MISMATCH."""
+        """Compare what is sealed with its checksums, on the GPU. Raises CHECKSUM_MISMATCH.
+
+        Raises NOT_IMPLEMENTED if it has checksums that a GPU does not compute.
+        """
         if not segment.checksums:
             return
+        if not segment.is_comparable:
+            raise UnbrokenError(
+                Reason.NOT_IMPLEMENTED,
+                f"expected MLH64 of all slabs of {segment.name}: they cannot be compared",
+            )
         for number, seen in enumerate(self._sums(segment)):
             if seen != segment.checksums[number]:
                 raise UnbrokenError(
@@ -253,7 +266,7 @@ class GpuMemoryClient(MemoryClient):
     def _granted_on_gpu(
         self, request: wire.SessionRequest, access: Access, address: int, *, is_owned: bool
     ) -> GpuSegment:
-        """What the service grants, mapped; or else given back.
+        """What the service grants, mapped; or else declined.
 
         Raises GpuError, AddressTaken, and INVALID_FIELD for what is elsewhere.
         """
@@ -263,8 +276,7 @@ class GpuMemoryClient(MemoryClient):
             try:
                 segment = self._mapped(told, fds, access, address, is_owned=is_owned)
             except BaseException:
-                release = wire.ReleaseSegment(name=told.name, version=told.version)
-                self.call(wire.SessionRequest(release=release))
+                self._decline(request, told)
                 raise
             finally:
                 channel.close_all(fds)
@@ -290,9 +302,9 @@ class GpuMemoryClient(MemoryClient):
         except GpuError:
             on_gpu.close()
             raise
-        is_comparable = all(
-            slab.HasField("checksum") and slab.checksum_algorithm == pb.CHECKSUM_ALGORITHM_MLH64
-            for slab in told.slabs
+        sums = tuple(slab.checksum for slab in told.slabs if slab.HasField("checksum"))
+        is_comparable = len(sums) == len(told.slabs) and all(
+            slab.checksum_algorithm == pb.CHECKSUM_ALGORITHM_MLH64 for slab in told.slabs
         )
         return GpuSegment(
             told.name,
@@ -303,7 +315,8 @@ class GpuMemoryClient(MemoryClient):
             tuple(slab.slab_id for slab in told.slabs),
             is_owned,
             on_gpu=on_gpu,
-            checksums=tuple(slab.checksum for slab in told.slabs) if is_comparable else (),
+            checksums=sums,
+            is_comparable=is_comparable,
         )
 
 

@@ -48,9 +48,13 @@ class GpuBlockWriter(SlabWriter):
             for slot in slots:
                 self._mark(slot)
             reader, part = self.as_reader(), slice(stored, stored + count)
-            sums = self._gpu.copy_blocks(
-                [reader.address(slot) for slot in slots], addresses[part], self.block_bytes
-            )
+            try:
+                sums = self._gpu.copy_blocks(
+                    [reader.address(slot) for slot in slots], addresses[part], self.block_bytes
+                )
+            except BaseException:
+                self._free += reversed(slots)  # Their records say that they are being written to.
+                raise
             for slot, key, checksum in zip(slots, keys[part], sums, strict=True):
                 self._commit(slot, key, num_tokens, checksum, Algorithm.MLH64)
             stored += count
