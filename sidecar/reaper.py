@@ -69,8 +69,7 @@ def _become(command: list[str], reaper: int, lifeline: int) -> None:
         if os.getppid() != reaper:
             os._exit(1)
         _leave_companion(reaper, lifeline)
-        if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):  # Ours, from the starter.
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        run_as_others()
         for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(ignored_by_python, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -79,6 +78,12 @@ def _become(command: list[str], reaper: int, lifeline: int) -> None:
         os.write(2, f"{command[0]}: {error.strerror}\n".encode())
     finally:
         os._exit(127)  # What a shell says of a command that can't be run.
+
+
+def run_as_others() -> None:
+    """Give up a real-time priority that was the starter's."""
+    if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _leave_companion(reaper: int, lifeline: int) -> None:

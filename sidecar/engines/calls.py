@@ -179,20 +179,13 @@ class _Life(Life):
 
     @override
     async def live(self) -> NoReturn:
-        found = self._found = await self._reach()
-        description = describe(found, self._vouched)
-        self._up(
-            EngineUp(
-                incarnation=self.incarnation,
-                description=description,
-                tokenizer=asset_to_proto(found.tokenizer),
-                process_group=self._process_group,
-                tells_steps=False,
-            )
-        )
+        found, up = await self._reach()
+        self._found = found
+        self._up(up)
         self._spawn(self._watch_health(), "engine health")
         self._spawn(self._tell_load(), "engine load")
-        self._spawn(self._tap(KvBlocks(description.numerics.id, found.block_size)), "engine taps")
+        kv_blocks = KvBlocks(up.description.numerics.id, found.block_size)
+        self._spawn(self._tap(kv_blocks), "engine taps")
         await self._over
         if self._broken is None or self._broken.failure is not FailureKind.PROTOCOL:
             self._tell()  # What it had said before.
@@ -213,7 +206,7 @@ class _Life(Life):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._adapter.close()
 
-    async def _reach(self) -> Discovered:
+    async def _reach(self) -> tuple[Discovered, EngineUp]:
         """Wait until it takes work. Raises `LifeOver`."""
         reaching = asyncio.create_task(self._discover(), name="engine discovery")
         try:
@@ -229,10 +222,17 @@ class _Life(Life):
             reaching.cancel()
             await asyncio.gather(reaching, return_exceptions=True)
 
-    async def _discover(self) -> Discovered:
+    async def _discover(self) -> tuple[Discovered, EngineUp]:
         while True:
             try:
                 found = completed(await self._adapter.discover(), self._vouched)
+                up = EngineUp(
+                    incarnation=self.incarnation,
+                    description=describe(found, self._vouched),
+                    tokenizer=asset_to_proto(found.tokenizer),
+                    process_group=self._process_group,
+                    tells_steps=False,
+                )
                 await self._probe(found)
             except (NotReady, Unhealthy) as error:
                 self._seen = str(error)
@@ -240,9 +240,14 @@ class _Life(Life):
                 self._seen = f"no token: {failed.detail}"
             except Unusable as error:
                 raise LifeOver(FailureKind.PROTOCOL, f"{error}") from error
+            except Exception as error:  # Nonsense, or a file that may not be read: it may pass.
+                seen = f"{type(error).__name__}: {error}"
+                if seen != self._seen:
+                    _log.exception("engine discovery failed", incarnation=self.incarnation)
+                self._seen = seen
             else:
                 self._heard_at = self._loop.time()
-                return found
+                return found, up
             await asyncio.sleep(_DISCOVER_POLL_S)
 
     async def _probe(self, found: Discovered) -> None:

@@ -45,13 +45,14 @@ def load_report(
         prefill_tokens_total=prefill_tokens_total,
         is_computing=any(not one.is_paced for one in attempts),
     )
+    kv_blocks = _count(found.kv_blocks)
     for rank in range(found.num_ranks):
         said = told.get(rank)
-        entry = report.ranks.add(rank=rank, kv_blocks_total=found.kv_blocks)
+        entry = report.ranks.add(rank=rank, kv_blocks_total=kv_blocks)
         if said is not None:
             entry.requests_running = _count(said.running)
             entry.requests_waiting = _count(said.waiting)
-            entry.kv_blocks_used = round(min(1.0, max(0.0, said.kv_share)) * found.kv_blocks)
+            entry.kv_blocks_used = round(min(1.0, max(0.0, said.kv_share)) * kv_blocks)
             entry.prefill_tokens_queued = _count(said.waiting_tokens or 0)
         elif rank == 0:  # Which rank has what is not known, so all is counted at one.
             num_running = len(attempts)

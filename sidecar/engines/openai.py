@@ -78,7 +78,7 @@ class OpenAiAdapter(Adapter):
         self._model = ""
         self._ids = Ids.NOWHERE
         self._takes_ids = True
-        self._ranks: Sequence[int] = ()  # Their numbers, by which the engine knows them.
+        self._num_ranks = 1
         self._tokenizer: Tokenizer | None = None
         self._load: Sequence[LoadOfRank] = ()
         self._load_at: float | None = None
@@ -109,7 +109,7 @@ class OpenAiAdapter(Adapter):
         if (told := await self._get("/version")) is not None and "version" in told:
             self._product, version = VLLM, str(told["version"])
             ranks = ranks_of(await self._metrics())
-            self._ranks = [one.number for one in ranks]
+            self._num_ranks = max(1, len(ranks))
             block_size = max((one.block_size for one in ranks), default=0)
             kv_blocks = max((one.kv_blocks for one in ranks), default=0)
         elif (props := await self._get("/props")) is not None and "build_info" in props:
@@ -120,6 +120,7 @@ class OpenAiAdapter(Adapter):
         asset = await read_asset(await self._files(str(model.get("root", ""))))
         await self._try(asset.bos_token_id if asset.bos_token_id is not None else 1)
         if self._ids is Ids.NOWHERE or not self._takes_ids:
+            # It parses once more, and this process stands still meanwhile: before it serves.
             self._tokenizer = await asyncio.to_thread(Tokenizer, asset)
         return Discovered(
             kind=self._product.kind,
@@ -131,7 +132,7 @@ class OpenAiAdapter(Adapter):
             block_size=block_size,
             kv_blocks=kv_blocks,
             batch_size_max=batch_size_max,
-            num_ranks=max(1, len(self._ranks)),
+            num_ranks=self._num_ranks,
             has_own_ids=self._ids is not Ids.NOWHERE,
             facts={"protocol": "openai", "root": str(model.get("root", ""))},
         )
@@ -173,8 +174,9 @@ class OpenAiAdapter(Adapter):
         body = body_of(call, self._product, self._ids, model=self._model, prompt=prompt)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         headers = {"X-Request-Id": call.request_id}
-        if call.rank is not None and len(self._ranks) > 1:
-            headers["X-data-parallel-rank"] = str(self._ranks[call.rank])
+        if call.rank is not None and self._num_ranks > 1:
+            # Among those of this server, whatever numbers its metrics give them.
+            headers["X-data-parallel-rank"] = str(call.rank)
         try:
             async with self._session.post(
                 f"{self._url}/v1/completions", json=body, headers=headers

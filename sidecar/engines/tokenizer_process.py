@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
+from sidecar import reaper
+from sidecar.engines.adapter import NotReady
 from sidecar.engines.model_directory import read_directory
 from sidecar.engines.tokenizer_files import BadTokenizer, asset_of
 from unbroken.tokenizer import TokenizerAsset
@@ -28,7 +30,10 @@ READ_TIMEOUT_S: Final = 60.0
 async def read_asset(
     files: Mapping[str, bytes], *, vocab_size: int = 0, eos_token_ids: Iterable[int] = ()
 ) -> TokenizerAsset:
-    """The same as `tokenizer_files.asset_of`, with the loop free. Raises `BadTokenizer`."""
+    """The same as `tokenizer_files.asset_of`, with the loop free.
+
+    Raises `BadTokenizer`; and `NotReady` if this machine is what failed: no time, disk or process.
+    """
     items, ends = frozenset(files.items()), frozenset(eos_token_ids)
     return await asyncio.to_thread(_read, items, vocab_size, ends)
 
@@ -40,10 +45,10 @@ def _read(
     files = dict(items)
     if "tokenizer.json" not in files:
         return asset_of(files)  # Raises.
-    with tempfile.TemporaryDirectory(prefix="unbroken-tokenizer-") as directory:
-        for name, data in items:
-            (Path(directory) / name).write_bytes(data)
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="unbroken-tokenizer-") as directory:
+            for name, data in items:
+                (Path(directory) / name).write_bytes(data)
             child = subprocess.run(
                 (sys.executable, "-m", "sidecar.engines.tokenizer_process", directory),
                 stdin=subprocess.DEVNULL,
@@ -51,8 +56,10 @@ def _read(
                 check=True,
                 timeout=READ_TIMEOUT_S,
             )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise BadTokenizer(f"it cannot be read: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise BadTokenizer(f"it cannot be read: {error}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotReady(f"its tokenizer cannot be read now: {error}") from error
     found = json.loads(child.stdout)
     if "error" in found:
         raise BadTokenizer(found["error"])
@@ -81,4 +88,5 @@ def _found(directory: Path) -> Mapping[str, object]:
 
 
 if __name__ == "__main__":
+    reaper.run_as_others()  # The sidecar's priority is not for work that takes seconds.
     json.dump(_found(Path(sys.argv[1])), sys.stdout)

@@ -35,6 +35,7 @@ from sidecar.engines.adapter import (
 )
 from sidecar.engines.smg import SmgAdapter, logprobs_of
 from sidecar.engines.tokenizer_process import read_asset
+from unbroken import log
 from unbroken.generation import Constraint, GenerationParams, SamplingParams, StopConditions
 from unbroken.outcome import FailureKind, FinishReason
 from unbroken.tokenizer import TokenizerAsset
@@ -56,10 +57,18 @@ _CAPABILITIES: Final = worker_pb2.EngineCapabilities(
 _FIELD: Final = "unbroken_continuation"
 _PROBE_TOKENS: Final = 6
 _PROBE: Final = GenerationParams(
-    SamplingParams(temperature=2.0, seed=1, presence_penalty=2.0),
+    SamplingParams(
+        temperature=2.0,
+        seed=1,
+        presence_penalty=2.0,
+        frequency_penalty=2.0,
+        logit_bias=dict.fromkeys(range(8), 50.0),
+    ),
     StopConditions(max_tokens=_PROBE_TOKENS, ignore_eos=True),
 )
-"""Generator, counts and budget of a request all show in what comes of it."""
+"""Generator, counts and budget of a request all show in what comes of it: few ids, some repeat."""
+
+_log = log.get_logger(__name__)
 
 
 class VllmAdapter(SmgAdapter):
@@ -110,11 +119,16 @@ class VllmAdapter(SmgAdapter):
         bos = asset.bos_token_id if asset.bos_token_id is not None else min(1, asset.vocab_size - 1)
         try:
             whole = await self._probe_tokens(bos, ())
-            rest = await self._probe_tokens(bos, tuple(whole[: _PROBE_TOKENS // 2]))
         except CallFailed as failed:
             if failed.failure is FailureKind.REJECTED:
                 return False
             raise NotReady(f"no token: {failed.detail}") from failed
+        try:
+            rest = await self._probe_tokens(bos, tuple(whole[: _PROBE_TOKENS // 2]))
+        except CallFailed as failed:  # It gives tokens, so it is good for everything else.
+            if failed.failure is not FailureKind.REJECTED:
+                _log.warning("engine fails to continue", detail=failed.detail)
+            return False
         return len(whole) == _PROBE_TOKENS and rest == whole[_PROBE_TOKENS // 2 :]
 
     async def _probe_tokens(self, bos: int, output: tuple[int, ...]) -> Sequence[int]:

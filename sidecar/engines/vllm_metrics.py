@@ -1,7 +1,7 @@
 """vLLM's page of metrics, as far as it tells of load: what it says of each rank. No I/O.
 
 Every sample names its data-parallel rank in the label `engine`. A server may have some of all ranks
-only, so they are counted here from 0, in their order.
+only, so they are counted here from 0, in their order, as it counts those that it is asked for.
 """
 
 import math
@@ -25,8 +25,6 @@ _NAMES: Final = frozenset({_RUNNING, _WAITING, _USAGE, _CONFIG})
 class RankMetrics:
     """One data-parallel rank."""
 
-    number: int
-    """By which the engine knows it."""
     load: LoadOfRank
     block_size: int
     kv_blocks: int
@@ -50,7 +48,6 @@ def ranks_of(page: str) -> Sequence[RankMetrics]:
             values.setdefault(rank, {})[sample.name] = value
     return [
         RankMetrics(
-            number,
             LoadOfRank(
                 position,
                 round(told.get(_RUNNING, 0.0)),

@@ -39,6 +39,12 @@ class OpenAiServer:
         self.is_stopping = False
         self.num_ranks = 1
         """Data-parallel ones, of which each has the same to do, if that is to be believed."""
+        self.first_engine = 0
+        """What its metrics call the first of its ranks: others may be another server's."""
+        self.num_looks = 0
+        """How often it was asked for its models."""
+        self.num_nonsense = 0
+        """So many times it says a length of the context that no model has."""
         self.leaves_lines_open = False
         """The last line of a stream is its last event, and no newline follows."""
         self.ranks_asked: list[str | None] = []
@@ -69,6 +75,7 @@ class OpenAiServer:
 
     async def models(self, request: web.Request) -> web.Response:
         del request
+        self.num_looks += 1
         if self.backend.is_dead:
             return web.json_response({"error": {"message": "dead", "code": 500}}, status=500)
         model: dict[str, Any] = {"id": self.backend.spec.model, "object": "model"}
@@ -77,6 +84,8 @@ class OpenAiServer:
                 "root": str(self.directory),
                 "max_model_len": self.backend.spec.context_length,
             }
+            if self.num_looks <= self.num_nonsense:
+                model["max_model_len"] = 1 << 40
         return web.json_response({"object": "list", "data": [model]})
 
     async def health(self, request: web.Request) -> web.Response:
@@ -105,15 +114,16 @@ class OpenAiServer:
             "num_requests_waiting": f"{rank.requests_waiting}.0",
             "kv_cache_usage_perc": f"{share}",
         }
+        engines = range(self.first_engine, self.first_engine + self.num_ranks)
         lines = [
             f'vllm:{name}{{engine="{engine}",model_name="m"}} {value}'
             for name, value in values.items()
-            for engine in range(self.num_ranks)
+            for engine in engines
         ]
         lines += [
             f'vllm:cache_config_info{{block_size="{spec.block_size}",engine="{engine}",'
             f'num_gpu_blocks="{spec.kv_blocks}"}} 1.0'
-            for engine in range(self.num_ranks)
+            for engine in engines
         ]
         lines.append('vllm:time_to_first_token_seconds_bucket{le="0.1"} 5.0')
         return web.Response(text="\n".join(lines) + "\n")

@@ -32,13 +32,19 @@ from unbroken.v1 import worker_pb2
 
 @asynccontextmanager
 async def beside(
-    flavour: Flavour, *, num_ranks: int = 1, step_s: float = 0.001
+    flavour: Flavour,
+    *,
+    num_ranks: int = 1,
+    first_engine: int = 0,
+    num_nonsense: int = 0,
+    step_s: float = 0.001,
 ) -> AsyncGenerator[tuple[Talk, OpenAiServer], None]:
     backend = Backend(step_s=step_s)
     cranking = asyncio.create_task(backend.run())
     try:
         async with openai_server.serving(backend, 0, flavour) as (address, server):
-            server.num_ranks = num_ranks
+            server.num_ranks, server.first_engine = num_ranks, first_engine
+            server.num_nonsense = num_nonsense
             launch = Launch(None, address, restart=FAST)
             engine = CallEngine(
                 launch,
@@ -83,9 +89,15 @@ def test_a_stream_whose_last_line_has_no_end_is_read_to_its_end() -> None:
     play(scenario())
 
 
-def test_every_rank_of_a_server_counts_and_can_be_asked() -> None:
+@pytest.mark.parametrize("first_engine", [0, 4])
+def test_every_rank_of_a_server_counts_and_can_be_asked(first_engine: int) -> None:
+    """By its place among the server's own, whatever its metrics call it."""
+
     async def scenario() -> None:
-        async with beside("vllm", num_ranks=2, step_s=0.005) as (it, server):
+        async with beside("vllm", num_ranks=2, first_engine=first_engine, step_s=0.005) as (
+            it,
+            server,
+        ):
             assert it.hub.up is not None
             assert it.hub.up.description.num_ranks == 2
             slot = it.start(greedy(480), rank=1)
@@ -100,6 +112,17 @@ def test_every_rank_of_a_server_counts_and_can_be_asked() -> None:
             assert server.ranks_asked[-1] == "1"
             it.abort(slot)
             await it.ended(slot)
+
+    play(scenario())
+
+
+def test_an_engine_that_says_nonsense_of_itself_is_asked_again_and_its_life_goes_on() -> None:
+    async def scenario() -> None:
+        async with beside("vllm", num_nonsense=2) as (it, server):
+            assert server.num_looks > 2
+            assert it.hub.up is not None
+            assert it.hub.up.incarnation == 1
+            assert it.hub.up.description.context_length == server.backend.spec.context_length
 
     play(scenario())
 

@@ -151,6 +151,10 @@ def test_what_an_engine_says_of_its_load_may_be_nonsense() -> None:
     (rank,) = load_report([], told, FOUND, num_steps=0, prefill_tokens_total=0).ranks
     assert (rank.requests_running, rank.requests_waiting) == (0, 2**32 - 1)
     assert (rank.kv_blocks_used, rank.prefill_tokens_queued) == (0, 0)
+    vast = replace(FOUND, kv_blocks=1 << 40)
+    full = {0: LoadOfRank(0, running=0, waiting=0, kv_share=1.0)}
+    (rank,) = load_report([], full, vast, num_steps=0, prefill_tokens_total=0).ranks
+    assert rank.kv_blocks_used == rank.kv_blocks_total == 2**32 - 1
 
 
 PAGE = """
@@ -168,8 +172,8 @@ vllm:num_requests_waiting_by_reason{engine="3",reason="capacity"} 4.0
 
 def test_of_several_ranks_each_is_told_of() -> None:
     first, second = vllm_metrics.ranks_of(PAGE)
-    assert first == vllm_metrics.RankMetrics(2, LoadOfRank(0, 5, 1, 0.25), 32, 64)
-    assert second == vllm_metrics.RankMetrics(3, LoadOfRank(1, 7, 0, 0.75), 32, 60)
+    assert first == vllm_metrics.RankMetrics(LoadOfRank(0, 5, 1, 0.25), 32, 64)
+    assert second == vllm_metrics.RankMetrics(LoadOfRank(1, 7, 0, 0.75), 32, 60)
     assert not vllm_metrics.ranks_of("python_info 1.0\n")
     with pytest.raises(CallFailed, match="metrics"):
         vllm_metrics.ranks_of("vllm:num_requests_running{ 1\n")

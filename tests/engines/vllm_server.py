@@ -80,6 +80,8 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self.requests: list[pb.GenerateRequest] = []
         self.plugin_key = ""
         """Of the plug-in that continues natively; empty: it has none."""
+        self.fails_to_continue = False
+        """Whoever asks it to go on is told of an error of its own."""
         self.taps_refused: grpc.StatusCode | None = None
         """With what who subscribes to KV events is refused."""
         self.num_taps_refused = 0
@@ -90,6 +92,8 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse]:
         self.requests.append(request)
+        if self.fails_to_continue and request.kv_transfer_params_json:
+            await context.abort(grpc.StatusCode.INTERNAL, "EngineCore encountered an issue.")
         prompt = list(request.tokenized.input_ids)
         told, past = prompt, list[int]()
         num_top = (

@@ -9,20 +9,27 @@
 
 What vLLM keeps of a request that was preempted is just this, so it goes on as with one. All of it
 is private to vLLM. So nothing is done in another minor version than those that this was tested with
-(`VERSIONS`), for the model runner V2, or beside speculative decoding; and nothing without a key in
+(`VERSIONS`), nor in one of them where something is not found, for the model runner V2, beside
+speculative decoding, a KV connector or a reasoning parser; and nothing without a key in
 the environment (`UNBROKEN_CONTINUATION_KEY`), which only the sidecar of this engine knows. What is
 not done here is seen there: a sidecar believes that an engine continues once it has done so.
 
 Of a seeded request the sampler for CPUs draws once a token. That of GPUs draws otherwise, and was
 not tested: there a seeded request is refused.
+
+A prefill in several steps draws at the end of each, and vLLM takes back what it discards by moving
+the generator's offset. Those of CPUs have none, and its core dies of that; a continuation makes it
+likelier, with a prefill of prompt and output. So here every seeded request on a CPU gets one whose
+last draw can be taken back.
 """
 
 import hmac
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, Final, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias, cast
 
 KEY_VARIABLE: Final = "UNBROKEN_CONTINUATION_KEY"
 FIELD: Final = "unbroken_continuation"
@@ -33,7 +40,22 @@ _NOTE: Final = "unbroken_num_output"
 """In `extra_args`: what the server found; it passes on nobody else's."""
 _MARK: Final = "_unbroken_continues"
 
+_DRAW: Final = 4
+"""By how much vLLM moves an offset for a draw."""
+
 _log = logging.getLogger("vllm.unbroken")
+
+_Method: TypeAlias = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A method, or class method, that is to be another one."""
+
+    module: str
+    owner: str
+    name: str
+    change: Callable[[_Method], _Method]
 
 
 def register() -> None:
@@ -45,9 +67,14 @@ def register() -> None:
     elif not version.startswith(VERSIONS):
         _log.warning("unbroken: vLLM %s is not one of %s: left as it is", version, VERSIONS)
     else:
-        _change_server(key)
-        _change_core()
-        _change_worker()
+        try:
+            changes = (_of_server(key), *_of_core(), _of_worker())
+            found = [_find(change) for change in changes]
+        except (ImportError, AttributeError, KeyError) as error:
+            _log.warning("unbroken: vLLM %s is not as it was (%r): left as it is", version, error)
+            return
+        for change, (owner, method) in zip(changes, found, strict=True):
+            _put(change, owner, method)
 
 
 def num_output_of(params: Any) -> int:
@@ -89,8 +116,8 @@ def split(prompt: list[int], num_output: int) -> tuple[list[int], list[int]]:
     return prompt[:-num_output], prompt[-num_output:]
 
 
-def _change_server(key: str) -> None:
-    def checking(process: Callable[..., Any]) -> Callable[..., Any]:
+def _of_server(key: str) -> _Change:
+    def checking(process: _Method) -> _Method:
         def process_inputs(
             self: Any, request_id: str, prompt: Any, params: Any, *more: Any, **named: Any
         ) -> Any:
@@ -104,7 +131,7 @@ def _change_server(key: str) -> None:
 
         return process_inputs
 
-    _wrap("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", checking)
+    return _Change("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", checking)
 
 
 def _num_ids(prompt: Any) -> int:
@@ -117,19 +144,26 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _unfit(config: Any, params: Any) -> str:
-    """Why this engine cannot do it for this request; empty if it can."""
+    """Why this engine cannot do it for this request; empty if it can.
+
+    What is about the engine is refused for every request: a sidecar asks once, with one of them.
+    """
     platform = importlib.import_module("vllm.platforms").current_platform
     if config.use_v2_model_runner:
         return "not with the model runner V2"
     if config.speculative_config is not None:
         return "not beside speculative decoding"
+    if config.kv_transfer_config is not None:
+        return "not beside a KV connector"
+    if config.structured_outputs_config.reasoning_parser:  # Grammars begin after the reasoning.
+        return "not beside a reasoning parser"
     if params.seed is not None and params.temperature > 0 and not platform.is_cpu():
         return "no seeds but on CPUs"
     return ""
 
 
-def _change_core() -> None:
-    def dividing(make: Callable[..., Any]) -> Callable[..., Any]:
+def _of_core() -> Sequence[_Change]:
+    def dividing(make: _Method) -> _Method:
         def from_engine_core_request(cls: Any, *more: Any, **named: Any) -> Any:
             request = make(cls, *more, **named)
             num_output = num_output_of(request.sampling_params)
@@ -144,7 +178,7 @@ def _change_core() -> None:
 
         return from_engine_core_request
 
-    def whole(make: Callable[..., Any]) -> Callable[..., Any]:
+    def whole(make: _Method) -> _Method:
         def from_request(cls: Any, request: Any, *more: Any, **named: Any) -> Any:
             data = make(cls, request, *more, **named)
             num_output = num_output_of(request.sampling_params)
@@ -155,7 +189,7 @@ def _change_core() -> None:
 
         return from_request
 
-    def advanced(make: Callable[..., Any]) -> Callable[..., Any]:
+    def advanced(make: _Method) -> _Method:
         def create_grammar(self: Any, request: Any) -> Any:
             grammar = make(self, request)
             num_output = num_output_of(request.sampling_params)
@@ -166,45 +200,77 @@ def _change_core() -> None:
 
         return create_grammar
 
-    _wrap("vllm.v1.request", "Request", "from_engine_core_request", dividing)
-    _wrap("vllm.v1.core.sched.output", "NewRequestData", "from_request", whole)
-    _wrap("vllm.v1.structured_output", "StructuredOutputManager", "_create_grammar", advanced)
+    return (
+        _Change("vllm.v1.request", "Request", "from_engine_core_request", dividing),
+        _Change("vllm.v1.core.sched.output", "NewRequestData", "from_request", whole),
+        _Change(
+            "vllm.v1.structured_output", "StructuredOutputManager", "_create_grammar", advanced
+        ),
+    )
 
 
-def _change_worker() -> None:
-    def dividing(begin: Callable[..., None]) -> Callable[..., None]:
+def _of_worker() -> _Change:
+    generator_of = _generators()
+
+    def dividing(begin: _Method) -> _Method:
         def post_init(self: Any) -> None:
             num_output = num_output_of(self.sampling_params)
             if num_output:
                 prompt, output = split(list(self.prompt_token_ids), num_output)
                 self.prompt_token_ids = prompt
                 self.output_token_ids = output
-                if self.generator is not None:
-                    _draw(self.generator, num_output)
+            if self.generator is not None and self.generator.device.type == "cpu":
+                self.generator = generator_of(self)
             begin(self)
 
         return post_init
 
-    _wrap("vllm.v1.worker.gpu_input_batch", "CachedRequestState", "__post_init__", dividing)
+    return _Change(
+        "vllm.v1.worker.gpu_input_batch", "CachedRequestState", "__post_init__", dividing
+    )
 
 
-def _draw(generator: Any, number: int) -> None:
-    """As the sampler for CPUs (`TopKTopPSampler.forward_cpu`) draws for so many tokens."""
+def _generators() -> Callable[[Any], Any]:
+    """What makes the generator of a seeded request, as it is after the output so far."""
     torch: Any = importlib.import_module("torch")
-    for _ in range(number):
-        torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+
+    class Rewindable(torch.Generator):
+        """One for a CPU. vLLM says `set_offset(get_offset() - 4)` to take back its last draw."""
+
+        request: Any
+
+        def get_offset(self) -> int:
+            return _DRAW
+
+        def set_offset(self, offset: int) -> None:
+            """Draw anew for the tokens that the request has, as `TopKTopPSampler.forward_cpu`."""
+            del offset
+            self.manual_seed(self.initial_seed())
+            for _ in self.request.output_token_ids:
+                torch.randint(0, 2**31, (1,), generator=self, dtype=torch.long)
+
+    def generator_of(request: Any) -> Any:
+        generator: Any = Rewindable()
+        generator.request = request
+        generator.manual_seed(request.generator.initial_seed())
+        generator.set_offset(0)
+        return generator
+
+    return generator_of
 
 
-def _wrap(
-    module: str, owner: str, name: str, change: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Put `change(method)` in the place of a method, or class method, once."""
-    where = getattr(importlib.import_module(module), owner)
-    found: Any = where.__dict__[name]
+def _find(change: _Change) -> tuple[type, Any]:
+    """Its owner and the method as it is. Raises ImportError, AttributeError, KeyError."""
+    owner: type = getattr(importlib.import_module(change.module), change.owner)
+    return owner, owner.__dict__[change.name]
+
+
+def _put(change: _Change, owner: type, found: Any) -> None:
+    """Put `change(method)` in the place of a method, once."""
     is_of_class = isinstance(found, classmethod)
     method: Any = getattr(found, "__func__", found)
     if hasattr(method, _MARK):
         return
-    changed: Any = change(method)
+    changed: Any = change.change(method)
     setattr(changed, _MARK, True)
-    setattr(where, name, classmethod(changed) if is_of_class else changed)
+    setattr(owner, change.name, classmethod(changed) if is_of_class else changed)
