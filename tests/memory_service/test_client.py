@@ -65,18 +65,23 @@ def test_a_pin_is_not_valid_once_it_is_released_or_its_client_closed(service: In
         assert not pinned.is_valid
 
 
-def test_a_pin_of_before_a_restart_is_not_taken_for_one_of_after_it(tmp_path: Path) -> None:
-    # The second block is corrupt, and the service dies over the report of that.
-    data = b"a" * PAGE + b"b" * PAGE
-    pinned = wire.Pinned(
+def two_blocks(*sums: int) -> wire.Pinned:
+    """A slab of two blocks with these checksums, as a client is first told of it."""
+    return wire.Pinned(
         pin_id=1,
         slab_ids=[5, 5],
         slots=[0, 1],
         generations=[1, 1],
         num_tokens=[16, 16],
-        checksums=[checksums.compute(data[:PAGE]), 7],
+        checksums=sums,
         new_slabs=[pb.Slab(slab_id=5, size_bytes=2 * PAGE, block_bytes=PAGE, num_slots=2)],
     )
+
+
+def test_a_pin_of_before_a_restart_is_not_taken_for_one_of_after_it(tmp_path: Path) -> None:
+    # The second block is corrupt, and the service dies over the report of that.
+    data = b"a" * PAGE + b"b" * PAGE
+    pinned = two_blocks(checksums.compute(data[:PAGE]), 7)
     service = Scripted(tmp_path / "session.sock")
     with service.running():
         service.answers("get", wire.SessionResponse(pinned=pinned), [data])
@@ -91,15 +96,7 @@ def test_a_pin_of_before_a_restart_is_not_taken_for_one_of_after_it(tmp_path: Pa
 
 def test_a_block_whose_checksum_nobody_here_can_compute_is_a_miss(tmp_path: Path) -> None:
     data = b"a" * PAGE + b"b" * PAGE
-    pinned = wire.Pinned(
-        pin_id=1,
-        slab_ids=[5, 5],
-        slots=[0, 1],
-        generations=[1, 1],
-        num_tokens=[16, 16],
-        checksums=[checksums.compute(data[:PAGE]), checksums.compute(data[PAGE:])],
-        new_slabs=[pb.Slab(slab_id=5, size_bytes=2 * PAGE, block_bytes=PAGE, num_slots=2)],
-    )
+    pinned = two_blocks(checksums.compute(data[:PAGE]), checksums.compute(data[PAGE:]))
     cases: list[tuple[list[int], int]] = [([], 2), ([1, 99], 1), ([99, 1], 0)]
     service = Scripted(tmp_path / "session.sock")
     with service.running(), MemoryClient(tmp_path / "session.sock") as client:

@@ -14,14 +14,7 @@ from tests.simulation.scenario import Report, quiet, run_seed
 def run_fleet_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
     """Live through one world of a fleet and report."""
     fleet = Fleet(seed, trace=trace)
-    report = Report(seed, num_streams=len(fleet.jobs))
-    try:
-        fleet.live()
-    except AssertionError as violation:
-        report.violation = str(violation) or repr(violation)
-        fleet.world.tell("VIOLATION %s", report.violation)
-    report.faults = cast("Counter[Fault]", fleet.seen)  # Trouble of its own kinds.
-    report.num_events = fleet.world.num_events
+    report = _lived(seed, fleet)
     report.num_tokens = sum(job.offset for job in fleet.jobs)
     return report
 
@@ -29,14 +22,7 @@ def run_fleet_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> 
 def run_crowd_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
     """Live through one world of a crowd and report."""
     crowd = Crowd(seed, trace=trace)
-    report = Report(seed, num_streams=len(crowd.jobs))
-    try:
-        crowd.live()
-    except AssertionError as violation:
-        report.violation = str(violation) or repr(violation)
-        crowd.world.tell("VIOLATION %s", report.violation)
-    report.faults = cast("Counter[Fault]", +crowd.seen)  # Events of its own kinds.
-    report.num_events = crowd.world.num_events
+    report = _lived(seed, crowd)
     report.num_tokens = sum(job.num_tokens for job in crowd.jobs if job.outcome == "served")
     return report
 
@@ -44,15 +30,21 @@ def run_crowd_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> 
 def run_pauses_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
     """Live through one world of pauses and report."""
     pauses = Pauses(seed, trace=trace)
-    report = Report(seed, num_streams=len(pauses.jobs))
+    report = _lived(seed, pauses)
+    report.num_tokens = sum(len(job.stream.ledger) for job in pauses.jobs)
+    return report
+
+
+def _lived(seed: int, it: Fleet | Crowd | Pauses) -> Report:
+    """What can be told of each of them; `num_tokens` cannot."""
+    report = Report(seed, num_streams=len(it.jobs))
     try:
-        pauses.live()
+        it.live()
     except AssertionError as violation:
         report.violation = str(violation) or repr(violation)
-        pauses.world.tell("VIOLATION %s", report.violation)
-    report.faults = cast("Counter[Fault]", +pauses.seen)  # Events of its own kinds.
-    report.num_events = pauses.world.num_events
-    report.num_tokens = sum(len(job.stream.ledger) for job in pauses.jobs)
+        it.world.tell("VIOLATION %s", report.violation)
+    report.faults = cast("Counter[Fault]", +it.seen)  # Trouble and events of its own kinds.
+    report.num_events = it.world.num_events
     return report
 
 
