@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from unbroken.errors import Reason, UnbrokenError
+from unbroken.errors import InvalidField, Reason, UnbrokenError
 
 HOST_PAGE_BYTES = 4096
 
@@ -34,6 +34,19 @@ class Device:
 
 
 HOST = Device(MemoryKind.HOST)
+
+
+def asked_for(kind: int, uuid: str) -> Device | None:
+    """The memory in which a caller looks; None: in any. Nothing is found in one that is not here.
+
+    Raises InvalidField.
+    """
+    if not kind and not uuid:
+        return None
+    try:
+        return Device(MemoryKind(kind), uuid)
+    except ValueError as error:
+        raise InvalidField("memory_kind", "a kind of memory", kind) from error
 
 
 @dataclass(frozen=True, slots=True)

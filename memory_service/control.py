@@ -8,7 +8,7 @@ from typing import Any, Final
 import grpc.aio
 from typing_extensions import override
 
-from memory_service import labels
+from memory_service import accounts, labels
 from memory_service.accounts import HOST
 from memory_service.holdings import PIN_S_MAX, Holdings
 from memory_service.keeper import Keeper
@@ -133,7 +133,8 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
         self, request: pb.LookupBlocksRequest, context: _Context
     ) -> pb.LookupBlocksResponse:
         self._check_reader(request)
-        found = self._holdings.store.find(request.tenant, _keys(request.keys))
+        device = accounts.asked_for(request.memory_kind, request.device)
+        found = self._holdings.store.find(request.tenant, _keys(request.keys), device)
         return pb.LookupBlocksResponse(num_blocks=len(found))
 
     @override

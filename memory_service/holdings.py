@@ -564,15 +564,22 @@ class Holdings:
         self._settle()
 
     def get(
-        self, session: Session, keys: Sequence[bytes], ttl_s: float, now: float
+        self,
+        session: Session,
+        keys: Sequence[bytes],
+        ttl_s: float,
+        now: float,
+        device: Device | None = None,
     ) -> tuple[Pin | None, list[StoreSlab]]:
         """Pin blocks for a reader; also the slabs whose descriptors it does not have.
+
+        They are those of one memory, or of any (`BlockStore.find`).
 
         So many blocks that the descriptors fit into one packet.
         """
         if not 0 < ttl_s <= PIN_S_MAX:
             raise InvalidField("ttl", f"a time up to {PIN_S_MAX:g} s", ttl_s)
-        blocks = self.store.find(session.peer.tenant, keys)
+        blocks = self.store.find(session.peer.tenant, keys, device)
         new: list[StoreSlab] = []
         if {block.told[0] for block in blocks} - session.shown:
             slabs = {block.slab.slab_id: block.slab for block in blocks}

@@ -19,7 +19,7 @@ from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 
-from memory_service import fencing, labels, memfd
+from memory_service import accounts, fencing, labels, memfd
 from memory_service.backend import NeverSealed
 from memory_service.fencing import Fence
 from memory_service.holdings import PIN_S_MAX, Holdings
@@ -375,7 +375,9 @@ class Connection:
         now = self._owner.clock()
         match kind:
             case "find":
-                found = holdings.store.find(session.peer.tenant, _keys(request.find.keys))
+                find = request.find
+                device = accounts.asked_for(find.memory_kind, find.device)
+                found = holdings.store.find(session.peer.tenant, _keys(find.keys), device)
                 return _reply(found=wire.Found(num_blocks=len(found)))
             case "get":
                 return self._get(session, request.get, now)
@@ -611,7 +613,9 @@ class Connection:
     def _get(self, session: Session, get: wire.GetBlocks, now: float) -> Answer:
         owner = self._owner
         ttl_s = _seconds(get.ttl) if get.HasField("ttl") else PIN_S_MAX
-        pin, new = owner.holdings.get(session, _keys(get.keys), ttl_s, now)
+        pin, new = owner.holdings.get(
+            session, _keys(get.keys), ttl_s, now, accounts.asked_for(get.memory_kind, get.device)
+        )
         try:
             fds = owner.keeper.read_only([slab.slab_id for slab in new]) if new else []
         except UnbrokenError:

@@ -121,7 +121,8 @@ class BlockStore:
     def __init__(self, *, pins_max: int = 65_536) -> None:
         self._pins_max = pins_max
         self._slabs: dict[int, StoreSlab] = {}
-        self._index: dict[str, dict[bytes, Block]] = {}  # By tenant and key.
+        self._index: dict[str, dict[Device, dict[bytes, Block]]] = {}
+        """By tenant, memory and key: a tenant has memories in the order of preference."""
         self._pins: dict[int, Pin] = {}
         self._next_pin_id = 1
         self._use = 0
@@ -134,7 +135,7 @@ class BlockStore:
 
     @property
     def num_blocks(self) -> int:
-        return sum(map(len, list(self._index.values())))
+        return sum(len(index) for index in self._indexes())
 
     @property
     def num_pins(self) -> int:
@@ -175,7 +176,7 @@ class BlockStore:
         """Take in what stands in the records of slots; returns the slots that hold no block now.
 
         A record that is not valid, or says that its slot is being written to, takes away what the
-        slot held. One whose key is stored already is not needed.
+        slot held. One whose key is stored in the same memory already is not needed.
         """
         free: list[int] = []
         for slot, record in records:
@@ -191,7 +192,7 @@ class BlockStore:
                 if (old.key, old.generation) == (record.key, record.generation):
                     continue  # Told twice.
                 self._forget(old)
-            index = self._index.setdefault(slab.tenant, {})
+            index = self._index_of(slab)
             if record.key in index:
                 free.append(slot)
                 continue
@@ -210,10 +211,21 @@ class BlockStore:
             index[record.key] = block
         return free
 
-    def find(self, tenant: str, keys: Sequence[bytes]) -> list[Block]:
-        """The blocks of the first keys, up to the first that is not stored."""
+    def find(self, tenant: str, keys: Sequence[bytes], device: Device | None = None) -> list[Block]:
+        """The blocks of the first keys, up to the first that is not stored.
+
+        In this memory, or else in any: the host's before a GPU's.
+        """
+        indexes = self._index.get(tenant, {})
+        if device is not None:
+            wanted = [indexes[device]] if device in indexes else []
+        else:
+            wanted = list(indexes.values())
+        if not wanted:
+            return []
         found: list[Block] = []
-        for block in map(self._index.get(tenant, {}).get, keys):
+        lookup = wanted[0].get if len(wanted) == 1 else _first_of(wanted)
+        for block in map(lookup, keys):
             if block is None:
                 break
             found.append(block)
@@ -349,13 +361,27 @@ class BlockStore:
                 num_blocks += 1
                 assert 0 <= slot < slab.num_slots
                 assert (block.slot, block.slab) == (slot, slab)
-                assert self._index[slab.tenant][block.key] is block, "one block per key"
+                index = self._index[slab.tenant][slab.device]
+                assert index[block.key] is block, "one block per key and memory"
                 assert block.num_pins == pins.get(block, 0), "pins are counted"
         assert num_blocks == self.num_blocks, "the index has nothing else"
-        assert all(self._index.values()), "nor a tenant without a block"
+        assert all(self._indexes()), "nor a memory without a block"
+        assert all(self._index.values()), "nor a tenant without one"
 
     def _all(self) -> list[Block]:
-        return [block for index in list(self._index.values()) for block in list(index.values())]
+        return [block for index in self._indexes() for block in list(index.values())]
+
+    def _indexes(self) -> list[dict[bytes, Block]]:
+        return [index for of in list(self._index.values()) for index in list(of.values())]
+
+    def _index_of(self, slab: StoreSlab) -> dict[bytes, Block]:
+        """That of the slab's memory, which stands where the order of preference has it."""
+        indexes = self._index.setdefault(slab.tenant, {})
+        if slab.device not in indexes:
+            indexes[slab.device] = {}
+            for device in sorted(indexes, key=lambda one: (one.kind, one.uuid)):
+                indexes[device] = indexes.pop(device)
+        return indexes[slab.device]
 
     def _touch(self, blocks: Sequence[Block]) -> None:
         use = self._use
@@ -370,9 +396,12 @@ class BlockStore:
             block.num_pins -= 1
 
     def _forget(self, block: Block) -> None:
-        index = self._index[block.slab.tenant]
+        indexes = self._index[block.slab.tenant]
+        index = indexes[block.slab.device]
         del index[block.key]
         if not index:
+            del indexes[block.slab.device]
+        if not indexes:
             del self._index[block.slab.tenant]
         del block.slab.blocks[block.slot]
 
@@ -385,3 +414,8 @@ class BlockStore:
             self._forget(block)
         del self._slabs[slab.slab_id]
         self.freed.append(slab)
+
+
+def _first_of(indexes: Sequence[dict[bytes, Block]]) -> Callable[[bytes], Block | None]:
+    """Look a key up in the first memory that has it."""
+    return lambda key: next((index[key] for index in indexes if key in index), None)

@@ -176,6 +176,25 @@ def test_who_has_no_gpu_finds_them_and_gets_none(
             assert len(host.get(keys)) == 0
 
 
+def test_the_host_and_a_gpu_have_the_same_keys_each_for_itself(
+    service: ServiceProcess, gpu: FakeGpu, room: Room
+) -> None:
+    keys = keys_of("both", 3)
+    room.fill(keys)
+    with GpuMemoryClient(service.socket, gpu) as client:
+        on_gpu = client.open_writer_on_gpu(BLOCK_BYTES, 4)
+        on_gpu.put(keys, room.addresses, 16)
+        on_gpu.flush()
+        on_host = client.open_writer(BLOCK_BYTES, 4)
+        for key in keys[:2]:
+            assert on_host.put(key, bytes(BLOCK_BYTES), 16)
+        on_host.flush()
+        with client.get(keys) as blocks:
+            assert [bytes(block.data) for block in blocks] == [bytes(BLOCK_BYTES)] * 2
+        assert client.restore(keys, room.addresses) == 3
+        assert room.holds(keys)
+
+
 def test_who_cannot_map_a_slab_does_not_keep_it_from_others(
     service: ServiceProcess, gpu: FakeGpu, room: Room
 ) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from memory_service.accounts import HOST, Device, MemoryKind
 from memory_service.store import BlockStore, SlabState, StoreSlab
 from tests.memory_service.host import key_of
 from unbroken.errors import Reason, UnbrokenError
@@ -142,4 +143,33 @@ def test_a_sealed_slab_without_a_block_is_freed() -> None:
     store.add(empty)
     store.seal(empty)
     assert empty in store.freed
+    store.check()
+
+
+def test_each_memory_has_a_block_of_its_own_under_one_key() -> None:
+    store, _ = store_with(1, 2)
+    gpus = [Device(MemoryKind.CUDA, uuid) for uuid in ("GPU-b", "GPU-a")]
+    for number, gpu in enumerate(gpus):
+        slab = StoreSlab(2 + number, "t", 7, 1, 64, 4, device=gpu)
+        store.add(slab)
+        assert store.commit(slab, [record(0, 1), record(1, 3)]) == [], "needed there too"
+    for device, numbers in ((HOST, (1, 2)), (gpus[0], (1,)), (gpus[1], (1,)), (None, (1, 2, 3))):
+        found = store.find("t", keys(1, 2, 3), device)
+        assert [block.key for block in found] == keys(*numbers)
+        assert device is None or {block.slab.device for block in found} == {device}
+    found = store.find("t", keys(1, 3))
+    assert [block.slab.device for block in found] == [HOST, gpus[1]], "the host's, then by name"
+    store.check()
+
+
+def test_of_a_key_that_is_dropped_in_one_memory_the_others_stay() -> None:
+    store, host = store_with(1)
+    gpu = StoreSlab(2, "t", 7, 1, 64, 4, device=Device(MemoryKind.CUDA, "GPU-a"))
+    store.add(gpu)
+    store.commit(gpu, [record(0, 1)])
+    assert store.drop(host.slab_id, 0, 1)
+    assert [block.slab for block in store.find("t", keys(1))] == [gpu]
+    store.check()
+    assert store.drop(gpu.slab_id, 0, 1)
+    assert store.find("t", keys(1)) == []
     store.check()

@@ -179,7 +179,9 @@ class GpuMemoryClient(MemoryClient):
         Up to the first that is not stored on this GPU, or does not match its checksum, which is
         computed in the same pass. What is at the addresses of the others is undefined.
         """
-        get = wire.GetBlocks(keys=b"".join(keys))
+        get = wire.GetBlocks(
+            keys=b"".join(keys), memory_kind=pb.MEMORY_KIND_CUDA, device=self.gpu.uuid
+        )
         get.ttl.FromMilliseconds(round(ttl_s * 1000))
         with self.lock:
             begun = time.monotonic()
