@@ -503,6 +503,17 @@ def table(matrix: Matrix) -> str:
     return "\n".join([*header, *rows])
 
 
+def summary(figures: Mapping[str, Any]) -> str:
+    """What the run was, in a sentence."""
+    wrong = ("lost", "duplicated", "changed", "hung", "refused", "leaks")
+    counts = ", ".join(f"{figures[name]} {name}" for name in wrong)
+    return (
+        f"One run of `make chaos`: {figures['cells']} cells, {figures['trials']} trials, "
+        f"{figures['streams']:,} streams,\n{figures['complete']:,} complete; {counts}. "
+        "What is not complete is of clients that were killed."
+    )
+
+
 def _field(cell: Cell, phase: Phase) -> str:
     num = sum(hit.phase is phase for trial in cell.trials for hit in trial.hits)
     if not num:
@@ -555,20 +566,22 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5, help="of each cell, at least")
     parser.add_argument("--cell", type=_cell, action="append", help="component/harm; repeatable")
     parser.add_argument("--seed", type=int, default=0, help="of the order of trials")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/CHAOS.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put table and counts into docs/CHAOS.md"
+    )
     arguments = parser.parse_args()
     matrix = Matrix(arguments.cell or CELLS, arguments.trials, arguments.seed)
     with tempfile.TemporaryDirectory(prefix="unbroken-chaos-") as directory:
         uvloop.run(matrix.run(Path(directory)))
-    if arguments.write:
-        write_table(PAGE, table(matrix))
     figures = matrix.figures()
+    if arguments.write:
+        write_table(PAGE, f"{summary(figures)}\n\n{table(matrix)}")
     print(json.dumps(figures))  # noqa: T201 - The line that ends every measurement.
     sys.exit(not figures["ok"])
 
 
 def write_table(page: Path, text: str) -> None:
-    """Replace the table between the two marks of a page."""
+    """Replace what stands between the two marks of a page."""
     begin, end = "<!-- matrix -->\n", "<!-- /matrix -->\n"
     before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)

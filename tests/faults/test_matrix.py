@@ -7,7 +7,7 @@ from pathlib import Path
 
 import uvloop
 
-from tests.faults.matrix import FAST_CELLS, PAGE, Matrix, table, write_table
+from tests.faults.matrix import FAST_CELLS, PAGE, Matrix, summary, table, write_table
 from tests.sidecar.processes import no_process_left
 
 NUM_CELLS_MIN = 12
@@ -34,6 +34,11 @@ def test_the_table_is_put_between_its_marks(tmp_path: Path) -> None:
     for _ in range(2):
         write_table(page, "new")
         assert page.read_text() == "before\n<!-- matrix -->\nnew\n<!-- /matrix -->\nafter\n"
+
+
+def test_the_summary_tells_what_was_counted_of_the_run() -> None:
+    text = summary(Matrix([], 1, 0).figures() | {"streams": 4200, "complete": 4070, "lost": 1})
+    assert "4,200 streams,\n4,070 complete; 1 lost, 0 duplicated" in text
 
 
 def test_the_page_has_a_row_for_every_cell() -> None:
