@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -73,6 +73,9 @@ memory-proof: .venv/.dev ## Memory survives engines, its service and its vault: 
 
 memory-gpu: .venv/.dev ## The same of a GPU's memory, and its checksum's speed; needs a GPU and extra cuda (GIB=16)
 	$(BIN)/python -m tests.gpu.memory $(if $(GIB),--gib $(GIB))
+
+recovery-gpu: .venv/.dev ## An engine on a GPU is killed; another goes on from its KV: bits, times, and what storing costs; needs PyTorch too
+	$(BIN)/python -m tests.gpu.recovery $(if $(TRIALS),--trials $(TRIALS)) $(if $(SHAPES),--shapes $(SHAPES))
 
 recovery: .venv/.dev ## How long a stream stands still when its worker is killed; by default, and with real-time priority
 	$(BIN)/python -m benchmarks.recovery

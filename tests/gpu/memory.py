@@ -24,12 +24,13 @@ from typing import Any
 from memory_service.nvml import NvmlWatch
 from tests.gpu import deeds
 from tests.gpu.filling import BLOCK_BYTES, SLAB_BYTES, fill, keys_of
+from tests.gpu.host_copies import HostCopies
 from tests.gpu.watching import faults
 from tests.memory_service import refusals
 from tests.memory_service.processes import ServiceProcess, serving
 from tests.memory_service.test_service import usage
 from unbroken.memory import mlh64
-from unbroken.memory.client import SegmentClass
+from unbroken.memory.client import MemoryClient, SegmentClass
 from unbroken.memory.cuda import CudaGpu
 from unbroken.memory.device_slabs import DeviceSlabs
 from unbroken.memory.gpu import Access, GpuUnavailable
@@ -41,6 +42,9 @@ CHECKSUM_SHARE_MIN = 0.85
 """Of the traffic of one large copy, which reads and writes: the GPU's own measure."""
 COPY_SHARE_MIN = 0.8
 """Of one large copy, by blocks of 2 MiB that lie anywhere, with their checksums."""
+HOST_GIB = 2
+H2D_SHARE_MIN = 0.9
+"""Of copies from pinned memory."""
 BLOCKS = 130
 """Of 2 MiB: KV of some 8,000 tokens of a model of 1.5 B, or 2,000 of one of 8 B."""
 RESTORE_MS_MAX = 12.0
@@ -223,6 +227,7 @@ class Proof:
                 self.figures["service_takes_mib"] = round(taken / 2**20, 1)
                 self.expect(taken <= CONTEXT_BYTES_MAX, f"the service takes {taken} bytes")
                 self.weights(service)
+                self.host(service)
                 self.killed(service, is_standby=False)
                 self.killed(service, is_standby=True)
                 self.blocks(service)
@@ -267,6 +272,33 @@ class Proof:
         self.expect(
             statistics.median(attached) * 1000 <= ATTACH_MS_MAX,
             f"attaching {self.gib} GiB took {_ms(attached)} ms",
+        )
+
+    def host(self, service: ServiceProcess) -> None:
+        """Sealed weights of the host's memory go to the GPU as fast as pinned memory does."""
+        size = HOST_GIB << 30
+        target = self._slabs(HOST_GIB, SLAB_BYTES)
+        with MemoryClient(service.socket, client="host") as client:
+            built = client.create("host", SegmentClass.WEIGHTS, [size])
+            part = random.Random(2).randbytes(32 << 20)
+            for at in range(0, size, len(part)):
+                built.slabs[0][at : at + len(part)] = part
+            client.seal(built)
+            weights = client.attach("host")
+            copies = HostCopies(self.gpu)
+            pinned_s = copies.pinned(target.address, size, self.rounds)
+            registered_s = copies.registered(weights.slabs[0], target.address, size, self.rounds)
+            copied = self.gpu.checksums([target.address + size - len(part)], len(part))
+            self.expect(copied == [mlh64.compute(part)], "other bytes are on the GPU")
+            client.release(weights)
+        target.close()
+        self.figures |= {
+            "h2d_pinned_gb_s": round(size / pinned_s / 1e9, 1),
+            "h2d_sealed_gb_s": round(size / registered_s / 1e9, 1),
+        }
+        self.expect(
+            pinned_s / registered_s >= H2D_SHARE_MIN,
+            f"sealed memory goes to the GPU in {registered_s:.4f} s, pinned in {pinned_s:.4f}",
         )
 
     def killed(self, service: ServiceProcess, *, is_standby: bool) -> None:
