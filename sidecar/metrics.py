@@ -90,6 +90,7 @@ class HubCollector(Collector):
         load = hub.load  # Scrapes have a thread of their own; meanwhile the hub goes on.
         if load is not None:
             yield from self._ranks(load)
+            yield from _kv_store(load.kv_store)
         engine_load = hub.engine_load
         if engine_load is not None:
             yield from _for_routers(engine_load)
@@ -137,6 +138,32 @@ _RANK_GAUGES = {
     "prefill_tokens_queued": ("prefill_tokens_queued", "Prompt tokens not yet computed."),
 }
 """By the field of `RankLoad`, the name and the meaning: only counters are called a total."""
+
+
+_KV_STORE_COUNTERS = {
+    "blocks_put_total": ("memory_blocks_put", "KV blocks stored in the memory service."),
+    "blocks_dropped_total": (
+        "memory_blocks_dropped",
+        "KV blocks not stored there, for want of room or because it was away or too slow.",
+    ),
+    "blocks_restored_total": (
+        "memory_blocks_restored",
+        "KV blocks taken from there instead of being computed.",
+    ),
+    "blocks_missed_total": (
+        "memory_blocks_missed",
+        "KV blocks asked for there and not had: not stored, not intact, or not in time.",
+    ),
+    "put_bytes_total": ("memory_put_bytes", "Bytes of KV blocks stored there."),
+    "restored_bytes_total": ("memory_restored_bytes", "Bytes of KV blocks taken from there."),
+}
+"""By the field of `KvStoreUse`, the name and the meaning. All are of this life of the engine."""
+
+
+def _kv_store(use: worker_pb2.KvStoreUse) -> Iterator[Metric]:
+    """Zeros of an engine that uses no memory service."""
+    for field, (name, help_text) in _KV_STORE_COUNTERS.items():
+        yield CounterMetricFamily(f"{_PREFIX}_{name}", help_text, value=getattr(use, field))
 
 
 def _for_routers(load: EngineLoad) -> Iterator[Metric]:

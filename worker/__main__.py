@@ -11,6 +11,7 @@ from unbroken.garbage import collected_in_quiet
 from unbroken.signals import STOPPING, heed_no_more
 from worker.config import WorkerConfig
 from worker.engine import ModelRunner
+from worker.kv_store import store_settings
 from worker.service import EngineService
 from worker.simulated import CostModel, Faults, simulated_runner
 
@@ -93,6 +94,7 @@ def _runner(config: WorkerConfig) -> ModelRunner:
                 native_resume=config.native_resume,
                 random_source=config.random_source,
                 repetition_penalty_counts_prompt=config.repetition_penalty_counts_prompt,
+                memory=store_settings(config),
             )
 
 

@@ -26,6 +26,10 @@ class WorkerConfig(ProcessConfig):
     """Prompt tokens that one step computes, for each rank; 0 lets the engine choose."""
     waiting_max: int = Field(16_384, ge=1)
     """Attempts that may wait for a place in the batch; more are refused."""
+    memory: Path | None = None
+    """Directory of this host's memory service: KV blocks are kept there, and taken from there."""
+    memory_bytes: int = Field(512 * 1024**2, ge=1024**2, le=2**50)
+    """Bytes of blocks that this engine keeps there; then the oldest make room."""
     threads: int = Field(0, ge=0, le=1024)
     """llama: threads that compute; 0 lets the engine choose."""
 

@@ -8,7 +8,7 @@ logits and asks each sequence's sampler for a token. So a new engine is one `Mod
 what it is (`EngineSpec`) and executes plans, one at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
@@ -20,6 +20,7 @@ from unbroken import blocks
 from unbroken.checkpoint import checkpoint_from_proto
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs
+from unbroken.memory.keys import KeyChain
 from unbroken.tokenizer import TokenizerAsset
 from unbroken.v1 import attempt_pb2, worker_pb2
 from worker.constraints import ConstraintCompiler
@@ -73,6 +74,10 @@ class EngineSpec:
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
     """What went into `numerics_id`, for people."""
 
+    kv_restore: bool = False
+    """It keeps its KV blocks in a memory service, and takes them from there."""
+    memory_service: str = ""
+    """Names that memory service: workers of equal names find each other's blocks."""
     native_resume: bool = True
     random_source: Literal["positional", "sequential"] = "positional"
     repetition_penalty_counts_prompt: bool = True
@@ -134,11 +139,12 @@ def describe(spec: EngineSpec) -> worker_pb2.EngineDescription:
                 json_schema=True, json_object=True, regex=True, lark=True, choice=True
             ),
             logprobs=True,
-            kv_restore=False,
+            kv_restore=spec.kv_restore,
             seed_bits=64,
         ),
         tokenizer_fingerprint=spec.tokenizer.fingerprint,
         num_ranks=spec.num_ranks,
+        memory_service=spec.memory_service,
     )
 
 
@@ -182,6 +188,8 @@ class Sequence:
 
     kv_slot: int = -1
     """Where its KV lives, in an engine with slots; -1 before it is in the batch."""
+    kv_keys: KeyChain | None = None
+    """Names of its blocks in the memory service; whoever stores them keeps it."""
     runner_state: Any = None
     """Whatever the runner keeps; it vanishes with the sequence."""
     standing: Any = None
@@ -193,6 +201,13 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    def tokens_to_chain(self, start: int, end: int, *, marks_output: bool) -> Iterator[int]:
+        """Its tokens from `start` to `end`, as hashes of blocks are computed from them."""
+        num_prompt = len(self.prompt)
+        yield from self.prompt[start:end]
+        output = self.output[max(0, start - num_prompt) : max(0, end - num_prompt)]
+        yield from (token_id | blocks.OUTPUT_TAG for token_id in output) if marks_output else output
 
     @property
     def next_offset(self) -> int:
@@ -227,12 +242,42 @@ class PrefillChunk:
     """The chunk is the last one: a token is to be chosen from the logits after it."""
 
 
+@dataclass(frozen=True, slots=True)
+class KvSave:
+    """Blocks of a sequence that are full and computed: the memory service is to have them.
+
+    The sequence may be over; its KV is still there until the plan's trims.
+    """
+
+    sequence: Sequence
+    kv_slot: int
+    """Where its KV is, which `sequence.kv_slot` need not be any more."""
+    first_block: int
+    end_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvRestore:
+    """A sequence's KV is to be taken from the memory service, as far as it is there.
+
+    Of its first `start` tokens it has it; of those from `end` on nothing is wanted. Both are whole
+    blocks. It computes nothing in the same step.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
 @dataclass(slots=True)
 class StepPlan:
     """What one step computes. Within a plan every sequence has at most one row that is sampled."""
 
+    saves: list[KvSave] = field(default_factory=list[KvSave])
+    """To be done before anything else; only of an engine with `kv_restore`, as restores."""
     trims: list[KvTrim] = field(default_factory=list[KvTrim])
-    """To be done before anything else."""
+    """To be done before anything of what follows."""
+    restores: list[KvRestore] = field(default_factory=list[KvRestore])
     prefills: list[PrefillChunk] = field(default_factory=list[PrefillChunk])
     decodes: list[Sequence] = field(default_factory=list[Sequence])
     """Each computes `output[-1]` at position `num_tokens - 1`, and is sampled."""
@@ -250,6 +295,8 @@ class StepResult:
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])
     """By row, of those that asked for them."""
+    restored: list[int] = field(default_factory=list[int])
+    """For each of `StepPlan.restores`: tokens of which the sequence has KV now."""
     failures: dict[int, str] = field(default_factory=dict[int, str])
     """By row: why it has no token, though the engine lives on. Its token id means nothing."""
 
@@ -279,6 +326,11 @@ class ModelRunner(Protocol):
 
     @property
     def spec(self) -> EngineSpec: ...
+
+    @property
+    def kv_store_use(self) -> worker_pb2.KvStoreUse | None:
+        """What it has exchanged with a memory service; None: it has none."""
+        ...
 
     async def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step; blocking work goes to a thread.

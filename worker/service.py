@@ -346,6 +346,8 @@ class EngineService:
             frame.slot_seen = session.slot_seen
             frame.load.is_computing = self._is_computing
             frame.load.steps_us_total = int(self._steps_s * 1e6)
+            if (use := self._runner.kv_store_use) is not None:
+                frame.load.kv_store.CopyFrom(use)
         return frame
 
 

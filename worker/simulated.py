@@ -11,6 +11,9 @@ that decodes, plus its prompt tokens over `prefill_tokens_per_s`.
 Its *personality* can be that of a lesser engine: one that can't go on after past output, whose
 random numbers depend on history, or whose repetition penalty ignores the prompt.
 
+With a memory service, the *KV* of a block is the state after its tokens, and a sequence that is
+restored goes on from the state that it was given: were that of other tokens, so would its own be.
+
 Its *faults* are those of engines that cannot bear some input: a token that kills the process, or
 lets it stand still for ever, as soon as a step has to compute it.
 """
@@ -18,6 +21,7 @@ lets it stand still for ever, as soon as a step has to compute it.
 import asyncio
 import os
 import signal
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,8 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbroken.tokenizer import TokenizerAsset
+from unbroken.v1 import worker_pb2
 from worker import simulated_tokenizer as vocabulary
-from worker.engine import EngineSpec, StepPlan, StepResult
+from worker.engine import EngineSpec, KvRestore, KvSave, StepPlan, StepResult
+from worker.engine import Sequence as Stream
+from worker.kv_store import Blocks, KvStore, StoreSettings
 
 VERSION = "1"
 
@@ -45,6 +52,10 @@ _PEAK = 14.0
 _END_DUE = 17.0
 _NUM_COMMON = 48
 _UNREADABLE = -6.0
+# KV of a block in a memory service: the state, again and again.
+_BLOCK_WORDS = 8
+_BLOCK = struct.Struct(f"<{_BLOCK_WORDS}Q")
+
 _NEVER = -1e4  # Finite: a constraint may leave nothing else.
 
 
@@ -117,8 +128,11 @@ class SimulatedModel:
         self._base[common] = _COMMON
         self._base[len(tokens) :] = _NEVER
 
-    def state(self, token_ids: Sequence[int]) -> int:
-        """The state of a context: a polynomial in its tokens, modulo 2^64."""
+    def state(self, token_ids: Sequence[int], *, after: int | None = None) -> int:
+        """The state of a context: a polynomial in its tokens, modulo 2^64.
+
+        `after` is the state before these tokens; None: they are all.
+        """
         num = len(token_ids)
         if len(self._growths) <= num:
             factors = np.full(2 * num + 1, _GROWTH, dtype=np.uint64)
@@ -126,7 +140,8 @@ class SimulatedModel:
             self._growths = np.multiply.accumulate(factors)
         values = np.array(token_ids, dtype=np.uint64) + np.uint64(1)
         tail = (values * self._growths[num - 1 :: -1] if num else values).sum(dtype=np.uint64)
-        return (self.root * int(self._growths[num]) + int(tail)) & _MASK
+        begun = self.root if after is None else after
+        return (begun * int(self._growths[num]) + int(tail)) & _MASK
 
     def grown(self, state: int, token_id: int) -> int:
         """The state of a context with one token more."""
@@ -167,8 +182,11 @@ class SimulatedRunner:
         model: SimulatedModel,
         cost: CostModel,
         faults: Faults | None = None,
+        store: Blocks | None = None,
     ) -> None:
+        """`store` is where its blocks are kept, if its spec says that it does that."""
         self._spec = spec
+        self._store = store
         self._faults = faults or Faults()
         self._model = model
         self._cost = cost
@@ -190,19 +208,28 @@ class SimulatedRunner:
         if begun - self._step_end < step_s:
             begun = self._step_end
         self._step_end = begun + step_s
-        result = self.compute(plan)
+        if plan.saves or plan.restores:
+            result = await asyncio.to_thread(self.compute, plan)
+        else:
+            result = self.compute(plan)
         await asyncio.sleep(max(0.0, self._step_end - loop.time()))
         return result
 
+    @property
+    def kv_store_use(self) -> worker_pb2.KvStoreUse | None:
+        return None if self._store is None else self._store.use
+
     def compute(self, plan: StepPlan) -> StepResult:
-        """What the step produces, in no time."""
+        """What the step produces, in no time but that of the memory service."""
         model = self._model
-        result = StepResult()
+        for save in plan.saves:
+            self._save(save)
+        result = StepResult(restored=[self._restore(restore) for restore in plan.restores])
         for chunk in plan.prefills:
             if not chunk.samples:
                 continue
             stream = chunk.sequence
-            stream.runner_state = model.state([*stream.prompt, *stream.output])
+            stream.runner_state = self._state(stream)
             last_token_id = chunk.token_ids[-1]
             if stream.sampler.is_argmax(len(stream.output)):
                 result.append(model.best(stream.runner_state, last_token_id))
@@ -219,7 +246,47 @@ class SimulatedRunner:
         return result
 
     async def close(self) -> None:
-        pass
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+
+    def _state(self, stream: Stream) -> int:
+        """After all its tokens; of those that were restored, as its blocks had it."""
+        token_ids = [*stream.prompt, *stream.output]
+        restored = stream.runner_state
+        if isinstance(restored, _Restored):
+            return self._model.state(token_ids[restored.num_tokens :], after=restored.state)
+        return self._model.state(token_ids)
+
+    def _save(self, save: KvSave) -> None:
+        assert self._store is not None, "its spec says that it stores"
+        size = self._spec.block_size
+        token_ids = [*save.sequence.prompt, *save.sequence.output]
+        state = self._model.state(token_ids[: save.first_block * size])
+        for index in range(save.first_block, save.end_block):
+            state = self._model.state(token_ids[index * size : (index + 1) * size], after=state)
+            self._store.put(save.sequence, index, _BLOCK.pack(*(state,) * _BLOCK_WORDS))
+
+    def _restore(self, restore: KvRestore) -> int:
+        assert self._store is not None, "its spec says that it stores"
+        size, stream = self._spec.block_size, restore.sequence
+        num_blocks, state = self._store.fetch(
+            stream,
+            restore.start // size,
+            restore.end // size,
+            lambda blocks: _BLOCK.unpack(blocks[-1])[0],
+        )
+        num_tokens = restore.start + num_blocks * size
+        if num_blocks:
+            stream.runner_state = _Restored(num_tokens, state)
+        return num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Restored:
+    """What a sequence's blocks had, until it goes on from there."""
+
+    num_tokens: int
+    state: int
 
 
 def simulated_runner(
@@ -237,6 +304,7 @@ def simulated_runner(
     native_resume: bool = True,
     random_source: Literal["positional", "sequential"] = "positional",
     repetition_penalty_counts_prompt: bool = True,
+    memory: StoreSettings | None = None,
 ) -> SimulatedRunner:
     """A simulated engine. Raises ValueError if the numbers contradict each other."""
     tokenizer: TokenizerAsset = vocabulary.asset()
@@ -262,12 +330,17 @@ def simulated_runner(
         batch_invariant=True,
         split_invariant=True,
         facts=facts,
+        kv_restore=memory is not None,
+        memory_service="" if memory is None else memory.name,
         native_resume=native_resume,
         random_source=random_source,
         repetition_penalty_counts_prompt=repetition_penalty_counts_prompt,
     )
     model_ = SimulatedModel(model, eos_probability=eos_probability)
-    return SimulatedRunner(spec, model_, cost or CostModel(), faults)
+    store = None
+    if memory is not None:
+        store = KvStore(memory, spec, block_bytes=_BLOCK.size, layout="state")
+    return SimulatedRunner(spec, model_, cost or CostModel(), faults, store)
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -1,0 +1,274 @@
+"""An engine's KV blocks in the memory service of its host.
+
+    put    name the block, copy its bytes, go on            a thread stores it: copy, checksum, tell
+    fetch  name the blocks, wait for the thread a little    it pins, compares and hands them over
+
+The step of the engine waits for nobody: what may wait, or fail, is done by one thread, and whatever
+does not come in time, is not there or is not intact is a miss. The memory service sees one client
+for all tenants of the engine; what tenants must not share has their names in its keys.
+"""
+
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from unbroken import log
+from unbroken.errors import UnbrokenError
+from unbroken.memory.client import KEYS_A_CALL, MemoryClient, Pinned
+from unbroken.memory.keys import KeyChain, KeySpace
+from unbroken.memory.writer import BlockWriter
+from unbroken.v1 import worker_pb2
+from worker.config import WorkerConfig
+from worker.engine import EngineSpec
+from worker.engine import Sequence as Stream
+
+QUEUED_BLOCKS_MAX = 256
+"""Blocks that wait to be stored; more are dropped."""
+FETCH_S_MAX = 2.0
+"""A fetch that takes longer is a miss."""
+RETRY_S = 1.0
+"""After a failure nothing is asked of the service for so long."""
+SLAB_BYTES = 64 << 20
+"""Of each writer, at most: what a dead engine left is evicted by whole slabs."""
+_PIN_S = 30.0
+_REBIND_S = 0.2
+_CLOSE_S = 2.0
+
+Take: TypeAlias = Callable[[Sequence[memoryview]], Any]
+"""Makes something of blocks, which lie where they were written. It must not keep a view of them."""
+
+_log = log.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """Which memory service, and how much of it."""
+
+    directory: Path
+    """That of the service."""
+    bytes_max: int
+    """Of blocks that this engine keeps there; then the oldest make room."""
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / "session.sock"
+
+    @property
+    def name(self) -> str:
+        """The same for all processes that use this service, whatever became of it meanwhile."""
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        identity = f"{boot_id} {self.directory.resolve()}"
+        return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
+
+def store_settings(config: WorkerConfig) -> StoreSettings | None:
+    """What a worker was told; None: it has no memory service."""
+    return None if config.memory is None else StoreSettings(config.memory, config.memory_bytes)
+
+
+@dataclass(slots=True)
+class _Put:
+    key: bytes
+    data: bytes
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    keys: list[bytes]
+    take: Take
+    done: threading.Event = field(default_factory=threading.Event)
+    num_blocks: int = 0
+    taken: Any = None
+
+
+class Blocks(Protocol):
+    """Where an engine keeps its blocks; see `KvStore`."""
+
+    use: worker_pb2.KvStoreUse
+    """What was exchanged so far."""
+
+    def put(self, stream: Stream, index: int, data: bytes) -> None: ...
+
+    def fetch(
+        self, stream: Stream, first_block: int, end_block: int, take: Take
+    ) -> tuple[int, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class KvStore:
+    """The blocks of one engine. All methods are for the one thread that executes its steps."""
+
+    def __init__(
+        self, settings: StoreSettings, spec: EngineSpec, *, block_bytes: int, layout: str
+    ) -> None:
+        """`layout` says how the bytes of a block are arranged."""
+        self._settings = settings
+        self._spec = spec
+        self._block_bytes = block_bytes
+        self._layout = layout
+        self._jobs: queue.Queue[_Put | _Fetch | None] = queue.Queue(QUEUED_BLOCKS_MAX)
+        self._client: MemoryClient | None = None
+        self._writers: list[BlockWriter] = []
+        self._num_put = 0
+        """Into the writers that there are."""
+        self._retry_at = 0.0
+        self._late: _Fetch | None = None
+        """What was waited for too long, until it is done."""
+        self.use = worker_pb2.KvStoreUse()
+        self._thread = threading.Thread(target=self._work, name="kv-store", daemon=True)
+        self._thread.start()
+
+    # For the engine.
+
+    def put(self, stream: Stream, index: int, data: bytes) -> None:
+        """Store block `index` of the sequence, soon; or not."""
+        assert len(data) == self._block_bytes, "blocks are of one size"
+        key = self._keys(stream, index + 1)[index]
+        try:
+            self._jobs.put_nowait(_Put(key, data))
+        except queue.Full:
+            self.use.blocks_dropped_total += 1
+
+    def fetch(
+        self, stream: Stream, first_block: int, end_block: int, take: Take
+    ) -> tuple[int, Any]:
+        """Make something of blocks of the sequence: how many of the first there are, and `take`'s.
+
+        All of them are intact. `take` is called by another thread, and not at all if there is none.
+        """
+        job = _Fetch(self._keys(stream, end_block)[first_block:end_block], take)
+        if self._late is not None and self._late.done.is_set():
+            self._late = None
+        if self._late is None:
+            try:
+                self._jobs.put(job, timeout=FETCH_S_MAX)
+                is_done = job.done.wait(FETCH_S_MAX)
+            except queue.Full:
+                is_done = False
+            if is_done:
+                num_blocks = job.num_blocks
+                self.use.blocks_restored_total += num_blocks
+                self.use.restored_bytes_total += num_blocks * self._block_bytes
+                self.use.blocks_missed_total += len(job.keys) - num_blocks
+                return num_blocks, job.taken
+            _log.warning("the memory service is too slow", waited_s=FETCH_S_MAX)
+            self._late = job
+        self.use.blocks_missed_total += len(job.keys)
+        return 0, None
+
+    def close(self) -> None:
+        """Leave the blocks to others."""
+        try:
+            self._jobs.put(None, timeout=_CLOSE_S)
+        except queue.Full:
+            return  # It hangs, and ends with the process.
+        self._thread.join(_CLOSE_S)
+
+    def _keys(self, stream: Stream, num_blocks: int) -> list[bytes]:
+        chain = stream.kv_keys
+        spec = self._spec
+        if chain is None:
+            space = KeySpace(
+                model=spec.model,
+                numerics_id=spec.numerics_id,
+                layout=self._layout,
+                parallelism="",
+                block_size=spec.block_size,
+                tenant=stream.tenant,
+            )
+            chain = stream.kv_keys = KeyChain(space)
+        end = num_blocks * spec.block_size
+        if chain.num_tokens < end:
+            marks_output = not spec.split_invariant
+            chain.extend(
+                [*stream.tokens_to_chain(chain.num_tokens, end, marks_output=marks_output)]
+            )
+        return chain.keys
+
+    # The thread.
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._do(job)
+            except (UnbrokenError, OSError) as error:
+                _log.warning("the memory service failed", error=str(error))
+                self._retry_at = time.monotonic() + RETRY_S
+            finally:
+                if isinstance(job, _Fetch):
+                    job.done.set()
+        if self._client is not None:
+            try:
+                self._client.close()
+            except UnbrokenError as error:
+                _log.warning("the memory service failed", error=str(error))
+
+    def _do(self, job: _Put | _Fetch) -> None:
+        if isinstance(job, _Fetch):
+            if (client := self._bound()) is not None:
+                self._take(client, job)
+            return
+        is_stored = False
+        try:
+            client = self._bound()
+            is_stored = client is not None and self._store(client, job)
+        finally:
+            if is_stored:
+                self.use.blocks_put_total += 1
+                self.use.put_bytes_total += len(job.data)
+            else:
+                self.use.blocks_dropped_total += 1
+        if self._jobs.empty():
+            for writer in self._writers:
+                writer.flush()
+
+    def _bound(self) -> MemoryClient | None:
+        """The client, if the service is there, or has not failed just now."""
+        if time.monotonic() < self._retry_at:
+            return None
+        if self._client is None:
+            self._client = MemoryClient(
+                self._settings.socket, client=self._spec.kind, rebind_timeout_s=_REBIND_S
+            )
+        return self._client
+
+    def _store(self, client: MemoryClient, put: _Put) -> bool:
+        """Whether there was room."""
+        if any(writer.is_lost for writer in self._writers):
+            self._writers, self._num_put = [], 0  # Others may have what was in there.
+        num_slots = max(1, min(SLAB_BYTES, self._settings.bytes_max) // self._block_bytes)
+        num_writers = max(1, self._settings.bytes_max // (num_slots * self._block_bytes))
+        turn = self._num_put // num_slots % num_writers
+        if turn >= len(self._writers):
+            self._writers.append(client.open_writer(self._block_bytes, num_slots))
+        is_stored = self._writers[turn].put(put.key, put.data, self._spec.block_size)
+        self._num_put += 1
+        return is_stored
+
+    def _take(self, client: MemoryClient, fetch: _Fetch) -> None:
+        with ExitStack() as pins:
+            blocks: list[memoryview] = []
+            pinned: list[Pinned] = []
+            for at in range(0, len(fetch.keys), KEYS_A_CALL):
+                keys = fetch.keys[at : at + KEYS_A_CALL]
+                part = pins.enter_context(client.get(keys, ttl_s=_PIN_S))
+                pinned.append(part)
+                blocks += takewhile(self._is_ours, (block.data for block in part))
+                if len(blocks) < at + len(keys):
+                    break
+            taken = fetch.take(blocks) if blocks else None
+            num_blocks = len(blocks)
+            blocks.clear()
+            if all(part.is_valid for part in pinned):
+                fetch.num_blocks, fetch.taken = num_blocks, taken
+
+    def _is_ours(self, data: memoryview) -> bool:
+        return len(data) == self._block_bytes
