@@ -32,6 +32,11 @@ class Backend(Protocol):
         """Whether `view` works: whether the service can compare bytes with their checksums."""
         ...
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether `allocate` and `free` may take long: the keeper has a thread for those."""
+        ...
+
     def allocate(self, size_bytes: int, name: str) -> Allocation:
         """Memory that reads as zeros, whoever had it before.
 

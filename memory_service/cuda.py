@@ -42,6 +42,8 @@ class CudaBackend:
     """See `memory_service.backend.Backend`."""
 
     is_readable = False
+    is_slow = True
+    """A call takes 20 to 60 ms while some process that uses the GPU dies."""
 
     def __init__(self, vmm: Vmm, *, made_of: str = MADE_OF) -> None:
         """`made_of` begins the name that the kernel has for descriptors of allocations."""

@@ -2,8 +2,9 @@
 
 A method is one call of a session, or one thing that was seen. It raises what the caller has to be
 told, or changes what is held and leaves, in `commands`, what is to be done about it. Memory is
-allocated by the shell after `plan_segment` or `open_slab` named the slabs; if that fails, the shell
-gives them back with `abandon_segment` or `abandon_slab`.
+allocated by the shell after `plan_segment` or `plan_slab` named the slabs, which may take a while.
+Then come `begin_segment` or `begin_slab`; or `abandon_segment` or `abandon_slab`, if it failed or
+the caller is gone.
 """
 
 import itertools
@@ -361,7 +362,11 @@ class Holdings:
         )
 
     def begin_segment(self, version: Version) -> None:
-        """Its slabs are allocated: it takes the place of what it supersedes."""
+        """Its slabs are allocated: it takes the place of what it supersedes.
+
+        Raises SEGMENT_BUSY if another began one meanwhile, and GPU_FAILED.
+        """
+        self._check_health(version.device, Health.HEALTHY)
         self.segments.begin(version)
         self.ledger.mappings.given(version.owner, version.slab_ids)
         self._settle()
@@ -493,7 +498,7 @@ class Holdings:
 
     # Blocks.
 
-    def open_slab(
+    def plan_slab(
         self,
         session: Session,
         block_bytes: int,
@@ -525,17 +530,21 @@ class Holdings:
         )
         self._make_room(tenant, _charges(slab))
         self.ledger.charge(slab_id, tenant, _charges(slab))
-        self.store.add(slab)
-        session.shown.add(slab_id)
-        self.ledger.mappings.given(session.session_id, [slab_id])
-        self.commands.append(Keep(slab_id))
-        self._settle()
         return slab
 
+    def begin_slab(self, session: Session, slab: StoreSlab) -> None:
+        """It is allocated: its owner has it. Raises GPU_FAILED."""
+        self._check_health(slab.device, Health.HEALTHY)
+        self.store.add(slab)
+        session.shown.add(slab.slab_id)
+        self.ledger.mappings.given(session.session_id, [slab.slab_id])
+        self.commands.append(Keep(slab.slab_id))
+        self._settle()
+
     def abandon_slab(self, slab: StoreSlab) -> None:
-        """It could not be allocated."""
-        self.ledger.mappings.unmapped(slab.owner, [slab.slab_id])
-        self.give_up_slab(slab)
+        """It could not be allocated, and was not begun."""
+        self._drop(slab.slab_id)
+        self._settle()
 
     def give_up_slab(self, slab: StoreSlab) -> None:
         """Nobody can say who writes to it: nobody may find what is in it."""

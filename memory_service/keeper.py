@@ -1,9 +1,13 @@
 """Has the descriptors, and does what `holdings` says is to be done about them."""
 
+import asyncio
 import contextlib
+import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -29,6 +33,10 @@ from unbroken.memory.records import RECORD_BYTES, Record, RecordState
 from unbroken.v1 import memory_session_pb2 as wire
 
 LIFELINE_BYTES = 4096
+FULL_RETRIES = 20
+FULL_RETRY_S = 0.025
+"""What was freed is back when the vault has closed its descriptors, too."""
+JUST_FREED_S = 2.0
 CHECKED_AT_DEATH_BYTES_MAX = 256 * 1024 * 1024
 """Of blocks that a process left without telling: their bytes are compared at once, up to this."""
 
@@ -79,6 +87,14 @@ class Keeper:
         self.on_sealed: Callable[[StoreSlab], None] = self._read_here
         self._slabs: dict[int, Held] = {}
         self._tables: dict[int, Held] = {}
+        self._driver = ThreadPoolExecutor(1, "driver")
+        """One call after the other: what was freed before something is allocated is back."""
+        self._freed_at = 0.0
+        """When it was last asked to free something."""
+
+    def close(self) -> None:
+        """Wait for what drivers were asked for. Idempotent."""
+        self._driver.shutdown()
 
     @property
     def num_fds(self) -> int:
@@ -89,30 +105,34 @@ class Keeper:
     def allocate(
         self, slab_ids: Sequence[int], sizes: Sequence[int], device: Device = HOST
     ) -> None:
-        """Memory for the slabs of a segment. Raises MEMORY_EXHAUSTED, with none of it left."""
-        made: list[int] = []
-        try:
-            for slab_id, size in zip(slab_ids, sizes, strict=True):
-                self._slabs[slab_id] = self._allocated(device, size, f"unbroken-{slab_id}")
-                made.append(slab_id)
-        except OSError as error:
-            for slab_id in made:
-                _free(self._slabs.pop(slab_id))
-            raise _no_memory(error) from error
+        """Memory for the slabs of a segment. Raises MEMORY_EXHAUSTED, with none of it left.
 
-    def allocate_store(self, slab: StoreSlab) -> None:
-        """Memory for blocks, and for their records."""
-        self.allocate([slab.slab_id], [slab.block_bytes * slab.num_slots], slab.device)
+        It takes the place of what the commands say is to be freed.
+        """
+        self.obey()
+        made = _allocated(self.backends[device], slab_ids, sizes)
+        self._slabs.update(zip(slab_ids, made, strict=True))
+
+    async def allocate_in_order(
+        self, slab_ids: Sequence[int], sizes: Sequence[int], device: Device
+    ) -> None:
+        """The same, of a memory that is slow, once what is to be freed has been."""
+        self.obey()
+        retries = FULL_RETRIES if time.monotonic() - self._freed_at < JUST_FREED_S else 0
+        made = await asyncio.get_running_loop().run_in_executor(
+            self._driver, _allocated, self.backends[device], slab_ids, sizes, retries
+        )
+        self._slabs.update(zip(slab_ids, made, strict=True))
+
+    def allocate_table(self, slab: StoreSlab) -> None:
+        """Memory for the records of blocks. Raises MEMORY_EXHAUSTED: then give the slab up."""
         size = RECORD_BYTES * slab.num_slots
+        name = f"unbroken-{slab.slab_id}-t"
+        host = self.backends[HOST]
         try:
-            self._tables[slab.slab_id] = self._allocated(HOST, size, f"unbroken-{slab.slab_id}-t")
+            self._tables[slab.slab_id] = Held(host, host.allocate(size, name))
         except OSError as error:
-            _free(self._slabs.pop(slab.slab_id))
             raise _no_memory(error) from error
-
-    def _allocated(self, device: Device, size: int, name: str) -> Held:
-        backend = self.backends[device]
-        return Held(backend, backend.allocate(size, name))
 
     def writable(self, slab_ids: Iterable[int]) -> list[int]:
         """Descriptors for their owner; ours, not to be closed."""
@@ -331,7 +351,10 @@ class Keeper:
 
     def _free(self, slab_id: int) -> None:
         for held in (self._slabs.pop(slab_id, None), self._tables.pop(slab_id, None)):
-            if held is not None:
+            if held is not None and held.backend.is_slow:
+                self._freed_at = time.monotonic()
+                self._driver.submit(_free, held)
+            elif held is not None:
                 _free(held)
         if self.vault is not None:
             self.vault.drop(slab_id)
@@ -344,6 +367,29 @@ class Keeper:
             os.close(ends.pidfd)
         if self.vault is not None:
             self.vault.drop(session_id)
+
+
+def _allocated(
+    backend: Backend, slab_ids: Sequence[int], sizes: Sequence[int], retries: int = 0
+) -> list[Held]:
+    """Memory of each size, all or, on MEMORY_EXHAUSTED, none."""
+    made: list[Held] = []
+    try:
+        for slab_id, size in zip(slab_ids, sizes, strict=True):
+            while True:
+                try:
+                    made.append(Held(backend, backend.allocate(size, f"unbroken-{slab_id}")))
+                    break
+                except OSError as error:
+                    if error.errno != errno.ENOMEM or not retries:
+                        raise
+                    retries -= 1
+                    time.sleep(FULL_RETRY_S)  # In the driver's thread: retries are for slow ones.
+    except OSError as error:
+        for held in made:
+            _free(held)
+        raise _no_memory(error) from error
+    return made
 
 
 def _free(held: Held) -> None:

@@ -57,6 +57,7 @@ class MemfdBackend:
     """See `memory_service.backend.Backend`."""
 
     is_readable = True
+    is_slow = False
 
     def __init__(self) -> None:
         self._mappings: dict[int, mmap.mmap] = {}  # By descriptor.

@@ -111,12 +111,17 @@ class Segments:
                 )
 
     def begin(self, version: Version) -> None:
-        """Add a version, after `check_begin`. An older pool cannot be adopted any more.
+        """Add a version, some time after `check_begin`. An older pool cannot be adopted any more.
 
-        What the same owner had begun is given up: it may not have heard of it.
+        What the same owner had begun is given up: it may not have heard of it. Raises SEGMENT_BUSY
+        if another began one since then.
         """
+        self.check_begin(version.owner, version.tenant, version.name, version.kind)
         versions = self._of(version.tenant, version.name)
-        assert all(version.epoch > other.epoch for other in versions), "epochs grow"
+        if any(other.epoch > version.epoch for other in versions):
+            raise UnbrokenError(
+                Reason.SEGMENT_BUSY, f"expected nobody to begin another version of {version.name}"
+            )
         for other in self.superseded(version.owner, version.tenant, version.name):
             self._free(other)
         for other in list(self._of(version.tenant, version.name)):

@@ -191,6 +191,7 @@ class MemoryService:
         if self._due is not None:
             self._due.cancel()
         self.channel.close()
+        await asyncio.to_thread(self.keeper.close)
         for server in self._servers:
             await server.stop(None)
         if self._metrics_server is not None:

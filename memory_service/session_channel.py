@@ -20,6 +20,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 
 from memory_service import accounts, fencing, labels, memfd
+from memory_service.accounts import Device
 from memory_service.backend import NeverSealed
 from memory_service.fencing import Fence
 from memory_service.holdings import PIN_S_MAX, Holdings
@@ -308,7 +309,7 @@ class Connection:
             channel.close_all(fds)
             self._owner.num_calls += 1
             kind = request.WhichOneof("kind")
-            if kind in SLOW:
+            if kind is not None and (kind in SLOW or _wants_gpu(request, kind)):
                 self._owner.loop.remove_reader(self._sock.fileno())
                 self._task = self._owner.loop.create_task(self._slowly(request, kind))
                 return
@@ -357,6 +358,24 @@ class Connection:
         match kind:
             case "seal":
                 return await self._seal_segment(session, request.seal)
+            case "create":
+                version = self._planned(session, request.create)
+                try:
+                    await self._allocated(
+                        version.slab_ids, request.create.slab_bytes, version.device
+                    )
+                except UnbrokenError:
+                    self._owner.holdings.abandon_segment(version)
+                    raise
+                return self._begun(version)
+            case "open_slab":
+                slab = self._planned_slab(session, request.open_slab)
+                try:
+                    await self._allocated([slab.slab_id], [slab.data_bytes], slab.device)
+                except UnbrokenError:
+                    self._owner.holdings.abandon_slab(slab)
+                    raise
+                return self._begun_slab(session, slab)
             case "close_slab":
                 return await self._close_slab(session, request.close_slab.slab_id)
             case _:
@@ -391,9 +410,21 @@ class Connection:
                 slots = holdings.store.reclaim(slab, min(request.reclaim.num_slots, SLOTS_MAX))
                 return _reply(reclaimed=wire.Reclaimed(slots=slots))
             case "create":
-                return self._create(session, request.create)
+                version = self._planned(session, request.create)
+                try:
+                    self._owner.keeper.allocate(version.slab_ids, request.create.slab_bytes)
+                except UnbrokenError:
+                    holdings.abandon_segment(version)
+                    raise
+                return self._begun(version)
             case "open_slab":
-                return self._open_slab(session, request.open_slab)
+                slab = self._planned_slab(session, request.open_slab)
+                try:
+                    self._owner.keeper.allocate([slab.slab_id], [slab.data_bytes])
+                except UnbrokenError:
+                    holdings.abandon_slab(slab)
+                    raise
+                return self._begun_slab(session, slab)
             case "freeze":
                 freeze = request.freeze
                 holdings.freeze_pool(session, freeze.name, freeze.epoch, freeze.layout)
@@ -515,41 +546,61 @@ class Connection:
         )
         return _reply((owner.keeper.ends[session.session_id].lifeline,), bound=bound)
 
-    def _create(self, session: Session, create: wire.CreateSegment) -> Answer:
-        owner = self._owner
+    def _planned(self, session: Session, create: wire.CreateSegment) -> Version:
+        """What is to be allocated for a segment."""
         _check_name(create.name)
         try:
             kind = SegmentClass(create.segment_class)
         except ValueError:
             raise InvalidField("segment_class", "a known class", create.segment_class) from None
-        device = owner.holdings.ledger.device(create.memory_kind, create.device)
-        version = owner.holdings.plan_segment(
+        holdings = self._owner.holdings
+        device = holdings.ledger.device(create.memory_kind, create.device)
+        return holdings.plan_segment(
             session, create.name, kind, create.slab_bytes, incarnation_now(), device
         )
+
+    def _begun(self, version: Version) -> Answer:
+        """It is allocated."""
+        owner = self._owner
         try:
-            owner.keeper.allocate(version.slab_ids, create.slab_bytes, device)
+            owner.holdings.begin_segment(version)
         except UnbrokenError:
             owner.holdings.abandon_segment(version)
             raise
-        owner.holdings.begin_segment(version)
         return self._granted(version, owner.keeper.writable(version.slab_ids), ())
 
-    def _open_slab(self, session: Session, wanted: wire.OpenSlab) -> Answer:
-        owner = self._owner
-        slab = owner.holdings.open_slab(
+    def _planned_slab(self, session: Session, wanted: wire.OpenSlab) -> StoreSlab:
+        """What is to be allocated for blocks."""
+        holdings = self._owner.holdings
+        return holdings.plan_slab(
             session,
             wanted.block_bytes,
             wanted.num_slots,
             incarnation_now(),
-            owner.holdings.ledger.device(wanted.memory_kind, wanted.device),
+            holdings.ledger.device(wanted.memory_kind, wanted.device),
         )
+
+    def _begun_slab(self, session: Session, slab: StoreSlab) -> Answer:
+        """It is allocated, but for its records."""
+        owner = self._owner
         try:
-            owner.keeper.allocate_store(slab)
+            owner.keeper.allocate_table(slab)
+            owner.holdings.begin_slab(session, slab)
         except UnbrokenError:
             owner.holdings.abandon_slab(slab)
             raise
         fds = (*owner.keeper.writable([slab.slab_id]), owner.keeper.table(slab.slab_id))
         return _reply(fds, granted=wire.Granted(segment=labels.store_to_proto(slab)))
+
+    async def _allocated(
+        self, slab_ids: Sequence[int], sizes: Sequence[int], device: Device
+    ) -> None:
+        """Memory of a GPU, for a caller that is still there when it is."""
+        owner, session = self._owner, self.session
+        assert session is not None, "bound"
+        await owner.keeper.allocate_in_order(slab_ids, sizes, device)
+        if owner.connections.get(session.session_id) is not self:
+            raise UnbrokenError(Reason.STALE_HANDLE, "expected a connection that is open")
 
     async def _seal_segment(self, session: Session, seal: wire.SealSegment) -> Answer:
         owner = self._owner
@@ -730,6 +781,13 @@ def _keys(data: bytes) -> list[bytes]:
     if len(split) > KEYS_MAX:
         raise InvalidField("keys", f"at most {KEYS_MAX}", len(split))
     return split
+
+
+def _wants_gpu(request: wire.SessionRequest, kind: str) -> bool:
+    """Whether it is answered by a driver, which may take its time."""
+    if kind == "create":
+        return request.create.memory_kind == pb.MEMORY_KIND_CUDA
+    return kind == "open_slab" and request.open_slab.memory_kind == pb.MEMORY_KIND_CUDA
 
 
 def _check_name(name: str) -> None:

@@ -82,9 +82,14 @@ class StoreSlab:
     """By slot, blocks whose bytes were wrong: their owner does not know that the slot is free."""
 
     @property
-    def allocated_bytes(self) -> int:
+    def data_bytes(self) -> int:
         """Of the blocks."""
-        return self.device.rounded(self.block_bytes * self.num_slots)
+        return self.block_bytes * self.num_slots
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What they take of their memory."""
+        return self.device.rounded(self.data_bytes)
 
     def bytes_of(self, device: Device) -> int:
         """What it takes of a memory, records included."""

@@ -18,6 +18,7 @@ from unbroken import log
 from unbroken.config import load
 from unbroken.memory.gpu import GpuUnavailable, Vmm
 
+UUID = "GPU-fa4efa4e-0000-0000-0000-000000000001"
 MISSING = "GPU-missing"
 
 

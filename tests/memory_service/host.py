@@ -117,7 +117,8 @@ class Host:
     def open_slab(
         self, process: Process, num_slots: int = 4, *, device: Device = HOST
     ) -> StoreSlab:
-        slab = self.holdings.open_slab(process.session, BLOCK_BYTES, num_slots, self.tick(), device)
+        slab = self.holdings.plan_slab(process.session, BLOCK_BYTES, num_slots, self.tick(), device)
+        self.holdings.begin_slab(process.session, slab)
         self.memory[slab.slab_id] = Memory()
         process.free[slab.slab_id] = list(range(num_slots))
         self.obey()

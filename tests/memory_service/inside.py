@@ -7,14 +7,15 @@ Everything is the service's own but for its vault, its gRPC and its timer.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 from typing_extensions import override
 
-from memory_service.accounts import HOST, Limits
+from memory_service.accounts import HOST, Device, Limits
+from memory_service.backend import Backend
 from memory_service.holdings import Holdings, Policy
 from memory_service.keeper import Keeper
 from memory_service.memfd import MemfdBackend
@@ -32,8 +33,13 @@ WAIT_S = 20.0
 class WatchedKeeper(Keeper):
     """Notes who reads tables, can hold up one of them after it has read, and can have a bug."""
 
-    def __init__(self, holdings: Holdings, on_forget: Callable[[int], None]) -> None:
-        super().__init__(holdings, {HOST: MemfdBackend()}, on_forget=on_forget)
+    def __init__(
+        self,
+        holdings: Holdings,
+        on_forget: Callable[[int], None],
+        gpus: Mapping[Device, Backend],
+    ) -> None:
+        super().__init__(holdings, {HOST: MemfdBackend(), **gpus}, on_forget=on_forget)
         self.readers: list[int | None] = []
         self.held: threading.Event | None = None
         self.num_read = 0
@@ -65,11 +71,17 @@ class Inside:
         holdings: Of the present life; to be looked at through `run`.
     """
 
-    def __init__(self, directory: Path, policy: Policy = POLICY) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        policy: Policy = POLICY,
+        gpus: Mapping[Device, Backend] | None = None,
+    ) -> None:
         self.socket = directory / "session.sock"
         self.holdings: Holdings
         self.keeper: WatchedKeeper
         self._policy = policy
+        self._gpus = gpus or {}
         self._channel: SessionChannel
         self._lives = 0
         self._loop = asyncio.new_event_loop()
@@ -96,6 +108,7 @@ class Inside:
     def end(self) -> None:
         """This life, and all connections with it."""
         self.run(lambda: self._channel.close())
+        self.keeper.close()
 
     def begin(self) -> None:
         """Another life, which knows nothing of the one before."""
@@ -116,7 +129,7 @@ class Inside:
         self._lives += 1
         self.holdings = Holdings(self._policy, self._lives)
         self.keeper = WatchedKeeper(
-            self.holdings, lambda session_id: self._channel.unwatch(session_id)
+            self.holdings, lambda session_id: self._channel.unwatch(session_id), self._gpus
         )
         # The channel asks for the running loop, which is the thread's.
         self._channel = SessionChannel(
@@ -130,8 +143,10 @@ def _anybody(_uid: int, _tenant: str) -> bool:
 
 
 @contextlib.contextmanager
-def inside(directory: Path, policy: Policy = POLICY) -> Generator[Inside]:
-    service = Inside(directory, policy)
+def inside(
+    directory: Path, policy: Policy = POLICY, gpus: Mapping[Device, Backend] | None = None
+) -> Generator[Inside]:
+    service = Inside(directory, policy, gpus)
     try:
         yield service
     finally:

@@ -7,16 +7,16 @@ from collections.abc import Generator, Sequence
 
 import pytest
 
-from tests.memory_service.processes import ServiceProcess, serving, until
+from tests.memory_service.gpu_service import UUID
+from tests.memory_service.processes import ServiceProcess, until
 from tests.memory_service.test_service import Stub, asked, usage
 from tests.support.fake_gpu import GRANULARITY_BYTES, FakeGpu
-from unbroken.memory.client import MemoryClient
+from unbroken.memory.client import MAP_TRIES, MemoryClient
 from unbroken.memory.gpu import Access, GpuCode, GpuError
 from unbroken.memory.gpu_client import GpuMemoryClient
 from unbroken.memory.mlh64 import compute
 from unbroken.v1 import memory_pb2 as pb
 
-UUID = "GPU-fa4efa4e-0000-0000-0000-000000000001"
 BLOCK_BYTES = 4096 + 24
 WRITES_AND_WAITS = """
 import pathlib, sys, time
@@ -66,24 +66,6 @@ class Room:
     def close(self) -> None:
         self.gpu.unmap(self._base, GRANULARITY_BYTES)
         self.gpu.unreserve(self._base, GRANULARITY_BYTES)
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServiceProcess]:
-    with serving(
-        tmp_path_factory.mktemp("memory"),
-        *("--scrub-bytes-per-s", "0", "--gpus", f"{UUID}={64 << 20}"),
-        module="tests.memory_service.gpu_service",
-    ) as service:
-        yield service
-
-
-@pytest.fixture
-def gpu() -> Generator[FakeGpu]:
-    gpu = FakeGpu(UUID)
-    yield gpu
-    gpu.check_empty()
-    gpu.check_failed()
 
 
 @pytest.fixture
@@ -242,3 +224,33 @@ def test_a_slab_that_cannot_be_mapped_is_given_back(service: ServiceProcess, gpu
         with pytest.raises(GpuError):
             client.open_writer_on_gpu(BLOCK_BYTES, 4)
         assert used() == before
+
+
+def test_a_slab_that_could_not_be_mapped_once_is_asked_for_again(
+    service: ServiceProcess, gpu: FakeGpu, room: Room
+) -> None:
+    keys = keys_of("again", 3)
+    room.fill(keys)
+    with GpuMemoryClient(service.socket, gpu) as writing:
+        writing.open_writer_on_gpu(BLOCK_BYTES, 4).put(keys, room.addresses, 16)
+    with GpuMemoryClient(service.socket, gpu) as reading:
+        gpu.fail("map", 1, GpuCode.UNKNOWN)
+        assert reading.restore(keys, room.addresses) == 0
+        assert reading.restore(keys, room.addresses) == 3
+        assert room.holds(keys)
+
+
+def test_a_slab_that_can_never_be_mapped_is_not_asked_for_for_ever(
+    service: ServiceProcess, gpu: FakeGpu, room: Room
+) -> None:
+    keys = keys_of("never", 3)
+    room.fill(keys)
+    with GpuMemoryClient(service.socket, gpu) as writing:
+        writing.open_writer_on_gpu(BLOCK_BYTES, 4).put(keys, room.addresses, 16)
+    with GpuMemoryClient(service.socket, gpu) as reading:
+        before = gpu.num_calls["map"]
+        for _ in range(2 * MAP_TRIES):
+            gpu.fail("map", 1, GpuCode.UNKNOWN)
+            assert reading.restore(keys, room.addresses) == 0
+        assert gpu.num_calls["map"] == before + MAP_TRIES
+        gpu.forgive()

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
-from tests.memory_service.gpu_service import MISSING
+from tests.memory_service.gpu_service import UUID
 from tests.memory_service.processes import ServiceProcess, serving, until
 from tests.memory_service.scripted import Scripted
 from tests.memory_service.test_service import usage
@@ -22,7 +21,6 @@ from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
 UNIT = GRANULARITY_BYTES
-UUID = "GPU-fa4efa4e-0000-0000-0000-000000000001"
 WRITES_AND_WAITS = """
 import pathlib, sys, time
 from tests.support.fake_gpu import FakeGpu
@@ -37,24 +35,21 @@ for number, slab in enumerate(pool.on_gpu.slabs):
 print(pool.epoch, flush=True)
 time.sleep(60)
 """
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServiceProcess]:
-    with serving(
-        tmp_path_factory.mktemp("memory"),
-        *("--scrub-bytes-per-s", "0", "--gpus", f"{UUID}={64 << 20}", "--gpus", f"{MISSING}=1"),
-        module="tests.memory_service.gpu_service",
-    ) as service:
-        yield service
-
-
-@pytest.fixture
-def gpu() -> Generator[FakeGpu]:
-    gpu = FakeGpu(UUID)
-    yield gpu
-    gpu.check_empty()
-    gpu.check_failed()
+ADOPTS_AND_WAITS = """
+import pathlib, sys, time
+from tests.support.fake_gpu import FakeGpu
+from unbroken.memory.gpu_client import GpuMemoryClient
+gpu = FakeGpu(sys.argv[2])
+client = GpuMemoryClient(pathlib.Path(sys.argv[1]), gpu)
+pool = client.attach_on_gpu(sys.argv[3], is_standby=True)
+print("attached", flush=True)
+sys.stdin.readline()
+client.take_over(pool, timeout_s=20)
+slab = pool.on_gpu.slabs[-1]
+gpu.write(slab.address + slab.size_bytes - 5, b"first")
+print(pool.epoch, flush=True)
+time.sleep(60)
+"""
 
 
 def owner_of_pool(service: ServiceProcess, name: str) -> tuple[subprocess.Popen[bytes], int]:
@@ -185,6 +180,50 @@ def test_a_standby_takes_over_what_it_has_mapped_and_maps_nothing(
         before = used(service)
         standby.release(pool)
         until(lambda: used(service) == before - 3 * UNIT, "its old owner is gone, too")
+
+
+def test_a_second_standby_takes_over_when_the_first_one_has_died_too(
+    service: ServiceProcess, gpu: FakeGpu
+) -> None:
+    owner, epoch = owner_of_pool(service, "kv5")
+    with GpuMemoryClient(service.socket, gpu) as standby:
+        pool = standby.attach_on_gpu("kv5", is_standby=True)
+        first = subprocess.Popen(
+            [sys.executable, "-c", ADOPTS_AND_WAITS, str(service.socket), UUID, "kv5"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert first.stdin is not None
+        assert first.stdout is not None
+        with first.stdin, first.stdout:
+            assert first.stdout.readline() == b"attached\n"
+            kill(owner)
+            first.stdin.write(b"\n")
+            first.stdin.flush()
+            taken = int(first.stdout.readline())
+            kill(first)
+        standby.take_over(pool)
+        assert epoch < taken < pool.epoch
+        assert ends(gpu, pool.on_gpu.address) == [b"kept0", b"first"]
+        standby.release(pool)
+
+
+def test_a_standby_does_not_take_over_what_was_begun_anew(
+    service: ServiceProcess, gpu: FakeGpu
+) -> None:
+    owner, _ = owner_of_pool(service, "kv6")
+    with GpuMemoryClient(service.socket, gpu) as standby:
+        pool = standby.attach_on_gpu("kv6", is_standby=True)
+        kill(owner)
+        other = FakeGpu(UUID)
+        with GpuMemoryClient(service.socket, other) as another:
+            another.adopt_on_gpu("kv6")
+            another.freeze(another.create_on_gpu("kv6", SegmentClass.KV_POOL, [UNIT]))
+            with pytest.raises(UnbrokenError) as raised:
+                standby.take_over(pool)
+            assert raised.value.reason is Reason.SEGMENT_NOT_FOUND
+            assert not pool.is_owned
+        other.check_empty()
 
 
 def test_memory_of_a_gpu_outlives_the_service(service: ServiceProcess, gpu: FakeGpu) -> None:

@@ -158,10 +158,10 @@ def test_blocks_of_which_a_gpu_computes_no_checksums_are_refused(block_bytes: in
     host = Host(POLICY_WITH_GPUS)
     session = host.bind().session
     with pytest.raises(UnbrokenError) as raised:
-        host.holdings.open_slab(session, block_bytes, 4, host.tick(), GPU)
+        host.holdings.plan_slab(session, block_bytes, 4, host.tick(), GPU)
     assert raised.value.reason is Reason.INVALID_FIELD
     assert host.holdings.ledger.num_slabs == 0
-    host.holdings.open_slab(session, block_bytes, 4, host.tick())
+    host.holdings.plan_slab(session, block_bytes, 4, host.tick())
 
 
 def test_whoever_watches_is_told() -> None:

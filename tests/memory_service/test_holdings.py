@@ -434,7 +434,7 @@ def test_watchers_go_on_where_they_were_and_learn_of_gaps() -> None:
 def test_whoever_asks_for_more_than_can_be_told_is_told_of_as_much() -> None:
     host = Host()
     with pytest.raises(UnbrokenError) as raised:
-        host.holdings.open_slab(host.bind().session, 2**64 - 1, 65_536, host.tick())
+        host.holdings.plan_slab(host.bind().session, 2**64 - 1, 65_536, host.tick())
     assert refused(raised) is Reason.MEMORY_EXHAUSTED
     (told,) = [one for one in host.holdings.news.since(0)[0] if one.kind is NewsKind.PRESSURE]
     assert pb.MemoryEvent(value=told.value).value == 2**64 - 1
@@ -489,7 +489,7 @@ def used(host: Host) -> tuple[int, int]:
 def test_a_slab_takes_whole_pages_of_blocks_and_of_records() -> None:
     host = Host()
     session = host.bind().session
-    host.holdings.open_slab(session, 1, 1, host.tick())
+    host.holdings.plan_slab(session, 1, 1, host.tick())
     assert used(host) == (2, 0)
 
 
@@ -616,3 +616,26 @@ def test_a_process_that_only_reads_is_never_killed() -> None:
     host.pass_time(2.0)
     host.pass_time(10.0)
     assert host.killed == []
+
+
+def test_what_was_begun_meanwhile_is_not_superseded_by_what_was_planned_before() -> None:
+    host = Host()
+    first, second = host.bind(), host.bind()
+
+    def planned(process: Process, name: str, kind: SegmentClass) -> Version:
+        return host.holdings.plan_segment(process.session, name, kind, [4096], host.tick())
+
+    def refused(version: Version) -> Reason:
+        with pytest.raises(UnbrokenError) as raised:
+            host.holdings.begin_segment(version)
+        host.holdings.abandon_segment(version)
+        return raised.value.reason
+
+    older = planned(first, "w", SegmentClass.WEIGHTS)
+    newer = planned(second, "w", SegmentClass.WEIGHTS)
+    host.holdings.begin_segment(newer)
+    host.holdings.seal_segment(second.session, "w", newer.epoch, [1], b"")
+    assert refused(older) is Reason.SEGMENT_BUSY, "versions grow"
+    one, other = (planned(each, "kv", SegmentClass.KV_POOL) for each in (first, second))
+    host.holdings.begin_segment(one)
+    assert refused(other) is Reason.SEGMENT_BUSY, "it has an owner"

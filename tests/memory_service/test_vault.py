@@ -48,8 +48,10 @@ def open_slab(keeper: Keeper, number: int) -> int:
     session = keeper.holdings.bind(Peer("test", "t", os.getpid(), 0), b"secret", number * 1000)
     lifeline = os.memfd_create("test")
     keeper.ends[session.session_id] = Ends(lifeline, os.pidfd_open(os.getpid()))
-    slab = keeper.holdings.open_slab(session, 4096, 1, number * 1000)
-    keeper.allocate_store(slab)
+    slab = keeper.holdings.plan_slab(session, 4096, 1, number * 1000)
+    keeper.allocate([slab.slab_id], [slab.data_bytes])
+    keeper.allocate_table(slab)
+    keeper.holdings.begin_slab(session, slab)
     keeper.obey()
     return slab.slab_id
 

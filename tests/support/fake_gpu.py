@@ -86,6 +86,10 @@ class FakeGpu:
         """Refuse the number-th call of this method from now on, once."""
         self._fails[call] = (self.num_calls[call] + number, code)
 
+    def forgive(self) -> None:
+        """Refuse nothing any more."""
+        self._fails.clear()
+
     def check_empty(self) -> None:
         """Nothing is left of anything."""
         assert not self._handles, "all handles are released"

@@ -31,6 +31,7 @@ from unbroken.memory import channel, checksums
 from unbroken.memory.channel import ChannelClosed
 from unbroken.memory.checksums import Algorithm
 from unbroken.memory.device_slabs import DeviceSlabs
+from unbroken.memory.gpu import GpuError
 from unbroken.memory.mapped import (
     GpuReaderSlab,
     Leaving,
@@ -53,6 +54,8 @@ ATTEMPTS_MAX = 5
 """A call that so many connections ended over is not made again: it may be what ends them."""
 MAPPED_MAX = 2000
 """Slabs of others that stay mapped when this process binds again."""
+MAP_TRIES = 3
+"""How often a slab is asked for that could not be mapped: then its blocks are misses."""
 _HIGH_FD = 512
 _RETRY_S = 0.002
 _HOST_KINDS = (pb.MEMORY_KIND_UNSPECIFIED, pb.MEMORY_KIND_HOST)
@@ -173,6 +176,8 @@ class MemoryClient:
         """Of this session, the last one, and of earlier ones of which something is mapped."""
         self._reading: dict[int, ReaderSlab | GpuReaderSlab] = {}
         self._writers: dict[int, SlabWriter] = {}
+        self._unmappable: dict[int, int] = {}
+        """By slab, how often it could not be mapped."""
         self._leaving: dict[int, Leaving] = {}
         self._segments: list[Segment] = []
         """All that are mapped, owned or attached."""
@@ -452,13 +457,35 @@ class MemoryClient:
     # What is mapped.
 
     def _map_new(self, slabs: Sequence[pb.Slab], fds: list[int]) -> None:
+        """Map slabs of others. One that cannot be is a miss, and asked for again next time."""
+        again: list[int] = []
         try:
             for slab, fd in zip(slabs, fds, strict=True):
-                if slab.slab_id not in self._reading and slab.memory_kind in _HOST_KINDS:
-                    mapping = mmap.mmap(fd, slab.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-                    self._reading[slab.slab_id] = ReaderSlab(mapping, slab.block_bytes)
+                if slab.slab_id in self._reading:
+                    continue
+                try:
+                    mapped = self._mapped_slab(slab, fd)
+                except (OSError, GpuError):
+                    tries = self._unmappable[slab.slab_id] = (
+                        self._unmappable.get(slab.slab_id, 0) + 1
+                    )
+                    if tries < MAP_TRIES:
+                        again.append(slab.slab_id)
+                else:
+                    self._unmappable.pop(slab.slab_id, None)
+                    if mapped is not None:
+                        self._reading[slab.slab_id] = mapped
         finally:
             channel.close_all(fds)
+        if again:
+            self._say_unmapped(again)  # Else its descriptor would not come a second time.
+
+    def _mapped_slab(self, slab: pb.Slab, fd: int) -> ReaderSlab | GpuReaderSlab | None:
+        """One for reading, if it is of a memory that is read here. Raises OSError, GpuError."""
+        if slab.memory_kind not in _HOST_KINDS:
+            return None
+        mapping = mmap.mmap(fd, slab.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        return ReaderSlab(mapping, slab.block_bytes)
 
     def _readable(self, slab_id: int) -> ReaderSlab | None:
         slab = self._reading.get(slab_id)
@@ -472,6 +499,7 @@ class MemoryClient:
         mapped = (self._reading, self._leaving, self._writers)
         never = [one for one in slab_ids if not any(one in some for some in mapped)]
         for slab_id in slab_ids:
+            self._unmappable.pop(slab_id, None)
             if (slab := self._reading.pop(slab_id, None)) is not None:
                 self._leaving[slab_id] = Leaving(slab.mapping, is_written=False)
         self._sweep()

@@ -27,10 +27,12 @@ from unbroken.memory.client import MemoryClient, Pinned, SegmentClass
 from unbroken.memory.device_slabs import DeviceSlabs
 from unbroken.memory.gpu import Access, Gpu, GpuError
 from unbroken.memory.gpu_writer import GpuBlockWriter, mapped
-from unbroken.memory.mapped import GpuReaderSlab, Segment
+from unbroken.memory.mapped import GpuReaderSlab, ReaderSlab, Segment
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
+TAKEN_OVER_MAX = 8
+"""Owners of a pool, one after the other, that a standby hears of only when it takes it over."""
 _RETRY_S = 0.002
 ResultT = TypeVar("ResultT")
 
@@ -121,13 +123,32 @@ class GpuMemoryClient(MemoryClient):
         )
 
     def take_over(self, segment: GpuSegment, *, timeout_s: float = 5.0) -> None:
-        """Adopt the pool that this process has attached as a standby, where it is mapped."""
-        adopt = wire.AdoptPool(name=segment.name, expected_epoch=segment.epoch)
-        request = wire.SessionRequest(adopt=adopt)
+        """Adopt the pool that this process has attached as a standby, where it is mapped.
+
+        Another standby may have been faster, and have died since: it is the same pool, with another
+        epoch. Raises FENCED, or SEGMENT_NOT_FOUND, if it is not the same any more.
+        """
+        give_up_at = time.monotonic() + timeout_s
         with self.lock:
-            told = _fenced(lambda: self.call(request), timeout_s).granted.segment
-            assert told.version == segment.version, "an epoch is of one version"
-            segment.epoch, segment.is_owned = told.epoch, True
+            for turn in range(TAKEN_OVER_MAX):
+                adopt = wire.AdoptPool(name=segment.name, expected_epoch=segment.epoch)
+                request = wire.SessionRequest(adopt=adopt)
+                left_s = give_up_at - time.monotonic()
+                try:
+                    told = _fenced(lambda one=request: self.call(one), left_s).granted.segment
+                except UnbrokenError as error:
+                    if error.reason is not Reason.FENCED or turn + 1 == TAKEN_OVER_MAX:
+                        raise
+                    segment.epoch = self._epoch_of(segment)
+                else:
+                    assert told.version == segment.version, "an epoch is of one version"
+                    segment.epoch, segment.is_owned = told.epoch, True
+                    return
+
+    def _epoch_of(self, segment: GpuSegment) -> int:
+        """Of the version that is attached, as it is now. Raises SEGMENT_NOT_FOUND if it is gone."""
+        attach = wire.AttachSegment(name=segment.name, version=segment.version)
+        return self.call(wire.SessionRequest(attach=attach)).granted.segment.epoch
 
     def verify(self, segment: GpuSegment) -> None:
         """Compare what is sealed with its checksums, on the GPU. Raises CHECKSUM_MISMATCH.
@@ -225,17 +246,11 @@ class GpuMemoryClient(MemoryClient):
         return sources, size
 
     @override
-    def _map_new(self, slabs: Sequence[pb.Slab], fds: list[int]) -> None:
-        try:
-            for slab, fd in zip(slabs, fds, strict=True):
-                is_here = (slab.memory_kind, slab.device) == (pb.MEMORY_KIND_CUDA, self.gpu.uuid)
-                if is_here and slab.slab_id not in self._reading:
-                    there = mapped(self.gpu, slab, fd, Access.READ)
-                    self._reading[slab.slab_id] = GpuReaderSlab(there, slab.block_bytes)
-        except GpuError:
-            channel.close_all(fds)
-            raise
-        super()._map_new(slabs, fds)
+    def _mapped_slab(self, slab: pb.Slab, fd: int) -> ReaderSlab | GpuReaderSlab | None:
+        if (slab.memory_kind, slab.device) == (pb.MEMORY_KIND_CUDA, self.gpu.uuid):
+            there = mapped(self.gpu, slab, fd, Access.READ)
+            return GpuReaderSlab(there, slab.block_bytes)
+        return super()._mapped_slab(slab, fd)
 
     @override
     def seal(self, segment: Segment, layout: bytes = b"") -> None:
