@@ -5,9 +5,10 @@
 
 Each frontend places by what it sees, which is a little old and shows nothing of what others place
 meanwhile. Here everything passes, so a threshold is passed by the one request that crosses it,
-however many frontends there are; or, by tenants that have no prompt before the engine, up to one
-batch of the engine, so that one tenant's line is not another's. Only new work is refused: what was
-admitted before counts, and gets in. docs/decisions/thresholds.md says why.
+however many frontends there are; or, by tenants that have no prompt before the engine, or had less
+computed lately than another has, up to one batch of the engine, so that one tenant's line is not
+another's. Only new work is refused: what was admitted before counts, and gets in.
+docs/decisions/thresholds.md says why.
 """
 
 from collections import Counter
@@ -15,6 +16,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
+from sidecar.recent_use import RecentUse
 from unbroken.thresholds import (
     OFF,
     Engine,
@@ -32,8 +34,8 @@ LinkT = TypeVar("LinkT", bound=Hashable)
 """What stands for one Relay call."""
 
 KEPT_S: Final = 0.05
-"""After a report that shows room it is kept so long for tenants that were refused and have less
-before the engine than others: frontends hear of it at that moment."""
+"""After a report that shows room it is kept so long for tenants that were refused and had less
+lately than others: frontends hear of it at that moment."""
 KEPT_MAX: Final = 1024
 OTHERS_S: Final = 1.0
 """So long after prompts of several tenants were before the engine they are expected again."""
@@ -71,7 +73,7 @@ class Busy:
 
     def __str__(self) -> str:
         if self.is_kept:
-            return "room is kept for a tenant that has less before the engine"
+            return "room is kept for a tenant that had less lately"
         return ", ".join(map(str, self.verdict.nearest))
 
 
@@ -89,6 +91,7 @@ class Admission(Generic[LinkT]):
         self._kv_blocks = 0  # and what they will fill.
         self._tenants: dict[int, tuple[str, int]] = {}  # By slot, of prompts not computed yet,
         self._prefilling = Counter[str]()  # and how many tokens of them each tenant has.
+        self._recent = RecentUse()
         self._kept: dict[str, float | None] = {}
         """Tenants for which room is kept, until when; None: until the next report and a while."""
         self._others_until = float("-inf")
@@ -129,31 +132,46 @@ class Admission(Generic[LinkT]):
         verdict = judge_ranks(self._ranks, self.given, told.thresholds, self._engine)
         mine, batch = self._prefilling[tenant], self._engine.batch
         if not verdict.is_busy:
-            if mine and self._is_kept(tenant, mine, now):
+            if mine and self._is_kept(tenant, now):
                 return Busy(told, verdict, is_kept=True)
             if len(self._prefilling) > 1:
                 self._others_until = now + OTHERS_S
-            if mine and now < self._others_until:
-                # Nor does one that has some cross a threshold, as long as there are others.
+            if now < self._others_until and not self._is_modest(tenant, num_tokens, now):
+                # As long as there are others, one that has more than they crosses no threshold.
                 lowered = told.thresholds.raised(-num_tokens, batch)
                 if judge_ranks(self._ranks, self.given, lowered, self._engine).is_busy:
                     return Busy(told, verdict, is_kept=True)
             return None
-        if not mine and num_tokens < batch:
-            # The last batch is for tenants that have nothing before it.
+        if num_tokens < batch and self._is_modest(tenant, num_tokens, now):
+            # The last batch is for those who have less than others.
             raised = told.thresholds.raised(batch - num_tokens, batch)
             if not judge_ranks(self._ranks, self.given, raised, self._engine).is_busy:
                 return None
-        if mine < max(self._prefilling.values(), default=0) and len(self._kept) < KEPT_MAX:
-            self._kept.setdefault(tenant, None)
+        recent = self._recent
+        if (
+            len(self._kept) < KEPT_MAX
+            and tenant not in self._kept
+            and recent.of(tenant, now) < recent.most_of_others(tenant, now)
+        ):
+            self._kept[tenant] = None
         return Busy(told, verdict)
 
-    def _is_kept(self, tenant: str, mine: int, now: float) -> bool:
-        """Whether room is kept for a tenant that was refused, and has less before the engine."""
+    def _is_modest(self, tenant: str, num_tokens: int, now: float) -> bool:
+        """Whether a tenant has nothing before the engine, or with so many tokens more would have
+        had no more lately than another.
+        """
+        if not self._prefilling[tenant]:
+            return True
+        recent = self._recent
+        return recent.of(tenant, now) + num_tokens <= recent.most_of_others(tenant, now)
+
+    def _is_kept(self, tenant: str, now: float) -> bool:
+        """Whether room is kept for a tenant that was refused, and had less lately."""
+        mine = self._recent.of(tenant, now)
         for name, until in list(self._kept.items()):
             if until is not None and until <= now:
                 del self._kept[name]
-            elif name != tenant and self._prefilling[name] < mine:
+            elif name != tenant and self._recent.of(name, now) < mine:
                 return True
         return False
 
@@ -214,9 +232,10 @@ class Admission(Generic[LinkT]):
         self._prefilling.clear()
         self._prefill_tokens = self._kv_blocks = self._steps_total = 0
 
-    def began(self, slot: int, num_tokens: int, tenant: str = "") -> None:
+    def began(self, slot: int, num_tokens: int, tenant: str, now: float) -> None:
         """The engine was given an attempt."""
         self._kept.pop(tenant, None)
+        self._recent.began(tenant, num_tokens, now)
         if num_tokens:
             self._tenants[slot] = tenant, num_tokens
             self._prefilling[tenant] += num_tokens

@@ -261,7 +261,7 @@ class Hub(EngineListener):
         self._prefilling[attempt.slot] = (attempt.num_tokens, now)
         self._prefill_tokens += attempt.num_tokens
         if not message.is_probe:
-            self.admission.began(attempt.slot, attempt.num_tokens, message.stream.tenant)
+            self.admission.began(attempt.slot, attempt.num_tokens, message.stream.tenant, now)
         self._engine.start(message)
 
     def abort(self, link: Link, slot: int) -> None:

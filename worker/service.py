@@ -29,7 +29,9 @@ PROTOCOL_VERSION = 1
 FRAME_INTERVAL_S = 0.2
 """Time between two frames when nothing runs, or while a step is computed."""
 LOAD_INTERVAL_S = 0.1
-"""Time between two load reports when something runs."""
+"""Time between two load reports when something runs,"""
+PROMPT_LOAD_INTERVAL_S = 0.01
+"""and after steps that computed prompts: others wait for the room that these have left."""
 RETRY_AFTER_S = 1.0
 """What a sidecar is told that finds the line full."""
 
@@ -267,7 +269,7 @@ class EngineService:
 
     async def _step_forever(self) -> None:
         loop = asyncio.get_running_loop()
-        load_due = 0.0
+        load_at = float("-inf")
         while True:
             self._has_work.clear()
             plan = self._scheduler.plan(loop.time())
@@ -280,9 +282,11 @@ class EngineService:
                 self._scheduler.commit(plan, result)
             session = self._session
             if session is not None:
-                is_load_due = loop.time() >= load_due
+                has_prompts = plan is not None and bool(plan.prefills)
+                interval_s = PROMPT_LOAD_INTERVAL_S if has_prompts else LOAD_INTERVAL_S
+                is_load_due = loop.time() >= load_at + interval_s
                 if is_load_due:
-                    load_due = loop.time() + LOAD_INTERVAL_S
+                    load_at = loop.time()
                 frame = self._frame(session, with_load=is_load_due)
                 if frame is not None:
                     session.connection.send(engine_pb2.EngineResponse(frame=frame))

@@ -47,7 +47,7 @@ class Door:
         """What gets in anyway."""
         self.slot += 1
         self.unread[self.slot] = num_tokens
-        self.admission.began(self.slot, num_tokens, tenant)
+        self.admission.began(self.slot, num_tokens, tenant, self.now)
         return self.slot
 
     def read(self, number: int) -> None:
@@ -179,19 +179,57 @@ def test_the_last_batch_is_for_tenants_that_have_no_prompt_before_the_engine() -
     assert door.num_tokens == 1100
     assert not door.offer(BATCH, tenant="one"), "together they would be beyond a batch more"
     assert door.offer(300, tenant="one")
-    assert not door.offer(10, tenant="one"), "it has one before the engine now"
+    assert door.offer(10, tenant="one"), "it had less lately than another"
+    assert not door.offer(10, tenant="many")
     assert door.offer(100, tenant="another")
     assert not door.offer(100, tenant="yet another")
     assert door.num_tokens <= LIMIT + BATCH
     door.read(20)
     door.report()
-    door.compute(1500)
+    door.compute(1512)
     assert door.num_tokens == 0
     assert door.offer(1, tenant="many"), "it has none before the engine any more"
     door.admission.check()
 
 
-def test_room_is_kept_for_a_moment_for_a_tenant_that_was_refused_and_has_less() -> None:
+def test_who_had_as_much_lately_as_others_is_one_of_the_many() -> None:
+    door = Door()
+    while door.offer(100, tenant="many"):
+        pass
+    assert door.offer(300, tenant="one")
+    door.now += 0.1
+    door.read(20)
+    door.compute(1100)
+    door.report()
+    assert door.num_tokens == 300, "of one"
+    door.give(900, tenant="one")
+    assert door.num_tokens == 1200
+    assert not door.offer(1, tenant="one"), "it had more lately than many"
+    door.give(200, tenant="another")
+    door.now += 60.0
+    door.give(100, tenant="another")
+    assert door.offer(1, tenant="one"), "that was long ago"
+    door.admission.check()
+
+
+def test_a_burst_of_who_asks_for_little_in_all_does_not_wait_for_its_own_prompts() -> None:
+    door = Door()
+    for _ in range(10):  # The greedy one has what is left, all the time.
+        while door.offer(256, tenant="greedy"):
+            pass
+        door.read(99)
+        door.now += 0.1
+        door.compute(BATCH)
+        door.report()
+    while door.offer(256, tenant="greedy"):
+        pass
+    assert door.num_tokens > LIMIT
+    assert door.offer(200, tenant="modest")
+    assert door.offer(200, tenant="modest"), "though it has one before the engine"
+    door.admission.check()
+
+
+def test_room_is_kept_for_a_moment_for_a_tenant_that_was_refused_and_had_less() -> None:
     door = Door()
     while door.offer(300, tenant="many"):
         pass

@@ -188,7 +188,7 @@ class Worker:
         self.slot += 1
         job.slot = self.slot
         self.unread[self.slot] = Prompt(job, attempt, frontend, job.num_tokens)
-        self.admission.began(self.slot, job.num_tokens, job.tenant)
+        self.admission.began(self.slot, job.num_tokens, job.tenant, self.world.now)
         self.world.after(0.001, self.read, self.engine)
 
     def abort(self, slot: int, job: Job, attempt: int) -> None:

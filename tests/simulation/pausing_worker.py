@@ -187,7 +187,7 @@ class Worker:
         self.unread[self.slot] = Running(
             job, epoch, frontend, num_tokens, num_tokens, checkpoint.first_offset, job.size
         )
-        self.admission.began(self.slot, num_tokens, job.tenant)
+        self.admission.began(self.slot, num_tokens, job.tenant, self.world.now)
 
     def abort(self, slot: int, epoch: int) -> None:
         """The engine looks between two steps."""

@@ -34,7 +34,7 @@ class ForgetsWhatItGave(Admission[str]):
     """Knows only what the engine reports."""
 
     @override
-    def began(self, slot: int, num_tokens: int, tenant: str = "") -> None:
+    def began(self, slot: int, num_tokens: int, tenant: str, now: float) -> None:
         pass
 
 

@@ -225,6 +225,22 @@ def test_a_long_step_gives_signs_of_life_and_says_what_it_computes(tmp_path: Pat
     on_stage(scenario, tmp_path, simulated_runner(cost=slow))
 
 
+def test_the_room_that_a_prompt_has_left_is_told_with_its_token(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        sidecar = await stage.greeted()
+        for slot in range(1, 5):
+            sidecar.start(slot, prompt=range(slot, slot + 100), max_tokens=10)
+        await sidecar.until_ended(1, 2, 3, 4)
+        first = [frame for frame in sidecar.frames if 0 in frame.offsets]
+        assert len(first) == 4, "a prompt a step"
+        queued = [frame.load.ranks[0].prefill_tokens_queued for frame in first]
+        assert queued == [300, 200, 100, 0]
+        assert not all(frame.HasField("load") for frame in sidecar.frames)
+
+    cost = CostModel(step_base_s=0.02, prefill_tokens_per_s=1e12)
+    on_stage(scenario, tmp_path, simulated_runner(cost=cost, prefill_tokens_max=100))
+
+
 def test_the_load_tells_what_steps_took_but_not_the_time_between_them(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         sidecar = await stage.greeted()
