@@ -17,8 +17,8 @@ demo: .venv/.run ## A worker dies in mid-stream, the text goes on, and equals an
 test: .venv/.dev ## All tests that need no accelerator
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-test-grpcio: .venv/.dev ## What clients see, and all that is hurt, with the grpcio edge
-	UNBROKEN_FRONTEND_EDGE=grpcio $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" \
+test-grpcio: .venv/.dev ## What clients see, and all that is hurt, with grpcio at the edge and on the links
+	UNBROKEN_FRONTEND_EDGE=grpcio UNBROKEN_FRONTEND_RELAY=grpcio $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" \
 		tests/frontend tests/integration tests/faults tests/unbroken/test_mesh.py tests/unbroken/test_client.py
 
 check: lint types protos test ## Everything a change must pass

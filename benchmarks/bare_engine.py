@@ -20,10 +20,10 @@ from typing_extensions import override
 
 from benchmarks.stamps import NUM_IDS, stamp
 from frontend.edge.calls import ANSWER_FIELDS
-from frontend.edge.connection import Connection, DataReceived, Over, RequestReceived, StreamLost
 from frontend.edge.encoding import varint
-from frontend.edge.limits import EdgeLimits
-from frontend.edge.messages import Code, trailers
+from unbroken.http2.connection import Connection, DataReceived, Over, RequestReceived, StreamLost
+from unbroken.http2.limits import EdgeLimits
+from unbroken.http2.messages import Code, trailers
 
 PROMPT_TOKENS: Final = 3
 CONTEXT_LENGTH: Final = 10_000_000

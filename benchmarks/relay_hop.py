@@ -1,10 +1,11 @@
-"""The relay hop over grpc.aio and over the edge's HTTP/2: `make bench-relay-hop`
+"""The relay hop over grpc.aio and over our own HTTP/2: `make bench-relay-hop`
 
 A sidecar sends one columnar message (RelayResponse with a StepFrame) per engine step over one
 stream, a frontend reads it. Two processes, the same protobuf at both ends, and in between
 
-    grpc    a bidirectional stream of grpc.aio, as the mesh has it
-    http2   DATA frames of frontend/edge/connection.py, read by a bare client
+    grpc    a bidirectional stream of grpc.aio
+    mixed   grpc.aio in the sidecar, unbroken/http2/call.py in the frontend, as the mesh has it
+    http2   unbroken/http2/connection.py in the sidecar, and that
 
 at so many streams a step. What is left out is what both would need: acknowledgements, heartbeats,
 ledgers. CPU is that of a process per step frame; latency is from the step to the parsed message.
@@ -24,14 +25,14 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, cast
 
 import uvloop
-from hpack import Encoder
 from typing_extensions import override
 
 from benchmarks.stamps import CpuClock, age_s, stamp
 from frontend.edge.calls import ANSWER_FIELDS
-from frontend.edge.connection import Connection, DataReceived, RequestReceived
-from frontend.edge.limits import EdgeLimits
 from unbroken.config import split_address
+from unbroken.http2.call import Call, CallLimits, MessageReceived
+from unbroken.http2.connection import Connection, DataReceived, RequestReceived
+from unbroken.http2.limits import EdgeLimits
 from unbroken.transport import listen, make_server, open_channel
 from unbroken.v1 import attempt_pb2
 from unbroken.v1 import relay_service_pb2 as pb
@@ -41,12 +42,10 @@ from unbroken.v1.relay_service_pb2_grpc import (
     add_RelayServiceServicer_to_server,
 )
 
-WAYS: Final = ("grpc", "http2")
+WAYS: Final = ("grpc", "mixed", "http2")
 WARM_UP_S: Final = 0.5
 READ_S_MAX: Final = 30.0
 _PREFIX: Final = struct.Struct(">BI")
-_HEADER: Final = struct.Struct(">IBI")
-_WINDOW_MAX: Final = 2**31 - 1
 
 
 def step_message(sequence: int, rows: int) -> pb.RelayResponse:
@@ -148,63 +147,31 @@ class Seen:
 
 
 class Http2Frontend(asyncio.Protocol):
-    """Reads the stream over bare HTTP/2."""
+    """Reads the stream over our HTTP/2, as frontends do."""
 
     def __init__(self, seen: Seen) -> None:
         self._seen = seen
-        self._buffer = b""
-        self._body = b""
+        self._call = Call("/unbroken.v1.RelayService/Relay", "bench", CallLimits(), 0.0)
         self._transport: asyncio.Transport | None = None
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        block = Encoder().encode(
-            [
-                (b":method", b"POST"),
-                (b":scheme", b"http"),
-                (b":path", b"/unbroken.v1.RelayService/Relay"),
-                (b":authority", b"bench"),
-                (b"content-type", b"application/grpc"),
-                (b"te", b"trailers"),
-            ]
-        )
-        self._transport.write(
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-            + b"\0\0\x06\x04\0\0\0\0\0"
-            + struct.pack(">HI", 4, _WINDOW_MAX)
-            + b"\0\0\x04\x08\0\0\0\0\0"
-            + struct.pack(">I", _WINDOW_MAX - 65_535)
-            + _HEADER.pack(len(block) << 8 | 1, 4, 1)
-            + block
-        )
+        self._call.send(pb.RelayRequest().SerializeToString())
+        self._transport.write(self._call.take_outbound())
 
     @override
     def data_received(self, data: bytes) -> None:
-        buffer = self._buffer + data if self._buffer else data
-        at, end = 0, len(buffer)
-        while end - at >= 9:
-            length_and_kind, flags, _ = _HEADER.unpack_from(buffer, at)
-            length, kind = length_and_kind >> 8, length_and_kind & 0xFF
-            if end - at - 9 < length:
-                break
-            if kind == 0:
-                self._body += buffer[at + 9 : at + 9 + length]
-            elif kind == 4 and not flags & 1 and self._transport is not None:
-                self._transport.write(b"\0\0\0\x04\x01\0\0\0\0")
-            at += 9 + length
-        self._buffer = buffer[at:]
-        while len(self._body) >= 5:
-            size = 5 + _PREFIX.unpack_from(self._body)[1]
-            if len(self._body) < size:
-                break
-            self._seen.saw(pb.RelayResponse.FromString(self._body[5:size]))
-            self._body = self._body[size:]
+        for event in self._call.receive(data, time.monotonic()):
+            assert isinstance(event, MessageReceived), event
+            self._seen.saw(pb.RelayResponse.FromString(event.message))
+        if self._call.outbound and self._transport is not None:
+            self._transport.write(self._call.take_outbound())
 
 
 async def serve(way: str, rows: int, step_s: float) -> None:
     """The sidecar's process: prints its address, ends when killed."""
-    if way == "grpc":
+    if way != "http2":
         server = make_server()
         sidecar = Sidecar(rows, step_s)  # pyright: ignore[reportAbstractUsage] - Relay is enough.
         add_RelayServiceServicer_to_server(sidecar, server)
@@ -280,6 +247,10 @@ async def measure(rows: int, way: str, step_ms: float, seconds: float) -> Mappin
                 await process.wait()
 
 
+def _both_us(seen: Mapping[str, float]) -> float:
+    return seen["sidecar_us"] + seen["frontend_us"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -312,17 +283,16 @@ def main() -> None:
             f"| {rows} | {way} | {seen['sidecar_us']:.0f}, {seen['frontend_us']:.0f} "
             f"| {seen['latency_ms_p50']:.2f} / {seen['latency_ms_p99']:.2f} |"
         )
-    # A share of a core that one link between a frontend and a sidecar would save in both.
+    # A share of a core that one link between a frontend and a sidecar saves in both.
     saved = {
-        rows: round(
-            sum(results[f"grpc {rows}"][key] for key in ("sidecar_us", "frontend_us")) / 1e6
-            * 1e3 / given.step_ms
-            - sum(results[f"http2 {rows}"][key] for key in ("sidecar_us", "frontend_us")) / 1e6
-            * 1e3 / given.step_ms,
+        f"{way} {rows}": round(
+            (_both_us(results[f"grpc {rows}"]) - _both_us(results[f"{way} {rows}"]))
+            / (1e3 * given.step_ms),
             4,
         )
         for rows in given.rows.split(",")
-    }  # fmt: skip
+        for way in WAYS[1:]
+    }
     paced = 0.8 * 1e3 / given.step_ms
     is_ok = all(seen["frames_per_s"] >= paced for seen in results.values())
     figures = {"ok": is_ok, "step_ms": given.step_ms, "cores_saved_a_link": saved, **results}

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from frontend.edge.limits import EdgeLimits
 from unbroken.config import Address, ProcessConfig
+from unbroken.http2.limits import EdgeLimits
 from unbroken.realtime import RealtimePriority
 from unbroken.thresholds import PREFILL_SHARE_MAX, PREFILL_TOKENS_MAX
 from unbroken.transport import TlsFiles
@@ -126,6 +126,8 @@ class FrontendConfig(ProcessConfig):
     """A request is stopped when so many engines died under it and it never got any further."""
     query_of_death_memory_s: float = Field(600.0, ge=0, le=86400)
     """For how long a request that was stopped so is refused when it is asked again."""
+    relay: Literal["grpcio", "native"] = "native"
+    """What carries the calls to sidecars: grpcio, or the HTTP/2 of docs/decisions/relay-hop.md."""
     edge: Literal["grpcio", "native"] = "native"
     """What serves clients: the HTTP/2 server of docs/decisions/edge.md, or grpcio's."""
     processes: int = Field(1, ge=1, le=64)

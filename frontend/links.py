@@ -13,10 +13,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
 from frontend.failure_detector import Liveness, Rhythm
 from frontend.mesh_view import LinkState, MeshView, Worker
+from frontend.native_wire import NativeWire
 from frontend.outliers import Outliers
 from frontend.relay_call import (
     End,
@@ -27,11 +28,12 @@ from frontend.relay_call import (
     Seat,
     TokenizerStore,
 )
+from frontend.relay_wire import GrpcioWire, Talker, Wire
 from frontend.stream import Life
 from unbroken import log
 from unbroken.discovery import WORKERS, Discovery
+from unbroken.http2.call import CallLimits
 from unbroken.outcome import FailureKind
-from unbroken.transport import open_channel
 from unbroken.v1 import worker_pb2
 
 PAUSE_S_MIN: Final = 0.02
@@ -40,6 +42,10 @@ STEADY_S: Final = 1.0
 """A link that was up for so long is opened again without a pause when it breaks."""
 KNOWN_MAX: Final = 10_000
 """Workers whose latest life is remembered after they have gone."""
+
+RelayKind = Literal["grpcio", "native"]
+"""What carries the calls: grpc.aio, or our own HTTP/2."""
+_CALL_LIMITS: Final = CallLimits()
 
 _log = log.get_logger(__name__)
 
@@ -90,8 +96,10 @@ class Links:
         *,
         observer: LinkObserver,
         outliers: Outliers,
+        relay: RelayKind = "native",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._relay = relay
         self._mesh = mesh
         self._identity = identity
         self._limits = limits
@@ -232,11 +240,10 @@ class Links:
         lost_at = self._clock()
         while True:
             began_at = self._clock()
-            channel = open_channel(worker.record.address)
             link.known.num_calls += 1
             try:
                 link.call = RelayCall(
-                    channel,
+                    partial(self._connect, worker.record.address),
                     worker,
                     self._mesh,
                     self._tokenizers,
@@ -253,7 +260,6 @@ class Links:
                 end = link.end = await link.call.run()
             finally:
                 link.call = None
-                await channel.close()
             self._tell_fate(worker.worker_id)
             now = self._clock()
             if end.was_welcomed:
@@ -274,6 +280,11 @@ class Links:
                 continue  # Streams wait to be told whether the worker lives.
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S_MAX)
+
+    def _connect(self, address: str, talker: Talker) -> Wire:
+        if self._relay == "grpcio":
+            return GrpcioWire(address, talker)
+        return NativeWire(address, talker, limits=_CALL_LIMITS, clock=self._clock)
 
     def _forget(self, link: _Link) -> None:
         _log.info("worker forgotten", worker_id=link.worker.worker_id)

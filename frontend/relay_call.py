@@ -12,10 +12,11 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeAlias, cast
+from typing import Final, Protocol
 from weakref import WeakValueDictionary
 
 import grpc.aio
+from typing_extensions import override
 
 from frontend.failure_detector import (
     DetectorLimits,
@@ -26,6 +27,7 @@ from frontend.failure_detector import (
 from frontend.mesh_view import EngineState, LinkState, MeshView, Worker, report_blocks
 from frontend.outliers import Outliers
 from frontend.reach import reach
+from frontend.relay_wire import Connect, Talker
 from frontend.stream import Command, Origin, Stream
 from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
@@ -35,6 +37,7 @@ from unbroken.outcome import FailureKind, FinishReason
 from unbroken.status import from_rpc_error
 from unbroken.thresholds import OFF, Thresholds, to_proto
 from unbroken.tokenizer import Tokenizer, asset_from_proto
+from unbroken.transport import open_channel
 from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
 from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
 
@@ -54,9 +57,6 @@ margin there is, and what clocks may differ over the time of a stream."""
 _LOOK_INTERVAL_S_MIN: Final = 0.001
 """A loop's timer may be early by a fraction of this."""
 
-_Call: TypeAlias = grpc.aio.StreamStreamCall[
-    relay_service_pb2.RelayRequest, relay_service_pb2.RelayResponse
-]
 _log = log.get_logger(__name__)
 
 
@@ -169,16 +169,20 @@ class TokenizerStore:
         self._timeout_s = timeout_s
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def fetch(self, fingerprint: str, stub: RelayServiceStub) -> None:
-        """Have the tokenizer in the mesh view. Raises `UnbrokenError` if it cannot be had."""
+    async def fetch(self, fingerprint: str, address: str) -> None:
+        """Have the tokenizer of a sidecar in the mesh view.
+
+        Raises `UnbrokenError` if it cannot be had.
+        """
         lock = self._locks.setdefault(fingerprint, asyncio.Lock())
         async with lock:
             if self._mesh.tokenizer(fingerprint) is not None:
                 return
             try:
-                response = await stub.GetTokenizer(
-                    relay_service_pb2.GetTokenizerRequest(), timeout=self._timeout_s
-                )
+                async with open_channel(address) as channel:
+                    response = await RelayServiceStub(channel).GetTokenizer(
+                        relay_service_pb2.GetTokenizerRequest(), timeout=self._timeout_s
+                    )
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error) from error
             if response.fingerprint != fingerprint:
@@ -194,16 +198,17 @@ class TokenizerStore:
             self._mesh.add_tokenizer(fingerprint, tokenizer)
 
 
-class RelayCall:
+class RelayCall(Talker):
     """One call, from hello to its end. Everything but `run` returns at once.
 
+    `connect` makes the wire of the call.
     `call_number` counts the calls of this life of the frontend to the worker, from 1. `rhythm` is
     what earlier calls to it have learnt.
     """
 
     def __init__(
         self,
-        channel: grpc.aio.Channel,
+        connect: Connect,
         worker: Worker,
         mesh: MeshView,
         tokenizers: TokenizerStore,
@@ -217,7 +222,7 @@ class RelayCall:
         on_welcome: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stub = RelayServiceStub(channel)
+        self._wire = connect(self)
         self._worker = worker
         self._mesh = mesh
         self._tokenizers = tokenizers
@@ -249,7 +254,7 @@ class RelayCall:
         """Tenants and request ids; told when there is nothing else to say."""
         self._pushed: tuple[Thresholds, int] = OFF, 0
         self._is_heartbeat_due = False
-        self._has_work = asyncio.Event()
+        self._is_greeting_due = True
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._fetching: asyncio.Task[None] | None = None
         self._reaching: asyncio.Task[None] | None = None
@@ -365,13 +370,13 @@ class RelayCall:
         """Move the window of an attempt."""
         if slot in self._seats:
             self._acks[slot] = offset
-            self._has_work.set()
+            self._wire.wake()
 
     def cancel(self, request_id: str, tenant: str) -> None:
         """Have what nobody reads of a request ended; of whichever tenant, if none is given."""
         if not self._ended.done() and len(self._cancels) < CANCELS_MAX:
             self._cancels[tenant, request_id] = None
-            self._has_work.set()
+            self._wire.wake()
 
     def push_thresholds(self, thresholds: Thresholds, version: int) -> None:
         """Say what the worker may have; once, until that changes. Attempts begun later obey."""
@@ -403,14 +408,12 @@ class RelayCall:
 
     async def run(self) -> End:
         """Converse until the call ends."""
-        call: _Call = self._stub.Relay()
-        parts = (self._write(call), self._read(call), self._pulse())
+        parts = (self._wire.converse(), self._pulse())
         tasks = [asyncio.create_task(self._guard(part)) for part in parts]
         try:
             return await self._ended
         finally:
             tasks += [one for one in (self._fetching, self._reaching) if one is not None]
-            call.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -420,40 +423,11 @@ class RelayCall:
         try:
             await part
         except Exception:
-            _log.exception("bug in a link", **self._names())
-            self.end(FailureKind.PROTOCOL, "an internal error of the frontend")
+            self._crashed()
 
-    async def _read(self, call: _Call) -> None:
-        try:
-            while (response := await call.read()) is not grpc.aio.EOF:
-                self._receive(cast("relay_service_pb2.RelayResponse | None", response))
-            self.end(FailureKind.CRASH, "the sidecar ended the call")
-        except grpc.aio.AioRpcError as error:
-            failure, detail, is_break = _diagnosis(error)
-            self.end(failure, detail, is_break=is_break)
-        except _BrokenContract as error:
-            _log.warning("sidecar broke the contract", detail=str(error), **self._names())
-            self.end(FailureKind.PROTOCOL, str(error))
-
-    async def _write(self, call: _Call) -> None:
-        hello = relay_service_pb2.RelayHello(
-            protocol_version=PROTOCOL_VERSION,
-            frontend_id=self._identity.frontend_id,
-            incarnation=self._identity.incarnation,
-            expected_worker_incarnation=self._worker.record.identity.incarnation,
-            call_number=self._call_number,
-        )
-        try:
-            await call.write(relay_service_pb2.RelayRequest(hello=hello))
-            while True:
-                await self._has_work.wait()
-                self._has_work.clear()
-                while (request := self._next_request()) is not None:
-                    await call.write(request)
-                    if request.HasField("heartbeat"):
-                        self.detector.sent(request.heartbeat.sequence, self._clock())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return  # The call is over; whoever reads it learns why.
+    def _crashed(self) -> None:
+        _log.exception("bug in a link", **self._names())
+        self.end(FailureKind.PROTOCOL, "an internal error of the frontend")
 
     async def _pulse(self) -> None:
         """Beat, and judge when there may be something to see: a silence is noticed when it is due.
@@ -478,7 +452,7 @@ class RelayCall:
             if now >= beats_at:
                 beats_at = now + interval_s
                 self._is_heartbeat_due = True
-                self._has_work.set()
+                self._wire.wake()
 
     def _show_liveness(self) -> None:
         """The opinion of the failure detector changed."""
@@ -495,8 +469,14 @@ class RelayCall:
         silence_max_s = self._limits.detector.silence_max_s
         self.detector.reached(await reach(self._worker.record.address, silence_max_s))
 
-    def _next_request(self) -> relay_service_pb2.RelayRequest | None:
+    # What the wire asks.
+
+    @override
+    def next_request(self) -> relay_service_pb2.RelayRequest | None:
         """What to write next, if anything."""
+        if self._is_greeting_due:
+            self._is_greeting_due = False
+            return self._hello()
         if self._is_heartbeat_due:
             self._is_heartbeat_due = False
             return self._heartbeat()
@@ -512,6 +492,42 @@ class RelayCall:
             cancel = relay_service_pb2.CancelAttempts(request_id=request_id, tenant=tenant)
             return relay_service_pb2.RelayRequest(cancel=cancel)
         return None
+
+    @override
+    def written(self, request: relay_service_pb2.RelayRequest) -> None:
+        """It has left, or is about to."""
+        if request.HasField("heartbeat"):
+            self.detector.sent(request.heartbeat.sequence, self._clock())
+
+    @override
+    def receive(self, response: relay_service_pb2.RelayResponse | None) -> None:
+        """A message came, or bytes that are none. Raises nothing."""
+        try:
+            self._receive(response)
+        except _BrokenContract as error:
+            _log.warning("sidecar broke the contract", detail=str(error), **self._names())
+            self.end(FailureKind.PROTOCOL, str(error))
+        except Exception:
+            self._crashed()
+
+    @override
+    def closed(self, error: grpc.aio.AioRpcError | None) -> None:
+        """The sidecar ended the call, well or with that; or it cannot be reached."""
+        if error is None:
+            self.end(FailureKind.CRASH, "the sidecar ended the call")
+        else:
+            failure, detail, is_break = _diagnosis(error)
+            self.end(failure, detail, is_break=is_break)
+
+    def _hello(self) -> relay_service_pb2.RelayRequest:
+        hello = relay_service_pb2.RelayHello(
+            protocol_version=PROTOCOL_VERSION,
+            frontend_id=self._identity.frontend_id,
+            incarnation=self._identity.incarnation,
+            expected_worker_incarnation=self._worker.record.identity.incarnation,
+            call_number=self._call_number,
+        )
+        return relay_service_pb2.RelayRequest(hello=hello)
 
     def _next_commands(self) -> relay_service_pb2.RelayRequest:
         """All commands that wait, as far as they fit into one message and keep their order."""
@@ -551,7 +567,7 @@ class RelayCall:
         if self._ended.done():
             return
         self._commands.append(request)
-        self._has_work.set()
+        self._wire.wake()
         if len(self._commands) > self._limits.commands_queued_max:
             self.end(FailureKind.HANG, f"{len(self._commands)} commands wait to be read")
 
@@ -907,7 +923,7 @@ class RelayCall:
         pause_s = 0.1
         while True:
             try:
-                await self._tokenizers.fetch(fingerprint, self._stub)
+                await self._tokenizers.fetch(fingerprint, self._worker.record.address)
             except UnbrokenError as error:
                 self._worker.detail = f"no tokenizer: {error.detail}"
                 _log.warning("no tokenizer", detail=error.detail, **self._names())

@@ -132,6 +132,7 @@ class Frontend(Leaving):
             ),
             observer=counted,
             outliers=outliers,
+            relay=config.relay,
             clock=self._clock,
         )
         self._quarantine = Quarantine(

@@ -3,7 +3,6 @@
     bytes ──▶ connection ──▶ events ──▶ server ──▶ calls, or the gRPC server behind
     steps ──▶ calls ──▶ encoding ──▶ connection ──▶ one write per connection and step
 
-`frames`, `flow_control`, `allowance`, `headers`, `limits` and `connection` are HTTP/2; `messages`
-is gRPC on top of it; `encoding` is the one message that is sent a million times. None of them does
-I/O. docs/decisions/edge.md says why this exists.
+What is HTTP/2 and gRPC in it is in `unbroken/http2/`; `encoding` is the one message that is sent a
+million times. None of those does I/O. docs/decisions/edge.md says why this exists.
 """

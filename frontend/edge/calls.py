@@ -13,10 +13,13 @@ from google.protobuf.message import DecodeError
 
 from frontend import summaries
 from frontend.edge import encoding
-from frontend.edge.connection import HttpStream
-from frontend.edge.frames import ErrorCode
-from frontend.edge.headers import Fields, Request
-from frontend.edge.messages import (
+from frontend.reading import Output, Reading
+from unbroken import log, status
+from unbroken.errors import UnbrokenError
+from unbroken.http2.connection import HttpStream
+from unbroken.http2.frames import ErrorCode
+from unbroken.http2.headers import Fields, Request
+from unbroken.http2.messages import (
     Code,
     MessageReader,
     Refused,
@@ -25,9 +28,6 @@ from frontend.edge.messages import (
     timeout_s,
     trailers,
 )
-from frontend.reading import Output, Reading
-from unbroken import log, status
-from unbroken.errors import UnbrokenError
 from unbroken.v1 import inference_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class StreamingCall:
         self._path = request.path.decode()
         wait_s = timeout_s(request)
         self._deadline_at = None if wait_s is None else server.clock() + wait_s
-        self._body = MessageReader(request, server.limits.request_bytes_max)
+        self._body = MessageReader(request.get(b"grpc-encoding"), server.limits.request_bytes_max)
         self._message: bytes | None = None
         self._num_held = 0
         self._task: asyncio.Task[None] | None = None

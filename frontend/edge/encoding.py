@@ -7,7 +7,7 @@ more it is the quicker one.
 
 from collections.abc import Sequence
 
-from frontend.edge.messages import PREFIX
+from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
 _OFFSET = b"\x10"

@@ -13,8 +13,9 @@ import grpc.aio
 from google.protobuf.descriptor_pool import Default
 
 from frontend.edge.calls import ANSWER_FIELDS
-from frontend.edge.headers import Request
-from frontend.edge.messages import (
+from unbroken import status
+from unbroken.http2.headers import Request
+from unbroken.http2.messages import (
     PREFIX,
     Code,
     MessageReader,
@@ -25,7 +26,6 @@ from frontend.edge.messages import (
     timeout_s,
     trailers,
 )
-from unbroken import status
 
 if TYPE_CHECKING:
     from frontend.edge.server import ClientConnection, EdgeServer
@@ -48,7 +48,7 @@ class ForwardedCall:
         self.client = client
         self.stream_id = stream_id
         self._server = server
-        self._body = MessageReader(request, server.limits.request_bytes_max)
+        self._body = MessageReader(request.get(b"grpc-encoding"), server.limits.request_bytes_max)
         self._inbox: deque[bytes] = deque()
         self._has_ended = False
         self._has_message = False

@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection
 
 import grpc.aio
 
-from frontend.edge.limits import EdgeLimits
 from frontend.edge.server import ClientConnection, EdgeObserver, EdgeServer
 from frontend.edge.tls import server_context
 from frontend.gateway import Inference
+from unbroken.http2.limits import EdgeLimits
 from unbroken.scratch import Scratch
 from unbroken.status import Trailers
 from unbroken.transport import TlsFiles, listen_locally, open_channel

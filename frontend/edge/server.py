@@ -19,7 +19,13 @@ import grpc.aio
 from typing_extensions import override
 
 from frontend.edge.calls import ANSWER_FIELDS, StreamingCall
-from frontend.edge.connection import (
+from frontend.edge.encoding import TokenBodies
+from frontend.edge.forwarding import ForwardedCall
+from frontend.gateway import Inference
+from frontend.reading import Reading
+from unbroken import log
+from unbroken.config import split_address
+from unbroken.http2.connection import (
     Connection,
     DataReceived,
     Event,
@@ -29,15 +35,9 @@ from frontend.edge.connection import (
     StreamLost,
     Writable,
 )
-from frontend.edge.encoding import TokenBodies
-from frontend.edge.forwarding import ForwardedCall
-from frontend.edge.frames import ErrorCode
-from frontend.edge.limits import EdgeLimits
-from frontend.edge.messages import Code, Refused, http_status, trailers
-from frontend.gateway import Inference
-from frontend.reading import Reading
-from unbroken import log
-from unbroken.config import split_address
+from unbroken.http2.frames import ErrorCode
+from unbroken.http2.limits import EdgeLimits
+from unbroken.http2.messages import Code, Refused, http_status, trailers
 from unbroken.status import Trailers
 from unbroken.tokenizer import Tokenizer
 from unbroken.v1 import inference_service_pb2 as pb

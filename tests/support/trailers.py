@@ -3,9 +3,9 @@
 import asyncio
 import base64
 
-from frontend.edge.messages import PREFIX
 from tests.frontend.edge.peer import REQUEST, data
 from tests.frontend.edge.raw import connect
+from unbroken.http2.messages import PREFIX
 from unbroken.orca import TRAILER
 from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
 

@@ -15,7 +15,7 @@ def _rows() -> dict[str, tuple[set[str], set[str]]]:
     """By folder, its decisions and its shells, as the table of the house has them."""
     rows: dict[str, tuple[set[str], set[str]]] = {}
     for line in (ROOT / "docs" / "ARCHITECTURE.md").read_text().splitlines():
-        if (row := re.fullmatch(r"\| `([a-z_/]+)/` \|.*\|(.*)\|(.*)\|", line)) is not None:
+        if (row := re.fullmatch(r"\| `([a-z0-9_/]+)/` \|.*\|(.*)\|(.*)\|", line)) is not None:
             decisions, shells = (set(re.findall(r"`(\w+)`", row[i])) for i in (2, 3))
             rows[row[1]] = (decisions, shells)
     return rows

@@ -22,11 +22,11 @@ from typing import Final, TypeAlias
 
 from hypothesis import strategies as st
 
-from frontend.edge import frames
-from frontend.edge.connection import DataReceived, RequestReceived
-from frontend.edge.frames import ErrorCode, FrameType
-from frontend.edge.limits import EdgeLimits
 from tests.frontend.edge.peer import REQUEST, Peer, parse
+from unbroken.http2 import frames
+from unbroken.http2.connection import DataReceived, RequestReceived
+from unbroken.http2.frames import ErrorCode, FrameType
+from unbroken.http2.limits import EdgeLimits
 
 Step: TypeAlias = tuple[str, int, int, int, bytes]
 """What (frame, bytes, request, answer, wait), kind or size, flags, stream, payload."""

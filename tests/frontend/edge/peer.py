@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from hpack import Decoder, Encoder
 
-from frontend.edge import frames
-from frontend.edge.connection import Connection, Event, Over, StreamLost
-from frontend.edge.frames import ErrorCode, FrameType
-from frontend.edge.headers import Fields
-from frontend.edge.limits import EdgeLimits
+from unbroken.http2 import frames
+from unbroken.http2.connection import Connection, Event, Over, StreamLost
+from unbroken.http2.frames import ErrorCode, FrameType
+from unbroken.http2.headers import Fields
+from unbroken.http2.limits import EdgeLimits
 
 REQUEST: Fields = (
     (b":method", b"POST"),

@@ -6,12 +6,12 @@ from contextlib import asynccontextmanager
 
 from hpack import Decoder, Encoder
 
-from frontend.edge import frames
-from frontend.edge.frames import FrameType
-from frontend.edge.headers import Fields
-from frontend.edge.messages import PREFIX
 from tests.frontend.edge.peer import GREETING, REQUEST, Frame, data
 from unbroken.config import split_address
+from unbroken.http2 import frames
+from unbroken.http2.frames import FrameType
+from unbroken.http2.headers import Fields
+from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
 

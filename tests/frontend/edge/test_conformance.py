@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
-from frontend.edge import frames
-from frontend.edge.connection import DataReceived, RequestReceived, StreamLost, Writable
-from frontend.edge.frames import ErrorCode, FrameType, Setting
-from frontend.edge.headers import Fields
-from frontend.edge.limits import EdgeLimits
 from tests.frontend.edge.peer import GREETING, REQUEST, Peer, data, setting
+from unbroken.http2 import frames
+from unbroken.http2.connection import DataReceived, RequestReceived, StreamLost, Writable
+from unbroken.http2.frames import ErrorCode, FrameType, Setting
+from unbroken.http2.headers import Fields
+from unbroken.http2.limits import EdgeLimits
 
 PROTOCOL = ErrorCode.PROTOCOL_ERROR
 SIZE = ErrorCode.FRAME_SIZE_ERROR

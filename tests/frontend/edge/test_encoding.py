@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend.edge.encoding import TokenBodies, body, varint
-from frontend.edge.messages import PREFIX
+from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
 u32 = st.integers(0, 2**32 - 1) | st.sampled_from([0, 127, 128, 16383, 16384, 2**21, 2**28])

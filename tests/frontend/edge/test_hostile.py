@@ -2,11 +2,11 @@
 
 import pytest
 
-from frontend.edge import frames
-from frontend.edge.connection import CLOSED_REMEMBERED, LimitHit, RequestReceived, Writable
-from frontend.edge.frames import ErrorCode, FrameType, Setting
-from frontend.edge.limits import EdgeLimits
 from tests.frontend.edge.peer import REQUEST, Peer, data, setting
+from unbroken.http2 import frames
+from unbroken.http2.connection import CLOSED_REMEMBERED, LimitHit, RequestReceived, Writable
+from unbroken.http2.frames import ErrorCode, FrameType, Setting
+from unbroken.http2.limits import EdgeLimits
 
 CALM = ErrorCode.ENHANCE_YOUR_CALM
 

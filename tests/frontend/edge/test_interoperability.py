@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from frontend.edge.messages import PREFIX
 from tests.frontend.edge.certificates import tls_settings
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.worlds import run, world
+from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
 PROTOS = Path(__file__).parents[3] / "protos"

@@ -14,9 +14,6 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from frontend.edge import frames
-from frontend.edge.frames import ErrorCode, FrameType, Setting
-from frontend.edge.messages import PREFIX
 from frontend.service import Frontend
 from tests.frontend.edge.peer import REQUEST, data, setting
 from tests.frontend.edge.raw import connect
@@ -24,6 +21,9 @@ from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.worlds import failure_of, read, read_some, run, world
 from unbroken.client import Client
 from unbroken.errors import Reason
+from unbroken.http2 import frames
+from unbroken.http2.frames import ErrorCode, FrameType, Setting
+from unbroken.http2.messages import PREFIX
 from unbroken.transport import open_channel
 from unbroken.v1 import admin_service_pb2, admin_service_pb2_grpc
 from unbroken.v1 import inference_service_pb2 as pb

@@ -1,6 +1,6 @@
 """Flow-control windows (RFC 9113, section 5.2): what may be sent, and what may be received."""
 
-from frontend.edge.frames import WINDOW_MAX
+from unbroken.http2.frames import WINDOW_MAX
 
 
 class SendWindow:

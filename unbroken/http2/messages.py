@@ -8,13 +8,14 @@ import binascii
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from hpack import NeverIndexedHeaderTuple
 
-from frontend.edge.headers import Fields, Request
+from unbroken.http2.headers import Fields, Request
 
 PREFIX: Final = struct.Struct(">BI")
 """Whether a message is compressed, and its length."""
@@ -34,9 +35,14 @@ class Code(IntEnum):
     """The statuses that the protocol itself gives; ours are in `unbroken.status`."""
 
     OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     UNIMPLEMENTED = 12
     INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
 
 
 class Refused(Exception):  # noqa: N818 - it names what happened.
@@ -72,11 +78,11 @@ def timeout_s(request: Request) -> float | None:
     return int(match[1]) * _UNITS_S[match[2]]
 
 
-def metadata(fields: Fields) -> list[tuple[str, str | bytes]]:
-    """Custom metadata: what is neither HTTP's nor gRPC's own. Raises `Refused`."""
+def metadata(fields: Fields, also: Collection[bytes] = ()) -> list[tuple[str, str | bytes]]:
+    """Custom metadata: what is neither HTTP's nor gRPC's own, but `also` that. Raises `Refused`."""
     found: list[tuple[str, str | bytes]] = []
     for name, value in fields:
-        if name in _NOT_METADATA or name.startswith(b"grpc-"):
+        if name in _NOT_METADATA or (name.startswith(b"grpc-") and name not in also):
             continue
         if not (_METADATA_KEY.fullmatch(name) and _METADATA_VALUE.fullmatch(value)):
             raise Refused(Code.INTERNAL, f"expected metadata, got {name[:40]!r}")
@@ -131,13 +137,19 @@ def _percent_encoded(text: str) -> bytes:
     return encoded[:-1] + b"%20" if encoded[-1:] == b" " else encoded
 
 
+def text_of(encoded: bytes) -> str:
+    """What was percent-encoded; what was not, or wrongly, as it is."""
+    return unquote_to_bytes(encoded).decode(errors="replace")
+
+
 class MessageReader:
     """Takes a body apart into messages, whichever way it was cut into frames."""
 
     __slots__ = ("_buffer", "_is_gzip", "_is_known", "_message_bytes_max")
 
-    def __init__(self, request: Request, message_bytes_max: int) -> None:
-        encoding = request.get(b"grpc-encoding") or b"identity"
+    def __init__(self, encoding: bytes | None, message_bytes_max: int) -> None:
+        """`encoding` is what the sender says of it in grpc-encoding."""
+        encoding = encoding or b"identity"
         self._is_gzip = encoding == b"gzip"
         self._is_known = encoding in (b"gzip", b"identity")
         self._message_bytes_max = message_bytes_max
@@ -168,9 +180,7 @@ class MessageReader:
     def finish(self) -> None:
         """The body has ended. Raises `Refused` if it did so within a message."""
         if self._buffer:
-            raise Refused(
-                Code.INTERNAL, f"the request ended {len(self._buffer)} bytes into a message"
-            )
+            raise Refused(Code.INTERNAL, f"a body ended {len(self._buffer)} bytes into a message")
 
     def _check(self, flag: int, length: int) -> None:
         if flag > 1:

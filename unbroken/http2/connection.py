@@ -21,12 +21,21 @@ from typing import Final, TypeAlias
 
 from hpack import Decoder, Encoder, HPACKError, OversizedHeaderListError
 
-from frontend.edge import frames
-from frontend.edge.allowance import Allowance
-from frontend.edge.flow_control import ReceiveWindow, SendWindow
-from frontend.edge.frames import ErrorCode, FrameType, Setting
-from frontend.edge.headers import Fields, Malformed, Request, check_request, check_trailers
-from frontend.edge.limits import EdgeLimits
+from unbroken.http2 import frames
+from unbroken.http2.allowance import Allowance
+from unbroken.http2.flow_control import ReceiveWindow, SendWindow
+from unbroken.http2.frames import ErrorCode, FrameType, Setting
+from unbroken.http2.headers import Fields, Malformed, Request, check_request, check_trailers
+from unbroken.http2.limits import EdgeLimits
+from unbroken.http2.rules import (
+    Fault,
+    check_setting,
+    error_code,
+    need_connection,
+    need_length,
+    need_stream,
+    unpadded,
+)
 
 CLOSED_REMEMBERED: Final = 1024
 """Closed streams of which is known how they ended; frames for older ones are plainly refused."""
@@ -107,15 +116,6 @@ class _End(Enum):
     ENDED = 1
     RESET_BY_PEER = 2
     RESET_BY_US = 3
-
-
-class _Fault(Exception):  # noqa: N818 - what the peer did.
-    """Ends the connection."""
-
-    def __init__(self, code: ErrorCode, detail: str, limit: str = "") -> None:
-        super().__init__(detail)
-        self.code = code
-        self.limit = limit
 
 
 class HttpStream:
@@ -248,7 +248,7 @@ class Connection:
                     break
                 length, kind, flags, stream_id = frames.parse_header(buffer, at)
                 if length > frames.FRAME_BYTES_MAX:
-                    raise _Fault(
+                    raise Fault(
                         ErrorCode.FRAME_SIZE_ERROR,
                         f"expected up to {frames.FRAME_BYTES_MAX} bytes in a frame, got {length}",
                     )
@@ -257,7 +257,7 @@ class Connection:
                     break
                 at = payload_at + length
                 self._frame(kind, flags, stream_id, bytes(buffer[payload_at:at]), now)
-        except _Fault as fault:
+        except Fault as fault:
             self._fail(fault)
             at = begin = end
         if at > begin or self._partial_since is None:
@@ -269,7 +269,7 @@ class Connection:
         done = len(frames.PREFACE) - self._num_preface_left
         given = bytes(buffer[: self._num_preface_left])
         if given != frames.PREFACE[done : done + len(given)]:
-            raise _Fault(ErrorCode.PROTOCOL_ERROR, "expected the HTTP/2 preface")
+            raise Fault(ErrorCode.PROTOCOL_ERROR, "expected the HTTP/2 preface")
         self._num_preface_left -= len(given)
         return len(given)
 
@@ -277,9 +277,9 @@ class Connection:
         if self._block is not None and (
             kind != FrameType.CONTINUATION or stream_id != self._block.stream_id
         ):
-            raise _Fault(ErrorCode.PROTOCOL_ERROR, "expected the rest of a header block")
+            raise Fault(ErrorCode.PROTOCOL_ERROR, "expected the rest of a header block")
         if not self._is_greeted and (kind != FrameType.SETTINGS or flags & frames.ACK):
-            raise _Fault(ErrorCode.PROTOCOL_ERROR, "expected SETTINGS first")
+            raise Fault(ErrorCode.PROTOCOL_ERROR, "expected SETTINGS first")
         match kind:
             case FrameType.DATA:
                 self._data(flags, stream_id, payload, now)
@@ -297,25 +297,25 @@ class Connection:
                 self._continuation(flags, stream_id, payload)
             case FrameType.GOAWAY:
                 self._spend_control(now)
-                _need_connection(stream_id)
-                _need_length(len(payload) >= 8)
+                need_connection(stream_id)
+                need_length(len(payload) >= 8)
             case FrameType.PRIORITY:
                 self._spend_control(now)
-                _need_stream(stream_id)
-                _need_length(len(payload) == 5)
+                need_stream(stream_id)
+                need_length(len(payload) == 5)
             case FrameType.PUSH_PROMISE:
-                raise _Fault(ErrorCode.PROTOCOL_ERROR, "a client cannot push")
+                raise Fault(ErrorCode.PROTOCOL_ERROR, "a client cannot push")
             case _:
                 self._spend_control(now)  # Unknown frames are ignored.
 
     # DATA.
 
     def _data(self, flags: int, stream_id: int, payload: bytes, now: float) -> None:
-        _need_stream(stream_id)
+        need_stream(stream_id)
         size = len(payload)
         if not self._receive.take(size):
-            raise _Fault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
-        data = _unpadded(flags, payload)
+            raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
+        data = unpadded(flags, payload)
         ends = bool(flags & frames.END_STREAM)
         stream = self._streams.get(stream_id)
         if stream is None or stream.is_remote_closed:
@@ -348,7 +348,7 @@ class Connection:
         if stream_id > self._last_stream_id or stream_id % 2 == 0:
             if self._is_beyond_drain(stream_id):
                 return
-            raise _Fault(ErrorCode.PROTOCOL_ERROR, f"a frame for the idle stream {stream_id}")
+            raise Fault(ErrorCode.PROTOCOL_ERROR, f"a frame for the idle stream {stream_id}")
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._stream_error(stream, ErrorCode.STREAM_CLOSED)
@@ -373,12 +373,12 @@ class Connection:
     # HEADERS and CONTINUATION.
 
     def _headers(self, flags: int, stream_id: int, payload: bytes, now: float) -> None:
-        _need_stream(stream_id)
+        need_stream(stream_id)
         if stream_id % 2 == 0:
-            raise _Fault(ErrorCode.PROTOCOL_ERROR, "clients open odd streams")
-        fragment = _unpadded(flags, payload)
+            raise Fault(ErrorCode.PROTOCOL_ERROR, "clients open odd streams")
+        fragment = unpadded(flags, payload)
         if flags & frames.HAS_PRIORITY:
-            _need_length(len(fragment) >= 5)
+            need_length(len(fragment) >= 5)
             fragment = fragment[5:]
         self._block = _Block(
             stream_id, bool(flags & frames.END_STREAM), bytearray(fragment), since=now
@@ -386,10 +386,10 @@ class Connection:
         self._block_grew(flags)
 
     def _continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
-        _need_stream(stream_id)
+        need_stream(stream_id)
         block = self._block
         if block is None:
-            raise _Fault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
+            raise Fault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
         block.data += payload
         block.num_frames += 1
         self._block_grew(flags)
@@ -398,9 +398,9 @@ class Connection:
         block, limits = self._block, self._limits
         assert block is not None, "called for one"
         if block.num_frames > limits.header_frames_max:
-            raise _Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames of headers", "header_frames")
+            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames of headers", "header_frames")
         if len(block.data) > HEADER_LIST_HARD_FACTOR * limits.header_list_bytes_max:
-            raise _Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many bytes of headers", "header_bytes")
+            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many bytes of headers", "header_bytes")
         if not flags & frames.END_HEADERS:
             return
         self._block = None
@@ -409,11 +409,11 @@ class Connection:
                 (name, value) for name, value in self._decoder.decode(bytes(block.data), raw=True)
             ]
         except OversizedHeaderListError as error:
-            raise _Fault(
+            raise Fault(
                 ErrorCode.ENHANCE_YOUR_CALM, "too large a header list", "header_bytes"
             ) from error
         except (HPACKError, IndexError) as error:
-            raise _Fault(ErrorCode.COMPRESSION_ERROR, "a bad header block") from error
+            raise Fault(ErrorCode.COMPRESSION_ERROR, "a bad header block") from error
         self._header_section(block, fields)
 
     def _header_section(self, block: _Block, fields: Fields) -> None:
@@ -428,7 +428,7 @@ class Connection:
                 self._spend_control(now)
                 return  # It was on its way.
             code = ErrorCode.PROTOCOL_ERROR if how is None else ErrorCode.STREAM_CLOSED
-            raise _Fault(code, f"HEADERS for the closed stream {stream_id}")
+            raise Fault(code, f"HEADERS for the closed stream {stream_id}")
         if self._is_beyond_drain(stream_id):
             self._spend_control(now)
             return
@@ -480,32 +480,31 @@ class Connection:
     # The other frames.
 
     def _rst_stream(self, stream_id: int, payload: bytes, now: float) -> None:
-        _need_stream(stream_id)
-        _need_length(len(payload) == 4)
+        need_stream(stream_id)
+        need_length(len(payload) == 4)
         stream = self._streams.get(stream_id)
         if stream is None:
             self._spend_control(now)
             if stream_id > self._last_stream_id and not self._is_beyond_drain(stream_id):
-                raise _Fault(ErrorCode.PROTOCOL_ERROR, f"reset of the idle stream {stream_id}")
+                raise Fault(ErrorCode.PROTOCOL_ERROR, f"reset of the idle stream {stream_id}")
             return
         if not self._resets.spend(now):
-            raise _Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many resets", "resets")
+            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many resets", "resets")
         self._close(stream, _End.RESET_BY_PEER)
-        value = frames.parse_u32(payload)
-        code = ErrorCode(value) if value in _ERROR_CODES else ErrorCode.INTERNAL_ERROR
+        code = error_code(frames.parse_u32(payload))
         self._events.append(StreamLost(stream_id, code, is_by_peer=True))
 
     def _settings_frame(self, flags: int, stream_id: int, payload: bytes, now: float) -> None:
-        _need_connection(stream_id)
+        need_connection(stream_id)
         if not self._settings.spend(now):
-            raise _Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many SETTINGS", "settings")
+            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many SETTINGS", "settings")
         if flags & frames.ACK:
-            _need_length(not payload)
+            need_length(not payload)
             return
-        _need_length(len(payload) % 6 == 0)
+        need_length(len(payload) % 6 == 0)
         values = frames.parse_settings(payload)
         for name, value in values:
-            _check_setting(name, value)
+            check_setting(name, value)
         # Of many values for the same thing in one frame the last counts, and work is done once.
         for name, value in dict(values).items():
             if name == Setting.HEADER_TABLE_SIZE:
@@ -519,35 +518,35 @@ class Connection:
         change, self._peer_initial_window = value - self._peer_initial_window, value
         for stream in self._streams.values():
             if not stream.send.grow(change):
-                raise _Fault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window overflows")
+                raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window overflows")
         if change > 0:
             self._serve_blocked(now)
 
     def _ping(self, flags: int, stream_id: int, payload: bytes, now: float) -> None:
         self._spend_control(now)
-        _need_connection(stream_id)
-        _need_length(len(payload) == 8)
+        need_connection(stream_id)
+        need_length(len(payload) == 8)
         if not flags & frames.ACK:
             self.outbound += frames.ping(payload, is_ack=True)
         elif payload == _DRAIN_PING:
             self._name_last_stream()
 
     def _window_update(self, stream_id: int, payload: bytes, now: float) -> None:
-        _need_length(len(payload) == 4)
+        need_length(len(payload) == 4)
         self._spend_control(now)
         increment = frames.parse_u32(payload) & frames.WINDOW_MAX
         if stream_id == 0:
             if not increment:
-                raise _Fault(ErrorCode.PROTOCOL_ERROR, "a window update of 0")
+                raise Fault(ErrorCode.PROTOCOL_ERROR, "a window update of 0")
             if not self._send.grow(increment):
-                raise _Fault(ErrorCode.FLOW_CONTROL_ERROR, "the connection's window overflows")
+                raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "the connection's window overflows")
             if self._blocked:
                 self._serve_blocked(now)
             return
         stream = self._streams.get(stream_id)
         if stream is None:
             if stream_id > self._last_stream_id and not self._is_beyond_drain(stream_id):
-                raise _Fault(ErrorCode.PROTOCOL_ERROR, f"a window for the idle stream {stream_id}")
+                raise Fault(ErrorCode.PROTOCOL_ERROR, f"a window for the idle stream {stream_id}")
             return
         if not increment:
             self._stream_error(stream, ErrorCode.PROTOCOL_ERROR)
@@ -560,7 +559,7 @@ class Connection:
         self._control.earn(_DATA_EARNS * self._num_data_sent)
         self._num_data_sent = 0
         if not self._control.spend(now, amount):
-            raise _Fault(
+            raise Fault(
                 ErrorCode.ENHANCE_YOUR_CALM, "too many frames that bring nothing", "control"
             )
 
@@ -754,7 +753,7 @@ class Connection:
         if not self._streams:
             self._over(ErrorCode.NO_ERROR, "drained")
 
-    def _fail(self, fault: _Fault) -> None:
+    def _fail(self, fault: Fault) -> None:
         if fault.limit:
             self._events.append(LimitHit(fault.limit))
         detail = str(fault)
@@ -818,11 +817,11 @@ class Connection:
             case "silent" if now - due > LATENESS_S:
                 self._pinged_at = now - self._limits.ping_timeout_s / 2  # Its answer may be here.
             case "silent":
-                self._fail(_Fault(ErrorCode.NO_ERROR, "no sign of life", "silence"))
+                self._fail(Fault(ErrorCode.NO_ERROR, "no sign of life", "silence"))
             case "handshake":
-                self._fail(_Fault(ErrorCode.SETTINGS_TIMEOUT, "no SETTINGS in time", "handshake"))
+                self._fail(Fault(ErrorCode.SETTINGS_TIMEOUT, "no SETTINGS in time", "handshake"))
             case "header":
-                self._fail(_Fault(ErrorCode.ENHANCE_YOUR_CALM, "a frame took too long", "header"))
+                self._fail(Fault(ErrorCode.ENHANCE_YOUR_CALM, "a frame took too long", "header"))
             case "drain":
                 self._name_last_stream()
             case "request":
@@ -856,40 +855,3 @@ class Connection:
         )
         unconsumed = sum(stream.unconsumed for stream in self._streams.values())
         assert unconsumed <= self._limits.connection_window, "what came is within the window"
-
-
-_ERROR_CODES: Final = frozenset(map(int, ErrorCode))
-
-
-def _check_setting(name: int, value: int) -> None:
-    if name == Setting.ENABLE_PUSH and value > 1:
-        raise _Fault(ErrorCode.PROTOCOL_ERROR, f"ENABLE_PUSH of {value}")
-    if name == Setting.INITIAL_WINDOW_SIZE and value > frames.WINDOW_MAX:
-        raise _Fault(ErrorCode.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}")
-    if name == Setting.MAX_FRAME_SIZE and not frames.FRAME_BYTES_MAX <= value < 2**24:
-        raise _Fault(ErrorCode.PROTOCOL_ERROR, f"MAX_FRAME_SIZE of {value}")
-
-
-def _need_stream(stream_id: int) -> None:
-    if stream_id == 0:
-        raise _Fault(ErrorCode.PROTOCOL_ERROR, "expected a frame of a stream, got the connection's")
-
-
-def _need_connection(stream_id: int) -> None:
-    if stream_id != 0:
-        raise _Fault(ErrorCode.PROTOCOL_ERROR, "expected a frame of the connection, got a stream's")
-
-
-def _need_length(is_right: bool) -> None:
-    if not is_right:
-        raise _Fault(ErrorCode.FRAME_SIZE_ERROR, "a frame of a wrong length")
-
-
-def _unpadded(flags: int, payload: bytes) -> bytes:
-    if not flags & frames.PADDED:
-        return payload
-    _need_length(len(payload) >= 1)
-    padding = payload[0]
-    if padding >= len(payload):
-        raise _Fault(ErrorCode.PROTOCOL_ERROR, "more padding than payload")
-    return payload[1 : len(payload) - padding]

@@ -1,4 +1,4 @@
-"""What a request's header section may be (RFC 9113, section 8): the rest is malformed."""
+"""What a header section may be (RFC 9113, section 8): the rest is malformed."""
 
 import re
 from collections.abc import Sequence
@@ -67,11 +67,22 @@ def check_request(given: Fields) -> Request:
     return Request(method, path, authority, fields, content_length)
 
 
+def check_answer(given: Fields) -> tuple[int, Fields]:
+    """The status of an answer, and its other fields in their order. Raises `Malformed`."""
+    if not given or given[0][0] != b":status":
+        raise Malformed("expected :status first")
+    status, fields = given[0][1], given[1:]
+    if len(status) != 3 or not status.isdigit():
+        raise Malformed(f"expected a status of three digits, got {status[:20]!r}")
+    check_trailers(fields)
+    return int(status), fields
+
+
 def check_trailers(given: Fields) -> None:
     """Raises `Malformed`."""
     for name, value in given:
         if name[:1] == b":":
-            raise Malformed("a pseudo-header field in trailers")
+            raise Malformed("a pseudo-header field where there is none")
         _check_field(name, value)
 
 

@@ -1,0 +1,303 @@
+"""What carries a Relay call, either way: the same of both, against a server of grpcio."""
+
+import asyncio
+import struct
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from typing_extensions import override
+
+from frontend.native_wire import NativeWire
+from frontend.relay_wire import GrpcioWire, Talker, Wire
+from tests.frontend.worlds import run
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.http2.call import CallLimits
+from unbroken.status import from_rpc_error
+from unbroken.transport import listen, make_server
+from unbroken.v1 import attempt_pb2
+from unbroken.v1 import relay_service_pb2 as pb
+
+Handler = Callable[[AsyncIterator[pb.RelayRequest], Any], AsyncIterator[bytes]]
+
+
+class Talking(Talker):
+    """Says what it is given, and keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.requests: deque[pb.RelayRequest] = deque()
+        self.num_asked = 0
+        self.num_written = 0
+        self.heard: asyncio.Queue[pb.RelayResponse | None] = asyncio.Queue()
+        self.over: asyncio.Future[grpc.aio.AioRpcError | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+    @override
+    def next_request(self) -> pb.RelayRequest | None:
+        self.num_asked += 1
+        return self.requests.popleft() if self.requests else None
+
+    @override
+    def written(self, request: pb.RelayRequest) -> None:
+        self.num_written += 1
+
+    @override
+    def receive(self, response: pb.RelayResponse | None) -> None:
+        self.heard.put_nowait(response)
+
+    @override
+    def closed(self, error: grpc.aio.AioRpcError | None) -> None:
+        self.over.set_result(error)
+
+    def say(self, wire: Wire, *sequences: int) -> None:
+        """Have heartbeats of these numbers written."""
+        for sequence in sequences:
+            self.requests.append(request(sequence))
+            wire.wake()
+
+
+def request(sequence: int) -> pb.RelayRequest:
+    return pb.RelayRequest(heartbeat=pb.Heartbeat(sequence=sequence))
+
+
+def response(sequence: int, num_rows: int = 0) -> pb.RelayResponse:
+    frame = attempt_pb2.StepFrame(sequence=sequence, slots=range(num_rows))
+    return pb.RelayResponse(frame=frame)
+
+
+def wire_of(kind: str, address: str, talker: Talker) -> Wire:
+    if kind == "grpcio":
+        return GrpcioWire(address, talker)
+    clock = asyncio.get_running_loop().time
+    return NativeWire(address, talker, limits=CallLimits(), clock=clock)
+
+
+@asynccontextmanager
+async def serving(handler: Handler) -> AsyncGenerator[str]:
+    """A server of grpcio whose Relay is that."""
+    server = make_server()
+    make_handler: Any = grpc.stream_stream_rpc_method_handler
+    method = make_handler(handler, request_deserializer=pb.RelayRequest.FromString)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("unbroken.v1.RelayService", {"Relay": method}),)
+    )
+    address = listen(server, "127.0.0.1:0")
+    await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def conversing(kind: str, address: str) -> AsyncGenerator[tuple[Wire, Talking]]:
+    """A wire that is used, and who talks over it."""
+    talking = Talking()
+    wire = wire_of(kind, address, talking)
+    task = asyncio.create_task(wire.converse())
+    try:
+        async with asyncio.timeout(5):
+            yield wire, talking
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def with_server(
+    kind: str, handler: Handler, scenario: Callable[[Wire, Talking], Awaitable[None]]
+) -> None:
+    async def whole() -> None:
+        async with serving(handler) as address, conversing(kind, address) as (wire, talking):
+            await scenario(wire, talking)
+
+    run(whole())
+
+
+async def echo(requests: AsyncIterator[pb.RelayRequest], _: Any) -> AsyncIterator[bytes]:
+    async for one in requests:
+        yield response(one.heartbeat.sequence).SerializeToString()
+
+
+both = pytest.mark.parametrize("kind", ["grpcio", "native"])
+
+
+@both
+def test_what_is_said_arrives_in_order_and_so_does_what_is_answered(kind: str) -> None:
+    async def scenario(wire: Wire, talking: Talking) -> None:
+        talking.say(wire, *range(1, 200))  # Before there is a connection.
+        for sequence in range(1, 200):
+            heard = await talking.heard.get()
+            assert heard == response(sequence)
+        talking.say(wire, 200)
+        assert await talking.heard.get() == response(200)
+        assert talking.num_written == 200
+
+    with_server(kind, echo, scenario)
+
+
+@both
+def test_messages_larger_than_any_window_pass(kind: str) -> None:
+    async def large(requests: AsyncIterator[pb.RelayRequest], _: Any) -> AsyncIterator[bytes]:
+        async for one in requests:
+            yield response(len(one.cancel.request_id), 300_000).SerializeToString()
+
+    async def scenario(wire: Wire, talking: Talking) -> None:
+        name = "r" * 3_000_000
+        talking.requests.append(pb.RelayRequest(cancel=pb.CancelAttempts(request_id=name)))
+        wire.wake()
+        assert await talking.heard.get() == response(3_000_000, 300_000)
+
+    with_server(kind, large, scenario)
+
+
+@both
+def test_bytes_that_are_no_message_are_told_as_none(kind: str) -> None:
+    async def garble(_: AsyncIterator[pb.RelayRequest], __: Any) -> AsyncIterator[bytes]:
+        yield b"\xff\xff\xff\xff"
+        await asyncio.Event().wait()
+
+    async def scenario(_: Wire, talking: Talking) -> None:
+        assert await talking.heard.get() is None
+
+    with_server(kind, garble, scenario)
+
+
+@both
+def test_a_status_comes_with_its_reason(kind: str) -> None:
+    async def fence(requests: AsyncIterator[pb.RelayRequest], _: Any) -> AsyncIterator[bytes]:
+        await anext(requests)
+        if requests:
+            raise UnbrokenError(Reason.FENCED, "expected 1, this is 2 — „späteres“")
+        yield b""
+
+    async def scenario(wire: Wire, talking: Talking) -> None:
+        talking.say(wire, 1)
+        error = await talking.over
+        assert error is not None
+        meaning = from_rpc_error(error)
+        assert (meaning.reason, meaning.detail) == (
+            Reason.FENCED,
+            "expected 1, this is 2 — „späteres“",
+        )
+
+    with_server(kind, fence, scenario)
+
+
+@both
+def test_a_good_end_is_no_error(kind: str) -> None:
+    async def part(requests: AsyncIterator[pb.RelayRequest], _: Any) -> AsyncIterator[bytes]:
+        await anext(requests)
+        yield response(1).SerializeToString()
+
+    async def scenario(wire: Wire, talking: Talking) -> None:
+        talking.say(wire, 1)
+        assert await talking.over is None
+        assert talking.heard.get_nowait() == response(1), "what came before the end was told"
+
+    with_server(kind, part, scenario)
+
+
+@both
+def test_a_sidecar_that_is_not_there_is_unreachable(kind: str) -> None:
+    async def scenario() -> None:
+        async with conversing(kind, "127.0.0.1:1") as (wire, talking):
+            talking.say(wire, 1)
+            error = await talking.over
+            assert error is not None
+            assert from_rpc_error(error).reason is Reason.UNREACHABLE
+
+    run(scenario())
+
+
+@both
+def test_a_server_that_dies_is_unreachable(kind: str) -> None:
+    async def scenario() -> None:
+        async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(24)
+            writer.transport.abort()
+
+        server = await asyncio.start_server(die, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        async with server, conversing(kind, f"{host}:{port}") as (_, talking):
+            error = await talking.over
+            assert error is not None
+            assert from_rpc_error(error).reason is Reason.UNREACHABLE
+
+    run(scenario())
+
+
+@both
+def test_who_hangs_up_is_missed_by_the_server_at_once(kind: str) -> None:
+    async def scenario() -> None:
+        is_gone, has_begun = asyncio.Event(), asyncio.Event()
+
+        async def follow(requests: AsyncIterator[pb.RelayRequest], _: Any) -> AsyncIterator[bytes]:
+            try:
+                async for one in requests:
+                    has_begun.set()
+                    yield response(one.heartbeat.sequence).SerializeToString()
+            finally:
+                is_gone.set()
+
+        async with serving(follow) as address:
+            async with conversing(kind, address) as (wire, talking):
+                talking.say(wire, 1)
+                await has_begun.wait()
+            async with asyncio.timeout(5):
+                await is_gone.wait()
+
+    run(scenario())
+
+
+@both
+def test_nothing_is_taken_from_the_talker_that_the_server_does_not_take(kind: str) -> None:
+    async def ignore(_: AsyncIterator[pb.RelayRequest], __: Any) -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async def scenario(wire: Wire, talking: Talking) -> None:
+        size = 64 * 1024
+        cancel = pb.RelayRequest(cancel=pb.CancelAttempts(request_id="r" * size))
+        talking.requests.extend([cancel] * 1000)
+        wire.wake()
+        async with asyncio.timeout(5):
+            while talking.num_written < 1:  # noqa: ASYNC110 - nothing announces it.
+                await asyncio.sleep(0.01)
+        seen = -1
+        while seen != talking.num_written:
+            seen = talking.num_written
+            await asyncio.sleep(0.1)
+        assert len(talking.requests) > 900
+
+    with_server(kind, ignore, scenario)
+
+
+def test_what_is_said_in_one_turn_leaves_in_one_piece() -> None:
+    async def scenario() -> None:
+        pieces: asyncio.Queue[bytes] = asyncio.Queue()
+
+        class Listening(asyncio.Protocol):
+            @override
+            def data_received(self, data: bytes) -> None:
+                pieces.put_nowait(data)
+
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(Listening, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        async with server, conversing("native", f"{host}:{port}") as (wire, talking):
+            await pieces.get()
+            talking.say(wire, 1, 2, 3)
+            piece = await pieces.get()
+            lengths: list[int] = []
+            while piece:
+                (length,) = struct.unpack(">I", b"\0" + piece[:3])
+                lengths.append(length)
+                piece = piece[9 + length :]
+            assert len(lengths) == 3
+
+    run(scenario())

@@ -1,0 +1,9 @@
+"""HTTP/2 of our own, and gRPC on top of it, so that a message costs tens of microseconds less.
+
+    server   bytes ──▶ connection ──▶ events        (the client edge)
+    client   bytes ──▶ call ──▶ events              (a link to a sidecar)
+
+`frames`, `flow_control`, `allowance`, `headers` and `rules` are what both share; `limits` is what
+a server allows its clients; `messages` is gRPC. None of them does I/O. docs/decisions/edge.md and
+docs/decisions/relay-hop.md say why this exists.
+"""

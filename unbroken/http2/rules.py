@@ -1,0 +1,62 @@
+"""What either side of an HTTP/2 connection must keep to, and how a breach is told (RFC 9113)."""
+
+from typing import Final
+
+from unbroken.http2 import frames
+from unbroken.http2.frames import ErrorCode, Setting
+
+ERROR_CODES: Final = frozenset(map(int, ErrorCode))
+"""Those that are known; others mean INTERNAL_ERROR."""
+
+
+class Fault(Exception):  # noqa: N818 - what the peer did.
+    """Ends the connection."""
+
+    def __init__(self, code: ErrorCode, detail: str, limit: str = "") -> None:
+        super().__init__(detail)
+        self.code = code
+        self.limit = limit
+
+
+def error_code(value: int) -> ErrorCode:
+    """What a peer gives as its reason."""
+    return ErrorCode(value) if value in ERROR_CODES else ErrorCode.INTERNAL_ERROR
+
+
+def check_setting(name: int, value: int) -> None:
+    """Whether a setting has a value that it may have. Raises `Fault`, as all here."""
+    if name == Setting.ENABLE_PUSH and value > 1:
+        raise Fault(ErrorCode.PROTOCOL_ERROR, f"ENABLE_PUSH of {value}")
+    if name == Setting.INITIAL_WINDOW_SIZE and value > frames.WINDOW_MAX:
+        raise Fault(ErrorCode.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}")
+    if name == Setting.MAX_FRAME_SIZE and not frames.FRAME_BYTES_MAX <= value < 2**24:
+        raise Fault(ErrorCode.PROTOCOL_ERROR, f"MAX_FRAME_SIZE of {value}")
+
+
+def need_stream(stream_id: int) -> None:
+    """The frame has to be of a stream."""
+    if stream_id == 0:
+        raise Fault(ErrorCode.PROTOCOL_ERROR, "expected a frame of a stream, got the connection's")
+
+
+def need_connection(stream_id: int) -> None:
+    """The frame has to be of the connection."""
+    if stream_id != 0:
+        raise Fault(ErrorCode.PROTOCOL_ERROR, "expected a frame of the connection, got a stream's")
+
+
+def need_length(is_right: bool) -> None:
+    """The frame has to be as long as its type wants it."""
+    if not is_right:
+        raise Fault(ErrorCode.FRAME_SIZE_ERROR, "a frame of a wrong length")
+
+
+def unpadded(flags: int, payload: bytes) -> bytes:
+    """What is in a frame that may be padded."""
+    if not flags & frames.PADDED:
+        return payload
+    need_length(len(payload) >= 1)
+    padding = payload[0]
+    if padding >= len(payload):
+        raise Fault(ErrorCode.PROTOCOL_ERROR, "more padding than payload")
+    return payload[1 : len(payload) - padding]
