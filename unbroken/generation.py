@@ -7,6 +7,7 @@ the same nonsense.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
@@ -20,6 +21,10 @@ LOGIT_BIAS_MAX = 1024
 CONSTRAINT_BYTES_MAX = 64 * 1024
 CHOICE_OPTIONS_MAX = 1024
 TOP_LOGPROBS_MAX = 20
+PARAMS_REMEMBERED = 256
+"""Different ones that are not validated again,"""
+PARAMS_REMEMBERED_BYTES_MAX = 1024
+"""unless they are larger."""
 
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -92,6 +97,18 @@ def params_from_proto(message: pb.GenerationParams, *, vocab_size: int) -> Gener
 
     Raises `InvalidField` for the first field outside its range.
     """
+    if message.ByteSize() > PARAMS_REMEMBERED_BYTES_MAX:
+        return _params_from_proto(message, vocab_size)
+    return _params_from_bytes(message.SerializeToString(), vocab_size)
+
+
+@lru_cache(maxsize=PARAMS_REMEMBERED)
+def _params_from_bytes(message: bytes, vocab_size: int) -> GenerationParams:
+    """Most requests of an application, and all streams of a dead worker, have the same few."""
+    return _params_from_proto(pb.GenerationParams.FromString(message), vocab_size)
+
+
+def _params_from_proto(message: pb.GenerationParams, vocab_size: int) -> GenerationParams:
     return GenerationParams(
         sampling=_sampling_from_proto(message.sampling, vocab_size),
         stopping=_stopping_from_proto(message.stopping, vocab_size),
