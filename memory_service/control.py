@@ -13,6 +13,7 @@ from memory_service.accounts import HOST
 from memory_service.holdings import PIN_S_MAX, Holdings
 from memory_service.keeper import Keeper
 from memory_service.metrics import quarantined
+from memory_service.readers import Readers
 from memory_service.scrubber import Scrubber
 from memory_service.session_channel import KEYS_MAX
 from memory_service.tickets import Tickets
@@ -30,8 +31,6 @@ WATCH_INTERVAL_S: Final = 0.02
 WATCHERS_MAX: Final = 64
 VERIFIERS_MAX: Final = 2
 """Each reads all that there is, in a thread."""
-READERS_MAX: Final = 16
-"""Calls of ReadBlocks at once: each holds a pin and a few messages."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -62,7 +61,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
         self._tickets = tickets
         self._started_at = clock()
         self._num_watchers = 0
-        self._num_readers = 0
+        self._readers = Readers()
         self._num_verifying = 0
 
     @override
@@ -142,11 +141,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
         self, request: pb.ReadBlocksRequest, context: _Context
     ) -> AsyncIterator[pb.ReadBlocksResponse]:
         self._check_reader(request)
-        if self._num_readers >= READERS_MAX:
-            raise UnbrokenError(
-                Reason.OVERLOADED, f"expected at most {READERS_MAX} readers", retry_after_s=0.1
-            )
-        self._num_readers += 1
+        self._readers.begin(request.tenant)
         try:
             for index, key in enumerate(_keys(request.keys)):
                 # A pin for each: a slow reader holds up the slot of one block at most.
@@ -182,7 +177,7 @@ class Control(memory_pb2_grpc.MemoryServiceServicer):
                     yield part
             yield _end(len(request.keys) // KEY_BYTES, pb.READ_END_COMPLETE)
         finally:
-            self._num_readers -= 1
+            self._readers.end(request.tenant)
 
     @override
     async def Verify(self, request: pb.VerifyRequest, context: _Context) -> pb.VerifyResponse:

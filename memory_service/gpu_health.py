@@ -1,6 +1,6 @@
 """Decides what a GPU's trouble means for the memory that is there.
 
-    HEALTHY ──▶ DRAINING ──▶ TAINTED ──▶ LOST       it never gets better while the service lives
+    HEALTHY ──▶ DRAINING ──▶ TAINTED ──▶ LOST       it never gets better while the vault lives
 
     draining   what is there is good, but the GPU has to be reset soon: nothing new goes there
     tainted    what is there may be wrong: nobody new gets any of it
@@ -127,6 +127,10 @@ class GpuHealth:
     def __init__(self) -> None:
         self.health = Health.HEALTHY
         self._link_errors: deque[float] = deque(maxlen=LINK_ERRORS)
+
+    def restore(self, health: Health) -> None:
+        """What an earlier life of the service knew."""
+        self.health = max(self.health, health)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Apply one event, seen at `now` (monotonic seconds)."""

@@ -43,17 +43,20 @@ class Gpus:
     Attributes:
         backends: Of each.
         limits: Of each.
+        absent: Those that are not there.
         seal_is_proof: Whether a sealed lifeline proves that work of a GPU is over, if there is one.
     """
 
     def __init__(self, config: MemoryConfig, driver: Driver = CUDA) -> None:
         self.backends: dict[Device, Backend] = {}
         self.limits: dict[Device, Limits] = {}
+        self.absent: set[str] = set()
         for uuid, num_bytes in config.gpu_bytes().items():
             try:
                 vmm = driver.open(uuid)
             except (GpuUnavailable, GpuError) as error:
                 _log.error("GPU is not there; going on without it", gpu=uuid, detail=str(error))
+                self.absent.add(uuid)
                 continue
             device = Device(MemoryKind.CUDA, uuid, vmm.granularity_bytes)
             self.backends[device] = cuda.CudaBackend(vmm, made_of=driver.made_of)

@@ -59,6 +59,13 @@ class KeepSession:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepGpu:
+    """A GPU is worse than it was: tell the vault."""
+
+    device: Device
+
+
+@dataclass(frozen=True, slots=True)
 class ForgetSession:
     """Nothing is left of it: close its lifeline and its pidfd."""
 
@@ -86,7 +93,9 @@ class ReadSlab:
     slab_id: int
 
 
-Command: TypeAlias = Free | Keep | KeepSession | ForgetSession | SealSlab | KillSession | ReadSlab
+Command: TypeAlias = (
+    Free | Keep | KeepSession | KeepGpu | ForgetSession | SealSlab | KillSession | ReadSlab
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +129,9 @@ class Holdings:
         self.store = BlockStore()
         self.ledger = Ledger({HOST: policy.limits, **policy.gpus}, slabs_max=policy.slabs_max)
         self.gpus = {device: GpuHealth() for device in policy.gpus}
+        self.gpu_entries: dict[Device, int] = {}
+        """Of those that are in trouble: the numbers under which the vault knows them."""
+        self._absent_owners: set[int] = set()
         self.news = News()
         self.commands: list[Command] = []
         self.num_corrupt = 0
@@ -288,6 +300,8 @@ class Holdings:
                         self.news.add(NewsKind.GPU_VERIFY, device=uuid)
                     case Worsened(health=health):
                         self.news.add(NewsKind.GPU_HEALTH, value=int(health), device=uuid)
+                        self.gpu_entries.setdefault(device, self._next(0))
+                        self.commands.append(KeepGpu(device))
                         if health >= Health.TAINTED:
                             self._give_up(device, with_owned=health is Health.LOST)
         self._settle()
@@ -651,6 +665,20 @@ class Holdings:
         session.is_connected = False
         session.fence.handle(fencing.ConnectionLost(), now)
 
+    def restore_gpu(self, device: Device, health: Health, entry_id: int) -> None:
+        """It was in trouble, and still is. Before its memory."""
+        self._highest = max(self._highest, entry_id)
+        self.gpus[device].restore(health)
+        self.gpu_entries[device] = entry_id
+
+    def restore_absent(self, owner: int, numbers: Iterable[int]) -> None:
+        """There is memory of a GPU that is not there, and may be when the service starts again.
+
+        Whoever owned it is not forgotten, and its numbers are not used again. Before the sessions.
+        """
+        self._absent_owners.add(owner)
+        self._highest = max(self._highest, *numbers)
+
     def restore_version(self, version: Version, slab_bytes: Sequence[int], now: float) -> None:
         """Its slabs are all there. After the sessions."""
         self._highest = max(self._highest, version.epoch, *version.slab_ids)
@@ -682,6 +710,9 @@ class Holdings:
                 self.give_up_slab(slab)  # It cannot be proved who writes there.
             elif slab.state is SlabState.SEALED:
                 self.commands.append(ReadSlab(slab.slab_id))
+        for device, gpu in self.gpus.items():
+            if gpu.health >= Health.TAINTED:  # Not all may have been freed before.
+                self._give_up(device, with_owned=gpu.health is Health.LOST)
         self._settle()
 
     def size_of(self, slab_id: int) -> int:
@@ -755,6 +786,8 @@ class Holdings:
     def _holds(self, session: Session) -> bool:
         """Whether anything of it is left, or of the others whose fate it decides."""
         if self._owns(session) or self.ledger.mappings.of(session.session_id):
+            return True
+        if session.session_id in self._absent_owners:
             return True
         if session.is_connected or not session.peer.cohort:
             return False

@@ -19,6 +19,7 @@ from memory_service.holdings import (
     Free,
     Holdings,
     Keep,
+    KeepGpu,
     KeepSession,
     KillSession,
     ReadSlab,
@@ -30,6 +31,7 @@ from unbroken import log
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory import channel, checksums, records
 from unbroken.memory.records import RECORD_BYTES, Record, RecordState
+from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
 LIFELINE_BYTES = 4096
@@ -76,7 +78,9 @@ class Keeper:
         backends: Mapping[Device, Backend],
         *,
         on_forget: Callable[[int], None],
+        absent: Collection[str] = (),
     ) -> None:
+        """`absent` are GPUs that are configured and not there: what is on them may come back."""
         assert backends.keys() == holdings.ledger.accounts.keys(), "one for each memory"
         self.holdings = holdings
         self.backends = backends
@@ -87,6 +91,9 @@ class Keeper:
         self.on_sealed: Callable[[StoreSlab], None] = self._read_here
         self._slabs: dict[int, Held] = {}
         self._tables: dict[int, Held] = {}
+        self._absent_gpus = frozenset(absent)
+        self._absent: dict[int, tuple[wire.VaultEntry, Sequence[int]]] = {}
+        """By entry, what the vault has of GPUs that are not there."""
         self._driver = ThreadPoolExecutor(1, "driver")
         """One call after the other: what was freed before something is allocated is back."""
         self._freed_at = 0.0
@@ -98,7 +105,8 @@ class Keeper:
 
     @property
     def num_fds(self) -> int:
-        return len(self._slabs) + len(self._tables) + 2 * len(self.ends)
+        of_absent = sum(len(fds) for _, fds in self._absent.values())
+        return len(self._slabs) + len(self._tables) + 2 * len(self.ends) + of_absent
 
     # Memory.
 
@@ -217,6 +225,8 @@ class Keeper:
                     self._keep(slab_id)
                 case KeepSession(session_id=session_id):
                     self._keep_session(session_id)
+                case KeepGpu(device=device):
+                    self._keep_gpu(device)
                 case ForgetSession(session_id=session_id):
                     self._forget(session_id)
                 case SealSlab(slab_id=slab_id):
@@ -285,10 +295,16 @@ class Keeper:
         """Give a vault all it lacks, and let it forget what is gone since it had `found`."""
         holdings = self.holdings
         self.vault = vault
+        known = self._slabs.keys() | self.ends.keys() | self._absent.keys()
+        known |= set(holdings.gpu_entries.values())
         for entry, fds in found:
             channel.close_all(fds)  # We have them.
-            if entry.entry_id not in self._slabs and entry.entry_id not in self.ends:
+            if entry.entry_id not in known:
                 vault.drop(entry.entry_id)
+        for entry, fds in self._absent.values():
+            vault.put(entry, fds)
+        for device in holdings.gpu_entries:
+            self._keep_gpu(device)
         for session in holdings.sessions:
             self._keep_session(session.session_id)
         for version in holdings.segments:
@@ -303,13 +319,19 @@ class Keeper:
         for entry, fds in found:
             try:
                 self._take(entry, fds)
-            except (OSError, ValueError, UnbrokenError) as error:  # Such as of a GPU that is gone.
+            except (OSError, ValueError, UnbrokenError) as error:
+                if labels.device_of(entry) in self._absent_gpus:
+                    self._absent[entry.entry_id] = (entry, fds)
+                    labels.restore_absent(self.holdings, entry)
+                    continue
                 _log.error("entry of the vault unusable", entry=entry.entry_id, detail=str(error))
                 channel.close_all(fds)
                 if self.vault is not None:
                     self.vault.drop(entry.entry_id)  # Else it would keep that memory for ever.
             else:
                 good.append(entry)
+        if self._absent:
+            _log.warning("memory of GPUs that are not there is kept", entries=len(self._absent))
         labels.restore(self.holdings, good, now)
         self.obey()
         used = {one for version in self.holdings.segments for one in version.slab_ids}
@@ -319,6 +341,9 @@ class Keeper:
         return len(good)
 
     def _take(self, entry: wire.VaultEntry, fds: Sequence[int]) -> None:
+        if entry.HasField("gpu"):
+            self.holdings.ledger.device(pb.MEMORY_KIND_CUDA, entry.gpu.device)  # Or InvalidField.
+            return
         if entry.HasField("session"):
             lifeline, pidfd = fds
             self.ends[entry.entry_id] = Ends(lifeline, pidfd)
@@ -343,6 +368,10 @@ class Keeper:
         table = self._tables.get(slab_id)
         fds = [held.allocation.fd for held in (self._slabs[slab_id], table) if held is not None]
         self.vault.put(entry, fds)
+
+    def _keep_gpu(self, device: Device) -> None:
+        if self.vault is not None:
+            self.vault.put(labels.gpu_entry(self.holdings, device), ())
 
     def _keep_session(self, session_id: int) -> None:
         session, ends = self.holdings.sessions.get(session_id), self.ends.get(session_id)

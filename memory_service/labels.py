@@ -136,6 +136,27 @@ def session_entry(session: Session) -> wire.VaultEntry:
     )
 
 
+def gpu_entry(holdings: Holdings, device: Device) -> wire.VaultEntry:
+    """What the vault has to know of a GPU that is in trouble."""
+    gpu = wire.VaultGpu(device=device.uuid, health=health_to_proto(holdings.health_of(device)))
+    return wire.VaultEntry(entry_id=holdings.gpu_entries[device], gpu=gpu)
+
+
+def device_of(entry: wire.VaultEntry) -> str:
+    """The GPU that an entry is of; empty if it is of none."""
+    if entry.HasField("gpu"):
+        return entry.gpu.device
+    return entry.segment.slabs[0].device if entry.segment.slabs else ""
+
+
+def restore_absent(holdings: Holdings, entry: wire.VaultEntry) -> None:
+    """An entry of a GPU that is not there now."""
+    segment = entry.segment
+    holdings.restore_absent(
+        segment.owner_session_id, (entry.entry_id, segment.epoch, segment.version)
+    )
+
+
 def restore(holdings: Holdings, entries: Iterable[wire.VaultEntry], now: float) -> None:
     """Hold what an earlier life of the service held. What is left over belongs to nobody."""
     parts: dict[tuple[str, str, int], list[wire.VaultEntry]] = {}
@@ -145,6 +166,9 @@ def restore(holdings: Holdings, entries: Iterable[wire.VaultEntry], now: float) 
             holdings.restore_session(
                 entry.session.session_id, _peer(entry.session), entry.secret, now
             )
+        elif entry.HasField("gpu"):
+            device = holdings.ledger.device(pb.MEMORY_KIND_CUDA, entry.gpu.device)
+            holdings.restore_gpu(device, Health(entry.gpu.health), entry.entry_id)
         elif entry.segment.segment_class == pb.SEGMENT_CLASS_KV_STORE:
             stores.append(entry.segment)
         else:

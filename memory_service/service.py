@@ -81,7 +81,10 @@ class MemoryService:
         self._grants = config.user_grants()
         self.holdings = Holdings(policy, secrets.randbits(63) | 1)
         self.keeper = Keeper(
-            self.holdings, {HOST: MemfdBackend(), **gpus.backends}, on_forget=self._forget
+            self.holdings,
+            {HOST: MemfdBackend(), **gpus.backends},
+            on_forget=self._forget,
+            absent=gpus.absent,
         )
         config.directory.mkdir(parents=True, exist_ok=True)
         self._tickets = Tickets(_secret(config.directory / "ticket.key"))

@@ -4,6 +4,7 @@ It does what the kernel and `memory_service.service` do about the commands of `H
 test can run any order of events. Bytes are numbers: `content(key)` is what a block of this key has.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from memory_service import fencing, labels
@@ -14,6 +15,7 @@ from memory_service.holdings import (
     Free,
     Holdings,
     Keep,
+    KeepGpu,
     KeepSession,
     KillSession,
     Policy,
@@ -193,10 +195,15 @@ class Host:
         records = self.memory[slab.slab_id].records
         return [(slot, records.get(slot)) for slot in range(slab.num_slots)]
 
-    def crash(self) -> None:
-        """The service dies; another one begins with what the vault has."""
+    def crash(self, absent: Mapping[int, wire.VaultEntry] | None = None) -> None:
+        """The service dies; another one begins with what the vault has.
+
+        `absent` are entries of GPUs that are not there.
+        """
         self.boots += 1
         self.holdings = Holdings(self.policy, self.boots)
+        for entry in (absent or {}).values():
+            labels.restore_absent(self.holdings, entry)
         entries = [self.vault[entry_id] for entry_id in sorted(self.vault)]
         labels.restore(self.holdings, entries, self.now)
         self.obey()
@@ -225,6 +232,9 @@ class Host:
                 case KeepSession(session_id=session_id):
                     if (session := holdings.sessions.get(session_id)) is not None:
                         self.vault[session_id] = labels.session_entry(session)
+                case KeepGpu(device=device):
+                    entry = labels.gpu_entry(holdings, device)
+                    self.vault[entry.entry_id] = entry
                 case ForgetSession(session_id=session_id):
                     self.vault.pop(session_id, None)
                 case SealSlab(slab_id=slab_id):

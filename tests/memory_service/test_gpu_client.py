@@ -301,3 +301,37 @@ def test_a_gpu_that_fails_gives_out_nothing_and_costs_the_host_nothing(
             client.attach_on_gpu("w")
         assert raised.value.reason is Reason.SEGMENT_NOT_FOUND
         client.release(client.create("of-the-host", SegmentClass.SCRATCH, [4096]))
+
+
+def test_a_gpu_that_failed_has_failed_though_the_service_is_another(
+    tmp_path: Path, gpu: FakeGpu
+) -> None:
+    def health() -> pb.MemoryHealth.ValueType:
+        return usage(service).memories[1].health
+
+    flags = ("--gpus", f"{UUID}={64 << 20}")
+    with serving(tmp_path, *flags, module="tests.memory_service.gpu_service") as service:
+        os.kill(service.pid, signal.SIGUSR1)
+        until(lambda: health() == pb.MEMORY_HEALTH_TAINTED, "the GPU is tainted")
+        service.kill()
+        service.start()
+        assert health() == pb.MEMORY_HEALTH_TAINTED
+        with GpuMemoryClient(service.socket, gpu) as client:
+            with pytest.raises(UnbrokenError) as raised:
+                client.create_on_gpu("new", SegmentClass.SCRATCH, [UNIT])
+            assert raised.value.reason is Reason.GPU_FAILED
+
+
+def test_the_command_line_shows_gpus_beside_the_host(service: ServiceProcess, gpu: FakeGpu) -> None:
+    def shown(command: str) -> str:
+        control = str(service.directory / "control.sock")
+        line = [sys.executable, "-m", "unbroken.cli", "memory", command, "--control", control]
+        return subprocess.run(line, check=True, capture_output=True, text=True, timeout=30).stdout
+
+    with GpuMemoryClient(service.socket, gpu, tenant="shown") as client:
+        scratch = client.create_on_gpu("scratch", SegmentClass.SCRATCH, [2 * UNIT])
+        lines = shown("usage").splitlines()
+        assert any(one.startswith(f"{UUID}: ") and one.endswith("is healthy") for one in lines)
+        assert ["shown", UUID, "4.0MiB", "-"] in [one.split() for one in lines]
+        assert UUID in next(one for one in shown("segments").splitlines() if "scratch" in one)
+        client.release(scratch)

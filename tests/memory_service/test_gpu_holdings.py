@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from memory_service import gpu_health
+from memory_service import gpu_health, labels
 from memory_service.accounts import Device, Limits, MemoryKind
 from memory_service.gpu_health import Gone, Health, Xid
 from memory_service.news import NewsKind
 from memory_service.segments import SegmentClass, State
-from tests.memory_service.host import POLICY, Host, Process, key_of
+from tests.memory_service.host import POLICY, Host, Memory, Process, key_of
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory.checksums import Algorithm
 
@@ -184,3 +184,53 @@ def test_a_pool_of_a_dead_owner_goes_with_a_tainted_gpu() -> None:
     assert states["kv0"] is State.ADOPTABLE
     tell(host, Xid(140))
     assert names(host) == {"w1", "kv1"}
+
+
+@pytest.mark.parametrize("number", [63, 95, 79])
+def test_a_gpu_in_trouble_is_in_trouble_in_the_next_life_of_the_service(number: int) -> None:
+    host, owner = host_with_everything()
+    tell(host, Xid(number))
+    health = host.holdings.health_of(GPU)
+    before = names(host)
+    host.crash()
+    assert host.holdings.health_of(GPU) is health
+    assert host.holdings.health_of(OTHER) is Health.HEALTHY
+    assert names(host) == before
+    assert host.rebind(owner)
+    assert not takes_new(host, owner)
+    tell(host, Gone())
+    host.crash()
+    assert host.holdings.health_of(GPU) is Health.LOST, "and what is worse is known, too"
+
+
+def test_what_was_not_freed_before_the_service_died_is_freed_by_the_next_one() -> None:
+    host, owner = host_with_everything()
+    vault = dict(host.vault)
+    tell(host, Xid(79))
+    host.vault |= {number: entry for number, entry in vault.items() if number not in host.vault}
+    for number in vault:
+        host.memory.setdefault(number, Memory())
+    host.crash()
+    assert names(host) == {"w1", "kv1"}
+    assert host.rebind(owner)
+
+
+def test_who_owns_memory_of_a_gpu_that_is_not_there_is_not_forgotten() -> None:
+    host = Host(POLICY_WITH_GPUS)
+    owner = host.bind()
+    epoch = host.create(owner, "kv", SegmentClass.KV_POOL, PAGES, device=GPU)
+    host.holdings.freeze_pool(owner.session, "kv", epoch, b"")
+    host.obey()
+    absent = {number: one for number, one in host.vault.items() if labels.device_of(one)}
+    assert len(absent) == 1
+    host.vault = {number: one for number, one in host.vault.items() if number not in absent}
+    host.policy = POLICY
+    host.crash(absent)
+    host.die(owner)
+    assert owner.session_id in host.vault
+    host.policy = POLICY_WITH_GPUS
+    host.vault |= absent
+    host.memory |= {number: Memory() for number in absent}
+    host.crash()
+    host.die(owner)
+    assert host.holdings.adopt_pool(host.bind().session, "kv", 0, host.tick())

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from memory_service.accounts import HOST, Limits
+from memory_service.accounts import HOST, Device, Limits, MemoryKind
+from memory_service.cuda import CudaBackend
 from memory_service.fencing import FencePolicy
+from memory_service.gpu_health import Health
 from memory_service.holdings import Holdings, KillSession, Policy
 from memory_service.keeper import Ends, Keeper
 from memory_service.memfd import MemfdBackend
 from memory_service.sessions import Peer
 from memory_service.vault import Vault
 from memory_service.vault_link import VaultLink
+from tests.support.fake_gpu import GRANULARITY_BYTES, MADE_OF, FakeGpu
 from unbroken.memory import channel
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
@@ -101,6 +104,69 @@ def test_a_vault_forgets_what_no_service_can_use_any_more(tmp_path: Path, keeper
         assert keeper.take_back(found, 0.0) == 0
         assert keeper.vault.list() == []
         keeper.vault.close()
+
+
+def test_what_is_on_a_gpu_that_is_not_there_now_is_kept_for_when_it_is(tmp_path: Path) -> None:
+    gpu = Device(MemoryKind.CUDA, "GPU-away", GRANULARITY_BYTES)
+    fake = FakeGpu(gpu.uuid)
+    handle = fake.create(GRANULARITY_BYTES)
+    fd = fake.export(handle)
+    fake.release(handle)
+    slab = pb.Slab(
+        slab_id=7,
+        size_bytes=GRANULARITY_BYTES,
+        memory_kind=pb.MEMORY_KIND_CUDA,
+        device=gpu.uuid,
+        checksum=1,
+    )
+    segment = pb.Segment(
+        name="w",
+        version=8,
+        epoch=8,
+        slabs=[slab],
+        state=pb.SEGMENT_STATE_SEALED,
+        segment_class=pb.SEGMENT_CLASS_WEIGHTS,
+    )
+    health = wire.VaultGpu(device=gpu.uuid, health=pb.MEMORY_HEALTH_DRAINING)
+    limits = Limits(1 << 30, 1 << 30)
+    paths = tmp_path / "vault.sock", tmp_path / "other.sock"
+    with vault_at(paths[0]), vault_at(paths[1]):
+        link, other = (VaultLink(path, 1.0) for path in paths)
+        assert link.list() == other.list() == []
+        link.put(wire.VaultEntry(entry_id=7, segment=segment, num_slabs=1), [fd])
+        link.put(wire.VaultEntry(entry_id=9, gpu=health), [])
+        os.close(fd)
+        without = Keeper(
+            Holdings(Policy(limits), 1),
+            {HOST: MemfdBackend()},
+            on_forget=lambda _: None,
+            absent=[gpu.uuid],
+        )
+        without.vault = link
+        assert without.take_back(link.list(), 0.0) == 0
+        assert without.num_fds == 1
+        link.close()
+        without.use_vault(other, other.list())  # The first one is lost.
+        without.close()
+        link = VaultLink(paths[1], 1.0)
+        other.close()
+        backend = CudaBackend(fake, made_of=MADE_OF)
+        again = Keeper(
+            Holdings(Policy(limits, gpus={gpu: limits}), 2),
+            {HOST: MemfdBackend(), gpu: backend},
+            on_forget=lambda _: None,
+        )
+        again.vault = link
+        assert again.take_back(link.list(), 0.0) == 2
+        (version,) = again.holdings.segments
+        assert (version.name, version.device, version.slab_ids) == ("w", gpu, (7,))
+        assert again.holdings.health_of(gpu) is Health.DRAINING
+        (taken,) = again.read_only([7])
+        fake.release(fake.import_fd(taken))
+        os.close(taken)
+        link.close()
+        again.close()
+    fake.check_empty()
 
 
 def test_a_vault_keeps_more_descriptors_than_select_can_count(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from unbroken.v1 import memory_pb2_grpc
 CALL_TIMEOUT_S: Final = 30.0
 VERIFY_TIMEOUT_S: Final = 3600.0
 """It reads everything."""
+HOST: Final = "host"
+"""What the memory of no GPU is called here."""
 
 app = typer.Typer(
     name="memory", no_args_is_help=True, help="Look into the memory service of this host."
@@ -51,6 +53,13 @@ def usage(control: ControlOption = CONTROL_DEFAULT, output: OutputOption = Outpu
             f"{_size(found.used_bytes)} of {_size(found.capacity_bytes)} used, "
             f"{found.num_blocks} blocks, {found.num_pinned} of them read; {vault}\n"
         )
+        for memory in found.memories:
+            if memory.device:
+                terminal.write(
+                    f"{memory.device}: {_size(memory.used_bytes)} of "
+                    f"{_size(memory.capacity_bytes)} used; it is "
+                    f"{short(pb.MemoryHealth, memory.health)}\n"
+                )
         if found.tenants:
             terminal.show_list(output, found.tenants, TENANTS)
 
@@ -203,6 +212,7 @@ def _tenant_row(tenant: pb.TenantUsage) -> Sequence[object]:
     has_quota = tenant.quota_bytes < 2**50
     return (
         tenant.tenant or "-",
+        tenant.device or HOST,
         _joined(tenant.used_bytes),
         _joined(tenant.quota_bytes) if has_quota else "-",
     )
@@ -218,6 +228,7 @@ def _segment_row(segment: pb.Segment) -> Sequence[object]:
         segment.epoch,
         _joined(sum(slab.size_bytes for slab in segment.slabs)),
         len(segment.slabs),
+        segment.slabs[0].device or HOST,
         segment.owner_session_id or "-",
         segment.num_readers,
     )
@@ -233,6 +244,7 @@ def _slab_row(segment: pb.Segment) -> Sequence[object]:
         slab.num_slots,
         segment.num_pinned,
         _joined(slab.size_bytes),
+        slab.device or HOST,
         segment.owner_session_id or "-",
     )
 
@@ -251,9 +263,9 @@ def _session_row(session: pb.Session) -> Sequence[object]:
     )
 
 
-TENANTS: Final = Table("TENANT USED QUOTA", _tenant_row)
+TENANTS: Final = Table("TENANT MEMORY USED QUOTA", _tenant_row)
 SEGMENTS: Final = Table(
-    "TENANT NAME CLASS STATE VERSION EPOCH SIZE SLABS OWNER READERS", _segment_row
+    "TENANT NAME CLASS STATE VERSION EPOCH SIZE SLABS MEMORY OWNER READERS", _segment_row
 )
-SLABS: Final = Table("TENANT SLAB STATE BLOCKS SLOTS READ SIZE OWNER", _slab_row)
+SLABS: Final = Table("TENANT SLAB STATE BLOCKS SLOTS READ SIZE MEMORY OWNER", _slab_row)
 SESSIONS: Final = Table("SESSION CLIENT TENANT PID UID COHORT RANK FENCE CONNECTED", _session_row)
