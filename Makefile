@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -109,6 +109,9 @@ bench-idle: .venv/.dev ## 24,000 idle streams over 10,000 connections: what they
 
 bench-memory: .venv/.dev ## The memory service's host path, beside memcpy and a bare gRPC stream
 	$(BIN)/python -m benchmarks.memory
+
+memory-resume: .venv/.dev ## A real model's streams go on from stored KV, beside computing it again
+	$(BIN)/python -m benchmarks.memory_resume
 
 bench-relay-hop: .venv/.dev ## What a step costs between sidecar and frontend, over grpc.aio and over our HTTP/2
 	$(BIN)/python -m benchmarks.relay_hop

@@ -12,7 +12,7 @@ its turn is on its way to another before anything else runs.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from random import Random
 from typing import Final, assert_never
@@ -27,7 +27,7 @@ from frontend.links import Fate, Links
 from frontend.mesh_view import MeshView, Worker
 from frontend.metrics import FrontendMetrics
 from frontend.pausing import Pausing
-from frontend.placement import Need, WorkerView, choose, num_cached_tokens
+from frontend.placement import Need, WorkerView, choose, num_known_tokens
 from frontend.preemption import PreemptionLimits
 from frontend.quarantine import Quarantine
 from frontend.query_of_death import Fingerprint
@@ -47,6 +47,8 @@ from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2
 MOVE_TOLD_S: Final = 0.05
 """A client is told where its stream has gone with the next token, or so much later: when an engine
 dies, all its streams move, and telling everybody would hold up the moves themselves."""
+_UNSTORED_TOKENS: Final = 32
+"""Of a stream, at its end: full blocks are stored, a moment after they are."""
 TURNS_AT_ONCE: Final = 256
 """Placements tried before other work gets a turn; each takes about 50 µs."""
 
@@ -415,6 +417,7 @@ class Choice:
         "_is_new",
         "_is_new_work",
         "_life",
+        "_memories",
         "_model",
         "_news",
         "_params",
@@ -453,6 +456,8 @@ class Choice:
         self._deadline_at = deadline_at
         self._avoid: frozenset[machine.Life] = frozenset()
         self._hashes: dict[tuple[str, int], list[int]] = {}
+        self._memories: set[str] = set()
+        """Memory services of the workers that it ran at."""
         self._fingerprint: Fingerprint | None = None
         self._is_computing = False  # The resume queue has it on a worker's account.
         self._is_new = is_new
@@ -812,12 +817,12 @@ class Choice:
         return len(self.stream.original.prompt_token_ids) + len(self.stream.ledger)
 
     def _cached(self) -> dict[Life, int]:
-        """How many of them each worker that has some has in its prefix cache."""
+        """How many of them each worker that has some need not compute."""
         cached: dict[Life, int] = {}
+        stored = self._stored()
         for view in self._dispatcher.mesh.views():
-            if view.model == self._model.name and view.cached_blocks:
-                hashes = self._block_hashes(view)
-                num_tokens = num_cached_tokens(view.cached_blocks, hashes, view.block_size)
+            if view.model == self._model.name and (view.cached_blocks or stored):
+                num_tokens = num_known_tokens(view, stored, self._block_hashes(view))
                 if num_tokens:
                     cached[view.life] = num_tokens
         return cached
@@ -849,12 +854,22 @@ class Choice:
                 and self._could_go_on(view)
             )
 
-        need = Need(model=model.name, num_tokens=self.num_tokens, avoid=self._avoid)
+        need = Need(
+            model=model.name,
+            num_tokens=self.num_tokens,
+            avoid=self._avoid,
+            stored=self._stored(),
+        )
         has_begun = self._is_resume and not self._is_unheard and not self.stream.was_paused
         is_busy = _never if has_begun else self._dispatcher.shedder.is_busy
         return choose(
             mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes, is_busy=is_busy
         )
+
+    def _stored(self) -> Mapping[str, int]:
+        """Tokens whose KV memory services have: of those whose workers computed them, all but the
+        last few. A guess: blocks may have been evicted, and are looked for by the worker."""
+        return dict.fromkeys(self._memories, max(0, self.num_tokens - _UNSTORED_TOKENS))
 
     def _block_hashes(self, view: WorkerView) -> Sequence[int]:
         """Of the prompt: what was delivered since is seldom cached elsewhere."""
@@ -890,9 +905,12 @@ class Choice:
         start.priority = envelope.priority
         start.is_new_work = self._is_new_work
         view = worker.view
+        stored = self._stored()
+        if view.memory_service:
+            self._memories.add(view.memory_service)
         num_tokens = self.num_tokens
         hashes = self._block_hashes(view)
-        num_cached = num_cached_tokens(view.cached_blocks, hashes, view.block_size)
+        num_cached = num_known_tokens(view, stored, hashes)
         slot = call.start(
             self,
             request,

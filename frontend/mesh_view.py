@@ -188,6 +188,9 @@ class MeshView:
                 num_ranks=max(1, description.num_ranks),
                 prefill_tokens_max=description.prefill_tokens_max,
                 is_ready=False,
+                memory_service=(
+                    description.memory_service if description.capabilities.kv_restore else ""
+                ),
             )
             worker.cached_blocks.clear()
         is_ready = (

@@ -9,7 +9,7 @@ same worker, each view also carries what this frontend has placed there since. H
 last report, which shows nothing of that.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -60,6 +60,8 @@ class WorkerView:
     num_attempts: int = 0
     cached_blocks: set[int] = field(default_factory=set[int])
     """Hashes of the prefix blocks it can reuse."""
+    memory_service: str = ""
+    """Where it keeps KV blocks, and looks for them; empty if it does not."""
 
     def placed(self, num_tokens: int, num_tokens_cached: int) -> None:
         """Count an attempt that the next report will include."""
@@ -98,6 +100,8 @@ class Need:
     """Tokens to compute before the next one: prompt and delivered output."""
     avoid: frozenset[Life] = frozenset()
     """Lives to be taken only if there is no other."""
+    stored: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By memory service: how many of these tokens it is likely to have the KV of."""
 
 
 def choose(
@@ -141,11 +145,19 @@ def standing(worker: WorkerView, avoid: Collection[Life]) -> tuple[bool, bool, b
 
 def cost(worker: WorkerView, need: Need, block_hashes: Sequence[int]) -> float:
     """What placing it there costs, in KV blocks."""
-    cached = num_cached_tokens(worker.cached_blocks, block_hashes, worker.block_size)
+    cached = num_known_tokens(worker, need.stored, block_hashes)
     prefill_tokens = (
         worker.prefill_tokens_queued + worker.prefill_tokens_placed + need.num_tokens - cached
     )
     return prefill_tokens / worker.block_size + worker.kv_blocks_used + worker.blocks_placed
+
+
+def num_known_tokens(
+    worker: WorkerView, stored: Mapping[str, int], block_hashes: Sequence[int]
+) -> int:
+    """Tokens whose KV it need not compute: it has them, or finds them in its memory service."""
+    cached = num_cached_tokens(worker.cached_blocks, block_hashes, worker.block_size)
+    return max(cached, stored.get(worker.memory_service, 0))
 
 
 def num_cached_tokens(cached: Collection[int], block_hashes: Sequence[int], block_size: int) -> int:

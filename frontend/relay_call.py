@@ -960,6 +960,7 @@ def _ended(seat: Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence[
         failure=_failure_kind(ended.failure),
         detail=ended.detail,
         cached_tokens=ended.cached_tokens,
+        restored_tokens=ended.restored_tokens,
         is_expired=(
             ended.is_expired
             and seat.deadline_at is not None

@@ -715,6 +715,7 @@ class Stream(_Flow):
         failure: FailureKind = FailureKind.UNSPECIFIED,
         detail: str = "",
         cached_tokens: int = 0,
+        restored_tokens: int = 0,
         is_expired: bool = False,
     ) -> list[Command]:
         """The worker's last word about the attempt; `is_expired`: its deadline has passed."""
@@ -722,7 +723,9 @@ class Stream(_Flow):
             return []
         if self._num_begun == 1:
             self.accounts.cached_prompt_tokens = cached_tokens
-        num_saved = min(cached_tokens, self._prefill_tokens)
+        if restored_tokens and self.attempts[-1].way is ContinuationClass.NATIVE:
+            self.attempts[-1].way = ContinuationClass.RESTORE
+        num_saved = min(cached_tokens + restored_tokens, self._prefill_tokens)
         self.accounts.recomputed_prefill_tokens -= num_saved
         self._prefill_tokens = 0  # A goodbye that comes twice counts once.
         if self.state is not State.RUNNING:

@@ -174,6 +174,9 @@ def up(
         int | None, typer.Option(min=1, max=64, help="Of each frontend; several: native edge.")
     ] = None,
     restart: Annotated[bool, typer.Option(help="Start processes again that end.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="With a memory service that keeps the engines' KV.")
+    ] = False,
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -191,6 +194,7 @@ def up(
             engine_options=engine_options,
             frontend_listen=listen,
             admin_token=_admin_token.get(),
+            has_memory=memory,
             frontend_flags=[
                 *(("--edge", edge.value) if edge else ()),
                 *(("--processes", str(processes)) if processes else ()),

@@ -48,6 +48,9 @@ _POLL_S: Final = 0.05
 _MARK: Final = "UNBROKEN_MESH"
 _LOG_TAIL_LINES: Final = 20
 
+MEMORY = "memory"
+"""Name of the memory service of a mesh that has one."""
+
 Target = Literal["engine", "sidecar", "host"]
 """What dies of a worker: its engine's process group, its sidecar alone, or both at one moment."""
 
@@ -76,6 +79,7 @@ class LocalMesh:
         wrap_of: Mapping[str, Sequence[str]] = MappingProxyType({}),
         client_tls: ClientTls | None = None,
         admin_token: str | None = None,
+        has_memory: bool = False,
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         """Discovery lives in `directory`, logs in `directory`/logs.
@@ -83,6 +87,7 @@ class LocalMesh:
         `engine_options` go to the engine's command line, the flags to the processes they name;
         without an `engine`, `sidecar_flags` have to say which to start. The first frontend listens
         at `frontend_listen`, each further one at the next port; 0 lets the kernel choose for all.
+        `has_memory` starts a memory service, and has the engines, which must be our own, use it.
         `flags_of` are more flags of one process by its name, which count before all others, and
         `wrap_of` a command, with its full path, that becomes its process, such as `ip netns exec`.
         """
@@ -91,6 +96,9 @@ class LocalMesh:
         self._listen = _addresses(frontend_listen, num_frontends)
         self._engine = engine
         self._engine_options = engine_options
+        self._memory_ids = [MEMORY] if has_memory else []
+        if has_memory:
+            self._engine_options += f" --memory {shlex.quote(str(self.memory_directory))}"
         self._sidecar_flags = tuple(sidecar_flags)
         self._frontend_flags = tuple(frontend_flags)
         self._flags_of = flags_of
@@ -139,6 +147,11 @@ class LocalMesh:
         return self._workers
 
     @property
+    def memory_directory(self) -> Path:
+        """That of the memory service, if there is one."""
+        return self.directory / "memory"
+
+    @property
     def log_directory(self) -> Path:
         """One file for each process."""
         return self.directory / "logs"
@@ -175,7 +188,7 @@ class LocalMesh:
         ]
         try:
             async with asyncio.timeout(self._ready_timeout_s):
-                for name in (*self._worker_ids, *self._listen):
+                for name in (*self._memory_ids, *self._worker_ids, *self._listen):
                     await self._start(name)
                 await self.until_serving(self._worker_ids, list(self._listen))
         except TimeoutError:
@@ -243,7 +256,7 @@ class LocalMesh:
         policy = policy or RestartPolicy()
         kept = {
             asyncio.create_task(self._keep(name, Restarts(policy), tell), name=f"keep {name}"): name
-            for name in (*self._worker_ids, *self._listen)
+            for name in (*self._memory_ids, *self._worker_ids, *self._listen)
         }
         try:
             while self._listen.keys() & kept.values():
@@ -258,7 +271,7 @@ class LocalMesh:
             await asyncio.gather(*kept, return_exceptions=True)
 
     def kill(self, name: str, what: Target | None = None) -> None:
-        """SIGKILL a frontend, or `what` of a worker ("host" if not told).
+        """SIGKILL a frontend, the memory service, or `what` of a worker ("host" if not told).
 
         Raises UnbrokenError if it is not there.
         """
@@ -266,18 +279,23 @@ class LocalMesh:
             if what is not None:
                 raise ValueError(f"expected a frontend to be killed whole, got {what!r}")
             kill_frontend(_member(self._frontends, name))
+        elif name in self._memory_ids:
+            _kill(name, "memory service", self._processes[name].pid, os.kill)
         else:
             kill_worker(_member(self._workers, name), what or "host")
 
     async def restart(self, name: str) -> None:
-        """Kill what is left of a worker or frontend, start it anew and wait until it serves."""
+        """Kill what is left of a worker or frontend, start it anew and wait until it serves.
+
+        A memory service is not waited for: engines do without it as long as it is not there.
+        """
         async with self._restarting[name]:
             await self._replace(name)
         async with asyncio.timeout(self._ready_timeout_s):
             if name in self._listen:
                 running = [worker for worker in self._worker_ids if self._is_running(worker)]
                 await self.until_serving(running, [name])
-            else:
+            elif name in self._worker_ids:
                 await self.until_serving([name])
 
     async def until_serving(
@@ -366,6 +384,9 @@ class LocalMesh:
                 *self._frontend_flags,
             ]
             await self._run(name, "frontend", flags)
+            return
+        if name == MEMORY:
+            await self._run(name, "memory_service", ["--directory", str(self.memory_directory)])
             return
         flags = [
             *("--worker-id", name),

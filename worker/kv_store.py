@@ -35,8 +35,10 @@ FETCH_S_MAX = 2.0
 """A fetch that takes longer is a miss."""
 RETRY_S = 1.0
 """After a failure nothing is asked of the service for so long."""
-SLAB_BYTES = 64 << 20
-"""Of each writer, at most: what a dead engine left is evicted by whole slabs."""
+SLAB_BYTES_MIN = 4 << 20
+SLAB_BYTES_MAX = 64 << 20
+"""An engine begins with a small slab, and each further one is twice as large: of those that live
+shortly little is left, and what a dead engine left is evicted by whole slabs."""
 _PIN_S = 30.0
 _REBIND_S = 0.2
 _CLOSE_S = 2.0
@@ -117,8 +119,10 @@ class KvStore:
         self._jobs: queue.Queue[_Put | _Fetch | None] = queue.Queue(QUEUED_BLOCKS_MAX)
         self._client: MemoryClient | None = None
         self._writers: list[BlockWriter] = []
-        self._num_put = 0
-        """Into the writers that there are."""
+        self._turn = 0
+        """Which of the writers is written to."""
+        self._num_left = 0
+        """Blocks until it is the next one's turn."""
         self._retry_at = 0.0
         self._late: _Fetch | None = None
         """What was waited for too long, until it is done."""
@@ -243,15 +247,25 @@ class KvStore:
     def _store(self, client: MemoryClient, put: _Put) -> bool:
         """Whether there was room."""
         if any(writer.is_lost for writer in self._writers):
-            self._writers, self._num_put = [], 0  # Others may have what was in there.
-        num_slots = max(1, min(SLAB_BYTES, self._settings.bytes_max) // self._block_bytes)
-        num_writers = max(1, self._settings.bytes_max // (num_slots * self._block_bytes))
-        turn = self._num_put // num_slots % num_writers
-        if turn >= len(self._writers):
-            self._writers.append(client.open_writer(self._block_bytes, num_slots))
-        is_stored = self._writers[turn].put(put.key, put.data, self._spec.block_size)
-        self._num_put += 1
+            self._writers, self._num_left = [], 0  # Others may have what was in there.
+        if not self._num_left:
+            self._next_writer(client)
+        is_stored = self._writers[self._turn].put(put.key, put.data, self._spec.block_size)
+        self._num_left -= 1
         return is_stored
+
+    def _next_writer(self, client: MemoryClient) -> None:
+        """Open one more, or else begin again with the first."""
+        num_writers = len(self._writers)
+        slab_bytes = min(SLAB_BYTES_MAX, SLAB_BYTES_MIN << min(num_writers, 16))
+        used_bytes = sum(writer.num_slots for writer in self._writers) * self._block_bytes
+        num_slots = min(slab_bytes, self._settings.bytes_max - used_bytes) // self._block_bytes
+        if num_slots or not num_writers:
+            self._writers.append(client.open_writer(self._block_bytes, max(1, num_slots)))
+            self._turn = num_writers
+        else:
+            self._turn = (self._turn + 1) % num_writers
+        self._num_left = self._writers[self._turn].num_slots
 
     def _take(self, client: MemoryClient, fetch: _Fetch) -> None:
         with ExitStack() as pins:

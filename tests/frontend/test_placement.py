@@ -65,6 +65,15 @@ def test_a_cached_prefix_is_worth_the_prefill_that_it_saves() -> None:
     assert chosen(worker(W1), knowing, block_hashes=hashes) == W1
 
 
+def test_who_shares_the_memory_service_that_has_the_blocks_is_worth_the_prefill() -> None:
+    need = Need("m", 64, stored={"here": 48})
+    sharing = worker(W2, memory_service="here", kv_blocks_used=2)
+    assert [cost(one, need, ()) for one in (worker(W1), sharing)] == [4.0, 3.0]
+    assert cost(worker(W3, memory_service="there"), need, ()) == 4.0
+    sharing.cached_blocks = {11, 12, 13, 14}
+    assert cost(sharing, need, [11, 12, 13, 14]) == 2.0, "what it has itself counts as well"
+
+
 def test_a_prefix_ends_at_the_first_block_that_is_not_cached() -> None:
     assert num_cached_tokens({1, 3}, [1, 2, 3], 16) == 16
     assert num_cached_tokens({2, 3}, [1, 2, 3], 16) == 0

@@ -855,6 +855,18 @@ def test_work_done_again_is_metered_and_what_a_cache_saved_is_not() -> None:
     assert stream.accounts.cached_prompt_tokens == 0
 
 
+def test_an_attempt_that_restored_kv_is_called_so_and_it_is_not_metered() -> None:
+    stream = streaming([A, B])
+    lose(stream)
+    place(stream, W2)
+    stream.tokens(2, 2, [C], 3.0)
+    assert stream.attempts[1].way is ContinuationClass.NATIVE
+    stream.ended(2, 3, FinishReason.LENGTH, now=3.0, restored_tokens=4)
+    assert stream.attempts[1].way is ContinuationClass.RESTORE
+    assert stream.accounts.recomputed_prefill_tokens == 1
+    assert stream.accounts.cached_prompt_tokens == 0, "what a tenant finds is a cache's alone"
+
+
 def test_what_the_first_attempt_found_in_a_cache_is_remembered() -> None:
     stream = streaming([A], max_tokens=2)
     stream.tokens(1, 1, [B], 1.0)
