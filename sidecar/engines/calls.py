@@ -37,7 +37,7 @@ from sidecar.engines.base import EngineListener, EngineUp
 from sidecar.engines.columns import Columns, Progress
 from sidecar.engines.kv_blocks import KvBlocks
 from sidecar.engines.lives import Launch, Life, LifeOver, Lives
-from sidecar.engines.occupancy import Asked, load_report
+from sidecar.engines.occupancy import Asked, accounted, load_report
 from sidecar.supervisor import Exit
 from unbroken import log
 from unbroken.errors import InvalidField
@@ -65,12 +65,16 @@ _log = log.get_logger(__name__)
 class Pace:
     """How often an engine is asked. Times in seconds."""
 
-    gather_s: float = 0.001
-    """What comes within so long becomes one frame: the messages of a step do not come at once."""
+    gather_s: float = 0.004
+    """A frame waits so long for the streams that said nothing yet: the messages of a step do not
+    come at once."""
     health_s: float = 0.5
     load_s: float = 0.2
+    """Between two questions for its load, if it pushes none, and between two reports of it."""
+    report_s: float = 0.02
+    """The same, of reports while frames go out anyway and few streams run; with 100, double."""
     load_fresh_s: float = 2.0
-    """So long counts what an engine pushed about its load."""
+    """So long counts what an engine told about its load."""
     tap_retry_s: float = 1.0
 
 
@@ -145,6 +149,16 @@ class _Attempt:
         return max(0, num_given - self.cached_tokens) if self.has_begun else 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a rank said of its load."""
+
+    at: float
+    load: LoadOfRank
+    blocks: int
+    """What the sidecar accounted for at that moment."""
+
+
 class _Life(Life):
     """One process, if it is ours, and one connection."""
 
@@ -167,11 +181,12 @@ class _Life(Life):
         self._tasks: set[asyncio.Task[None]] = set()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._confirming: asyncio.Task[None] | None = None
-        self._is_flush_due = False
+        self._flush_due: asyncio.TimerHandle | None = None
         self._heard_at = self._began
         self._num_failed = 0
         """Calls that failed by no fault of their request, perhaps."""
-        self._told: dict[int, tuple[float, LoadOfRank]] = {}  # Pushed, by rank, and when.
+        self._told: dict[int, _Told] = {}  # By rank.
+        self._report_at = 0.0  # When frames are to tell of load again.
         self._found: Discovered | None = None
         self._seen: str | None = None  # What came of reaching it.
 
@@ -183,7 +198,8 @@ class _Life(Life):
         self._found = found
         self._up(up)
         self._spawn(self._watch_health(), "engine health")
-        self._spawn(self._tell_load(), "engine load")
+        self._spawn(self._ask_load(found), "engine load")
+        self._spawn(self._tell_load(), "engine load reports")
         kv_blocks = KvBlocks(up.description.numerics.id, found.block_size)
         self._spawn(self._tap(kv_blocks), "engine taps")
         await self._over
@@ -294,6 +310,7 @@ class _Life(Life):
                 due_in_s, self._cancel, slot, "the deadline has passed"
             )
         attempt.task = self._spawn(self._follow(attempt), f"call {name}")
+        self._report_soon()
 
     def abort(self, slot: int) -> None:
         """End an attempt."""
@@ -438,22 +455,29 @@ class _Life(Life):
 
     def _drop(self, slot: int) -> _Attempt | None:
         attempt = self._attempts.pop(slot, None)
+        if attempt is not None:
+            self._report_soon()
         if attempt is not None and attempt.deadline is not None:
             attempt.deadline.cancel()
         return attempt
 
     def _flush_soon(self) -> None:
-        """With everything else that is said in this moment."""
-        if not self._is_flush_due:
-            self._is_flush_due = True
-            self._loop.call_later(self._pace.gather_s, self._flush)
+        """With everything else that is said in this moment; at once when all have spoken."""
+        if self._flush_due is None:
+            self._flush_due = self._loop.call_later(self._pace.gather_s, self._flush)
+        if self._columns.is_step_whole:
+            self._flush()
 
     def _flush(self) -> None:
-        self._is_flush_due = False
+        if self._flush_due is not None:
+            self._flush_due.cancel()
+            self._flush_due = None
         if self.is_serving and not self._over.done():
             self._tell()
 
     def _tell(self) -> None:
+        if self._loop.time() >= self._report_at:
+            self._report_load()
         frame = self._columns.take()
         if frame is not None:
             self._hear(frame)
@@ -522,47 +546,79 @@ class _Life(Life):
 
     # What it has to do.
 
-    async def _tell_load(self) -> None:
-        pace, found = self._pace, self._found
-        assert found is not None, "it serves"
+    async def _ask_load(self, found: Discovered) -> None:
+        """Poll, unless it was told lately. An answer may take long, so nobody waits for it."""
+        pace = self._pace
         while True:
             now = self._loop.time()
-            told = {
-                rank: load
-                for rank, (at, load) in self._told.items()
-                if now - at <= pace.load_fresh_s
-            }
-            if not told:
+            if not any(now - told.at <= pace.load_s for told in self._told.values()):
                 try:
                     async with asyncio.timeout(pace.load_fresh_s):
-                        told = {load.rank: load for load in await self._adapter.load()}
+                        loads = await self._adapter.load()
                 except (CallFailed, TimeoutError):
-                    told = {}  # Whether it lives is asked elsewhere.
-            asked = [
-                Asked(
-                    num_tokens=(
-                        len(one.call.prompt) + len(one.call.output) + one.progress.num_produced
-                    ),
-                    has_begun=one.has_begun,
-                    is_paced=bool(one.progress.held),
-                )
-                for one in self._attempts.values()
-            ]
-            report = load_report(
-                asked, told, found, num_steps=self._columns.num_steps, prefill_tokens_total=0
-            )
-            self._columns.load(report)
-            self._flush_soon()
+                    loads = ()  # Whether it lives is asked elsewhere.
+                for load in loads:
+                    self._hear_load(load, found)
             await asyncio.sleep(pace.load_s)
+
+    def _hear_load(self, load: LoadOfRank, found: Discovered) -> None:
+        now = self._loop.time()
+        self._told[load.rank] = _Told(now, load, accounted(self._asked(), found))
+
+    def _asked(self) -> Sequence[Asked]:
+        return [
+            Asked(
+                num_tokens=(
+                    len(one.call.prompt) + len(one.call.output) + one.progress.num_produced
+                ),
+                has_begun=one.has_begun,
+                is_paced=bool(one.progress.held),
+            )
+            for one in self._attempts.values()
+            if one.progress.end is None  # What ended holds nothing, read or not.
+        ]
+
+    async def _tell_load(self) -> None:
+        """Also while no tokens come."""
+        while True:
+            self._report_load()
+            self._flush_soon()
+            await asyncio.sleep(self._pace.load_s)
+
+    def _report_soon(self) -> None:
+        """A stream came or went, and with it more than a block."""
+        self._report_at = 0.0
+        self._flush_soon()
+
+    def _report_load(self) -> None:
+        """What the next frame says of it."""
+        found, now = self._found, self._loop.time()
+        assert found is not None, "it serves"
+        told = {
+            rank: one for rank, one in self._told.items() if now - one.at <= self._pace.load_fresh_s
+        }
+        asked = self._asked()
+        report = load_report(
+            asked,
+            {rank: one.load for rank, one in told.items()},
+            found,
+            num_steps=self._columns.num_steps,
+            prefill_tokens_total=0,
+            blocks_when_told=told[0].blocks if 0 in told else None,
+        )
+        self._columns.load(report)
+        # With many streams it takes longer, and a share of so much time is what it may take.
+        self._report_at = now + self._pace.report_s * (1 + len(asked) / 100)
 
     async def _tap(self, kv_blocks: KvBlocks) -> None:
         """Hear what it pushes, again and again."""
+        assert self._found is not None, "it serves"
         while True:
             try:
                 async for tapped in self._adapter.taps():
                     match tapped:
                         case LoadOfRank():
-                            self._told[tapped.rank] = (self._loop.time(), tapped)
+                            self._hear_load(tapped, self._found)
                         case BlocksStored() | BlocksRemoved() | BlocksCleared():
                             self._columns.kv_events(kv_blocks.apply(tapped))
                             self._flush_soon()

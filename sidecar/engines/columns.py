@@ -1,7 +1,8 @@
 """What many calls to an engine said, gathered into frames of the contract. No I/O.
 
 Engines that are asked by one call per attempt know no steps. What all calls said within a
-moment becomes one frame: that is an engine step, or nearly so. Windows are kept here, since
+moment becomes one frame: that is an engine step, or nearly so. A step is whole when all attempts
+that have begun said something. Windows are kept here, since
 such engines cannot pause: tokens beyond one are held until it moves.
 """
 
@@ -50,6 +51,8 @@ class Columns:
         self.num_steps = 0
         """Frames with tokens, so far."""
         self._running: dict[int, Progress] = {}
+        self._speaking: set[int] = set()
+        """Slots that run, have begun and hold nothing back."""
         self._rows: dict[int, tuple[int, list[int]]] = {}  # By slot: first offset, tokens.
         self._frame = attempt_pb2.StepFrame()  # All but the rows.
         self._logprobs: dict[int, attempt_pb2.SlotLogprobs] = {}
@@ -58,6 +61,11 @@ class Columns:
     def __iter__(self) -> Iterator[Progress]:
         """Attempts that are not over."""
         return iter(self._running.values())
+
+    @property
+    def is_step_whole(self) -> bool:
+        """Whoever can be expected to say something in each step has done so since the last one."""
+        return bool(self._rows) and len(self._rows) >= len(self._speaking)
 
     def begin(
         self, slot: int, *, first_offset: int, window_tokens: int, wants_logprobs: bool
@@ -81,6 +89,8 @@ class Columns:
             progress.held += token_ids
             progress.held_logprobs += logprobs
             self._release(progress)
+            if progress.held:
+                self._speaking.discard(progress.slot)
             return
         self._enter(progress, token_ids, logprobs)
 
@@ -98,6 +108,7 @@ class Columns:
         """The attempt came to its end, behind all that it produced. The first end counts."""
         if progress.end is None:
             progress.end = ended
+            self._speaking.discard(progress.slot)
             self._end_if_told(progress)
 
     def cut(self, progress: Progress, ended: attempt_pb2.AttemptEnded) -> None:
@@ -106,6 +117,7 @@ class Columns:
             progress.held.clear()
             progress.held_logprobs.clear()
             progress.end = ended
+            self._speaking.discard(progress.slot)
             self._end_if_told(progress)
 
     def refused(self, refused: attempt_pb2.AttemptRefused) -> None:
@@ -148,6 +160,7 @@ class Columns:
         self, progress: Progress, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
     ) -> None:
         slot = progress.slot
+        self._speaking.add(slot)
         row = self._rows.get(slot)
         if row is None:
             self._rows[slot] = (progress.offset, list(token_ids))

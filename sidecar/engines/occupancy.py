@@ -3,6 +3,14 @@
 An engine that tells nothing is accounted for by what was asked of it. One that tells is believed in
 what only it can know (its KV cache, other clients' requests), and not in whether it has work: an
 engine whose core hangs goes on saying that it has none.
+
+What it told ages, most of all while it is busy: vLLM's answer may take seconds then. What its
+streams produced and gave back since is known from the streams, so that is added:
+
+    blocks in use = what it told + the account now - the account when it told
+
+A stream that it was given since counts with its prompt at once: it is computed in the next step, or
+the engine is full.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,8 +44,12 @@ def load_report(
     *,
     num_steps: int,
     prefill_tokens_total: int,
+    blocks_when_told: int | None = None,
 ) -> worker_pb2.LoadReport:
-    """The load of all ranks. `told` has what ranks said, by number, as far as that is fresh."""
+    """The load of all ranks. `told` has what ranks said, by number, as far as that is fresh.
+
+    `blocks_when_told` is what `accounted` said then; None: it does not matter.
+    """
     attempts = list(asked)
     waiting_tokens = sum(one.num_tokens for one in attempts if not one.has_begun)
     report = worker_pb2.LoadReport(
@@ -52,7 +64,11 @@ def load_report(
         if said is not None:
             entry.requests_running = _count(said.running)
             entry.requests_waiting = _count(said.waiting)
-            entry.kv_blocks_used = round(min(1.0, max(0.0, said.kv_share)) * kv_blocks)
+            since = 0
+            if blocks_when_told is not None and found.num_ranks == 1:
+                since = accounted(attempts, found) - blocks_when_told
+            used = round(min(1.0, max(0.0, said.kv_share)) * kv_blocks) + since
+            entry.kv_blocks_used = min(kv_blocks, max(0, used))
             entry.prefill_tokens_queued = _count(said.waiting_tokens or 0)
         elif rank == 0:  # Which rank has what is not known, so all is counted at one.
             num_running = len(attempts)
@@ -60,11 +76,16 @@ def load_report(
                 num_running = min(num_running, found.batch_size_max)
             entry.requests_running = num_running
             entry.requests_waiting = len(attempts) - num_running
-            lengths = (one.num_tokens for one in attempts if one.has_begun)
-            entry.kv_blocks_used = num_blocks(lengths, found.block_size or 1)
+            held = accounted((one for one in attempts if one.has_begun), found)
+            entry.kv_blocks_used = min(held, kv_blocks) if kv_blocks else held
         if found.num_ranks == 1:  # Engines count a prompt no more once they began to compute it.
             entry.prefill_tokens_queued = max(entry.prefill_tokens_queued, waiting_tokens)
     return report
+
+
+def accounted(asked: Iterable[Asked], found: Discovered) -> int:
+    """KV blocks that streams fill by the sidecar's own account, if none shares any."""
+    return num_blocks((one.num_tokens for one in asked), found.block_size or 1)
 
 
 def _count(told: int) -> int:

@@ -58,6 +58,7 @@ LLAMA: Final = Product(
     "llama-server",  # Its penalties count the prompt, which is not what is asked for.
     worker_pb2.EngineCapabilities(
         random_source=worker_pb2.RANDOM_SOURCE_SEQUENTIAL,
+        logit_bias=True,
         constraints=worker_pb2.ConstraintCapabilities(json_schema=True),
         seed_bits=31,
     ),
@@ -84,6 +85,9 @@ def lacking(call: Call, product: Product) -> str | None:
         # Of one token it makes no difference.
         "ignore_eos": stopping.ignore_eos and call.max_tokens > 1,
     }
+    if product is LLAMA and stopping.ignore_eos and call.params.constraint is not None:
+        # Its end is a token that may then never come, so behind a grammar's end it gives nonsense.
+        return "ignore_eos beside a constraint"
     return next((x for x, is_it in asked.items() if is_it and x not in product.extras), None)
 
 

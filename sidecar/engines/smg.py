@@ -110,7 +110,8 @@ class SmgAdapter(Adapter):
         responses = self._stub.Generate(self._request(call))
         num = 0
         try:
-            async for response in responses:
+            # Half a microsecond counts here: `read` is cheaper than the call as an iterator.
+            while (response := await responses.read()) is not grpc.aio.EOF:
                 delta = self._delta(call, response, num)
                 if delta is not None:
                     num += len(delta.token_ids)

@@ -53,13 +53,14 @@ class Backend:
         context_length: int = 512,
         eos_probability: float = 0.0,
         native_resume: bool = False,
+        kv_blocks: int = 64,
     ) -> None:
         """An engine as vLLM is seen from outside: no native resume, a generator with a history."""
         self.runner: SimulatedRunner = simulated_runner(
             model="tiny",
             context_length=context_length,
             eos_probability=eos_probability,
-            kv_blocks=64,
+            kv_blocks=kv_blocks,
             batch_size_max=32,
             cost=CostModel(step_base_s=step_s),
             native_resume=native_resume,

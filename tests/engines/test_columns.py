@@ -38,6 +38,28 @@ def test_what_all_said_is_one_frame_with_a_row_for_each() -> None:
     assert columns.take() is None
 
 
+def test_a_step_is_whole_when_all_that_have_begun_and_may_speak_did() -> None:
+    columns = Columns()
+    one, two, three = begun(columns), begun(columns, 2), begun(columns, 3, window_tokens=1)
+    assert not columns.is_step_whole
+    for progress in (one, two, three):
+        columns.produced(progress, [10])
+    assert columns.is_step_whole
+    frame_of(columns)
+
+    columns.produced(one, [11])
+    columns.produced(three, [11])
+    assert not columns.is_step_whole, "the second one is missing"
+    columns.produced(two, [11])
+    assert columns.is_step_whole, "the third one is beyond its window"
+    frame_of(columns)
+
+    columns.ended(two, end())
+    frame_of(columns)
+    columns.produced(one, [12])
+    assert columns.is_step_whole, "nobody waits for what has ended"
+
+
 def test_several_tokens_are_a_longer_row() -> None:
     columns = Columns()
     one, two = begun(columns), begun(columns, 2)

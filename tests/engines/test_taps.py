@@ -117,6 +117,7 @@ def test_an_engine_without_anybody_who_publishes_is_said_to_have_no_blocks_but_o
     async def scenario() -> None:
         async with tapped() as (it, server):
             server.taps_refused = grpc.StatusCode.UNAVAILABLE
+            await it.until(lambda: it.frontend.kv_events)
             it.engine.fail("again")
             await it.until(lambda: server.num_taps_refused >= 5, "it is not asked again")
             in_two_lives = [events.reset for events in it.frontend.kv_events]

@@ -24,7 +24,7 @@ from sidecar.engines.adapter import (
 )
 from sidecar.engines.asking import Vouched, call_of, describe
 from sidecar.engines.kv_blocks import KvBlocks
-from sidecar.engines.occupancy import Asked, load_report
+from sidecar.engines.occupancy import Asked, accounted, load_report
 from sidecar.engines.tokenizer_files import BadTokenizer, asset_of, unpack
 from tests.engines.vllm_server import zipped
 from unbroken import blocks
@@ -189,6 +189,30 @@ def test_an_engine_that_tells_nothing_is_accounted_for() -> None:
     assert (rank.requests_running, rank.requests_waiting) == (2, 1)
     assert rank.kv_blocks_used == 3 + 1
     assert rank.prefill_tokens_queued == 7
+
+
+def test_what_streams_took_and_gave_back_since_an_engine_told_its_load_counts() -> None:
+    told = {0: LoadOfRank(0, running=2, waiting=0, kv_share=0.2)}  # 10 of 50 blocks.
+    before = [Asked(9, True), Asked(16, True)]
+    when_told = accounted(before, FOUND)
+
+    def used(*asked: Asked) -> int:
+        (rank,) = load_report(
+            asked,
+            told,
+            FOUND,
+            num_steps=0,
+            prefill_tokens_total=0,
+            blocks_when_told=when_told,
+        ).ranks
+        return rank.kv_blocks_used
+
+    assert used(*before) == 10
+    assert used(Asked(13, True), Asked(17, True)) == 12
+    assert used(*before, Asked(8, False)) == 12, "it is given to the engine just now"
+    assert used(Asked(9, True)) == 6
+    assert used() == 3, "the rest is of others"
+    assert used(*before, Asked(1000, False)) == 50, "it has no more"
 
 
 def test_an_engine_that_says_it_has_no_work_is_not_believed() -> None:
