@@ -6,7 +6,11 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+<<<<<<< HEAD
 .PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
+=======
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-adapter bench-relay-hop lock clean
+>>>>>>> 9f74fb2 (Put vLLM under too little memory, and run llama.cpp's own server through the suite)
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -62,7 +66,7 @@ detection: .venv/.dev ## How long streams stand still when something fails, for 
 soak: .venv/.dev ## Half an hour of hard conditions: no healthy worker is taken for a sick one
 	$(BIN)/python -m benchmarks.soak
 
-engines: .venv/.dev ## Real vLLM, installed into .engines (2.5 GB): conformance, killed under streams (PARTS=conformance,deaths,native,stops)
+engines: .venv/.dev ## Real vLLM (2.5 GB) and llama.cpp's server, installed into .engines: conformance, killed under streams, too little memory (PARTS=conformance,deaths,native,stops,pressure,other)
 	$(BIN)/python -m tests.engines.real $(if $(PARTS),--parts $(PARTS))
 
 zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothing held, soon in service
@@ -110,8 +114,13 @@ bench-idle: .venv/.dev ## 24,000 idle streams over 10,000 connections: what they
 bench-memory: .venv/.dev ## The memory service's host path, beside memcpy and a bare gRPC stream
 	$(BIN)/python -m benchmarks.memory
 
+<<<<<<< HEAD
 memory-resume: .venv/.dev ## A real model's streams go on from stored KV, beside computing it again
 	$(BIN)/python -m benchmarks.memory_resume
+=======
+bench-adapter: .venv/.dev ## What a token of a real engine's protocol costs its sidecar
+	$(BIN)/python -m benchmarks.adapter
+>>>>>>> 9f74fb2 (Put vLLM under too little memory, and run llama.cpp's own server through the suite)
 
 bench-relay-hop: .venv/.dev ## What a step costs between sidecar and frontend, over grpc.aio and over our HTTP/2
 	$(BIN)/python -m benchmarks.relay_hop

@@ -16,6 +16,7 @@ lock --no-deps requirements/bench.in --output-file requirements/bench.txt
 lock requirements/engine-vllm.in --overrides requirements/engine-vllm.overrides \
     --no-universal --python-platform x86_64-manylinux_2_28 \
     --output-file requirements/engine-vllm.txt
+lock --no-deps requirements/engine-llama.in --output-file requirements/engine-llama.txt
 lock requirements/peer-smg.in --output-file requirements/peer-smg.txt
 # aisimulate is not to be had from a package registry, and nothing measured here needs it.
 lock requirements/peer-dynamo.in --overrides requirements/peer-dynamo.overrides \

@@ -137,6 +137,10 @@ class Talk:
     def kv_blocks(self) -> int:
         return self.real.kv_blocks if self.real is not None else self.backend.spec.kv_blocks
 
+    def lacks(self, feature: str) -> bool:
+        """A real engine does not know it, so it has to be refused."""
+        return self.real is not None and feature in self.real.lacks
+
     async def alone(self, params: GenerationParams, prompt: Sequence[int] = (1, 2, 3)) -> Expected:
         """What an engine without anything around it gives; of a real one, asked in other words."""
         if self.real is not None:
@@ -300,7 +304,9 @@ def _real(real: Real) -> Subject:
     async def behind(backend: Backend, directory: Path) -> AsyncGenerator[Engine, None]:
         del backend, directory
         yield CallEngine(
-            Launch(None, real.address, restart=FAST), adapter_of(real.protocol), pace=QUICK
+            Launch(None, real.address, restart=FAST),
+            adapter_of(real.protocol, real.tokenizer),
+            pace=QUICK,
         )
 
     return Subject(behind, real)

@@ -45,6 +45,12 @@ async def assert_as_expected(it: Talk, params: GenerationParams, *, window_token
     return slot
 
 
+async def assert_refused(it: Talk, params: GenerationParams) -> None:
+    refused = await it.refused(it.start(params))
+    assert refused.kind == worker_pb2.FAILURE_KIND_REJECTED
+    assert refused.detail
+
+
 FEATURES = {
     "greedy": greedy(),
     "seeded": sampled(),
@@ -66,9 +72,9 @@ def test_what_is_asked_is_what_the_engine_computes(
         async with talk(subject, tmp_path) as it:
             params = FEATURES[feature]
             assert it.hub.up is not None
-            if params.sampling.logit_bias and not it.hub.up.description.capabilities.logit_bias:
-                refused = await it.refused(it.start(params))
-                assert refused.kind == worker_pb2.FAILURE_KIND_REJECTED
+            can_bias = it.hub.up.description.capabilities.logit_bias
+            if it.lacks(feature) or (params.sampling.logit_bias and not can_bias):
+                await assert_refused(it, params)
             else:
                 await assert_as_expected(it, params)
 
@@ -114,12 +120,15 @@ def test_the_models_own_end_is_named_too(subject: Subject, tmp_path: Path) -> No
     async def scenario() -> None:
         async with talk(subject, tmp_path, eos_probability=0.1) as it:
             assert it.hub.up is not None
-            (end,) = it.hub.up.tokenizer.eos_token_ids
+            end = min(it.hub.up.tokenizer.eos_token_ids)
             # The simulated engine comes to its end by itself.
             sampling = SamplingParams(0.0, logit_bias={end: 100.0} if it.real else {})
             for min_tokens in (0, 40):
                 stopping = StopConditions(max_tokens=400, min_tokens=min_tokens)
                 params = GenerationParams(sampling, stopping)
+                if min_tokens and it.lacks("min_tokens"):
+                    await assert_refused(it, params)
+                    continue
                 slot = await assert_as_expected(it, params)
                 ended = it.frontend.ended[slot]
                 assert (ended.finish_reason, ended.stop_token_id) == (STOP, end)
@@ -131,6 +140,10 @@ def test_the_models_own_end_is_named_too(subject: Subject, tmp_path: Path) -> No
 def test_log_probabilities_come_with_their_tokens(subject: Subject, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with talk(subject, tmp_path) as it:
+            assert it.hub.up is not None
+            if not it.hub.up.description.capabilities.logprobs:
+                await assert_refused(it, replace(sampled(6), num_top_logprobs=1))
+                return
             for num_top in (0, 3):
                 params = replace(sampled(6), num_top_logprobs=num_top)
                 expected = await it.alone(params)
@@ -227,7 +240,8 @@ def test_what_does_not_fit_at_once_is_as_if_alone_all_the_same(
         async with talk(subject, tmp_path) as it:
             assert it.hub.up is not None
             can_resume = it.hub.up.description.capabilities.native_resume
-            params = sampled(220, presence_penalty=0.7)
+            lacks_penalty = it.lacks("presence penalty")
+            params = sampled(220, **({} if lacks_penalty else {"presence_penalty": 0.7}))
             prompts = [(5, 6, 7 + index) for index in range(12)]
             wholes = [(await it.alone(params, prompt)).token_ids for prompt in prompts]
             room = it.kv_blocks * it.hub.up.description.block_size
@@ -258,13 +272,15 @@ def test_a_constraint_that_it_has_is_kept_and_another_is_refused(
 ) -> None:
     async def scenario() -> None:
         async with talk(subject, tmp_path) as it:
-            params = replace(greedy(30), constraint=CONSTRAINTS[kind])
+            # To its end: not every engine can go on behind that of a grammar.
+            params = GenerationParams(
+                SamplingParams(temperature=0.0), StopConditions(30), CONSTRAINTS[kind]
+            )
             assert it.hub.up is not None
             if getattr(it.hub.up.description.capabilities.constraints, kind):
                 await assert_as_expected(it, params)
             else:
-                refused = await it.refused(it.start(params))
-                assert refused.kind == worker_pb2.FAILURE_KIND_REJECTED
+                await assert_refused(it, params)
 
     play(scenario())
 

@@ -24,7 +24,7 @@ from tests.engines.backend import Backend
 from tests.engines.openai_server import Flavour, OpenAiServer
 from tests.engines.subjects import FAST, QUICK, Talk, Tending, play, tending
 from tests.engines.test_conformance import LENGTH, STOP, greedy
-from unbroken.generation import GenerationParams, SamplingParams, StopConditions
+from unbroken.generation import Constraint, GenerationParams, SamplingParams, StopConditions
 from unbroken.outcome import FailureKind
 from unbroken.tokenizer import Tokenizer
 from unbroken.v1 import worker_pb2
@@ -205,6 +205,7 @@ def test_a_server_of_text_is_read_as_text_and_never_taken_for_exact() -> None:
         ("text", replace(plain(), sampling=SamplingParams(0.5, seed=1, top_k=5))),
         ("llama", replace(greedy(), sampling=SamplingParams(0.0, presence_penalty=1.0))),
         ("llama", greedy(min_tokens=3)),
+        ("llama", replace(greedy(), constraint=Constraint("json_schema", '{"enum": ["a"]}'))),
     ],
 )
 def test_what_a_server_would_leave_out_is_refused(

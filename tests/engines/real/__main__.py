@@ -1,6 +1,6 @@
 """Real vLLM under the conformance suite, and killed under streams: `make engines`.
 
-    python -m tests.engines.real [--parts conformance,deaths,stops] [--stops 3] [--logs DIR]
+    python -m tests.engines.real [--parts conformance,deaths,pressure] [--stops 3] [--logs DIR]
 
 conformance  two servers of one model, one of gRPC and one of HTTP: each has to do what every engine
              has to, and what it gives is compared with what the other gives; with our plug-in
@@ -10,6 +10,9 @@ deaths       `unbroken run -- vllm serve MODEL --grpc` twice, a frontend before 
              stop; without our plug-in, so by classes A and B
 native       the same with it: class C
 stops        the same over HTTP, told to stop again and again: vLLM ends its streams in several ways
+pressure     one engine with 64 KV blocks and more streams than fit: what is reported beside the
+             truth, what is let in, and whether streams and continuations are what they were alone
+other        llama.cpp's own server, compared with what it gives when asked in its own words
 
 Ends with one line of JSON; its exit status is not 0 if a promise was broken or nothing was seen.
 """
@@ -24,17 +27,28 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import uvloop
 
 from sidecar.engines import continuation_key
-from tests.engines.real import deaths, model, servers, units, vllm
+from tests.engines.real import (
+    deaths,
+    llama,
+    model,
+    pressure,
+    servers,
+    units,
+    vllm,
+    vllm_truth,
+)
+from tests.engines.real.llama_native import LLAMA_NATIVE
 from tests.engines.real.subject import Real
 from tests.support.environments import NotInstalledError
 
-PARTS: Final = ("conformance", "deaths", "native", "stops")
+PARTS: Final = ("conformance", "deaths", "native", "stops", "pressure", "other")
 HURTS: Final = ("server killed", "core killed", "worker killed", "core stopped", "told to stop")
 SUITE_S_MAX: Final = 900.0
 
@@ -101,8 +115,12 @@ def _part(part: str, setup: Setup, hurts: list[str], num_stops: int) -> tuple[bo
             return uvloop.run(_deaths(setup, "deaths", hurts, without))
         case "native":
             return uvloop.run(_deaths(setup, "native", hurts, vllm.ENVIRONMENT))
-        case _:
+        case "stops":
             return uvloop.run(_stops(setup, num_stops))
+        case "pressure":
+            return uvloop.run(_pressure(setup))
+        case _:
+            return uvloop.run(_other(setup))
 
 
 async def _conformance(setup: Setup) -> tuple[bool, object]:
@@ -163,15 +181,19 @@ async def _deaths(
     setup: Setup, part: str, hurts: list[str], environment: Mapping[str, str]
 ) -> tuple[bool, object]:
     directory = setup.directory(part)
-    commands = {
-        name: setup.command(is_grpc=True, port=servers.free_port()) for name in ("w1", "w2")
+    ports = {name: servers.free_port() for name in ("w1", "w2")}
+    commands = {name: setup.command(is_grpc=True, port=port) for name, port in ports.items()}
+    bystanders = {
+        name: partial(deaths.grpc_bystander, f"127.0.0.1:{port}") for name, port in ports.items()
     }
     rows = {how: deaths.Row() for how in hurts}
     async with units.running(directory, commands, environment) as both:
         await both.until_serving(vllm.START_S_MAX)
-        expected = await deaths.undisturbed(both)
+        lengths = {deaths.num_tokens_of(how) for how in hurts}
+        expected = {num: await deaths.undisturbed(both, num) for num in sorted(lengths)}
         for how, row in rows.items():
-            await deaths.hurt(both, how, expected, row)
+            beside = bystanders if how == "told to stop" else None
+            await deaths.hurt(both, how, expected[deaths.num_tokens_of(how)], row, beside=beside)
     return all(row.is_ok for row in rows.values()), {
         how: row.figures() for how, row in rows.items()
     }
@@ -184,11 +206,54 @@ async def _stops(setup: Setup, num_stops: int) -> tuple[bool, object]:
     row = deaths.Row()
     async with units.running(directory, commands, vllm.ENVIRONMENT) as both:
         await both.until_serving(vllm.START_S_MAX)
-        expected = await deaths.undisturbed(both)
-        urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+        expected = await deaths.undisturbed(both, deaths.NUM_TOKENS_STOPPED)
+        bystanders = {
+            name: partial(deaths.http_bystander, f"http://127.0.0.1:{port}")
+            for name, port in ports.items()
+        }
         for _ in range(num_stops):
-            await deaths.hurt(both, "told to stop", expected, row, beside=urls)
+            await deaths.hurt(both, "told to stop", expected, row, beside=bystanders)
     return row.is_ok, row.figures()
+
+
+async def _pressure(setup: Setup) -> tuple[bool, object]:
+    directory = setup.directory("pressure")
+    log = directory / "truth.log"
+    port = servers.free_port()
+    # Chosen here, so that this process may ask the engine to continue, too.
+    continuation_key.choose()
+    environment = {
+        **vllm.ENVIRONMENT,
+        vllm_truth.VARIABLE: str(log),
+        vllm_truth.STEP_VARIABLE: str(pressure.STEP_S),
+    }
+    flags = ("--busy-kv-blocks-share", str(pressure.BUSY_SHARE), "--queue-wait-s-max", "120")
+    commands = {"w1": setup.command(is_grpc=True, port=port)}
+    async with units.running(directory, commands, environment, frontend_flags=flags) as one:
+        seen = await pressure.measure(one, log, f"127.0.0.1:{port}")
+    return seen.is_ok, seen.figures()
+
+
+async def _other(setup: Setup) -> tuple[bool, object]:
+    binaries = llama.environment()
+    tokenizer = setup.directory("other") / "tokenizer"
+    llama.write_tokenizer(tokenizer)
+    port = servers.free_port()
+    log = setup.directory("other") / "llama.log"
+    async with servers.serving(
+        llama.words(binaries, port),
+        "openai",
+        port,
+        log,
+        environment={},
+        start_s_max=llama.START_S_MAX,
+        tokenizer=tokenizer,
+    ) as address:
+        reference = (LLAMA_NATIVE, address)
+        real = Real("openai", address, reference, 0, tokenizer, llama.LACKS)
+        verdict = await asyncio.to_thread(_suite, real)
+    told = {"engine": f"llama.cpp's server, xllamacpp {llama.version_of(binaries)}", **verdict}
+    return verdict.get("ok") is True, told
 
 
 if __name__ == "__main__":

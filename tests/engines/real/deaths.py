@@ -7,22 +7,31 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import aiohttp
+import grpc.aio
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 
+from sidecar.engines.adapter import Call
+from sidecar.engines.vllm import request_of
 from tests.engines.real import vllm
 from tests.engines.real.units import Units
 from unbroken.client import GenerationStream
+from unbroken.generation import GenerationParams, SamplingParams, StopConditions
 from unbroken.history import History
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1 import worker_pb2
 
 NUM_TOKENS: Final = 200
+NUM_TOKENS_STOPPED: Final = 320
+"""Of streams whose server is told to stop: it gives tokens for seconds after that, so shorter ones
+end before they have to be handed over. Six fit into the KV cache."""
 STREAM_S_MAX: Final = 400.0
+BYSTANDER_TOKENS: Final = 900
 BYSTANDER_S_MAX: Final = 15.0
 """A client without us that hears nothing for so long is left hanging."""
 
@@ -85,15 +94,21 @@ class Row:
         }
 
 
+Bystander = Callable[[], Awaitable[str]]
 Key = tuple[str, tuple[int, ...]]
 KEYS: Final[Sequence[Key]] = tuple((name, prompt) for name in FEATURES for prompt in PROMPTS)
 
 
-async def undisturbed(units: Units) -> Mapping[Key, History]:
+async def undisturbed(units: Units, num_tokens: int) -> Mapping[Key, History]:
     """The same requests while nothing happens."""
     histories = {key: History() for key in KEYS}
-    await asyncio.gather(*(_read(units, key, histories[key]) for key in KEYS))
+    await asyncio.gather(*(_read(units, key, histories[key], num_tokens) for key in KEYS))
     return histories
+
+
+def num_tokens_of(how: str) -> int:
+    """Of the streams under this way of hurting an engine."""
+    return NUM_TOKENS_STOPPED if how == "told to stop" else NUM_TOKENS
 
 
 async def hurt(
@@ -102,26 +117,28 @@ async def hurt(
     expected: Mapping[Key, History],
     row: Row,
     *,
-    beside: Mapping[str, str] | None = None,
+    beside: Mapping[str, Bystander] | None = None,
 ) -> None:
     """Hurt the engine of the first stream in mid-stream, and compare what all of them gave.
 
-    `beside`: each engine's own HTTP by its name, where a client without us reads meanwhile.
+    `beside`: a client of each engine that has nothing of ours, by the engine's name.
     """
     began = time.monotonic()
     await units.until_serving(vllm.START_S_MAX)
     row.waited_s.append(time.monotonic() - began)
     histories = {key: History() for key in KEYS}
-    tasks = [asyncio.create_task(_read(units, key, histories[key])) for key in KEYS]
+    num_tokens = num_tokens_of(how)
+    tasks = [asyncio.create_task(_read(units, key, histories[key], num_tokens)) for key in KEYS]
+    begun = NUM_TOKENS // 5 if num_tokens == NUM_TOKENS else 1
     async with asyncio.timeout(STREAM_S_MAX):
-        while min(history.num_tokens for history in histories.values()) < NUM_TOKENS // 5:
+        while min(history.num_tokens for history in histories.values()) < begun:
             await asyncio.sleep(0.002)
             for task in tasks:
                 if task.done():
                     task.result()
     victim = await _busiest(units)
     group = units.group(victim)
-    watching = asyncio.create_task(_bystander(beside[victim])) if beside else None
+    watching = asyncio.create_task(_saw(beside[victim])) if beside else None
     if watching is not None:
         await asyncio.sleep(0.2)  # A client of which nobody knows when it has begun.
     units.hurt[victim] = group
@@ -159,11 +176,11 @@ def _compare(key: Key, history: History, expected: History, row: Row) -> None:
             row.failures[name.removeprefix("FAILURE_KIND_")] += 1
 
 
-async def _read(units: Units, key: Key, history: History) -> None:
+async def _read(units: Units, key: Key, history: History, num_tokens: int) -> None:
     feature, prompt = key
     stream: GenerationStream = units.client.generate(
         token_ids=prompt,
-        max_tokens=NUM_TOKENS,
+        max_tokens=num_tokens,
         ignore_eos=True,
         timeout_s=STREAM_S_MAX,
         **FEATURES[feature],
@@ -180,12 +197,16 @@ async def _busiest(units: Units) -> str:
     return busiest.record.identity.worker_id
 
 
-async def _bystander(url: str) -> str:
-    """What a client of the engine itself sees of the end of its stream."""
+async def _saw(bystander: Bystander) -> str:
+    return await bystander()
+
+
+async def http_bystander(url: str) -> str:
+    """What a client of vLLM's HTTP sees of the end of its stream."""
     body = {
         "model": "tiny",
         "prompt": [9, 10, 11],
-        "max_tokens": 900,
+        "max_tokens": BYSTANDER_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -211,3 +232,28 @@ async def _bystander(url: str) -> str:
         if f'"finish_reason":"{reason}"' in last.replace(" ", ""):
             return f"an end by {reason!r}"
     return "the end of the stream without an end"
+
+
+async def grpc_bystander(address: str) -> str:
+    """The same of vLLM's gRPC."""
+    params = GenerationParams(
+        SamplingParams(temperature=0.0),
+        StopConditions(max_tokens=BYSTANDER_TOKENS, ignore_eos=True),
+    )
+    call = Call("bystander", (9, 10, 11), params, BYSTANDER_TOKENS)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = vllm_engine_pb2_grpc.VllmEngineStub(channel)  # pyright: ignore[reportUnknownVariableType]
+        responses = stub.Generate(request_of(call))
+        reason = ""
+        try:
+            while True:
+                async with asyncio.timeout(BYSTANDER_S_MAX):
+                    response = await responses.read()
+                if response is grpc.aio.EOF:
+                    break
+                reason = response.complete.finish_reason
+        except TimeoutError:
+            return "silence"
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name}: {error.details()}"
+    return f"an end by {reason!r}" if reason else "the end of the stream without an end"

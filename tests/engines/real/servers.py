@@ -32,6 +32,7 @@ async def serving(
     *,
     environment: Mapping[str, str],
     start_s_max: float,
+    tokenizer: Path | None = None,
 ) -> AsyncGenerator[str, None]:
     """A server that takes work; its address. Raises RuntimeError if it does not come up."""
     address = f"127.0.0.1:{port}"
@@ -48,7 +49,7 @@ async def serving(
     try:
         try:
             async with asyncio.timeout(start_s_max):
-                await _until_ready(process, protocol, address)
+                await _until_ready(process, protocol, address, tokenizer)
         except TimeoutError:
             raise RuntimeError(f"no engine within {start_s_max:g} s: {tail(log)}") from None
         if process.returncode is not None:
@@ -60,10 +61,12 @@ async def serving(
         await process.wait()
 
 
-async def _until_ready(process: asyncio.subprocess.Process, protocol: str, address: str) -> None:
+async def _until_ready(
+    process: asyncio.subprocess.Process, protocol: str, address: str, tokenizer: Path | None
+) -> None:
     """Until it says what it is, or has ended."""
     while process.returncode is None:
-        adapter = adapter_of(protocol)(address)
+        adapter = adapter_of(protocol, tokenizer)(address)
         try:
             await adapter.discover()
         except NotReady:

@@ -75,7 +75,11 @@ class Units:
 
 @asynccontextmanager
 async def running(
-    directory: Path, commands: Mapping[str, Sequence[str]], environment: Mapping[str, str]
+    directory: Path,
+    commands: Mapping[str, Sequence[str]],
+    environment: Mapping[str, str],
+    *,
+    frontend_flags: Sequence[str] = (),
 ) -> AsyncGenerator[Units, None]:
     """`unbroken run -- COMMAND` for each name, and a frontend before them; not ready yet."""
     # Who kills engines on purpose is not to be told that a request kills engines.
@@ -83,7 +87,7 @@ async def running(
         directory / "mesh",
         num_workers=0,
         engine=None,
-        frontend_flags=["--query-deaths-max", "1000"],
+        frontend_flags=["--query-deaths-max", "1000", *frontend_flags],
     )
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(mesh)

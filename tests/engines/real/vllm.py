@@ -36,7 +36,11 @@ ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({
     "TORCHDYNAMO_DISABLE": "1",  # The first log probabilities would wait for a compiler.
 })  # fmt: skip
 
-_ENTRY_POINT: Final = "[vllm.general_plugins]\nunbroken = worker.vllm_plugin:register\n"
+_ENTRY_POINTS: Final = """\
+[vllm.general_plugins]
+unbroken = worker.vllm_plugin:register
+unbroken_truth = tests.engines.real.vllm_truth:register
+"""
 
 
 def environment() -> Path:
@@ -52,7 +56,7 @@ def environment() -> Path:
     plugin = packages / "unbroken_plugin-0.dist-info"
     plugin.mkdir(exist_ok=True)
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: unbroken-plugin\nVersion: 0\n")
-    (plugin / "entry_points.txt").write_text(_ENTRY_POINT)
+    (plugin / "entry_points.txt").write_text(_ENTRY_POINTS)
     (packages / "unbroken_plugin.pth").write_text(f"{ROOT}\n")
     return binaries
 
