@@ -3,14 +3,14 @@
 It is asked to `look` whenever turns were given: then whoever still waits found no room.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from frontend.alarm import Alarm
 from frontend.busy import Shedder, has_room_for, judge_known
 from frontend.metrics import FrontendMetrics
 from frontend.placement import WorkerView, standing
-from frontend.preemption import Candidate, Preemption, PreemptionLimits
+from frontend.preemption import Candidate, Looks, Preemption, PreemptionLimits
 from frontend.stream import Life
 from frontend.waiting_room import WaitingRoom
 from unbroken import log
@@ -19,9 +19,6 @@ from unbroken.v1 import worker_pb2
 
 if TYPE_CHECKING:
     from frontend.dispatch import Choice
-
-LOOK_INTERVAL_S: Final = 0.02
-"""Between two looks for whom to pause: each asks all streams of a lower priority."""
 
 _log = log.get_logger(__name__)
 
@@ -51,15 +48,12 @@ class Pausing:
         self._metrics = metrics
         self._views_of = views_of
         self._is_held = is_held
-        self._on_due = on_due
         self._clock = clock
+        self._alarm = Alarm(on_due, clock)
         self._running: dict[int, dict[Choice, WorkerView]] = {}
         """Who has an attempt, and where, by priority."""
-        self._looked_at: dict[str, float] = {}
-        """Until then, by model."""
+        self._looks = Looks()
         self._is_looking = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
 
     # Questions.
 
@@ -118,7 +112,7 @@ class Pausing:
             detail=stream.attempts[-1].detail,
             **choice.names(),
         )
-        self._wake()
+        self._alarm.set(self._book.deadline())
 
     def forget(self, choice: "Choice") -> None:
         """It has ended. Idempotent."""
@@ -146,12 +140,11 @@ class Pausing:
                     self._make_room(model)
         finally:
             self._is_looking = False
-        self._wake()
+        self._alarm.set(self._book.deadline())
 
     def close(self) -> None:
         """Look no more."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarm.stop()
 
     # Inside.
 
@@ -184,9 +177,9 @@ class Pausing:
         now = self._clock()
         if first is None or priority is None or min(self._running, default=priority) >= priority:
             return
-        due = self._looked_at.get(model, float("-inf")) + LOOK_INTERVAL_S
+        due = self._looks.due(model)
         if now < due:
-            self._wake_at(due)
+            self._alarm.set(due)
             return
         newcomer = first[0]
         views = [view for view in self._views_of(model) if newcomer.could_take(view)]
@@ -196,7 +189,7 @@ class Pausing:
             (view, judge_known(view, thresholds)) for view, _ in self._shedder.busy(model, views)
         ]
         chosen = self._book.whom(model, priority, busy, self._candidates(model, priority), now)
-        self._looked_at[model] = self._clock()  # The pause is between two looks, however long.
+        self._looks.looked(model, self._clock())
         for one in chosen:
             commands = one.key.stream.pause(f"for a request of priority {priority}", now)
             if commands:
@@ -231,21 +224,3 @@ class Pausing:
                     stream.num_left_max,
                     len(stream.ledger) if is_regenerated else 0,
                 )
-
-    def _wake(self) -> None:
-        due = self._book.deadline()
-        if due is not None:
-            self._wake_at(due)
-
-    def _wake_at(self, due: float) -> None:
-        if self._timer is not None and self._timer_at <= due:
-            return  # A timer that is early finds nobody, and is set again.
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = due
-        wait_s = max(0.0, due - self._clock())
-        self._timer = asyncio.get_running_loop().call_later(wait_s, self._time)
-
-    def _time(self) -> None:
-        self._timer = None
-        self._on_due()

@@ -36,6 +36,8 @@ PAUSED_AT_ONCE_MAX: Final = 16
 """Streams paused for one request. If that is not enough, nobody is."""
 REGENERATED_PRICE: Final = 16
 """A token that has to be generated again costs as much as so many of a prompt."""
+LOOK_INTERVAL_S: Final = 0.02
+"""Between two looks for whom to pause: each asks all streams of a lower priority."""
 SETTLE_S: Final = 0.25
 """So long after a worker freed what was paused, its reports show it, if it does not count steps."""
 
@@ -137,6 +139,23 @@ class _Settling:
     model: str
     steps_total: int
     until: float
+
+
+class Looks:
+    """When it is looked whom to pause: for each model in its own time, however many wait in vain
+    for others.
+    """
+
+    def __init__(self) -> None:
+        self._looked_at: dict[str, float] = {}
+
+    def due(self, model: str) -> float:
+        """Not before then."""
+        return self._looked_at.get(model, float("-inf")) + LOOK_INTERVAL_S
+
+    def looked(self, model: str, now: float) -> None:
+        """That look is over: the pause is between two looks, however long they take."""
+        self._looked_at[model] = now
 
 
 class Preemption(Generic[K]):

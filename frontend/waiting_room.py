@@ -5,13 +5,13 @@ in it: a refusal must not take the capacity that it protects. When its first cho
 `line_up` has it pass, stand in line, or go. What was let in and refused by a worker comes back in.
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from frontend.admission_queue import AdmissionQueue, Arrival, QueueLimits, Refusal
+from frontend.alarm import Alarm
 from frontend.busy import Shedder
 from frontend.metrics import FrontendMetrics
 from frontend.placement import WorkerView
@@ -64,10 +64,8 @@ class WaitingRoom:
         self._metrics = metrics
         self._views_of = views_of
         self._highest_paused = highest_paused
-        self._on_expiry = on_expiry
         self._clock = clock
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._alarm = Alarm(on_expiry, clock)
         self._computing = Counter[tuple[str, str]]()  # Requests by model and tenant.
         self._has_passed: set[tuple[str, str]] = set()  # Tenants, since the last news of workers.
         self._newly_aside: set[str] = set()
@@ -135,7 +133,7 @@ class WaitingRoom:
             other.refuse(self._error(arrival.model, reason))
         if refusal is not None:
             return self._error(arrival.model, refusal), False
-        self._wake_at_expiry()
+        self._alarm.set(self.queue.deadline())
         return None, False
 
     def come_back(self, choice: "Choice", standing: Standing) -> None:
@@ -152,7 +150,7 @@ class WaitingRoom:
                 since=standing.came_at,
                 is_first=standing.has_lost,
             )
-        self._wake_at_expiry()
+        self._alarm.set(self.queue.deadline())
 
     def next(self, is_held: Callable[[str], bool]) -> "Choice | None":
         """Whose turn it is, of a model that has room, and whose new work nobody holds back."""
@@ -235,28 +233,13 @@ class WaitingRoom:
         """Send away who has waited for as long as anybody may."""
         for choice, model, refusal in self.queue.expired(self._clock(), self._rate_hint):
             choice.refuse(self._error(model, refusal))
-        self._wake_at_expiry()
+        self._alarm.set(self.queue.deadline())
 
     def close(self) -> None:
         """Look no more."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarm.stop()
 
     # Inside.
-
-    def _wake_at_expiry(self) -> None:
-        due = self.queue.deadline()
-        if due is None or (self._timer is not None and self._timer_at <= due):
-            return  # A timer that is early finds nobody, and is set again.
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = due
-        wait_s = max(0.0, due - self._clock())
-        self._timer = asyncio.get_running_loop().call_later(wait_s, self._time)
-
-    def _time(self) -> None:
-        self._timer = None
-        self._on_expiry()
 
     def _rate_hint(self, model: str) -> float:
         return self._shedder.prefill_rate(self._views_of(model))

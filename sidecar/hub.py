@@ -370,13 +370,8 @@ class Hub(EngineListener):
         """
         if link not in self._links:
             return
-        for attempt in list(self.ledger):
-            tenant, request_id, _ = attempt.stream
-            if (
-                request_id != message.request_id
-                or message.tenant not in ("", tenant)
-                or attempt.is_probe
-            ):
+        for attempt in self.ledger.of_request(message.request_id, message.tenant):
+            if attempt.is_probe:
                 continue
             attempt.orphan_grace_s = 0.0
             is_fenced = attempt.given_up is not None and attempt.given_up[0] is FailureKind.FENCED

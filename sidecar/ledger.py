@@ -200,6 +200,8 @@ class Ledger(Generic[LinkT]):
         self.running: dict[int, Attempt[LinkT]] = {}
         """By engine slot. Read by the hot path; changed here only."""
         self._retention = retention or Retention()
+        self._running_by_request: dict[str, dict[int, Attempt[LinkT]]] = {}
+        """The same by request id, of whichever tenant, and slot."""
         self._by_stream: dict[StreamId, Attempt[LinkT]] = {}
         self._ended: OrderedDict[int, Attempt[LinkT]] = OrderedDict()
         self._ended_tokens = 0
@@ -252,6 +254,7 @@ class Ledger(Generic[LinkT]):
         )
         self._next_slot += 1
         self.running[attempt.slot] = self._by_stream[stream] = attempt
+        self._running_by_request.setdefault(stream[1], {})[attempt.slot] = attempt
         return attempt, before if before is not None and before.ended is None else None
 
     def adopt(
@@ -289,9 +292,20 @@ class Ledger(Generic[LinkT]):
         """The latest attempt at this stream, if it is known."""
         return self._by_stream.get(stream_id(key))
 
+    def of_request(self, request_id: str, tenant: str = "") -> Sequence[Attempt[LinkT]]:
+        """Running attempts at streams of a request, of whichever tenant if none is named."""
+        found = self._running_by_request.get(request_id)
+        if found is None:
+            return ()
+        return [one for one in found.values() if tenant in ("", one.stream[0])]
+
     def end(self, attempt: Attempt[LinkT], ended: pb.AttemptEnded, now: float) -> None:
         """The attempt is over. `ended` speaks of the engine's slot."""
         del self.running[attempt.slot]
+        peers = self._running_by_request[attempt.stream[1]]
+        del peers[attempt.slot]
+        if not peers:
+            del self._running_by_request[attempt.stream[1]]
         attempt.ended, attempt.ended_at = ended, now
         attempt.orphaned_until = None
         self._ended[attempt.slot] = attempt
@@ -342,6 +356,9 @@ class Ledger(Generic[LinkT]):
             assert attempt.link is None or attempt.orphaned_until is None, "orphans have no reader"
             live_link = None if attempt.replay is not None else attempt.link
             assert attempt.live_link is live_link, "who reads is sent tokens, or replayed to"
+        by_request = [one for found in self._running_by_request.values() for one in found.values()]
+        assert sorted(one.slot for one in by_request) == sorted(self.running), "requests are known"
+        assert all(self._running_by_request.values()), "of requests that are over nothing is left"
         assert all(attempt.ended is not None for attempt in self._ended.values())
         assert self._ended_tokens == sum(a.weight for a in self._ended.values())
         for attempt in (*self.running.values(), *self._ended.values()):

@@ -298,3 +298,26 @@ def test_choices_are_paused_each_for_itself() -> None:
             assert low.finished.usage.recomputed_prefill_tokens == 2 * (len(PROMPT) + 5)
 
     run(scenario())
+
+
+def test_a_worker_that_is_ejected_has_no_room_as_long_as_there_is_another() -> None:
+    async def scenario() -> None:
+        first, second = FakeSidecar("w1", step_s=None), FakeSidecar("w2", step_s=None)
+        async with pausing(first, second) as it:
+            view = it.frontend.mesh.workers["w2"].view
+            assert view is not None
+            view.is_ejected = True
+            low, high = await paused(it, first)
+            await it.client.cancel("high")
+            await high.error()
+            await report(it, first, used=FULL)
+            await report(it, second, used=0)
+            await it.client.list_workers()  # By now who goes on has gone.
+            assert is_paused(it, low), "it would be placed at the other one, which is busy"
+            view.is_ejected = False
+            await report(it, second, used=1)
+            await second.until(lambda: begun(second) == ["low"])
+            await finished(second, low)
+            assert low.ids[0] == reference(PROMPT, LONG)
+
+    run(scenario())

@@ -7,14 +7,17 @@ from typing import TypeVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from frontend.busy import Busy, has_room_for, judge, judge_known
 from frontend.placement import WorkerView
 from frontend.preemption import (
+    LOOK_INTERVAL_S,
     NEARLY_DONE_TOKENS,
     PAUSED_AT_ONCE_MAX,
     SETTLE_S,
     Candidate,
+    Looks,
     Preemption,
     PreemptionLimits,
     Shortage,
@@ -122,6 +125,27 @@ def test_nobody_is_paused_in_vain() -> None:
     assert whom(it, [worker(used=500 + len(many))], *many) == []
 
 
+class Looked(int):
+    """A number that counts how often it is taken from another."""
+
+    times = 0
+
+    @override
+    def __rsub__(self, other: int) -> int:
+        Looked.times += 1
+        return other - int(self)
+
+
+def test_each_of_many_is_looked_at_a_few_times_and_not_once_for_each_other() -> None:
+    it = Preemption[str](LIMITS)
+    streams = [
+        Candidate(f"s{index}", W1, 0, 16, Looked(1), Looked(0), 1000) for index in range(400)
+    ]
+    Looked.times = 0
+    assert whom(it, [worker(used=500 + 399)], *streams) == [], "these are too many"
+    assert 400 <= Looked.times <= 8 * 400
+
+
 def test_the_worker_is_chosen_where_it_costs_least() -> None:
     it = Preemption[str](LIMITS)
     views = [worker(W1, used=700), worker(W2, used=520)]
@@ -161,6 +185,14 @@ def test_nobody_is_paused_where_a_worker_only_seems_to_be_busy() -> None:
 def test_nobody_is_paused_unless_it_is_switched_on() -> None:
     it = Preemption[str](PreemptionLimits())
     assert whom(it, [worker(used=510)], runs("r")) == []
+
+
+def test_who_waits_in_vain_for_one_model_hides_nobody_who_waits_for_another() -> None:
+    looks = Looks()
+    assert looks.due("a") <= 0.0
+    looks.looked("a", 1.0)
+    assert looks.due("a") == 1.0 + LOOK_INTERVAL_S
+    assert looks.due("b") <= 0.0
 
 
 # What is free.

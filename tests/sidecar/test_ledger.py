@@ -65,6 +65,23 @@ def test_streams_of_other_tenants_requests_and_choices_have_epochs_of_their_own(
     assert [attempt.slot for attempt in ledger] == [1, 2, 3, 4]
 
 
+def test_what_runs_of_a_request_is_found_by_its_name_of_one_tenant_or_of_all() -> None:
+    ledger = Ledger[str]()
+    attempts: list[Attempt[str]] = []
+    for tenant, request_id, choice_index in [("a", "r", 0), ("b", "r", 0), ("a", "s", 0)]:
+        start = start_of(1, request_id, 1, tenant=tenant)
+        start.stream.choice_index = choice_index
+        attempts.append(enter(ledger, start, orphan_grace_s=0)[0])
+    assert list(ledger.of_request("r")) == attempts[:2]
+    assert list(ledger.of_request("r", "b")) == [attempts[1]]
+    assert not ledger.of_request("unknown")
+    end(ledger, attempts[0])
+    assert list(ledger.of_request("r")) == [attempts[1]]
+    end(ledger, attempts[1])
+    assert not ledger.of_request("r")
+    ledger.check()
+
+
 def test_a_newer_epoch_revokes_the_attempt_that_runs_and_no_other() -> None:
     ledger = Ledger[str]()
     first = begin(ledger, epoch=1)
