@@ -6,11 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-<<<<<<< HEAD
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean
-=======
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-adapter bench-relay-hop lock clean
->>>>>>> 9f74fb2 (Put vLLM under too little memory, and run llama.cpp's own server through the suite)
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -114,13 +110,11 @@ bench-idle: .venv/.dev ## 24,000 idle streams over 10,000 connections: what they
 bench-memory: .venv/.dev ## The memory service's host path, beside memcpy and a bare gRPC stream
 	$(BIN)/python -m benchmarks.memory
 
-<<<<<<< HEAD
 memory-resume: .venv/.dev ## A real model's streams go on from stored KV, beside computing it again
 	$(BIN)/python -m benchmarks.memory_resume
-=======
+
 bench-adapter: .venv/.dev ## What a token of a real engine's protocol costs its sidecar
 	$(BIN)/python -m benchmarks.adapter
->>>>>>> 9f74fb2 (Put vLLM under too little memory, and run llama.cpp's own server through the suite)
 
 bench-relay-hop: .venv/.dev ## What a step costs between sidecar and frontend, over grpc.aio and over our HTTP/2
 	$(BIN)/python -m benchmarks.relay_hop
