@@ -364,13 +364,16 @@ def nobody() -> None:
 class News:
     """Whether there is something new for whoever reads a request; he is told once."""
 
-    __slots__ = ("_timer", "is_set", "is_to_be_polled", "tell")
+    __slots__ = ("_is_preparing", "_timer", "is_set", "is_to_be_polled", "prepare", "tell")
 
     def __init__(self) -> None:
         self.is_set = False
         self.is_to_be_polled = False
         """With the next output something else is to be done."""
         self.tell: Callable[[], None] = nobody
+        self.prepare: Callable[[], None] = nobody
+        """Called when all that is more urgent has been done, if something can wait."""
+        self._is_preparing = False
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
@@ -383,6 +386,9 @@ class News:
         """There is something that can wait for `MOVE_TOLD_S`, and for something more urgent."""
         if self._timer is None and not self.is_set:
             self._timer = asyncio.get_running_loop().call_later(MOVE_TOLD_S, self._time)
+        if not self._is_preparing:
+            self._is_preparing = True
+            asyncio.get_running_loop().call_soon(self._prepare)
 
     def clear(self) -> None:
         """Whoever reads has seen it."""
@@ -391,6 +397,10 @@ class News:
     def _time(self) -> None:
         self._timer = None
         self.set()
+
+    def _prepare(self) -> None:
+        self._is_preparing = False
+        self.prepare()
 
 
 @dataclass(frozen=True, slots=True)

@@ -295,7 +295,8 @@ class Reader:
         self._quick_until = 0.0
         """When `poll` has to see again whether there is more than a token."""
         self._delivered = readers.delivered
-        self._tokens = _Tokens(readers, request)
+        self._tokens = ResumeTokens(readers, request)
+        request.news.prepare = self._tokens.prepare
         self._leaving: list[tuple[Choice, int, Sequence[Command]]] = []
         # Where a worker is ready, the first token already says which one it is.
         request.begin()
@@ -409,7 +410,7 @@ class Reader:
         """The call has ended, one way or another. Idempotent."""
         self._readers.open_now.discard(self)
         if self.is_current:
-            self.request.news.tell = nobody
+            self.request.news.tell = self.request.news.prepare = nobody
             self._readers.left(self.request)
 
     def _end(self, error: UnbrokenError | None) -> None:
@@ -417,29 +418,48 @@ class Reader:
         self.error = None if error is None else _raisable(error)
 
 
-class _Tokens:
+class ResumeTokens:
     """The resume tokens of one call."""
 
     def __init__(self, readers: Readers, request: Request) -> None:
         self._readers = readers
         self._request = request
         self._num_moves = 0
+        """Of the request, in the last one."""
         self._minting = _NEVER
+        self._untold = b""
+        """The last one, until it is told."""
+
+    def prepare(self) -> None:
+        """Have one ready if the request has moved: when an engine dies, all its streams need one
+        with their next token, and until that comes there is time.
+        """
+        if self._request.num_moves != self._num_moves:
+            self._mint()
 
     def newest(self) -> bytes:
         """One that says where the request is now."""
-        self._num_moves = self._request.num_moves
-        token, self._minting = self._readers.mint(self._request)
+        self.prepare()
+        if not self._untold:
+            self._mint()
+        token, self._untold = self._untold, b""
         return token
 
     def newer(self) -> bytes:
         """One if the request has moved since the last one, or that one grows old or the clock was
         set; else nothing.
         """
-        request = self._request
-        if request.num_moves == self._num_moves and not self._readers.is_due(self._minting):
-            return b""
-        return self.newest()
+        if (
+            self._untold
+            or self._request.num_moves != self._num_moves
+            or self._readers.is_due(self._minting)
+        ):
+            return self.newest()
+        return b""
+
+    def _mint(self) -> None:
+        self._num_moves = self._request.num_moves
+        self._untold, self._minting = self._readers.mint(self._request)
 
 
 def _drain_notice(budget_left_s: float) -> pb.GenerateResponse:
