@@ -90,6 +90,8 @@ class World:
 
 edge = os.environ.get("UNBROKEN_FRONTEND_EDGE", "native")
 """What serves clients, unless a world says; see the fixture `each_edge`, and `make test-grpcio`."""
+relay = os.environ.get("UNBROKEN_FRONTEND_RELAY", "native")
+"""What carries the calls to sidecars, likewise."""
 
 
 @asynccontextmanager
@@ -98,6 +100,7 @@ async def world(*sidecars: FakeSidecar, **settings: Any) -> AsyncGenerator[World
     discovery = FakeDiscovery()
     directory = tempfile.TemporaryDirectory()  # Only for the resume keys.
     settings.setdefault("edge", edge)
+    settings.setdefault("relay", relay)
     config = FrontendConfig(frontend_id="f0", discovery=Path(directory.name), **settings)
     frontend = Frontend(config, where=discovery)
     it: World | None = None
