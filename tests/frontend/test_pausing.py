@@ -13,7 +13,7 @@ from tests.frontend.worlds import World, run, world
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation_stream import GenerationStream
 from unbroken.outcome import FailureKind
-from unbroken.v1 import holding_pb2
+from unbroken.v1 import attempt_pb2, holding_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("each_edge")
@@ -277,6 +277,60 @@ def test_a_paused_stream_outlives_the_worker_that_it_was_at() -> None:
             await second.until(lambda: begun(second) == ["high", "low"])
             await finished(second, low, high)
             assert low.ids[0] == reference(PROMPT, LONG)
+
+    run(scenario())
+
+
+def test_a_paused_stream_is_nothing_that_the_drain_of_its_worker_waits_for_and_goes_on() -> None:
+    async def scenario() -> None:
+        first, second = FakeSidecar("w1", step_s=None), FakeSidecar("w2", step_s=None)
+        async with pausing(first) as it:
+            low, high = await paused(it, first)
+            first.is_draining = True
+            first.say_state(worker_pb2.ENGINE_STATE_SERVING)
+            await it.until_ready(0)
+            assert not first.running, "nothing is to be handed over"
+            assert is_paused(it, low)
+            await it.add(second)
+            await first.die()
+            await second.until(lambda: begun(second) == ["high", "low"])
+            await finished(second, low, high)
+            assert low.ids[0] == reference(PROMPT, LONG)
+            assert [one.failure for one in low.finished.attempts if one.failure] == [
+                FailureKind.PREEMPTED
+            ]
+
+    run(scenario())
+
+
+def test_who_was_to_be_paused_when_its_worker_hands_it_over_is_not_and_goes_on() -> None:
+    async def scenario() -> None:
+        first, second = FakeSidecar("w1", step_s=None), FakeSidecar("w2", step_s=None)
+        first.is_reluctant = True
+        async with pausing(first) as it:
+            low = await running(it, first, "low")
+            await report(it, first, used=FULL)
+            high = Call(it, "high", priority=1, max_tokens=3)
+            await first.until(lambda: first.aborts)
+            first.is_draining = True
+            first.say_state(worker_pb2.ENGINE_STATE_SERVING)
+            ended = attempt_pb2.AttemptEnded(
+                slot=first.aborts[0],
+                end_offset=len(low.ids[0]),
+                failure=worker_pb2.FAILURE_KIND_DRAIN,
+                detail="handed over",
+            )
+            first.say_frame(attempt_pb2.StepFrame(ended=[ended]))
+            await it.until_ready(0)
+            assert not is_paused(it, low), "it looks for a worker by itself"
+            await it.add(second)
+            await second.until(lambda: sorted(begun(second)) == ["high", "low"])
+            await finished(second, low, high)
+            assert low.ids[0] == reference(PROMPT, LONG)
+            assert [one.failure for one in low.finished.attempts if one.failure] == [
+                FailureKind.DRAIN
+            ]
+            assert count_of(it, "choices_paused") == 0
 
     run(scenario())
 

@@ -9,6 +9,9 @@ import pytest
 from tests.integration.worlds import World, real_mesh
 from unbroken.chaos import processes
 from unbroken.client import Client
+from unbroken.discovery import connect
+from unbroken.drain import drain_frontend
+from unbroken.errors import Reason
 from unbroken.history import History, record
 from unbroken.outcome import FailureKind
 from unbroken.v1 import inference_service_pb2 as pb
@@ -106,6 +109,40 @@ def test_who_is_paused_for_a_higher_priority_has_the_tokens_of_an_undisturbed_ru
             usage = one.finished.usage
             assert usage.completion_tokens == num_choices * NUM_TOKENS
             assert (usage.recomputed_prefill_tokens > 0) is was_paused(one)
+
+    world.run(scenario())
+
+
+def test_a_paused_stream_goes_on_at_another_frontend_when_its_own_drains(world: World) -> None:
+    async def scenario() -> None:
+        first, second = world.mesh.frontend_addresses
+        async with Client(first, second) as client:
+            streams = [options(number, 1) for number in range(3)]
+            expected = await undisturbed(client, streams)
+            calls = [client.generate(**one) for one in streams]
+            readings = [asyncio.create_task(record(call)) for call in calls]
+            await until_full(client)
+            urgent = client.generate(
+                token_ids=[7] * 32, max_tokens=200, temperature=0, priority=10, ignore_eos=True
+            )
+            hearing = asyncio.create_task(record(urgent))
+            while not (paused := await paused_streams(client)):
+                assert not hearing.done(), "somebody has to make room for it"
+                await asyncio.sleep(0.005)
+            drained = await drain_frontend(connect(world.mesh.directory), "f1")
+            assert await world.mesh.until_one_ends() == ("f1", 0)
+            seen = [await reading for reading in readings]
+            heard = await hearing
+        assert drained.num_cut == 0
+        for call, one, truth in zip(calls, seen, expected, strict=True):
+            assert one.difference(truth).is_none
+            if call.request_id in paused:
+                (seam,) = call.resumes
+                assert (seam.from_address, seam.to_address) == (first, second)
+                assert seam.reason is Reason.DRAINING
+        assert heard.num_tokens == 200
+        await world.mesh.restart("f1")
+        await world.mesh.until_serving(["w1"], ["f1", "f2"])
 
     world.run(scenario())
 
