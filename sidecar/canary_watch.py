@@ -3,6 +3,7 @@
 Everything is seen from the hub's counters, at every look, so the hot path knows nothing of it.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
@@ -14,6 +15,7 @@ from sidecar.hub import Hub
 from sidecar.link import Attempt
 from unbroken import log
 from unbroken.outcome import FailureKind
+from unbroken.tokenizer import Tokenizer, asset_from_proto
 from unbroken.v1 import attempt_pb2, worker_pb2
 
 _log = log.get_logger(__name__)
@@ -29,16 +31,19 @@ class CanaryWatch:
         *,
         name: str,
         prompt: tuple[int, ...] = (),
+        text: str = "",
         on_unfit: Callable[[], None],
     ) -> None:
         """Probes are called after `name`, unique to this life of the sidecar. `prompt` is what to
-        ask with instead of the tokenizer's beginning; `on_unfit` is called when the engine is to be
-        given up.
+        ask with instead of the tokenizer's beginning, or `text`, as the tokenizer encodes it;
+        `on_unfit` is called when the engine is to be given up.
         """
         self.decisions = decisions
         self._hub = hub
         self._name = name
         self._prompt = prompt
+        self._text = text
+        self._encoding: asyncio.Future[tuple[int, ...]] | None = None
         self._on_unfit = on_unfit
         self._up: EngineUp | None = None
         self._asked: dict[int, Attempt] = {}
@@ -61,6 +66,7 @@ class CanaryWatch:
             self._up = hub.up
             for of_this_life in (self._asked, self._left, self._loads, self._moved):
                 of_this_life.clear()
+            self._encode()
             self._obey(self._began(now))
         if self._up is None:
             return
@@ -80,8 +86,29 @@ class CanaryWatch:
         if self._has_progressed(now):
             self._obey(decisions.progressed(moved))
             self._moved.clear()
-        is_guarded = self._is_guarded(now)
+        is_guarded = self._is_guarded(now) or not self._has_prompt()
         self._obey(decisions.look(now, is_guarded=is_guarded, num_left=len(self._left)))
+
+    def _encode(self) -> None:
+        """Find out what to ask this life with; its tokenizer may take a second to parse."""
+        if self._text and self._up is not None:
+            loop = asyncio.get_running_loop()
+            tokenizer = self._up.tokenizer
+            self._encoding = loop.run_in_executor(None, ids_of, self._text, tokenizer)
+
+    def _has_prompt(self) -> bool:
+        """Whether that is known: within one life nothing else is asked, as answers are compared."""
+        if self._encoding is None:
+            return True
+        if not self._encoding.done():
+            return False
+        if (error := self._encoding.exception()) is not None:
+            _log.error("canary text cannot be encoded", detail=f"{type(error).__name__}: {error}")
+            self._prompt = ()  # As if it were not configured.
+        else:
+            self._prompt = self._encoding.result()
+        self._encoding = None
+        return True
 
     def _ranks_moved(self) -> set[int] | None:
         """Ranks whose load is another than when there was progress last; None if that is not told.
@@ -190,3 +217,11 @@ class CanaryWatch:
 
 def _has_work(rank: worker_pb2.RankLoad) -> bool:
     return bool(rank.kv_blocks_used or rank.requests_running or rank.requests_waiting)
+
+
+def ids_of(text: str, tokenizer: worker_pb2.Tokenizer) -> tuple[int, ...]:
+    """A text as its tokenizer encodes it. Raises ValueError if nothing is left of it."""
+    ids = Tokenizer(asset_from_proto(tokenizer)).encode(text, add_special=True)
+    if not ids:
+        raise ValueError(f"expected a text with tokens, got {text!r}")
+    return tuple(ids)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sidecar.drain import Policy
+from sidecar.engines.adapter import Part
 from unbroken.config import Address, ProcessConfig
 from unbroken.realtime import RealtimePriority
 
@@ -40,6 +41,8 @@ class SidecarConfig(ProcessConfig):
     """Where an engine of another protocol serves; without a command, one that runs already."""
     engine_tokenizer: Path | None = None
     """Directory with the model's tokenizer.json, for engines that hand out none."""
+    engine_part: Part = Part.WHOLE
+    """What it does, if other engines do the rest: probes then ask it so that it needs none."""
     engine_model: str = ""
     """Name under which requests ask for the model; empty: the engine's own."""
     engine_context_length: int = Field(0, ge=0, le=16_777_216)
@@ -67,6 +70,8 @@ class SidecarConfig(ProcessConfig):
     and the sidecar exits with 1. 0: never."""
     canary_prompt: str = Field("", pattern=r"^(\d+(,\d+)*)?$", max_length=1000)
     """Token ids to ask it with, separated by commas; without, how the tokenizer begins a text."""
+    canary_text: str = Field("", max_length=1000)
+    """A text to ask it with instead, as its tokenizer encodes it."""
     heartbeat_interval_s: float = Field(0.1, ge=0.01, le=10)
     """Between two heartbeats to a frontend."""
     link_silence_max_s: float = Field(5.0, ge=0.1, le=600)
@@ -103,6 +108,12 @@ class SidecarConfig(ProcessConfig):
                 f"expected canary_timeout_s up to canary_period_s ({self.canary_period_s:g}), got "
                 f"{self.canary_timeout_s:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _canary_asks_one_thing(self) -> "SidecarConfig":
+        if self.canary_prompt and self.canary_text:
+            raise ValueError("expected canary_prompt or canary_text, got both")
         return self
 
     @property

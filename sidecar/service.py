@@ -115,6 +115,7 @@ class Sidecar:
             self._canary,
             name=str(incarnation),
             prompt=config.canary_ids,
+            text=config.canary_text,
             on_unfit=lambda: self.tell_drain(drain.Failed()),
         )
         reporter = orca.LoadReporter(self._load_report, clock=self._clock)

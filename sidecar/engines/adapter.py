@@ -9,6 +9,7 @@ What an engine can do is said once, in `Discovered`; nobody asks later which kin
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum, auto
 from typing import Final, Protocol, TypeAlias
 
 from unbroken.generation import GenerationParams, TokenLogprobs
@@ -85,6 +86,16 @@ Tapped: TypeAlias = LoadOfRank | BlocksStored | BlocksRemoved | BlocksCleared
 # What an engine is asked, and what comes of it.
 
 
+class Part(StrEnum):
+    """What an engine does of requests."""
+
+    WHOLE = auto()
+    PREFILL = auto()
+    """It computes prompts, and others go on from its KV blocks."""
+    DECODE = auto()
+    """It goes on from KV blocks of others."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One attempt as the engine is asked for it. Its engine can do all that the parameters ask."""
@@ -100,6 +111,9 @@ class Call:
     output: tuple[int, ...] = ()
     """What came of it before, elsewhere; of `max_tokens` so many are spent. Asked only of engines
     with `native_resume`."""
+    alone: Part = Part.WHOLE
+    """Of an engine that does only this, it is asked without the others: a probe, which the engine
+    has to compute by itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, assert_never
 
 from typing_extensions import override
@@ -29,6 +29,7 @@ from sidecar.engines.adapter import (
     Discovered,
     LoadOfRank,
     NotReady,
+    Part,
     Unhealthy,
     Unusable,
 )
@@ -88,17 +89,21 @@ class CallEngine(Lives["_Life"]):
         *,
         vouched: Vouched | None = None,
         pace: Pace | None = None,
+        part: Part = Part.WHOLE,
     ) -> None:
-        """`adapter` opens a connection to the address of `launch`."""
+        """`adapter` opens a connection to the address of `launch`, whose engine does `part`."""
         super().__init__(launch)
         self._adapter = adapter
         self._vouched = vouched or Vouched()
         self._pace = pace or Pace()
+        self._part = part
 
     @override
     def _begin(self, incarnation: int, listener: EngineListener) -> "_Life":
         adapter = self._adapter(self._launch.address)
-        return _Life(incarnation, self._launch, listener, adapter, self._vouched, self._pace)
+        return _Life(
+            incarnation, self._launch, listener, adapter, self._vouched, self._pace, self._part
+        )
 
     @override
     def start(self, message: attempt_pb2.StartAttempt) -> None:
@@ -170,11 +175,13 @@ class _Life(Life):
         adapter: Adapter,
         vouched: Vouched,
         pace: Pace,
+        part: Part,
     ) -> None:
         super().__init__(incarnation, launch, listener)
         self._adapter = adapter
         self._vouched = vouched
         self._pace = pace
+        self._part = part
         self._name = secrets.token_hex(4)  # Engines outlive us, and know the calls we made before.
         self._columns = Columns()
         self._attempts: dict[int, _Attempt] = {}  # By slot.
@@ -273,7 +280,8 @@ class _Life(Life):
         params = GenerationParams(
             SamplingParams(temperature=0.0), StopConditions(max_tokens=1, ignore_eos=True)
         )
-        call = Call(f"probe.{self._name}.{secrets.token_hex(4)}", (bos,), params, 1)
+        name = f"probe.{self._name}.{secrets.token_hex(4)}"
+        call = Call(name, (bos,), params, 1, alone=self._part)
         async with aclosing(self._adapter.generate(call)) as deltas:
             async for delta in deltas:
                 if delta.token_ids or delta.end is not None:
@@ -294,6 +302,8 @@ class _Life(Life):
         name = f"{stream.request_id}.{stream.choice_index}.{message.epoch}.{self._name}-{slot}"
         try:
             call = call_of(message, found, name)
+            if message.is_probe:
+                call = replace(call, alone=self._part)
         except InvalidField as error:
             self._refuse(slot, FailureKind.REJECTED, error.detail)
             return

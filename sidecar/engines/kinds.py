@@ -49,7 +49,10 @@ def engine_of(config: SidecarConfig, directory: Path) -> Engine:
         config.engine_context_length,
     )
     return CallEngine(
-        launch, adapter_of(config.engine_protocol, config.engine_tokenizer), vouched=vouched
+        launch,
+        adapter_of(config.engine_protocol, config.engine_tokenizer),
+        vouched=vouched,
+        part=config.engine_part,
     )
 
 

@@ -18,7 +18,7 @@ from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb  # pyright: igno
 from smg_grpc_proto.generated import sglang_scheduler_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
-from sidecar.engines.adapter import END_REASONS, Call, Delta, Discovered, End, LoadOfRank
+from sidecar.engines.adapter import END_REASONS, Call, Delta, Discovered, End, LoadOfRank, Part
 from sidecar.engines.smg import SmgAdapter, logprobs_of
 from sidecar.engines.tokenizer_process import read_asset
 from unbroken.generation import Constraint
@@ -37,6 +37,9 @@ _FACTS: Final = (
     "enable_deterministic_inference",
 )
 """Arguments of the server that its logits depend on."""
+
+_NOBODY: Final = pb.DisaggregatedParams(bootstrap_host="2.2.2.2", bootstrap_room=0)
+"""Its FAKE_BOOTSTRAP_HOST: half an engine that is asked so waits for no other half."""
 
 
 class SglangAdapter(SmgAdapter):
@@ -109,6 +112,7 @@ class SglangAdapter(SmgAdapter):
             top_logprobs_num=num_top or 0,
             stream=True,
             data_parallel_rank=call.rank,
+            disaggregated_params=None if call.alone is Part.WHOLE else _NOBODY,
         )
 
     @override

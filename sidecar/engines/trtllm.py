@@ -17,7 +17,7 @@ from smg_grpc_proto.generated import trtllm_service_pb2 as pb  # pyright: ignore
 from smg_grpc_proto.generated import trtllm_service_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
-from sidecar.engines.adapter import Call, Delta, Discovered, End, Unhealthy
+from sidecar.engines.adapter import Call, Delta, Discovered, End, Part, Unhealthy
 from sidecar.engines.smg import SmgAdapter
 from sidecar.engines.tokenizer_process import read_asset
 from unbroken.generation import Constraint, TokenLogprobs
@@ -39,6 +39,11 @@ _REASONS: Final = {
     "length": FinishReason.LENGTH,
 }
 _HEALTHY: Final = "OK"
+
+_BOTH: Final = pb.DisaggregatedParams(
+    request_type=pb.DisaggregatedParams.REQUEST_TYPE_CONTEXT_AND_GENERATION
+)
+"""Half an engine that is asked so computes the other half too."""
 
 
 class TrtllmAdapter(SmgAdapter):
@@ -105,6 +110,7 @@ class TrtllmAdapter(SmgAdapter):
             stop_token_ids=sorted(stopping.stop_token_ids),
             ignore_eos=stopping.ignore_eos,
             include_stop_token_in_output=True,
+            disaggregated_params=None if call.alone is Part.WHOLE else _BOTH,
         )
 
     @override

@@ -40,11 +40,13 @@ class SglangServer(sglang_scheduler_pb2_grpc.SglangSchedulerServicer):
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.requests: list[pb.GenerateRequest] = []
 
     @override
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse]:
+        self.requests.append(request)
         prompt = list(request.tokenized.input_ids)
         num = 0
         try:

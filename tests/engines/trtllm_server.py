@@ -35,11 +35,13 @@ class TrtllmServer(trtllm_service_pb2_grpc.TrtllmServiceServicer):
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.requests: list[pb.GenerateRequest] = []
 
     @override
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse]:
+        self.requests.append(request)
         prompt = list(request.tokenized.input_token_ids)
         all_ids: list[int] = []
         all_logprobs: list[pb.TokenLogprob] = []

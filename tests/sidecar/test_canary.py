@@ -1,6 +1,8 @@
 """What the canary decides, and what it makes of an engine, on a clock that a test moves."""
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -18,9 +20,11 @@ from sidecar.canary import (
 )
 from sidecar.canary_watch import CanaryWatch
 from sidecar.watchdog import LOOK_INTERVAL_S
-from tests.sidecar.fakes import Desk, failed
+from tests.sidecar.fakes import Desk, engine_up, failed
 from unbroken.outcome import FailureKind
+from unbroken.tokenizer import Tokenizer, asset_to_proto
 from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
+from worker import simulated_tokenizer
 
 PERIOD_S = 1.0
 TIMEOUT_S = 0.5
@@ -204,11 +208,15 @@ def test_our_own_standstill_is_not_the_engines() -> None:
 class Watched:
     """A desk whose engine is watched."""
 
-    def __init__(self) -> None:
-        self.desk = Desk()
+    def __init__(self, text: str = "", tokenizer: worker_pb2.Tokenizer | None = None) -> None:
+        self.desk = Desk(is_up=tokenizer is None)
+        if tokenizer is not None:
+            self.desk.hub.on_up(replace(engine_up(), tokenizer=tokenizer))
         self.frontend = self.desk.frontend()
         self.is_unfit = False
-        self.watch = CanaryWatch(self.desk.hub, Canary(POLICY), name="1", on_unfit=self._unfit)
+        self.watch = CanaryWatch(
+            self.desk.hub, Canary(POLICY), name="1", text=text, on_unfit=self._unfit
+        )
         self.num_steps = 0
 
     def _unfit(self) -> None:
@@ -358,3 +366,21 @@ def test_ranks_of_which_nothing_is_told_are_not_taken_for_dead() -> None:
         it.desk.hub.watch()
         it.watch.look()
     assert it.probes() == []
+
+
+def test_a_text_is_asked_once_it_is_encoded_and_what_cannot_be_is_not_asked() -> None:
+    asset = simulated_tokenizer.asset()
+    sound, broken = asset_to_proto(asset), worker_pb2.Tokenizer(vocab_size=100, bos_token_id=42)
+    expected = Tokenizer(asset).encode("batoki remu", add_special=True)
+
+    async def scenario() -> None:
+        for tokenizer, ids in ((sound, expected), (broken, [42])):
+            it = Watched("batoki remu", tokenizer)
+            it.watch.look()
+            async with asyncio.timeout(10):
+                while not it.probes():
+                    it.after(0.1)
+                    await asyncio.sleep(0.001)
+            assert list(it.probes()[0].checkpoint.prompt_token_ids) == ids
+
+    asyncio.run(scenario())
