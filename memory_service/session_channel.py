@@ -682,22 +682,21 @@ class Connection:
         slab_ids, slots, generations, sums, tokens, algorithms = zip(
             *[block.told for block in pin.blocks], strict=True
         )
-        pinned = wire.Pinned(
-            pin_id=pin.pin_id,
-            slab_ids=slab_ids,
-            slots=slots,
-            generations=generations,
-            checksums=sums,
-            num_tokens=tokens,
-            checksum_algorithms=(
-                []
-                if set(algorithms) == _ALL_XXH3
-                else map(pb.ChecksumAlgorithm.ValueType, algorithms)
-            ),
-            new_slabs=[labels.slab_to_proto(slab) for slab in new],
-            freed_slab_ids=freed,
-        )
-        return _reply(fds, fds, pinned=pinned)
+        response = wire.SessionResponse()
+        pinned = response.pinned  # Filled in place: a message that is passed on is copied.
+        pinned.pin_id = pin.pin_id
+        pinned.slab_ids.extend(slab_ids)
+        pinned.slots.extend(slots)
+        pinned.generations.extend(generations)
+        pinned.checksums.extend(sums)
+        pinned.num_tokens.extend(tokens)
+        if set(algorithms) != _ALL_XXH3:
+            pinned.checksum_algorithms.extend(map(pb.ChecksumAlgorithm.ValueType, algorithms))
+        if new:
+            pinned.new_slabs.extend(map(labels.slab_to_proto, new))
+        if freed:
+            pinned.freed_slab_ids.extend(freed)
+        return response, fds, fds
 
     async def _close_slab(self, session: Session, slab_id: int) -> Answer:
         owner = self._owner

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -77,6 +78,10 @@ class StoredBlock(NamedTuple):
     checksum: int
     algorithm: Algorithm
     """Of the checksum."""
+
+
+_stored: Callable[[Iterable[object]], StoredBlock] = partial(tuple.__new__, StoredBlock)
+"""As `StoredBlock._make`, with no line of Python: a get makes many."""
 
 
 class Pinned:
@@ -393,7 +398,7 @@ class MemoryClient:
     def _blocks(self, pinned: wire.Pinned) -> list[StoredBlock]:
         """The first of them that this process can read."""
         # Columns as lists, and no loop of our own where none is needed: this is a hot path.
-        slab_ids, slots = list(pinned.slab_ids), list(pinned.slots)
+        slab_ids, slots = pinned.slab_ids[:], pinned.slots[:]
         views: dict[int, tuple[memoryview, int]] = {}
         for slab_id in dict.fromkeys(slab_ids):
             slab = self._readable(slab_id)
@@ -412,15 +417,8 @@ class MemoryClient:
         algorithms = [Algorithm.XXH3] * len(datas)
         if pinned.checksum_algorithms:
             algorithms = _known(pinned.checksum_algorithms)
-        return list(
-            map(
-                StoredBlock,
-                datas,
-                pinned.num_tokens,
-                pinned.checksums,
-                algorithms,
-            )
-        )
+        rows = zip(datas, pinned.num_tokens[:], pinned.checksums[:], algorithms, strict=False)
+        return list(map(_stored, rows))
 
     def grant_reads(self, ttl_s: float) -> bytes:
         """A ticket with which another host may read this tenant's blocks for so long.

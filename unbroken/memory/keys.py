@@ -79,4 +79,4 @@ def split(keys: bytes) -> list[bytes]:
     """Keys that came one after the other. Raises ValueError if they are not whole."""
     if len(keys) % KEY_BYTES:
         raise ValueError(f"expected keys of {KEY_BYTES} bytes, got {len(keys)} bytes")
-    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+    return list(struct.unpack(f"{KEY_BYTES}s" * (len(keys) // KEY_BYTES), keys))
