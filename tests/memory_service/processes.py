@@ -14,14 +14,26 @@ from typing import Any
 
 from unbroken.memory.client import MemoryClient
 
-START_S_MAX = 20.0
+START_S_MAX = 180.0
+"""A machine that is full starts slowly, which is nobody's fault: only one that never comes is."""
+ANSWER_S_MAX = 120.0
+"""The same of a victim, whose own limit is shorter."""
+
+
+class Died(AssertionError):  # noqa: N818 - It names what happened.
+    """A service ended by itself."""
+
+
+class TooSlow(AssertionError):  # noqa: N818 - It names what happened.
+    """Something did not happen in time, though nothing died: it says nothing about promises."""
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
     """Wait for something that nothing announces."""
     give_up_at = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < give_up_at, f"not in {seconds:g} s: {what}"
+        if time.monotonic() > give_up_at:
+            raise TooSlow(f"not in {seconds:g} s: {what}")
         time.sleep(0.002)
 
 
@@ -72,7 +84,9 @@ class ServiceProcess:
 
     def serves(self) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None, (self.directory / "service.log").read_text()[-2000:]
+        if (status := self.process.poll()) is not None:
+            text = (self.directory / "service.log").read_text()[-2000:]
+            raise Died(f"expected a service that runs, it ended with {status}: {text}")
         log = (self.directory / "service.log").read_bytes()
         return log.count(b"memory service serves") >= self.num_spawned
 
@@ -147,8 +161,9 @@ class Victims:
         }
         self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
         self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], 20.0)
-        assert ready, f"no answer about {wanted}"
+        ready, _, _ = select.select([self._process.stdout], [], [], ANSWER_S_MAX)
+        if not ready:
+            raise TooSlow(f"no answer about {wanted}")
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:

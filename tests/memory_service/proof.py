@@ -2,7 +2,8 @@
 
     python -m tests.memory_service.proof [--kills 20000] [--outages 20] [--corruptions 200]
 
-Ends with one line of JSON. Exits with 1 if anything was wrong, lost, leaked or not noticed.
+Ends with one line of JSON. Exits with 1 if anything was wrong, lost, leaked or not noticed, or a
+service died by itself; and with 3 if the machine was too slow to say.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 from tests.memory_service.corruptions import Corruptions
-from tests.memory_service.processes import serving, until
+from tests.memory_service.processes import Died, TooSlow, serving, until
 from tests.memory_service.restarts import Outage, Users
 from tests.memory_service.test_kills import NEEDS
 from tests.memory_service.trials import SIGNALS, Trials
@@ -123,6 +124,22 @@ def main() -> int:
     parser.add_argument("--corruptions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    try:
+        return prove(given)
+    except Died as error:
+        return unproved("died", error, 1)
+    except TooSlow as error:
+        return unproved("too_slow", error, 3)
+
+
+def unproved(how: str, error: AssertionError, status: int) -> int:
+    """It broke off."""
+    say(json.dumps({"ok": False, how: str(error)}))
+    return status
+
+
+def prove(given: argparse.Namespace) -> int:
+    """All of it."""
     begun = time.monotonic()
     caught, violations = corruptions(given.corruptions, given.seed)
     lost = outages(given.outages)

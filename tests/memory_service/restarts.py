@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from tests.memory_service.processes import ServiceProcess, until
+from tests.memory_service.processes import START_S_MAX, ServiceProcess, until
 from tests.memory_service.victim import BLOCK_BYTES, bytes_of, key_of
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory.client import BlockWriter, MemoryClient, SegmentClass
@@ -33,8 +33,8 @@ class Users:
 
     def __init__(self, service: ServiceProcess) -> None:
         self.service = service
-        self.writing = service.client(client="writer")
-        self.reading = service.client(client="reader")
+        self.writing = service.client(client="writer", rebind_timeout_s=START_S_MAX)
+        self.reading = service.client(client="reader", rebind_timeout_s=START_S_MAX)
         self.writer = self.writing.open_writer(BLOCK_BYTES, 8192)
         self.weights = self.writing.create("weights", SegmentClass.WEIGHTS, [4096])
         self.weights.slabs[0][:] = bytes_of(key_of(0, 0))
@@ -77,7 +77,7 @@ class Users:
     def until_written(self, number: int) -> None:
         """So many more blocks."""
         goal = self._go_on(number)
-        until(lambda: self.num_told >= goal or bool(self.errors), "blocks are written", 20)
+        until(lambda: self.num_told >= goal or bool(self.errors), "blocks are written", START_S_MAX)
 
     def _go_on(self, number: int) -> int:
         self._goal = goal = self.num_told + number
@@ -95,7 +95,7 @@ class Users:
         self.service.spawn()
         self.reading.find([bytes(32)])  # Comes back with the new service's answer.
         answered_at = time.time()
-        until(self.service.serves, "the service serves", 20)
+        until(self.service.serves, "the service serves", START_S_MAX)
         started_at = started(self.service)
         outage = Outage(answered_at - started_at, answered_at - killed_at, before)
         if not with_vault:

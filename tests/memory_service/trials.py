@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tests.memory_service.processes import ServiceProcess, Victims, until
+from tests.memory_service.processes import ANSWER_S_MAX, ServiceProcess, Victims, until
 from tests.memory_service.victim import BLOCK_BYTES, bytes_of, key_of
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.transport import open_channel
@@ -15,6 +15,8 @@ from unbroken.v1 import memory_pb2_grpc
 
 EVERY_LINE = 10**9
 """A line that no victim comes to: it counts those it runs, and lives."""
+FENCED_S_MAX = 60.0
+"""Of a process that was killed, on a machine that is full: as a rule it takes milliseconds."""
 ResultT = TypeVar("ResultT")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGABRT)
 
@@ -46,7 +48,7 @@ class Control:
 
     def _ask(self, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
         async def asked() -> ResultT:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(ANSWER_S_MAX):
                 return await call()
 
         return self._runner.run(asked())
@@ -132,7 +134,7 @@ class Trials:
             session = self.control.sessions().get(session_id)
             return session is None or session.fence >= pb.FENCE_LEVEL_QUIET
 
-        until(is_fenced, f"proof that {self._where} is dead")
+        until(is_fenced, f"proof that {self._where} is dead", FENCED_S_MAX)
 
     def _judge_blocks(self, said: dict[str, list[Any]]) -> None:
         committed = {number for (number,) in said.get("committed", [])}
