@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from unbroken.memory.cuda import CudaGpu
+from unbroken.memory.cuda import CudaGpu, device_uuids
 from unbroken.memory.cuda_kernels import asked
 
 _READ_ONLY: Final = 8
@@ -22,9 +22,8 @@ class HostCopies:
         cu: Any = importlib.import_module("cuda.bindings.driver")
         self._cu = cu
         self._gpu = gpu
-        (count,) = asked(cu, "count devices", cu.cuDeviceGetCount())
-        assert count, "there is the one of `gpu`"
-        (device,) = asked(cu, "give a device", cu.cuDeviceGet(0))
+        ordinal = device_uuids().index(gpu.uuid)
+        (device,) = asked(cu, "give a device", cu.cuDeviceGet(ordinal))
         (context,) = asked(cu, "give a context", cu.cuDevicePrimaryCtxRetain(device))
         asked(cu, "use its context", cu.cuCtxSetCurrent(context))
 

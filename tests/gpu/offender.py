@@ -21,14 +21,14 @@ def main() -> int:
     gpu = CudaGpu(uuid)
     client = GpuMemoryClient(Path(socket), gpu, client="offender")
     weights = client.attach_on_gpu(name)
-    tensor = torch.as_tensor(weights.on_gpu.slabs[0], device="cuda")
+    tensor = torch.as_tensor(weights.on_gpu.slabs[0])
     assert tensor.data_ptr() == weights.on_gpu.address, "it is the slab itself"
     assert int(tensor[:1024].sum()) >= 0, "it may be read"
     print("attached", flush=True)  # noqa: T201
     sys.stdin.readline()
     try:
         tensor[:4096].fill_(1)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(tensor.device)
     except Exception as error:
         print(f"refused: {str(error).splitlines()[0]}", flush=True)  # noqa: T201
         return 3

@@ -80,7 +80,10 @@ class StoredBlock(NamedTuple):
     """Of the checksum."""
 
 
-_stored: Callable[[Iterable[object]], StoredBlock] = partial(tuple.__new__, StoredBlock)
+_stored: Callable[[Iterable[object]], StoredBlock] = partial(
+    tuple.__new__,  # pyright: ignore[reportUnknownMemberType] - Its elements are what is given.
+    StoredBlock,
+)
 """As `StoredBlock._make`, with no line of Python: a get makes many."""
 
 
