@@ -1,9 +1,20 @@
-"""Claims of `memory_service.readers`."""
+"""Claims of `memory_service.readers`, and of what the service does about them."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 import pytest
 
+from memory_service.accounts import HOST, Limits
+from memory_service.control import Control
+from memory_service.holdings import Holdings, Policy
+from memory_service.keeper import Keeper
+from memory_service.memfd import MemfdBackend
 from memory_service.readers import READERS_MAX, SHARED_MAX, TENANT_MAX, Readers
+from memory_service.scrubber import Scrubber
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.v1 import memory_pb2 as pb
 
 
 def refused(readers: Readers, tenant: str) -> bool:
@@ -42,3 +53,34 @@ def test_there_is_an_end_to_readers() -> None:
 def test_one_that_did_not_begin_does_not_end() -> None:
     with pytest.raises(KeyError):
         Readers().end("a")
+
+
+def test_the_service_counts_the_readers_of_each_tenant() -> None:
+    async def scenario() -> None:
+        holdings = Holdings(Policy(Limits(1 << 20, 1 << 20)), 1)
+        keeper = Keeper(holdings, {HOST: MemfdBackend()}, on_forget=lambda _: None)
+        scrubber = Scrubber(holdings, keeper, bytes_per_s=0, count=lambda _: None)
+        control = Control(holdings, keeper, scrubber, on_change=lambda: None)
+
+        async def begun(tenant: str) -> AsyncGenerator[pb.ReadBlocksResponse]:
+            """A call that has had its first answer, and waits for its reader."""
+            request = pb.ReadBlocksRequest(tenant=tenant, keys=bytes(32))
+            call = cast(
+                "AsyncGenerator[pb.ReadBlocksResponse]",
+                control.ReadBlocks(request, cast("Any", None)),
+            )
+            assert (await anext(call)).end == pb.READ_END_MISSING
+            return call
+
+        calls = [await begun("greedy") for _ in range(TENANT_MAX)]
+        with pytest.raises(UnbrokenError) as raised:
+            await begun("greedy")
+        assert raised.value.reason is Reason.OVERLOADED
+        calls.append(await begun("other"))
+        await calls.pop(0).aclose()
+        calls.append(await begun("greedy"))
+        for call in calls:
+            await call.aclose()
+        keeper.close()
+
+    asyncio.run(scenario())
