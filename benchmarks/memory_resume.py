@@ -8,7 +8,8 @@ again (C), those of another from the blocks that a memory service kept (R). Each
 compared with an undisturbed run without a memory service.
 
 Then what storing costs: one engine decodes at that context, in turns of two blocks with and without
-storing them. A token takes the median of the turns' tokens.
+storing them. What counts is the processor's time of all its threads, so that other work of the
+machine does not: on one core, that is what the token rate would lose.
 
 Ends with one line of JSON.
 """
@@ -190,7 +191,7 @@ async def _streamed(mesh: LocalMesh, client: Client, prompt: list[int], cut: int
 
 
 async def _cost(prompt: list[int], num_turns: int = 24) -> float:
-    """How much longer a token takes, as a share, while blocks are stored."""
+    """How much more a token takes, as a share, while blocks are stored."""
     with (
         tempfile.TemporaryDirectory(prefix="unbroken-") as directory,
         serving(Path(directory)) as service,
@@ -218,7 +219,7 @@ async def _cost(prompt: list[int], num_turns: int = 24) -> float:
 async def _turns(
     runner: LlamaRunner, prompt: list[int], num_tokens: int
 ) -> dict[bool, list[float]]:
-    """By whether blocks were stored: seconds that a token of each turn took."""
+    """By whether blocks were stored: processor seconds that a token of each turn took."""
     scheduler = Scheduler(runner.spec)
     start = attempt_pb2.StartAttempt(slot=1)
     start.checkpoint.prompt_token_ids.extend(prompt)
@@ -235,7 +236,7 @@ async def _turns(
         scheduler.commit(plan, await runner.execute(plan))
         num_output = len(sequence.output)
         if num_output and num_output % (2 * BLOCK_SIZE) == 1 and num_output != num_begun:
-            now = time.perf_counter()
+            now = time.process_time()
             if num_begun:
                 took_s[turn].append((now - begun) / (num_output - num_begun))
             turn, begun, num_begun = not turn, now, num_output

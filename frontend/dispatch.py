@@ -42,7 +42,7 @@ from unbroken.generation import params_to_proto
 from unbroken.holdings import StreamName
 from unbroken.outcome import ContinuationClass, FailureKind
 from unbroken.thresholds import Thresholds
-from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2
+from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2, worker_pb2
 
 MOVE_TOLD_S: Final = 0.05
 """A client is told where its stream has gone with the next token, or so much later: when an engine
@@ -466,8 +466,9 @@ class Choice:
         self._deadline_at = deadline_at
         self._avoid: frozenset[machine.Life] = frozenset()
         self._hashes: dict[tuple[str, int], list[int]] = {}
-        self._memories: set[str] = set()
-        """Memory services of the workers that it ran at."""
+        self._memories: dict[str, worker_pb2.KvHolder | None] = {}
+        """Memory services of the workers that it ran at, the last one last, and how other hosts
+        read there."""
         self._fingerprint: Fingerprint | None = None
         self._is_computing = False  # The resume queue has it on a worker's account.
         self._is_new = is_new
@@ -917,7 +918,9 @@ class Choice:
         view = worker.view
         stored = self._stored()
         if view.memory_service:
-            self._memories.add(view.memory_service)
+            self._write_hint(start.checkpoint.kv, view)
+            self._memories.pop(view.memory_service, None)
+            self._memories[view.memory_service] = worker.kv_holder
         num_tokens = self.num_tokens
         hashes = self._block_hashes(view)
         num_cached = num_known_tokens(view, stored, hashes)
@@ -946,6 +949,13 @@ class Choice:
         if self._params is None:
             self._params = params_to_proto(params)
         write_checkpoint(message, checkpoint, self._params)
+
+    def _write_hint(self, hint: attempt_pb2.KvHint, view: WorkerView) -> None:
+        """Where else KV blocks may be; what they are called the worker knows by their tokens."""
+        for name, holder in reversed(self._memories.items()):
+            if name != view.memory_service and holder is not None:
+                hint.holders.append(holder.address)
+                hint.tickets.append(holder.ticket)
 
     def _computed(self) -> None:
         self._is_computing = False

@@ -42,6 +42,9 @@ class Worker:
     is_draining: bool = False
     liveness: Liveness = Liveness.UNSPECIFIED
     description: worker_pb2.EngineDescription | None = None
+    """Without its kv_holder."""
+    kv_holder: worker_pb2.KvHolder | None = None
+    """Where other hosts read its KV blocks, with a secret ticket."""
     view: WorkerView | None = None
     cached_blocks: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     """Hashes of the prefix blocks that each rank can reuse."""

@@ -664,6 +664,11 @@ class RelayCall(Talker):
             if problem is not None:
                 raise _BrokenContract(problem)
             worker.description = verdict.description
+            worker.kv_holder = None
+            if verdict.description.HasField("kv_holder"):
+                worker.kv_holder = worker_pb2.KvHolder()
+                worker.kv_holder.CopyFrom(verdict.description.kv_holder)
+                verdict.description.ClearField("kv_holder")  # Descriptions are shown to people.
             self._want_tokenizer(verdict.description.tokenizer_fingerprint)
         elif verdict.state == EngineState.ENGINE_STATE_SERVING:
             raise _BrokenContract("expected a description with SERVING")

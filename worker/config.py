@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from unbroken.config import ProcessConfig
+from unbroken.config import Address, ProcessConfig
 
 
 class WorkerConfig(ProcessConfig):
@@ -30,6 +30,10 @@ class WorkerConfig(ProcessConfig):
     """Directory of this host's memory service: KV blocks are kept there, and taken from there."""
     memory_bytes: int = Field(512 * 1024**2, ge=1024**2, le=2**50)
     """Bytes of blocks that this engine keeps there; then the oldest make room."""
+    memory_address: Address | None = None
+    """host:port at which other hosts read there (its --listen); they are let in if it is given."""
+    memory_peers: tuple[Address, ...] = ()
+    """Memory services of other hosts that are trusted to give KV blocks, as host:port."""
     threads: int = Field(0, ge=0, le=1024)
     """llama: threads that compute; 0 lets the engine choose."""
 

@@ -26,6 +26,9 @@ from unbroken.v1 import attempt_pb2, worker_pb2
 from worker.constraints import ConstraintCompiler
 from worker.sampler import Sampler, SamplingError
 
+KV_HOLDERS_MAX = 4
+"""Memory services of other hosts that are asked for the blocks of one sequence."""
+
 Logits: TypeAlias = NDArray[np.float32]  # (vocab_size,)
 
 
@@ -151,6 +154,14 @@ def describe(spec: EngineSpec) -> worker_pb2.EngineDescription:
 # What runs.
 
 
+@dataclass(frozen=True, slots=True)
+class KvHolder:
+    """A memory service of another host, and what lets us read there."""
+
+    address: str
+    ticket: bytes = field(repr=False)
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
     """One attempt inside the engine: its tokens, and how it chooses the next one.
@@ -188,6 +199,8 @@ class Sequence:
 
     kv_slot: int = -1
     """Where its KV lives, in an engine with slots; -1 before it is in the batch."""
+    kv_holders: tuple[KvHolder, ...] = ()
+    """Memory services of other hosts that may have its blocks, best first."""
     kv_keys: KeyChain | None = None
     """Names of its blocks in the memory service; whoever stores them keeps it."""
     runner_state: Any = None
@@ -332,6 +345,10 @@ class ModelRunner(Protocol):
         """What it has exchanged with a memory service; None: it has none."""
         ...
 
+    def kv_holder(self) -> KvHolder | None:
+        """Where other hosts read what it stores; None: nowhere, or that is not known yet."""
+        ...
+
     async def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step; blocking work goes to a thread.
 
@@ -428,6 +445,7 @@ def admit(
         window_tokens=start.window_tokens,
         sampler=sampler,
         kv_root=blocks.root(spec.numerics_id, start.stream.tenant),
+        kv_holders=_holders(start.checkpoint.kv),
         priority=start.priority,
         tenant=start.stream.tenant,
         deadline=(
@@ -438,3 +456,9 @@ def admit(
         is_probe=start.is_probe,
         rank=start.rank if start.HasField("rank") else None,
     )
+
+
+def _holders(hint: attempt_pb2.KvHint) -> tuple[KvHolder, ...]:
+    """The first of them; it is a hint, so what makes no sense is left out."""
+    pairs = zip(hint.holders[:KV_HOLDERS_MAX], hint.tickets, strict=False)
+    return tuple(KvHolder(address, ticket) for address, ticket in pairs)

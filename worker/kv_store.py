@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -26,7 +26,7 @@ from unbroken.memory.keys import KeyChain, KeySpace
 from unbroken.memory.writer import BlockWriter
 from unbroken.v1 import worker_pb2
 from worker.config import WorkerConfig
-from worker.engine import EngineSpec
+from worker.engine import EngineSpec, KvHolder
 from worker.engine import Sequence as Stream
 
 QUEUED_BLOCKS_MAX = 256
@@ -39,6 +39,10 @@ SLAB_BYTES_MIN = 4 << 20
 SLAB_BYTES_MAX = 64 << 20
 """An engine begins with a small slab, and each further one is twice as large: of those that live
 shortly little is left, and what a dead engine left is evicted by whole slabs."""
+TICKET_S = 86_400.0
+"""How long other hosts may read: as long as a memory service allows."""
+_TAKE_S = 0.5
+"""Left of a fetch to make something of what came from another host."""
 _PIN_S = 30.0
 _REBIND_S = 0.2
 _CLOSE_S = 2.0
@@ -57,6 +61,10 @@ class StoreSettings:
     """That of the service."""
     bytes_max: int
     """Of blocks that this engine keeps there; then the oldest make room."""
+    address: str = ""
+    """Where other hosts may read there; empty: nowhere."""
+    peers: frozenset[str] = frozenset()
+    """Memory services of other hosts that are trusted."""
 
     @property
     def socket(self) -> Path:
@@ -72,7 +80,14 @@ class StoreSettings:
 
 def store_settings(config: WorkerConfig) -> StoreSettings | None:
     """What a worker was told; None: it has no memory service."""
-    return None if config.memory is None else StoreSettings(config.memory, config.memory_bytes)
+    if config.memory is None:
+        return None
+    return StoreSettings(
+        config.memory,
+        config.memory_bytes,
+        config.memory_address or "",
+        frozenset(config.memory_peers),
+    )
 
 
 @dataclass(slots=True)
@@ -85,6 +100,8 @@ class _Put:
 class _Fetch:
     keys: list[bytes]
     take: Take
+    holders: tuple[KvHolder, ...]
+    give_up_at: float
     done: threading.Event = field(default_factory=threading.Event)
     num_blocks: int = 0
     taken: Any = None
@@ -101,6 +118,8 @@ class Blocks(Protocol):
     def fetch(
         self, stream: Stream, first_block: int, end_block: int, take: Take
     ) -> tuple[int, Any]: ...
+
+    def holder(self) -> KvHolder | None: ...
 
     def close(self) -> None: ...
 
@@ -126,6 +145,7 @@ class KvStore:
         self._retry_at = 0.0
         self._late: _Fetch | None = None
         """What was waited for too long, until it is done."""
+        self._holder: KvHolder | None = None
         self.use = worker_pb2.KvStoreUse()
         self._thread = threading.Thread(target=self._work, name="kv-store", daemon=True)
         self._thread.start()
@@ -148,7 +168,10 @@ class KvStore:
 
         All of them are intact. `take` is called by another thread, and not at all if there is none.
         """
-        job = _Fetch(self._keys(stream, end_block)[first_block:end_block], take)
+        holders = tuple(one for one in stream.kv_holders if one.address in self._settings.peers)
+        give_up_at = time.monotonic() + FETCH_S_MAX
+        keys = self._keys(stream, end_block)[first_block:end_block]
+        job = _Fetch(keys, take, holders, give_up_at)
         if self._late is not None and self._late.done.is_set():
             self._late = None
         if self._late is None:
@@ -167,6 +190,13 @@ class KvStore:
             self._late = job
         self.use.blocks_missed_total += len(job.keys)
         return 0, None
+
+    def holder(self) -> KvHolder | None:
+        """Where other hosts read what is stored here; None if that is not known yet.
+
+        May be called by any thread.
+        """
+        return self._holder
 
     def close(self) -> None:
         """Leave the blocks to others."""
@@ -200,6 +230,10 @@ class KvStore:
     # The thread.
 
     def _work(self) -> None:
+        with suppress(
+            UnbrokenError, OSError
+        ):  # It may come later; then other hosts do not read there.
+            self._grant_reads()
         while (job := self._jobs.get()) is not None:
             try:
                 self._do(job)
@@ -278,11 +312,35 @@ class KvStore:
                 blocks += takewhile(self._is_ours, (block.data for block in part))
                 if len(blocks) < at + len(keys):
                     break
+            for holder in fetch.holders:
+                if len(blocks) == len(fetch.keys):
+                    break
+                blocks += self._read(holder, fetch, len(blocks))
             taken = fetch.take(blocks) if blocks else None
             num_blocks = len(blocks)
             blocks.clear()
             if all(part.is_valid for part in pinned):
                 fetch.num_blocks, fetch.taken = num_blocks, taken
+
+    def _read(self, holder: KvHolder, fetch: _Fetch, start: int) -> list[memoryview]:
+        """Those of another host from there on, as many as come in time."""
+        left_s = fetch.give_up_at - time.monotonic() - _TAKE_S
+        if left_s <= 0:
+            return []
+        from worker import kv_peers  # With gRPC, which takes 0.1 s to import.
+
+        size = self._spec.block_size
+        found = kv_peers.read_blocks(
+            holder, fetch.keys[start:], self._block_bytes, num_tokens=size, timeout_s=left_s
+        )
+        return [memoryview(block) for block in found]
+
+    def _grant_reads(self) -> None:
+        """Let other hosts read there; and be bound before the first block is stored."""
+        client = self._bound()
+        if client is not None and self._settings.address:
+            ticket = client.grant_reads(TICKET_S)
+            self._holder = KvHolder(self._settings.address, ticket)
 
     def _is_ours(self, data: memoryview) -> bool:
         return len(data) == self._block_bytes

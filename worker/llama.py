@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from unbroken import log
 from unbroken.v1 import worker_pb2
 from worker.config import WorkerConfig
-from worker.engine import EngineSpec, KvRestore, KvSave, Logits, StepPlan, StepResult
+from worker.engine import EngineSpec, KvHolder, KvRestore, KvSave, Logits, StepPlan, StepResult
 from worker.engine import Sequence as Stream
 from worker.gguf_tokenizer import asset_from_gguf
 from worker.kv_store import Blocks, KvStore, store_settings
@@ -150,6 +150,9 @@ class LlamaRunner:
     @property
     def kv_store_use(self) -> worker_pb2.KvStoreUse | None:
         return None if self._store is None else self._store.use
+
+    def kv_holder(self) -> KvHolder | None:
+        return None if self._store is None else self._store.holder()
 
     async def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step.

@@ -188,9 +188,13 @@ class EngineService:
             self._end_session()
         session.has_greeted = True
         self._session = session
+        description = describe(self._runner.spec)
+        if (holder := self._runner.kv_holder()) is not None:
+            description.kv_holder.address = holder.address
+            description.kv_holder.ticket = holder.ticket
         ready = engine_pb2.EngineReady(
             protocol_version=min(hello.protocol_version, PROTOCOL_VERSION),
-            description=describe(self._runner.spec),
+            description=description,
             tokenizer=asset_to_proto(self._runner.spec.tokenizer),
             tells_holdings=True,
         )

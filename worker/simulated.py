@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from unbroken.tokenizer import TokenizerAsset
 from unbroken.v1 import worker_pb2
 from worker import simulated_tokenizer as vocabulary
-from worker.engine import EngineSpec, KvRestore, KvSave, StepPlan, StepResult
+from worker.engine import EngineSpec, KvHolder, KvRestore, KvSave, StepPlan, StepResult
 from worker.engine import Sequence as Stream
 from worker.kv_store import Blocks, KvStore, StoreSettings
 
@@ -218,6 +218,9 @@ class SimulatedRunner:
     @property
     def kv_store_use(self) -> worker_pb2.KvStoreUse | None:
         return None if self._store is None else self._store.use
+
+    def kv_holder(self) -> KvHolder | None:
+        return None if self._store is None else self._store.holder()
 
     def compute(self, plan: StepPlan) -> StepResult:
         """What the step produces, in no time but that of the memory service."""

@@ -41,6 +41,9 @@ class ShelfStore:
         self.use.blocks_restored_total += len(found)
         return len(found), take(found) if found else None
 
+    def holder(self) -> None:
+        return None
+
     def close(self) -> None:
         pass
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.memory_service.processes import ServiceProcess, serving, until
+from tests.memory_service.test_service import remote_address
 from unbroken.generation import GenerationParams
 from worker import kv_store
-from worker.engine import EngineSpec
+from worker.engine import EngineSpec, KvHolder
 from worker.engine import Sequence as Stream
 from worker.kv_store import KvStore, StoreSettings
 from worker.sampler import Sampler
@@ -149,3 +150,48 @@ def test_a_service_that_hangs_costs_one_wait_and_no_more(
         os.kill(service.pid, signal.SIGCONT)
     until(lambda: fetched(one, tokens, 3) == [0, 1, 2], "it answers again")
     one.close()
+
+
+def test_an_engine_of_another_host_reads_what_is_not_here_if_it_trusts_and_is_let_in(
+    tmp_path: Path,
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    listening = ("--listen", "127.0.0.1:0", "--scrub-bytes-per-s", "0")
+    with serving(here) as local, serving(there, *listening) as remote:
+        address = remote_address(remote)
+        tokens = stream(*range(20))
+        writing = KvStore(
+            StoreSettings(remote.directory, 64 * BLOCK_BYTES, address),
+            SPEC,
+            block_bytes=BLOCK_BYTES,
+            layout="test",
+        )
+        put(writing, tokens, 4)
+        until(lambda: writing.holder() is not None, "others are let in")
+        until(lambda: fetched(writing, tokens, 4) == [0, 1, 2, 3], "it was told of")
+        holder = writing.holder()
+        assert holder is not None
+        assert holder.ticket.hex() not in f"{holder}", "it is secret"
+
+        def reading(*peers: str) -> KvStore:
+            return KvStore(
+                StoreSettings(local.directory, 64 * BLOCK_BYTES, peers=frozenset(peers)),
+                SPEC,
+                block_bytes=BLOCK_BYTES,
+                layout="test",
+            )
+
+        trusting, doubting = reading(address), reading("127.0.0.1:1")
+        put(trusting, tokens, 2)
+        for store, hint, expected in (
+            (trusting, holder, [0, 1, 2, 3]),  # Two of its own, and the others.
+            (trusting, KvHolder(address, b"forged"), [0, 1]),
+            (doubting, holder, [0, 1]),
+        ):
+            hinted = stream(*range(20))
+            hinted.kv_holders = (hint,)
+            until(lambda s=store, h=hinted, e=expected: fetched(s, h, 5) == e, f"{expected}")
+        for one in (writing, trusting, doubting):
+            one.close()
