@@ -11,7 +11,13 @@ import pytest
 LIMIT_S = 60.0
 COMMANDS = {
     "frontend": ("frontend", "--frontend-id", "f1"),
-    "frontend of two processes": ("frontend", "--frontend-id", "f1", "--processes", "2"),
+    # The edge of grpcio (`make test-grpcio`) serves with one process.
+    "frontend of two processes": (
+        "frontend",
+        *("--frontend-id", "f1"),
+        *("--edge", "native"),
+        *("--processes", "2"),
+    ),
     "sidecar": ("sidecar", "--worker-id", "w1", "--engine", "simulated"),
 }
 
