@@ -13,8 +13,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -32,7 +33,10 @@ from worker.engine import Sequence as Stream
 QUEUED_BLOCKS_MAX = 256
 """Blocks that wait to be stored; more are dropped."""
 FETCH_S_MAX = 2.0
-"""A fetch that takes longer is a miss."""
+FETCH_BASE_S = 0.25
+FETCH_TOKEN_S = 0.001
+"""A fetch that takes longer than the base and this for each token, or than the maximum, is a miss:
+whoever watches the engine allows a step as much for tokens that it might have to compute."""
 RETRY_S = 1.0
 """After a failure nothing is asked of the service for so long."""
 SLAB_BYTES_MIN = 4 << 20
@@ -41,10 +45,10 @@ SLAB_BYTES_MAX = 64 << 20
 shortly little is left, and what a dead engine left is evicted by whole slabs."""
 TICKET_S = 86_400.0
 """How long other hosts may read: as long as a memory service allows."""
-_TAKE_S = 0.5
-"""Left of a fetch to make something of what came from another host."""
+_READ_SHARE = 0.75
+"""Of the time that a fetch has left: for another host; then something is made of what came."""
 _PIN_S = 30.0
-_REBIND_S = 0.2
+_REBIND_S = 0.1
 _CLOSE_S = 2.0
 
 Take: TypeAlias = Callable[[Sequence[memoryview]], Any]
@@ -135,7 +139,8 @@ class KvStore:
         self._spec = spec
         self._block_bytes = block_bytes
         self._layout = layout
-        self._jobs: queue.Queue[_Put | _Fetch | None] = queue.Queue(QUEUED_BLOCKS_MAX)
+        self._jobs: queue.Queue[_Put | _Fetch | None] = queue.Queue()
+        """Bounded by who puts into it: `QUEUED_BLOCKS_MAX`, one fetch and the end."""
         self._client: MemoryClient | None = None
         self._writers: list[BlockWriter] = []
         self._turn = 0
@@ -156,9 +161,9 @@ class KvStore:
         """Store block `index` of the sequence, soon; or not."""
         assert len(data) == self._block_bytes, "blocks are of one size"
         key = self._keys(stream, index + 1)[index]
-        try:
-            self._jobs.put_nowait(_Put(key, data))
-        except queue.Full:
+        if self._jobs.qsize() < QUEUED_BLOCKS_MAX:
+            self._jobs.put(_Put(key, data))
+        else:
             self.use.blocks_dropped_total += 1
 
     def fetch(
@@ -169,24 +174,22 @@ class KvStore:
         All of them are intact. `take` is called by another thread, and not at all if there is none.
         """
         holders = tuple(one for one in stream.kv_holders if one.address in self._settings.peers)
-        give_up_at = time.monotonic() + FETCH_S_MAX
         keys = self._keys(stream, end_block)[first_block:end_block]
+        num_tokens = len(keys) * self._spec.block_size
+        wait_s = min(FETCH_S_MAX, FETCH_BASE_S + FETCH_TOKEN_S * num_tokens)
+        give_up_at = time.monotonic() + wait_s
         job = _Fetch(keys, take, holders, give_up_at)
         if self._late is not None and self._late.done.is_set():
             self._late = None
         if self._late is None:
-            try:
-                self._jobs.put(job, timeout=FETCH_S_MAX)
-                is_done = job.done.wait(FETCH_S_MAX)
-            except queue.Full:
-                is_done = False
-            if is_done:
+            self._jobs.put(job)
+            if job.done.wait(wait_s):
                 num_blocks = job.num_blocks
                 self.use.blocks_restored_total += num_blocks
                 self.use.restored_bytes_total += num_blocks * self._block_bytes
                 self.use.blocks_missed_total += len(job.keys) - num_blocks
                 return num_blocks, job.taken
-            _log.warning("the memory service is too slow", waited_s=FETCH_S_MAX)
+            _log.warning("the memory service is too slow", waited_s=wait_s)
             self._late = job
         self.use.blocks_missed_total += len(job.keys)
         return 0, None
@@ -200,11 +203,8 @@ class KvStore:
 
     def close(self) -> None:
         """Leave the blocks to others."""
-        try:
-            self._jobs.put(None, timeout=_CLOSE_S)
-        except queue.Full:
-            return  # It hangs, and ends with the process.
-        self._thread.join(_CLOSE_S)
+        self._jobs.put(None)
+        self._thread.join(_CLOSE_S)  # If it hangs, it ends with the process.
 
     def _keys(self, stream: Stream, num_blocks: int) -> list[bytes]:
         chain = stream.kv_keys
@@ -230,10 +230,12 @@ class KvStore:
     # The thread.
 
     def _work(self) -> None:
-        with suppress(
-            UnbrokenError, OSError
-        ):  # It may come later; then other hosts do not read there.
+        if self._settings.peers:
+            import_module("worker.kv_peers")  # With gRPC: 0.1 s that no fetch shall wait for.
+        try:
             self._grant_reads()
+        except (UnbrokenError, OSError):  # It may come later; then other hosts do not read there.
+            self._retry_at = time.monotonic() + RETRY_S
         while (job := self._jobs.get()) is not None:
             try:
                 self._do(job)
@@ -324,11 +326,11 @@ class KvStore:
 
     def _read(self, holder: KvHolder, fetch: _Fetch, start: int) -> list[memoryview]:
         """Those of another host from there on, as many as come in time."""
-        left_s = fetch.give_up_at - time.monotonic() - _TAKE_S
+        from worker import kv_peers
+
+        left_s = (fetch.give_up_at - time.monotonic()) * _READ_SHARE
         if left_s <= 0:
             return []
-        from worker import kv_peers  # With gRPC, which takes 0.1 s to import.
-
         size = self._spec.block_size
         found = kv_peers.read_blocks(
             holder, fetch.keys[start:], self._block_bytes, num_tokens=size, timeout_s=left_s
