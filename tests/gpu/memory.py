@@ -1,6 +1,6 @@
 """`make memory-gpu`: memory of a GPU outlives its processes, and is what it was.
 
-    python -m tests.gpu.memory [--gib 16] [--rounds 10] [--gpu 0]
+    python -m tests.gpu.memory [--gib 16] [--rounds 10] [--gpu 0] [--mps]
 
 Needs a GPU, cuda-bindings, NVRTC and nvidia-ml-py; with PyTorch it also has a process write where
 it may not. Ends with one line of JSON. Exits with 1 if a promise was broken, and with 2 if there is
@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from memory_service import cuda
 from memory_service.nvml import NvmlWatch
 from tests.gpu import deeds
 from tests.gpu.filling import BLOCK_BYTES, SLAB_BYTES, fill, keys_of
@@ -66,6 +67,8 @@ class Proof:
         self.rounds = rounds
         self.figures: Figures = {}
         self.violations: list[str] = []
+        self.is_mps = False
+        """Whether all of them are clients of an MPS server, which has their channels."""
 
     def expect(self, is_so: bool, what: str) -> None:
         if not is_so:
@@ -222,6 +225,11 @@ class Proof:
                 taken = watch.used_bytes(self.gpu.uuid) - before
                 self.figures["service_takes_mib"] = round(taken / 2**20, 1)
                 self.expect(taken <= CONTEXT_BYTES_MAX, f"the service takes {taken} bytes")
+                if self.is_mps:
+                    self.killed(service, is_standby=False)
+                    self.killed(service, is_standby=True)
+                    self.blocks(service)
+                    return
                 self.weights(service)
                 self.host(service)
                 self.killed(service, is_standby=False)
@@ -454,6 +462,14 @@ def _ms(seconds: list[float]) -> dict[str, float]:
     }
 
 
+def start_mps() -> None:
+    """For this process and its children; it ends with the last of them, or with the machine."""
+    directory = tempfile.mkdtemp(prefix="unbroken-mps-")
+    os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": directory, "CUDA_MPS_LOG_DIRECTORY": directory}
+    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
+    assert not cuda.seal_is_proof(), "the service knows of it"
+
+
 def say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
@@ -463,9 +479,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.memory")
     parser.add_argument("--gib", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--mps", action="store_true", help="Only deaths, of clients of CUDA's MPS.")
     parser.add_argument("--gpu", type=int, default=0, help="Of several, in CUDA's order.")
     given = parser.parse_args()
     begun = time.monotonic()
+    if given.mps:
+        start_mps()
     try:
         number: int = given.gpu
         gpu = CudaGpu(device_uuids()[number])
@@ -475,7 +494,9 @@ def main() -> int:
         say(json.dumps({"ok": False, "skipped": "no GPU", "detail": str(error)}))
         return 2
     proof = Proof(gpu, given.gib, given.rounds)
-    for part in (proof.refusals, proof.checksums, proof.speed, proof.attach):
+    proof.is_mps = given.mps
+    parts = (proof.refusals, proof.checksums, proof.speed, proof.attach)
+    for part in () if given.mps else parts:
         part()
         say(f"{part.__name__}: {proof.figures}")
     with tempfile.TemporaryDirectory(prefix="unbroken-memory-") as directory:
