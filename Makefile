@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter continuation-gpu
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -112,6 +112,9 @@ bench-memory: .venv/.dev ## The memory service's host path, beside memcpy and a 
 
 memory-resume: .venv/.dev ## A real model's streams go on from stored KV, beside computing it again
 	$(BIN)/python -m benchmarks.memory_resume
+
+continuation-gpu: .venv/.dev ## How often a real GPU engine's greedy streams go on bit-equal; needs a GPU, PyTorch and transformers
+	$(BIN)/python -m tests.gpu.continuation
 
 bench-adapter: .venv/.dev ## What a token of a real engine's protocol costs its sidecar
 	$(BIN)/python -m benchmarks.adapter

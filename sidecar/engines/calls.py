@@ -12,7 +12,7 @@ canary's (`sidecar.canary`), and no life begins before a token has come.
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, assert_never
 
@@ -193,6 +193,7 @@ class _Life(Life):
         self._num_failed = 0
         """Calls that failed by no fault of their request, perhaps."""
         self._told: dict[int, _Told] = {}  # By rank.
+        self._leaving = asyncio.Event()  # Set when a stream has left since load was asked for.
         self._report_at = 0.0  # When frames are to tell of load again.
         self._found: Discovered | None = None
         self._seen: str | None = None  # What came of reaching it.
@@ -466,6 +467,8 @@ class _Life(Life):
     def _drop(self, slot: int) -> _Attempt | None:
         attempt = self._attempts.pop(slot, None)
         if attempt is not None:
+            # What was told a moment ago, or is on its way, may count its blocks or not.
+            self._leaving.set()
             self._report_soon()
         if attempt is not None and attempt.deadline is not None:
             attempt.deadline.cancel()
@@ -561,7 +564,9 @@ class _Life(Life):
         pace = self._pace
         while True:
             now = self._loop.time()
-            if not any(now - told.at <= pace.load_s for told in self._told.values()):
+            is_told = any(now - told.at <= pace.load_s for told in self._told.values())
+            if self._leaving.is_set() or not is_told:
+                self._leaving.clear()
                 try:
                     async with asyncio.timeout(pace.load_fresh_s):
                         loads = await self._adapter.load()
@@ -569,7 +574,10 @@ class _Life(Life):
                     loads = ()  # Whether it lives is asked elsewhere.
                 for load in loads:
                     self._hear_load(load, found)
-            await asyncio.sleep(pace.load_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pace.load_s):
+                    await self._leaving.wait()
+                    await asyncio.sleep(pace.load_s / 4)  # The engine has to know of it, too.
 
     def _hear_load(self, load: LoadOfRank, found: Discovered) -> None:
         now = self._loop.time()

@@ -50,6 +50,13 @@ FEATURES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "presence penalty": {"temperature": 0.0, "presence_penalty": 1.5},
 }
+MORE_FEATURES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "logit bias": {"temperature": 0.0, "logit_bias": {300: 2.0, 301: -5.0}},
+    "min_tokens, seeded": {"temperature": 0.7, "seed": 3, "min_tokens": 190},
+    "top-k, min-p": {"temperature": 0.9, "seed": 5, "top_k": 40, "min_p": 0.02},
+    "regex": {"temperature": 0.0, "regex": "[0-9a-f ]{400,800}"},
+}
+"""With one prompt each: all together fit into the KV caches of two engines."""
 PROMPTS: Final = ((5, 6, 7), (300, 301, 302, 303, 304))
 
 
@@ -64,6 +71,8 @@ class Row:
     """Of those that were cut."""
     others_equal: int = 0
     ways: set[str] = field(default_factory=set[str])
+    features: dict[str, list[int]] = field(default_factory=dict[str, "list[int]"])
+    """By feature: how many were cut, and how many of them were equal."""
     failures: Counter[str] = field(default_factory=Counter[str])
     gaps_s: list[float] = field(default_factory=list[float])
     """How long the client waited at each seam."""
@@ -85,6 +94,7 @@ class Row:
             "cut": self.cut,
             "equal": self.equal,
             "ways": sorted(self.ways),
+            "equal_of_cut": {name: f"{b}/{a}" for name, (a, b) in self.features.items()},
             "failures": dict(self.failures),
             "gap_s_median": round(gaps[len(gaps) // 2], 3) if gaps else None,
             "gap_s_max": round(gaps[-1], 3) if gaps else None,
@@ -96,7 +106,10 @@ class Row:
 
 Bystander = Callable[[], Awaitable[str]]
 Key = tuple[str, tuple[int, ...]]
-KEYS: Final[Sequence[Key]] = tuple((name, prompt) for name in FEATURES for prompt in PROMPTS)
+KEYS: Final[Sequence[Key]] = (
+    *((name, prompt) for name in FEATURES for prompt in PROMPTS),
+    *((name, PROMPTS[0]) for name in MORE_FEATURES),
+)
 
 
 async def undisturbed(units: Units, num_tokens: int) -> Mapping[Key, History]:
@@ -163,6 +176,9 @@ def _compare(key: Key, history: History, expected: History, row: Row) -> None:
     else:
         row.cut += 1
         row.equal += difference.is_none
+        cut = row.features.setdefault(key[0], [0, 0])
+        cut[0] += 1
+        cut[1] += difference.is_none
         names = (pb.ContinuationClass.Name(one.continuation_class) for one in migrations)
         row.ways.update(name.removeprefix("CONTINUATION_CLASS_") for name in names)
         row.gaps_s += [one.gap.ToNanoseconds() / 1e9 for one in migrations]
@@ -183,7 +199,7 @@ async def _read(units: Units, key: Key, history: History, num_tokens: int) -> No
         max_tokens=num_tokens,
         ignore_eos=True,
         timeout_s=STREAM_S_MAX,
-        **FEATURES[feature],
+        **(FEATURES.get(feature) or MORE_FEATURES[feature]),
     )
     async for piece in stream:
         history.add(piece, time.monotonic())
