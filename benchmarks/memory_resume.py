@@ -177,16 +177,16 @@ async def _streamed(mesh: LocalMesh, client: Client, prompt: list[int], cut: int
     history = History()
     loop = asyncio.get_running_loop()
     async with client.generate(token_ids=prompt, timeout_s=STREAM_S, **OPTIONS) as stream:
-        is_killed = cut is None
+        killed = ""
         async for piece in stream:
             history.add(piece, loop.time())
-            if cut is not None and not is_killed and history.num_tokens >= cut:
-                is_killed = True
+            if cut is not None and not killed and history.num_tokens >= cut:
                 info = await client.get_stream(stream.request_id)
-                mesh.kill(info.choices[0].worker.worker_id, "engine")
+                killed = info.choices[0].worker.worker_id
+                mesh.kill(killed, "engine")
         history.started, history.finished = stream.started, stream.finished
-    async with asyncio.timeout(STREAM_S):
-        await mesh.until_serving(["w1", "w2"])
+    if killed:  # With its sidecar, which would give up an engine that dies so often.
+        await mesh.restart(killed)
     return history
 
 
