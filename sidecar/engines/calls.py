@@ -565,7 +565,7 @@ class _Life(Life):
         while True:
             now = self._loop.time()
             is_told = any(now - told.at <= pace.load_s for told in self._told.values())
-            if self._leaving.is_set() or not is_told:
+            if self._leaving.is_set() or self._is_crowded or not is_told:
                 self._leaving.clear()
                 try:
                     async with asyncio.timeout(pace.load_fresh_s):
@@ -575,9 +575,14 @@ class _Life(Life):
                 for load in loads:
                     self._hear_load(load, found)
             with suppress(TimeoutError):
-                async with asyncio.timeout(pace.load_s):
+                async with asyncio.timeout(pace.load_s / (4 if self._is_crowded else 1)):
                     await self._leaving.wait()
                     await asyncio.sleep(pace.load_s / 4)  # The engine has to know of it, too.
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Requests wait inside, and take blocks at moments that are known there only."""
+        return any(told.load.waiting > 0 for told in self._told.values())
 
     def _hear_load(self, load: LoadOfRank, found: Discovered) -> None:
         now = self._loop.time()
