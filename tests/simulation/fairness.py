@@ -15,7 +15,6 @@ from frontend.admission_queue import AdmissionQueue, Arrival, QueueLimits
 from frontend.busy import Shedder
 from frontend.placement import Need, WorkerView, choose
 from frontend.stream import Life
-from frontend.waiting_room import PROMPTS_FEW
 from sidecar.admission import Admission, Told
 from tests.support.streams import NATIVE
 from tests.support.world import World
@@ -174,7 +173,7 @@ class Frontend:
         while (first := self.queue.first(MODEL)) is not None:
             tenant = first[1]
             if not self.has_room():
-                has_many = self.computing[tenant] >= PROMPTS_FEW * NUM_WORKERS
+                has_many = self.computing[tenant] >= NUM_WORKERS
                 if has_many or tenant in self.tried:
                     return
                 self.tried.add(tenant)
