@@ -7,6 +7,7 @@ Both translate and decide nothing.
 Everything an engine does comes as an event, in the order
 in which it happened, on the event loop: `on_up`, then any number of `on_frame`, then `on_down` with
 the cause, and perhaps `on_up` again after a restart. After `on_down` nothing of that life arrives.
+Nothing is told from within a command: whoever gives one is in the middle of something.
 """
 
 from collections.abc import Sequence

@@ -390,7 +390,10 @@ class _Life(Life):
             self._columns.produced(progress, token_ids, delta.logprobs)
         if end is not None:
             self._finished(attempt, end.reason, end.stop_token_id, end.detail)
-        self._flush_soon()
+        if self._columns.is_step_whole:  # All have spoken.
+            self._flush()
+        else:
+            self._flush_soon()
 
     def _finished(
         self, attempt: _Attempt, reason: FinishReason, stop_token_id: int | None, detail: str
@@ -475,11 +478,9 @@ class _Life(Life):
         return attempt
 
     def _flush_soon(self) -> None:
-        """With everything else that is said in this moment; at once when all have spoken."""
+        """With everything else that is said in this moment, and never from within a command."""
         if self._flush_due is None:
             self._flush_due = self._loop.call_later(self._pace.gather_s, self._flush)
-        if self._columns.is_step_whole:
-            self._flush()
 
     def _flush(self) -> None:
         if self._flush_due is not None:

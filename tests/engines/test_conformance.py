@@ -1,5 +1,6 @@
 """What every engine has to do, whatever it speaks: nothing here knows which one it is."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.subjects import SUBJECTS, Subject, Talk, play, talk
+from tests.sidecar.fakes import Frontend
 from unbroken.generation import Constraint, GenerationParams, SamplingParams, StopConditions
 from unbroken.v1 import generation_pb2, worker_pb2
 
@@ -168,6 +170,30 @@ def test_a_window_is_kept_and_nothing_is_lost_by_it(subject: Subject, tmp_path: 
                 assert len(it.tokens[slot]) == read + 5
             assert (await it.ended(slot)).finish_reason == LENGTH
             assert it.tokens[slot] == (await it.alone(params)).token_ids
+
+    play(scenario())
+
+
+def test_who_adopts_a_stream_that_waits_for_its_reader_reads_on(
+    subject: Subject, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with talk(subject, tmp_path) as it:
+            params = greedy(20)
+            other = it.start(greedy(40))  # As a clock: it shows that steps were made.
+            slot = it.start(params, window_tokens=5)
+            await it.ended(other)
+            assert len(it.tokens[slot]) == 5
+            adopter = Frontend(it.hub, time.monotonic(), "another")
+            again = adopter.adopt(f"r{slot}", offset=5, window_tokens=5)
+
+            def has_read_it() -> bool:
+                adopter.read()
+                adopter.ack(again, 5 + len(adopter.tokens.get(again, ())))
+                return again in adopter.ended
+
+            await it.until(has_read_it)
+            assert it.tokens[slot] + adopter.tokens[again] == (await it.alone(params)).token_ids
 
     play(scenario())
 
