@@ -24,6 +24,8 @@ CONNECT_S_MAX: Final = 1.0
 """As for the channels of grpcio (`unbroken.transport`)."""
 WRITE_BUFFER_HIGH: Final = 256 * 1024
 """Bytes that wait in the socket before the talker is asked for nothing more."""
+UNSENT_BYTES_MAX: Final = 32 * 1024 * 1024
+"""A sidecar that leaves so many unread is lost. One message is of 16 MiB at most."""
 
 
 class NativeWire(asyncio.Protocol, Wire):
@@ -126,7 +128,9 @@ class NativeWire(asyncio.Protocol, Wire):
         if call.outbound:
             is_more_to_say = len(call.outbound) >= WRITE_BUFFER_HIGH
             transport.write(call.take_outbound())
-            if is_more_to_say and not self._is_paused:
+            if transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+                self._lost(f"the sidecar left {UNSENT_BYTES_MAX} bytes unread")
+            elif is_more_to_say and not self._is_paused:
                 self.wake()
 
     def _tell(self, events: Sequence[Event]) -> None:

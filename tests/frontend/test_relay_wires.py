@@ -12,10 +12,12 @@ import grpc.aio
 import pytest
 from typing_extensions import override
 
+from frontend import native_wire
 from frontend.native_wire import NativeWire
 from frontend.relay_wire import GrpcioWire, Talker, Wire
 from tests.frontend.worlds import run
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.http2 import frames
 from unbroken.http2.call import CallLimits
 from unbroken.status import from_rpc_error
 from unbroken.transport import listen, make_server
@@ -299,5 +301,52 @@ def test_what_is_said_in_one_turn_leaves_in_one_piece() -> None:
                 lengths.append(length)
                 piece = piece[9 + length :]
             assert len(lengths) == 3
+
+    run(scenario())
+
+
+class Clogged(asyncio.Transport):
+    """Of a connection whose other end reads nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_unread = 0
+
+    @override
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    @override
+    def is_closing(self) -> bool:
+        return False
+
+    @override
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.num_unread += len(data)
+
+    @override
+    def get_write_buffer_size(self) -> int:
+        return self.num_unread
+
+
+def test_a_sidecar_that_has_everything_answered_and_reads_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native_wire, "UNSENT_BYTES_MAX", 10_000)
+
+    async def scenario() -> None:
+        talking = Talking()
+        wire = NativeWire("there:1", talking, limits=CallLimits(), clock=lambda: 0.0)
+        wire.connection_made(Clogged())
+        wire.pause_writing()
+        wire.data_received(frames.settings({}))
+        ping = frames.ping(b"12345678", is_ack=False)
+        wire.data_received(ping * 100)
+        assert not talking.over.done()
+        wire.data_received(ping * 1000)
+        error = await talking.over
+        assert error is not None
+        assert from_rpc_error(error).reason is Reason.UNREACHABLE
+        wire.connection_lost(None)
 
     run(scenario())
