@@ -28,6 +28,6 @@ def test_a_tenant_at_20_times_its_share_raises_nobodys_p99_by_a_quarter() -> Non
     greedy = [job for seed in SEEDS for job in lived(seed, MODEST | {GREEDY: 20 * SHARE})]
     assert p99_s(greedy) <= RATIO_MAX * p99_s(normal)
     # A prompt waits for the step that runs and then takes its own, and now and then another's.
-    assert p99_s(greedy) < 3 * FULL_STEP_S
+    assert p99_s(greedy) < 3.3 * FULL_STEP_S
     num_served = sum(job.served_at is not None for job in greedy)
     assert num_served > 0.95 * CAPACITY * DURATION_S * len(SEEDS), "nobody idles for it"

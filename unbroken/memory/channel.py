@@ -4,6 +4,7 @@ import array
 import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -70,6 +71,19 @@ def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None
         sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
     except OSError as error:
         raise ChannelClosed(str(error)) from error
+
+
+def look_out(sock: socket.socket, seconds: float) -> None:
+    """Return when something has come, or after so long: a process that sleeps is woken late."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        try:
+            sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            continue
+        except OSError:
+            pass  # Whoever receives is told.
+        return
 
 
 def receive(sock: socket.socket, kind: type[MessageT]) -> tuple[MessageT, list[int]]:

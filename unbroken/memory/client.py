@@ -51,6 +51,8 @@ OWED_MAX = 64
 """Pins that are released before their answers are received."""
 CALL_TIMEOUT_S = 30.0
 """A service that takes longer is taken for dead; sealing, which reads everything, has no limit."""
+AWAKE_S = 50e-6
+"""So long an answer is waited for without sleep: most come by then, and waking up takes as long."""
 ATTEMPTS_MAX = 5
 """A call that so many connections ended over is not made again: it may be what ends them."""
 MAPPED_MAX = 2000
@@ -581,6 +583,7 @@ class MemoryClient:
             channel.set_timeout(self._sock, timeout_s)
         channel.send(self._sock, request)
         self._take_owed()
+        channel.look_out(self._sock, AWAKE_S)
         answer = channel.receive(self._sock, wire.SessionResponse)
         if timeout_s != CALL_TIMEOUT_S:
             channel.set_timeout(self._sock, CALL_TIMEOUT_S)
