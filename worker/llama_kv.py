@@ -118,6 +118,8 @@ class KvCells:
             rows = self._form.rows(state, slot, num_given)
         except ValueError as error:
             raise CellsMovedError(str(error)) from error
+        if num_given < num_tokens:
+            raise CellsMovedError(f"expected {num_tokens} tokens of slot {slot}, got {num_given}")
         self._expect(slot, rows[:, :, :num_tokens])
         self._num_compared[slot] = num_tokens
 

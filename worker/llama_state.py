@@ -44,33 +44,47 @@ class StateFormat:
 
     def empty(self, slot: int, num_tokens: int) -> tuple[bytearray, Rows]:
         """A state whose rows are zeros, and a view of them to be filled in."""
-        num_before, num_after = slot, self.num_streams - slot - 1
-        head = bytearray(_WORDS.pack(self.magic, slot, self.num_streams))
-        head += bytes(_WORD.size * num_before) + _WORD.pack(num_tokens)
-        for position in range(num_tokens):
-            head += _WORDS.pack(position, 1, slot)
-        head += _LAYERS.pack(0, self.num_layers)
-        rows_at = len(head)
-        head += bytes(self._rows_bytes(num_tokens) + _WORD.size * num_after)
+        state = self._head(slot, num_tokens)
+        rows_at = len(state)
+        state += bytes(self._rows_bytes(num_tokens) + self._tail_bytes(slot))
         layers = np.frombuffer(
-            head, np.uint8, count=self._rows_bytes(num_tokens), offset=rows_at
+            state, np.uint8, count=self._rows_bytes(num_tokens), offset=rows_at
         ).reshape(2, self.num_layers, -1)
         layers[:, :, : _ROW.size] = np.frombuffer(
             _ROW.pack(self.row_type, self.row_bytes), np.uint8
         )
-        return head, self._cut(layers, num_tokens)
+        return state, self._cut(layers, num_tokens)
 
     def rows(self, state: bytes, slot: int, num_tokens: int) -> Rows:
-        """The rows of a state of this format. Raises ValueError if it is none."""
-        expected, _ = self.empty(slot, 0)
-        size = len(expected) - self._rows_bytes(0)
-        start = _WORDS.size + _WORD.size * (slot + 1) + _WORDS.size * num_tokens + _LAYERS.size
-        if len(state) != size + _WORDS.size * num_tokens + self._rows_bytes(num_tokens):
+        """The rows of a state of this format, of its first tokens in order.
+
+        Raises ValueError if it is none, or has other tokens than these.
+        """
+        head = self._head(slot, num_tokens)
+        size = len(head) + self._rows_bytes(num_tokens) + self._tail_bytes(slot)
+        if len(state) != size:
             raise ValueError(f"expected {num_tokens} tokens of {self}, got {len(state)} bytes")
+        if state[: len(head)] != bytes(head):
+            raise ValueError(f"expected tokens 0 to {num_tokens - 1} of slot {slot} in order")
         layers = np.frombuffer(
-            state, np.uint8, count=self._rows_bytes(num_tokens), offset=start
+            state, np.uint8, count=self._rows_bytes(num_tokens), offset=len(head)
         ).reshape(2, self.num_layers, -1)
         return self._cut(layers, num_tokens)
+
+    def _head(self, slot: int, num_tokens: int) -> bytearray:
+        """What stands before the rows."""
+        head = bytearray(_WORDS.pack(self.magic, slot, self.num_streams))
+        head += bytes(_WORD.size * slot) + _WORD.pack(num_tokens)
+        tokens = np.empty((num_tokens, 3), "<u4")
+        tokens[:] = 0, 1, slot
+        tokens[:, 0] = np.arange(num_tokens)
+        head += tokens.tobytes()
+        head += _LAYERS.pack(0, self.num_layers)
+        return head
+
+    def _tail_bytes(self, slot: int) -> int:
+        """Of what stands after them: the streams that have nothing."""
+        return _WORD.size * (self.num_streams - slot - 1)
 
     def _rows_bytes(self, num_tokens: int) -> int:
         return 2 * self.num_layers * (_ROW.size + num_tokens * self.row_bytes)

@@ -13,7 +13,7 @@ from unbroken.generation import GenerationParams, StopConditions
 from unbroken.tokenizer import Tokenizer
 from worker import llama_state
 from worker.llama import BLOCK_SIZE, LlamaRunner
-from worker.llama_kv import KvCells
+from worker.llama_kv import CellsMovedError, KvCells
 from worker.llama_state import StateFormat
 
 # The bytes of a state.
@@ -55,6 +55,39 @@ def test_whatever_is_arranged_otherwise_is_refused() -> None:
     for short in (b"", state[:11], state[:-1], state + b"\0"):
         with pytest.raises(ValueError, match="expected"):
             llama_state.parse(short, 1, 5)
+
+
+class Given:
+    """A context that says what it has been told, whatever is in its cells."""
+
+    def __init__(self, state: bytes) -> None:
+        self.state = state
+
+    def get_state_seq_data_with_flags(self, seq_id: int, flags: int) -> bytes:  # noqa: ARG002
+        return self.state
+
+    def set_state_seq_data_with_flags(self, src: bytes, seq_id: int, flags: int) -> None:  # noqa: ARG002
+        self.state = src
+
+
+def test_cells_are_read_only_if_they_have_so_many_tokens_and_in_order() -> None:
+    state = state_of(1, 6)
+    rows = FORM.rows(state, 1, 6)
+    cells = np.zeros((2, 2, 3, 8, 8), np.uint8)
+    cells[:, :, 1, :6] = rows
+
+    def read(state: bytes, end: int) -> bytes:
+        return KvCells(Given(state), FORM, cells, slot_tokens=8).read(1, 0, end)
+
+    assert read(state, 6) == rows.tobytes()
+    assert read(state, 4) == rows[:, :, :4].tobytes(), "it may have more"
+    with pytest.raises(CellsMovedError, match="expected 8 tokens of slot 1, got 6"):
+        read(state, 8)
+    first, second = (slice(at, at + 12) for at in (12 + 2 * 4, 12 + 2 * 4 + 12))
+    swapped = bytearray(state)
+    swapped[first], swapped[second] = state[second], state[first]
+    with pytest.raises(CellsMovedError, match="in order"):
+        read(bytes(swapped), 6)
 
 
 # A real model.
