@@ -23,11 +23,10 @@ from memory_service.sessions import Peer, Session, Sessions
 from memory_service.store import BlockStore, Pin, SlabState, StoreSlab
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.memory.checksums import Algorithm
-from unbroken.memory.records import Record
+from unbroken.memory.records import SLOTS_MAX, Record
 
 SLABS_MAX = 250
 """Of a segment, or new in one answer: the kernel passes 253 descriptors in one message."""
-SLOTS_MAX = 65_536
 OWNED_MAX = 1000
 """Segments of a session: the answer to its binding again lists them."""
 LAYOUT_BYTES_MAX = 32 * 1024

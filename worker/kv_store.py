@@ -3,9 +3,10 @@
     put    name the block, copy its bytes, go on            a thread stores it: copy, checksum, tell
     fetch  name the blocks, wait for the thread a little    it pins, compares and hands them over
 
-The step of the engine waits for nobody: what may wait, or fail, is done by one thread, and whatever
-does not come in time, is not there or is not intact is a miss. The memory service sees one client
-for all tenants of the engine; what tenants must not share has their names in its keys.
+What may wait, or fail, is done by one thread. A step waits for that only where it would have to
+compute instead, and not for long: whatever does not come in time, is not there or is not intact is
+a miss. The memory service sees one client for all tenants of the engine; what tenants must not
+share has their names in its keys.
 """
 
 import hashlib
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from unbroken import log
-from unbroken.errors import UnbrokenError
+from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory.client import KEYS_A_CALL, MemoryClient, Pinned
 from unbroken.memory.keys import KeyChain, KeySpace
+from unbroken.memory.records import SLOTS_MAX
 from unbroken.memory.writer import BlockWriter
 from unbroken.v1 import worker_pb2
 from worker.config import WorkerConfig
@@ -38,7 +40,9 @@ FETCH_TOKEN_S = 0.001
 """A fetch that takes longer than the base and this for each token, or than the maximum, is a miss:
 whoever watches the engine allows a step as much for tokens that it might have to compute."""
 RETRY_S = 1.0
-"""After a failure nothing is asked of the service for so long."""
+"""After a failure nothing is asked of the service for so long; if it was full, no more room."""
+PEER_RETRY_S = 10.0
+"""Nor of another host that a fetch has waited for in vain: it may be gone."""
 SLAB_BYTES_MIN = 4 << 20
 SLAB_BYTES_MAX = 64 << 20
 """An engine begins with a small slab, and each further one is twice as large: of those that live
@@ -50,6 +54,8 @@ _READ_SHARE = 0.75
 _PIN_S = 30.0
 _REBIND_S = 0.1
 _CLOSE_S = 2.0
+_NO_ROOM = (Reason.MEMORY_EXHAUSTED, Reason.INVALID_FIELD)
+"""Why another slab is refused: there is no memory left, or one session may not have so many."""
 
 Take: TypeAlias = Callable[[Sequence[memoryview]], Any]
 """Makes something of blocks, which lie where they were written. It must not keep a view of them."""
@@ -148,6 +154,8 @@ class KvStore:
         self._num_left = 0
         """Blocks until it is the next one's turn."""
         self._retry_at = 0.0
+        self._room_retry_at = 0.0
+        self._peer_retry_at: dict[str, float] = {}
         self._late: _Fetch | None = None
         """What was waited for too long, until it is done."""
         self._holder: KvHolder | None = None
@@ -230,12 +238,12 @@ class KvStore:
     # The thread.
 
     def _work(self) -> None:
-        if self._settings.peers:
-            import_module("worker.kv_peers")  # With gRPC: 0.1 s that no fetch shall wait for.
         try:
-            self._grant_reads()
+            self._grant_reads()  # First: the sidecar is told when it greets, which is soon.
         except (UnbrokenError, OSError):  # It may come later; then other hosts do not read there.
             self._retry_at = time.monotonic() + RETRY_S
+        if self._settings.peers:
+            import_module("worker.kv_peers")  # With gRPC: 0.1 s that no fetch shall wait for.
         while (job := self._jobs.get()) is not None:
             try:
                 self._do(job)
@@ -255,20 +263,23 @@ class KvStore:
         if isinstance(job, _Fetch):
             if (client := self._bound()) is not None:
                 self._take(client, job)
-            return
-        is_stored = False
-        try:
-            client = self._bound()
-            is_stored = client is not None and self._store(client, job)
-        finally:
-            if is_stored:
-                self.use.blocks_put_total += 1
-                self.use.put_bytes_total += len(job.data)
-            else:
-                self.use.blocks_dropped_total += 1
+        else:
+            self._put(job)
         if self._jobs.empty():
             for writer in self._writers:
                 writer.flush()
+
+    def _put(self, put: _Put) -> None:
+        is_stored = False
+        try:
+            client = self._bound()
+            is_stored = client is not None and self._store(client, put)
+        finally:
+            if is_stored:
+                self.use.blocks_put_total += 1
+                self.use.put_bytes_total += len(put.data)
+            else:
+                self.use.blocks_dropped_total += 1
 
     def _bound(self) -> MemoryClient | None:
         """The client, if the service is there, or has not failed just now."""
@@ -284,24 +295,44 @@ class KvStore:
         """Whether there was room."""
         if any(writer.is_lost for writer in self._writers):
             self._writers, self._num_left = [], 0  # Others may have what was in there.
-        if not self._num_left:
-            self._next_writer(client)
+        if not self._num_left and not self._next_writer(client):
+            return False
         is_stored = self._writers[self._turn].put(put.key, put.data, self._spec.block_size)
         self._num_left -= 1
         return is_stored
 
-    def _next_writer(self, client: MemoryClient) -> None:
-        """Open one more, or else begin again with the first."""
-        num_writers = len(self._writers)
-        slab_bytes = min(SLAB_BYTES_MAX, SLAB_BYTES_MIN << min(num_writers, 16))
-        used_bytes = sum(writer.num_slots for writer in self._writers) * self._block_bytes
-        num_slots = min(slab_bytes, self._settings.bytes_max - used_bytes) // self._block_bytes
-        if num_slots or not num_writers:
-            self._writers.append(client.open_writer(self._block_bytes, max(1, num_slots)))
-            self._turn = num_writers
+    def _next_writer(self, client: MemoryClient) -> bool:
+        """Open one more, or else begin again with the first; whether there is one."""
+        writers, block_bytes = self._writers, self._block_bytes
+        slab_bytes = min(SLAB_BYTES_MAX, SLAB_BYTES_MIN << min(len(writers), 16))
+        used_bytes = sum(writer.num_slots for writer in writers) * block_bytes
+        num_slots = min(
+            max(1, slab_bytes // block_bytes),
+            max(0, self._settings.bytes_max - used_bytes) // block_bytes,
+            SLOTS_MAX,
+        )
+        if (num_slots or not writers) and self._open_writer(client, max(1, num_slots)):
+            self._turn = len(writers) - 1
+        elif writers:
+            self._turn = (self._turn + 1) % len(writers)
         else:
-            self._turn = (self._turn + 1) % num_writers
-        self._num_left = self._writers[self._turn].num_slots
+            return False
+        self._num_left = writers[self._turn].num_slots
+        return True
+
+    def _open_writer(self, client: MemoryClient, num_slots: int) -> bool:
+        """Whether the service has room for it."""
+        if time.monotonic() < self._room_retry_at:
+            return False
+        try:
+            self._writers.append(client.open_writer(self._block_bytes, num_slots))
+        except UnbrokenError as error:
+            if error.reason not in _NO_ROOM:
+                raise
+            _log.warning("the memory service has no more room", detail=error.detail)
+            self._room_retry_at = time.monotonic() + RETRY_S
+            return False
+        return True
 
     def _take(self, client: MemoryClient, fetch: _Fetch) -> None:
         with ExitStack() as pins:
@@ -328,13 +359,16 @@ class KvStore:
         """Those of another host from there on, as many as come in time."""
         from worker import kv_peers
 
-        left_s = (fetch.give_up_at - time.monotonic()) * _READ_SHARE
-        if left_s <= 0:
+        begun = time.monotonic()
+        left_s = (fetch.give_up_at - begun) * _READ_SHARE
+        if left_s <= 0 or begun < self._peer_retry_at.get(holder.address, 0.0):
             return []
         size = self._spec.block_size
         found = kv_peers.read_blocks(
             holder, fetch.keys[start:], self._block_bytes, num_tokens=size, timeout_s=left_s
         )
+        if not found and time.monotonic() - begun >= left_s:
+            self._peer_retry_at[holder.address] = time.monotonic() + PEER_RETRY_S
         return [memoryview(block) for block in found]
 
     def _grant_reads(self) -> None:

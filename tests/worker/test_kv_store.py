@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -39,13 +42,19 @@ def stream(*prompt: int, tenant: str = "") -> Stream:
     )
 
 
-def store(directory: Path, *, bytes_max: int = 64 * BLOCK_BYTES, layout: str = "test") -> KvStore:
+def store(
+    directory: Path,
+    *,
+    bytes_max: int = 64 * BLOCK_BYTES,
+    block_bytes: int = BLOCK_BYTES,
+    layout: str = "test",
+) -> KvStore:
     settings = StoreSettings(directory, bytes_max)
-    return KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout=layout)
+    return KvStore(settings, SPEC, block_bytes=block_bytes, layout=layout)
 
 
-def block(number: int) -> bytes:
-    return number.to_bytes(8, "little") * (BLOCK_BYTES // 8)
+def block(number: int, size: int = BLOCK_BYTES) -> bytes:
+    return number.to_bytes(8, "little") * (size // 8)
 
 
 def numbers(blocks: Sequence[memoryview]) -> list[int]:
@@ -58,10 +67,10 @@ def fetched(store: KvStore, stream: Stream, end: int, first: int = 0) -> list[in
     return taken or []
 
 
-def put(store: KvStore, stream: Stream, num_blocks: int) -> None:
+def put(store: KvStore, stream: Stream, num_blocks: int, size: int = BLOCK_BYTES) -> None:
     before = store.use.blocks_put_total
     for index in range(num_blocks):
-        store.put(stream, index, block(index))
+        store.put(stream, index, block(index, size))
     until(lambda: store.use.blocks_put_total == before + num_blocks, "they are stored")
 
 
@@ -106,6 +115,39 @@ def test_when_there_is_no_more_room_the_oldest_blocks_make_room(service: Service
     assert fetched(with_little, tokens, 20, first=19) == [19]
     assert fetched(with_little, tokens, 20, first=0) == []
     with_little.close()
+
+
+def test_a_service_that_has_no_more_room_has_the_engine_overwrite_its_own_oldest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_store, "SLAB_BYTES_MIN", 64 * BLOCK_BYTES)
+    with serving(tmp_path, "--capacity-bytes", str(256 * BLOCK_BYTES)) as service:
+        one = store(service.directory, bytes_max=1024 * BLOCK_BYTES)
+        tokens = stream(*range(800))
+        put(one, tokens, 200)  # A slab of 64, one of 128, and there is none of 256.
+        until(lambda: fetched(one, tokens, 200, first=199) == [199], "it was told of")
+        another = store(service.directory, bytes_max=1024 * BLOCK_BYTES)
+        for _ in range(3):
+            another.put(stream(*range(8)), 0, block(0))
+            assert fetched(another, tokens, 200, first=199) == [199], "it reads what is there"
+        for closing in (one, another):
+            closing.close()
+
+
+def test_blocks_that_are_smaller_or_larger_than_slabs_are_made_for_are_kept_too(
+    service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, others = stream(*range(16)), stream(*range(16))
+    small = store(service.directory, bytes_max=64 << 20, block_bytes=8)
+    put(small, tokens, 4, 8)  # For 4 MiB there were more slots than a slab may have.
+    until(lambda: fetched(small, tokens, 4) == [0, 1, 2, 3], "in 65,536 slots")
+    small.close()
+    monkeypatch.setattr(kv_store, "SLAB_BYTES_MIN", BLOCK_BYTES // 4)
+    monkeypatch.setattr(kv_store, "SLAB_BYTES_MAX", BLOCK_BYTES // 2)
+    large = store(service.directory, bytes_max=4 * BLOCK_BYTES, layout="large")
+    put(large, others, 4)
+    until(lambda: fetched(large, others, 4) == [0, 1, 2, 3], "in a slab each")
+    large.close()
 
 
 def test_without_a_service_everything_is_a_miss_and_with_one_it_goes_on(tmp_path: Path) -> None:
@@ -197,3 +239,40 @@ def test_an_engine_of_another_host_reads_what_is_not_here_if_it_trusts_and_is_le
             until(lambda s=store, h=hinted, e=expected: fetched(s, h, 5) == e, f"{expected}")
         for one in (writing, trusting, doubting):
             one.close()
+
+
+def test_another_host_that_says_nothing_costs_one_wait(
+    service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_store, "FETCH_BASE_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        settings = StoreSettings(service.directory, 64 * BLOCK_BYTES, peers=frozenset((address,)))
+        one = KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout="test")
+        hinted = stream(*range(12))
+        hinted.kv_holders = (KvHolder(address, b"ticket"),)
+        until(lambda: "worker.kv_peers" in sys.modules, "what it needs is imported")
+        assert fetched(one, hinted, 3) == []
+        begun = time.monotonic()
+        for _ in range(3):
+            assert fetched(one, hinted, 3) == []
+        assert time.monotonic() - begun < 0.5, "steps do not wait for it again"
+        one.close()
+
+
+def test_others_are_let_in_before_anything_else_is_prepared(
+    service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_told = threading.Event()
+
+    def import_slowly(_: str) -> None:
+        is_told.wait(20)
+
+    monkeypatch.setattr(kv_store, "import_module", import_slowly)
+    settings = StoreSettings(
+        service.directory, 64 * BLOCK_BYTES, "127.0.0.1:1", frozenset(("127.0.0.1:2",))
+    )
+    one = KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout="test")
+    until(lambda: one.holder() is not None, "a sidecar may greet now")
+    is_told.set()
+    one.close()

@@ -22,6 +22,8 @@ from unbroken.memory.keys import KEY_BYTES
 RECORD_BYTES = 64
 CHECKED_BYTES = 56
 TOKENS_MAX = 65_535
+SLOTS_MAX = 65_536
+"""Of a slab."""
 COPIED_BYTES = 128 * 1024
 """Fits into the cache of a core beside its copy."""
 
