@@ -36,6 +36,9 @@ from worker.engine import EngineSpec, KvRestore, KvSave, PrefillChunk, StepPlan,
 from worker.engine import Sequence as Stream
 from worker.kv_cache import KvCache, Lease
 
+RESTORE_TOKENS_MAX = 4096
+"""Asked of the memory service in one step, if by several sequences: who decodes waits meanwhile."""
+
 # A rank may be so many sequences busier than the idlest and still be chosen for the prefix it has.
 _RANK_SLACK = 4
 
@@ -598,7 +601,7 @@ class _Rank:
         standing.num_computed = lease.cached_tokens
         standing.num_known = stream.num_tokens
         if standing.is_first_prefill:
-            standing.prefill_tokens = 0
+            standing.prefill_tokens = standing.restored_tokens = 0
             standing.cached_tokens = lease.cached_tokens
         standing.num_saved = max(standing.num_saved, lease.num_sealed)
         num_usable = (stream.num_tokens - 1) // self.spec.block_size
@@ -619,15 +622,19 @@ class _Rank:
         return cache.acquire(hashes, stream.num_tokens)
 
     def _plan_restores(self, plan: StepPlan) -> set[Stream]:
-        """Ask once for who has just entered; it begins to compute in the step after."""
+        """Ask once for who has entered, first in line first; returns who does not compute yet."""
         size = self.spec.block_size
-        restoring = [stream for stream in self.prefilling if _standing(stream).may_restore]
-        for stream in restoring:
+        waiting = [stream for stream in self.prefilling if _standing(stream).may_restore]
+        num_asked = 0
+        for stream in sorted(waiting, key=_place_of):
             standing = _standing(stream)
+            start, end = standing.num_computed, (stream.num_tokens - 1) // size * size
+            if num_asked and num_asked + end - start > RESTORE_TOKENS_MAX:
+                break
+            num_asked += end - start
             standing.may_restore = False
-            end = (stream.num_tokens - 1) // size * size
-            plan.restores.append(KvRestore(stream, standing.num_computed, end))
-        return set(restoring)
+            plan.restores.append(KvRestore(stream, start, end))
+        return set(waiting)
 
     def _plan_prefills(self, plan: StepPlan, restoring: set[Stream]) -> None:
         spec = self.spec

@@ -7,6 +7,7 @@ import pytest
 
 from tests.worker.engines import LENGTH, Engine, starting
 from tests.worker.stores import Shelf, ShelfStore
+from worker import scheduler
 from worker.simulated import CostModel, SimulatedModel, SimulatedRunner, simulated_runner
 
 PROMPT = tuple(range(100, 130))
@@ -119,6 +120,28 @@ def test_others_decode_on_while_one_is_restored() -> None:
     second.step()
     assert second.attempts[slot].token_ids == truth[13:14], "a step to restore, one to compute"
     second.run()
+
+
+def test_a_step_asks_only_for_so_much_and_for_the_first_in_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler, "RESTORE_TOKENS_MAX", 60)
+    shelf, truth = Shelf(), undisturbed()
+    engine(shelf).generate(starting(PROMPT, max_tokens=30))
+    second = engine(shelf, kv_blocks=64)
+    slots = [
+        second.start(starting(PROMPT, truth[:cut], max_tokens=30, request_id=f"r{cut}"))
+        for cut in (13, 11, 3, 1)
+    ]
+    asked: list[list[int]] = []
+    while (plan := second.plan()) is not None:
+        asked.append([restore.sequence.slot for restore in plan.restores])
+        waiting = {chunk.sequence.slot for chunk in plan.prefills}
+        assert waiting.isdisjoint(slots[sum(map(len, asked)) :]), "they have not been asked for"
+        second.commit(plan)
+    assert [one for one in asked if one] == [[1], [2], [3, 4]]
+    for slot, cut in zip(slots, (13, 11, 3, 1), strict=True):
+        assert second.attempts[slot].token_ids == truth[cut:]
 
 
 @pytest.mark.parametrize("seed", range(20))
