@@ -880,6 +880,8 @@ class Choice:
     def _stored(self) -> Mapping[str, int]:
         """Tokens whose KV memory services have: of those whose workers computed them, all but the
         last few. A guess: blocks may have been evicted, and are looked for by the worker."""
+        if not self.stream.ledger:
+            return {}  # Nobody has computed all of the prompt.
         return dict.fromkeys(self._memories, max(0, self.num_tokens - _UNSTORED_TOKENS))
 
     def _block_hashes(self, view: WorkerView) -> Sequence[int]:

@@ -165,6 +165,8 @@ class FakeSidecar(RelayServiceServicer):
     welcome_identity: worker_pb2.WorkerIdentity | None = None
     protocol_version: int = 1
     cached_tokens: int = 0
+    memory_service: str = ""
+    """Where it keeps KV blocks, if it does."""
     refuse: list[attempt_pb2.AttemptRefused] = field(
         default_factory=list[attempt_pb2.AttemptRefused]
     )
@@ -180,6 +182,7 @@ class FakeSidecar(RelayServiceServicer):
     """Where others reach it, if that is not where it listens."""
 
     def __post_init__(self) -> None:
+        self.capabilities.kv_restore = bool(self.memory_service)
         self.address = ""
         self.hellos: list[relay_service_pb2.RelayHello] = []
         self.starts: list[attempt_pb2.StartAttempt] = []
@@ -263,6 +266,7 @@ class FakeSidecar(RelayServiceServicer):
             capabilities=self.capabilities,
             tokenizer_fingerprint=FINGERPRINT,
             num_ranks=2,
+            memory_service=self.memory_service,
         )
 
     # Cues.

@@ -76,6 +76,41 @@ def test_resumes_go_as_the_survivor_computes_them_the_cheapest_first() -> None:
     run(scenario())
 
 
+def test_who_has_no_token_yet_stands_in_line_though_workers_share_a_memory_service() -> None:
+    async def scenario() -> None:
+        victim, survivor = (
+            FakeSidecar(name, step_s=None, memory_service="here") for name in ("w1", "w2")
+        )
+        async with world(victim, **with_budget()) as it:
+            streams = [
+                it.client.generate(
+                    token_ids=[97 + index] * 1600, request_id=f"s{index}", max_tokens=MAX_TOKENS
+                )
+                for index in range(NUM_STREAMS)
+            ]
+            reading = [asyncio.create_task(failure_of(stream)) for stream in streams]
+            await it.until(lambda: len(victim.starts) == NUM_STREAMS)
+            await it.add(survivor)
+            await it.until_ready(2)
+            await victim.die()
+            await it.until(
+                lambda: (
+                    sum(
+                        choice.detail.startswith("resume queue: ")
+                        for info in it.frontend.requests.page(0, "")[0]
+                        for choice in info.choices
+                    )
+                    == NUM_STREAMS - 1
+                )
+            )
+            await it.until(lambda: len(survivor.starts) == 1)  # 1,600 tokens each, of 3,000.
+            for task in reading:
+                task.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
+
+    run(scenario())
+
+
 def test_without_the_queue_all_go_at_once() -> None:
     async def scenario() -> None:
         survivor = FakeSidecar("w2", step_s=None)
