@@ -265,7 +265,7 @@ def test_nothing_is_taken_from_the_talker_that_the_server_does_not_take(kind: st
     async def scenario(wire: Wire, talking: Talking) -> None:
         size = 64 * 1024
         cancel = pb.RelayRequest(cancel=pb.CancelAttempts(request_id="r" * size))
-        talking.requests.extend([cancel] * 1000)
+        talking.requests.extend([cancel] * 4000)
         wire.wake()
         async with asyncio.timeout(5):
             while talking.num_written < 1:  # noqa: ASYNC110 - nothing announces it.
@@ -274,7 +274,7 @@ def test_nothing_is_taken_from_the_talker_that_the_server_does_not_take(kind: st
         while seen != talking.num_written:
             seen = talking.num_written
             await asyncio.sleep(0.1)
-        assert len(talking.requests) > 900
+        assert len(talking.requests) > 3000  # Kernels and gRPC hold some megabytes.
 
     with_server(kind, ignore, scenario)
 

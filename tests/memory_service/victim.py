@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.memory import client as memory_client
 from unbroken.memory import records
 from unbroken.memory.client import MemoryClient, SegmentClass
 from unbroken.memory.records import RECORD_BYTES, Record, RecordState
@@ -147,6 +148,7 @@ def victim(socket: Path, wanted: dict[str, Any], output: int) -> None:
         return trace
 
     if wanted["line"]:
+        memory_client.AWAKE_S = 0.0  # A scenario runs the same lines each time.
         sys.settrace(trace)
     client = MemoryClient(socket, client="victim", rebind_timeout_s=2.0)
     say("session", client.session_id)
