@@ -39,6 +39,7 @@ from unbroken.http2.rules import (
     need_connection,
     need_length,
     need_stream,
+    next_frame,
     unpadded,
 )
 
@@ -159,18 +160,10 @@ class Call:
             buffer = self._inbound
         at, end = 0, len(buffer)
         try:
-            while end - at >= frames.HEADER_BYTES and not self.is_over:
-                length, kind, flags, stream_id = frames.parse_header(buffer, at)
-                if length > frames.FRAME_BYTES_MAX:
-                    raise Fault(
-                        ErrorCode.FRAME_SIZE_ERROR,
-                        f"expected up to {frames.FRAME_BYTES_MAX} bytes in a frame, got {length}",
-                    )
-                payload_at = at + frames.HEADER_BYTES
-                if end - payload_at < length:
-                    break
-                at = payload_at + length
-                self._frame(kind, flags, stream_id, bytes(buffer[payload_at:at]), now)
+            while not self.is_over and (frame := next_frame(buffer, at)) is not None:
+                kind, flags, stream_id, payload = frame
+                at += frames.HEADER_BYTES + len(payload)
+                self._frame(kind, flags, stream_id, payload, now)
         except Fault as fault:
             self.outbound += frames.go_away(0, fault.code, str(fault).encode()[:200])
             self._end(Code.INTERNAL, f"{fault.code.name}: {fault}")

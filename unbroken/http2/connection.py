@@ -34,6 +34,7 @@ from unbroken.http2.rules import (
     need_connection,
     need_length,
     need_stream,
+    next_frame,
     unpadded,
 )
 
@@ -243,20 +244,12 @@ class Connection:
             if self._num_preface_left:
                 at = self._receive_preface(buffer)
             begin = at
-            while end - at >= frames.HEADER_BYTES and not self._num_preface_left:
-                if self.is_over:
+            while not (self.is_over or self._num_preface_left):
+                if (frame := next_frame(buffer, at)) is None:
                     break
-                length, kind, flags, stream_id = frames.parse_header(buffer, at)
-                if length > frames.FRAME_BYTES_MAX:
-                    raise Fault(
-                        ErrorCode.FRAME_SIZE_ERROR,
-                        f"expected up to {frames.FRAME_BYTES_MAX} bytes in a frame, got {length}",
-                    )
-                payload_at = at + frames.HEADER_BYTES
-                if end - payload_at < length:
-                    break
-                at = payload_at + length
-                self._frame(kind, flags, stream_id, bytes(buffer[payload_at:at]), now)
+                kind, flags, stream_id, payload = frame
+                at += frames.HEADER_BYTES + len(payload)
+                self._frame(kind, flags, stream_id, payload, now)
         except Fault as fault:
             self._fail(fault)
             at = begin = end

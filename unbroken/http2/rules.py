@@ -18,6 +18,25 @@ class Fault(Exception):  # noqa: N818 - what the peer did.
         self.limit = limit
 
 
+def next_frame(buffer: bytes | bytearray, at: int) -> tuple[int, int, int, bytes] | None:
+    """Type, flags, stream and payload of the frame that begins there; None if it is not all there.
+
+    Raises `Fault` if it is larger than we allow.
+    """
+    payload_at = at + frames.HEADER_BYTES
+    if payload_at > len(buffer):
+        return None
+    length, kind, flags, stream_id = frames.parse_header(buffer, at)
+    if length > frames.FRAME_BYTES_MAX:
+        raise Fault(
+            ErrorCode.FRAME_SIZE_ERROR,
+            f"expected up to {frames.FRAME_BYTES_MAX} bytes in a frame, got {length}",
+        )
+    if payload_at + length > len(buffer):
+        return None
+    return kind, flags, stream_id, bytes(buffer[payload_at : payload_at + length])
+
+
 def error_code(value: int) -> ErrorCode:
     """What a peer gives as its reason."""
     return ErrorCode(value) if value in ERROR_CODES else ErrorCode.INTERNAL_ERROR
