@@ -22,6 +22,7 @@ from typing import IO, Final, Self
 from unbroken import log
 
 from . import reaper
+from .dying import let_others_go_first
 
 _REAP_TIMEOUT_S: Final = 10.0
 """How long dead processes may take to go: the kernel frees GPU memory meanwhile."""
@@ -172,6 +173,7 @@ class EngineProcess:
     def _lifeline_ended(self) -> None:
         self._loop.remove_reader(self._lifeline_fd)
         os.close(self._lifeline_fd)
+        let_others_go_first(self._pid)
         self._group_killed.set_result(None)
 
     def _reaper_ended(self) -> None:

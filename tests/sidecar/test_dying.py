@@ -1,0 +1,46 @@
+"""What an engine that was killed may still take from others."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from sidecar.dying import let_others_go_first
+
+DEADLINE_S = 10.0
+
+
+@pytest.fixture(params=[True], ids=["leads its session"])
+def process(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
+    """One that waits for its end."""
+    command = [sys.executable, "-I", "-S", "-c", "import sys; print(flush=True); sys.stdin.read()"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=request.param
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_killed_engine_runs_after_all_others(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # Its number stays its own.
+    let_others_go_first(process.pid)
+    assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+
+
+@pytest.mark.parametrize("process", [False], ids=["one of our session"], indirect=True)
+def test_whoever_has_got_its_number_keeps_its_priority(process: subprocess.Popen[bytes]) -> None:
+    let_others_go_first(process.pid)
+    assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
+
+
+def test_an_engine_that_is_gone_is_nobody(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait(DEADLINE_S)
+    let_others_go_first(process.pid)
