@@ -196,6 +196,14 @@ class Adapter(Protocol):
         """Poll its load; nothing if it tells none. Raises `CallFailed`."""
         ...
 
+    async def live_load(self) -> AsyncGenerator[LoadOfRank]:
+        """Its load at each moment at which it changes, from who knows it first.
+
+        What was said last is so until the end; at once if nobody says it. It is called again.
+        """
+        for nothing in ():
+            yield nothing
+
     def taps(self) -> AsyncIterator[Tapped]:
         """What it pushes: load and KV events, until it ends; at once if it pushes nothing.
 

@@ -38,7 +38,7 @@ from sidecar.engines.base import EngineListener, EngineUp
 from sidecar.engines.columns import Columns, Progress
 from sidecar.engines.kv_blocks import KvBlocks
 from sidecar.engines.lives import Launch, Life, LifeOver, Lives
-from sidecar.engines.occupancy import Asked, accounted, load_report
+from sidecar.engines.occupancy import Asked, accounted, is_news, load_report
 from sidecar.supervisor import Exit
 from unbroken import log
 from unbroken.errors import InvalidField
@@ -193,6 +193,8 @@ class _Life(Life):
         self._num_failed = 0
         """Calls that failed by no fault of their request, perhaps."""
         self._told: dict[int, _Told] = {}  # By rank.
+        self._live: LoadOfRank | None = None  # What is so at this moment, if somebody tells.
+        self._live_reported: LoadOfRank | None = None
         self._leaving = asyncio.Event()  # Set when a stream has left since load was asked for.
         self._report_at = 0.0  # When frames are to tell of load again.
         self._found: Discovered | None = None
@@ -208,6 +210,7 @@ class _Life(Life):
         self._spawn(self._watch_health(), "engine health")
         self._spawn(self._ask_load(found), "engine load")
         self._spawn(self._tell_load(), "engine load reports")
+        self._spawn(self._hear_live(found), "engine load as it changes")
         kv_blocks = KvBlocks(up.description.numerics.id, found.block_size)
         self._spawn(self._tap(kv_blocks), "engine taps")
         await self._over
@@ -566,8 +569,9 @@ class _Life(Life):
         while True:
             now = self._loop.time()
             is_told = any(now - told.at <= pace.load_s for told in self._told.values())
-            if self._leaving.is_set() or self._is_crowded or not is_told:
-                self._leaving.clear()
+            wants_it = self._leaving.is_set() or self._is_crowded or not is_told
+            self._leaving.clear()
+            if wants_it and self._live is None:
                 try:
                     async with asyncio.timeout(pace.load_fresh_s):
                         loads = await self._adapter.load()
@@ -588,6 +592,18 @@ class _Life(Life):
     def _hear_load(self, load: LoadOfRank, found: Discovered) -> None:
         now = self._loop.time()
         self._told[load.rank] = _Told(now, load, accounted(self._asked(), found))
+
+    async def _hear_live(self, found: Discovered) -> None:
+        """From the engine's own scheduler, if it tells: then nothing is asked for or added."""
+        while True:
+            try:
+                async for load in self._adapter.live_load():
+                    self._live = load
+                    if is_news(self._live_reported, load, found):
+                        self._report_soon()
+            finally:
+                self._live = self._live_reported = None
+            await asyncio.sleep(self._pace.tap_retry_s)
 
     def _asked(self) -> Sequence[Asked]:
         return [
@@ -621,14 +637,19 @@ class _Life(Life):
         told = {
             rank: one for rank, one in self._told.items() if now - one.at <= self._pace.load_fresh_s
         }
+        loads = {rank: one.load for rank, one in told.items()}
+        blocks_when_told = told[0].blocks if 0 in told else None
+        if self._live is not None:
+            loads, blocks_when_told = {0: self._live}, None
+            self._live_reported = self._live
         asked = self._asked()
         report = load_report(
             asked,
-            {rank: one.load for rank, one in told.items()},
+            loads,
             found,
             num_steps=self._columns.num_steps,
             prefill_tokens_total=0,
-            blocks_when_told=told[0].blocks if 0 in told else None,
+            blocks_when_told=blocks_when_told,
         )
         self._columns.load(report)
         # With many streams it takes longer, and a share of so much time is what it may take.

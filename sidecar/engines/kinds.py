@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.config import SidecarConfig
-from sidecar.engines import continuation_key
+from sidecar.engines import continuation_key, load_tap
 from sidecar.engines.adapter import Adapter
 from sidecar.engines.asking import Vouched
 from sidecar.engines.base import Engine
@@ -42,6 +42,7 @@ def engine_of(config: SidecarConfig, directory: Path) -> Engine:
     if config.engine_protocol == "vllm" and launch.command is not None:
         # Inherited by the engine; nobody else can ask it to take a prompt for its own output.
         continuation_key.choose()
+        load_tap.choose(directory)
     vouched = Vouched(
         config.engine_is_invariant,
         config.engine_numerics,

@@ -10,7 +10,7 @@ streams produced and gave back since is known from the streams, so that is added
     blocks in use = what it told + the account now - the account when it told
 
 A stream that it was given since counts with its prompt at once: it is computed in the next step, or
-the engine is full.
+the engine is full. Where an engine tells of each change as it happens, nothing has to be added.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,6 +23,8 @@ from unbroken.v1 import worker_pb2
 
 _COUNT_MAX: Final = 2**32 - 1
 """Of a number in a report."""
+_GROWN: Final = 1.5
+"""Blocks; a share is not exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,14 @@ def load_report(
         if found.num_ranks == 1:  # Engines count a prompt no more once they began to compute it.
             entry.prefill_tokens_queued = max(entry.prefill_tokens_queued, waiting_tokens)
     return report
+
+
+def is_news(reported: LoadOfRank | None, load: LoadOfRank, found: Discovered) -> bool:
+    """Whether a change is told at once, and not with the next report that is due: more than a block
+    came or went, which streams do by growing, or streams began to wait, or do so no more."""
+    if reported is None or (reported.waiting > 0) != (load.waiting > 0):
+        return True
+    return abs(load.kv_share - reported.kv_share) * found.kv_blocks > _GROWN
 
 
 def accounted(asked: Iterable[Asked], found: Discovered) -> int:

@@ -7,13 +7,14 @@ What its protocol does not say of itself, measured on vLLM 0.32 (docs/decisions/
 - `top_p` and `repetition_penalty` of 0 are taken for 1, an absent temperature for 1.
 - Of the most probable tokens it tells the chosen one first, and that one counts.
 
-With the plug-in `worker.vllm_plugin` it goes on with the output of another engine. Whether it has
-that plug-in, and whether that works here, shows in what comes of asking for it.
+With the plug-in `worker.vllm_plugin` it goes on with the output of another engine, and tells of its
+load by itself. Whether it has that plug-in, and whether that works here, shows in what comes of
+asking for it.
 """
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 import grpc.aio
@@ -21,7 +22,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb  # pyright: ignore[re
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
-from sidecar.engines import continuation_key
+from sidecar.engines import continuation_key, load_tap
 from sidecar.engines.adapter import (
     END_REASONS,
     Call,
@@ -101,7 +102,8 @@ class VllmAdapter(SmgAdapter):
             tokenizer=asset,
             capabilities=capabilities,
             block_size=server.block_size,
-            kv_blocks=tokens // server.block_size if server.block_size else 0,
+            # One of them is nobody's, and its share of what is used is one of the others.
+            kv_blocks=max(0, tokens // server.block_size - 1) if server.block_size else 0,
             batch_size_max=server.max_num_seqs,
             num_ranks=max(1, server.data_parallel_size),
             facts={
@@ -176,6 +178,12 @@ class VllmAdapter(SmgAdapter):
             raise Unhealthy(f"the engine refuses calls: {error.details()}") from error
         if not health.healthy:
             raise Unhealthy(f"the engine says: {health.message}")
+
+    @override
+    async def live_load(self) -> AsyncGenerator[LoadOfRank]:
+        if path := load_tap.get():
+            async for load in load_tap.listen(path):
+                yield load
 
     @override
     async def load(self) -> Sequence[LoadOfRank]:

@@ -28,6 +28,7 @@ class RankMetrics:
     load: LoadOfRank
     block_size: int
     kv_blocks: int
+    """That can be used: of those that vLLM counts, one is nobody's."""
 
 
 def ranks_of(page: str) -> Sequence[RankMetrics]:
@@ -55,7 +56,7 @@ def ranks_of(page: str) -> Sequence[RankMetrics]:
                 told.get(_USAGE, 0.0),
             ),
             _digits(configs.get(number, {}).get("block_size")),
-            _digits(configs.get(number, {}).get("num_gpu_blocks")),
+            max(0, _digits(configs.get(number, {}).get("num_gpu_blocks")) - 1),
         )
         for position, (number, told) in enumerate(sorted(values.items()))
     ]

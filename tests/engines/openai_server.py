@@ -122,7 +122,7 @@ class OpenAiServer:
         ]
         lines += [
             f'vllm:cache_config_info{{block_size="{spec.block_size}",engine="{engine}",'
-            f'num_gpu_blocks="{spec.kv_blocks}"}} 1.0'
+            f'num_gpu_blocks="{spec.kv_blocks + 1}"}} 1.0'
             for engine in engines
         ]
         lines.append('vllm:time_to_first_token_seconds_bucket{le="0.1"} 5.0')

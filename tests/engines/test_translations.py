@@ -172,8 +172,8 @@ vllm:num_requests_waiting_by_reason{engine="3",reason="capacity"} 4.0
 
 def test_of_several_ranks_each_is_told_of() -> None:
     first, second = vllm_metrics.ranks_of(PAGE)
-    assert first == vllm_metrics.RankMetrics(LoadOfRank(0, 5, 1, 0.25), 32, 64)
-    assert second == vllm_metrics.RankMetrics(LoadOfRank(1, 7, 0, 0.75), 32, 60)
+    assert first == vllm_metrics.RankMetrics(LoadOfRank(0, 5, 1, 0.25), 32, 63)
+    assert second == vllm_metrics.RankMetrics(LoadOfRank(1, 7, 0, 0.75), 32, 59)
     assert not vllm_metrics.ranks_of("python_info 1.0\n")
     with pytest.raises(CallFailed, match="metrics"):
         vllm_metrics.ranks_of("vllm:num_requests_running{ 1\n")

