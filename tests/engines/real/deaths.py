@@ -34,6 +34,8 @@ STREAM_S_MAX: Final = 400.0
 BYSTANDER_TOKENS: Final = 900
 BYSTANDER_S_MAX: Final = 15.0
 """A client without us that hears nothing for so long is left hanging."""
+SILENT_S: Final = 1.5
+"""One that hears nothing for so long, and then that its connection is gone, was so too."""
 
 FEATURES: Final[Mapping[str, Mapping[str, Any]]] = {
     "greedy": {"temperature": 0.0},
@@ -227,7 +229,7 @@ async def http_bystander(url: str) -> str:
         "ignore_eos": True,
         "stream": True,
     }
-    last = ""
+    last, heard_at = "", time.monotonic()
     timeout = aiohttp.ClientTimeout(total=None, sock_read=BYSTANDER_S_MAX)
     try:
         async with (
@@ -235,13 +237,15 @@ async def http_bystander(url: str) -> str:
             session.post(f"{url}/v1/completions", json=body) as response,
         ):
             async for line in response.content:
-                text = line.decode(errors="replace").strip()
+                text, heard_at = line.decode(errors="replace").strip(), time.monotonic()
                 if text.startswith("data:") and text != "data: [DONE]":
                     last = text
     except TimeoutError:
         return "silence"
-    except aiohttp.ClientError as error:
-        return f"broken off ({type(error).__name__})"
+    except aiohttp.ClientError:
+        # A server that says nothing and keeps the connection is killed by its sidecar in the end.
+        is_silent = time.monotonic() - heard_at > SILENT_S
+        return "silence, until it was killed" if is_silent else "broken off"
     if '"error"' in last:
         return "an error"
     for reason in ("abort", "length", "stop"):

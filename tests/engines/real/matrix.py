@@ -24,9 +24,9 @@ from unbroken.v1 import inference_service_pb2 as pb
 from worker import simulated_tokenizer
 
 MAX_TOKENS: Final = 48
-NUM_WAVES: Final = 10
+NUM_WAVES: Final = 12
 """Copies of each request."""
-APART: Final = 4
+APART: Final = 3
 """Tokens between two waves."""
 CUT_POINTS: Final = 8
 """Different offsets at which each feature is cut with each prompt."""
