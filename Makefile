@@ -62,8 +62,8 @@ detection: .venv/.dev ## How long streams stand still when something fails, for 
 soak: .venv/.dev ## Half an hour of hard conditions: no healthy worker is taken for a sick one
 	$(BIN)/python -m benchmarks.soak
 
-engines: .venv/.dev ## Real vLLM (2.5 GB) and llama.cpp's server, installed into .engines: conformance, killed under streams, too little memory (PARTS=conformance,deaths,native,stops,pressure,other)
-	$(BIN)/python -m tests.engines.real $(if $(PARTS),--parts $(PARTS))
+engines: .venv/.dev ## Real vLLM (2.5 GB) and llama.cpp's server, installed into .engines: conformance, killed under streams, every feature cut at eight offsets, too little memory (PARTS=conformance,deaths,native,stops,matrix,pressure,other; WRITE=1 writes the matrix into docs/CONTINUATION.md)
+	$(BIN)/python -m tests.engines.real $(if $(PARTS),--parts $(PARTS)) $(if $(WRITE),--write docs/CONTINUATION.md)
 
 zombie: .venv/.dev ## Workers that come back from the dead: nothing late, nothing held, soon in service
 	$(BIN)/python -m benchmarks.zombie

@@ -600,7 +600,8 @@ class _Life(Life):
                 async for load in self._adapter.live_load():
                     self._live = load
                     if is_news(self._live_reported, load, found):
-                        self._report_soon()
+                        self._report_at = 0.0
+                        self._flush()
             finally:
                 self._live = self._live_reported = None
             await asyncio.sleep(self._pace.tap_retry_s)

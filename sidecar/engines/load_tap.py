@@ -46,9 +46,10 @@ def read(message: bytes) -> LoadOfRank:
     """One message. Raises ValueError."""
     said = json.loads(message)
     try:
-        blocks, total, running, waiting = (
-            int(said[name]) for name in ("blocks", "blocks_total", "running", "waiting")
+        blocks, total, running, waiting, tokens = (
+            int(said[name])
+            for name in ("blocks", "blocks_total", "running", "waiting", "waiting_tokens")
         )
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"expected a load, got {message[:100]!r}") from error
-    return LoadOfRank(0, running, waiting, blocks / total if total else 0.0)
+    return LoadOfRank(0, running, waiting, blocks / total if total else 0.0, tokens)

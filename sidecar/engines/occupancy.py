@@ -87,10 +87,12 @@ def load_report(
 
 def is_news(reported: LoadOfRank | None, load: LoadOfRank, found: Discovered) -> bool:
     """Whether a change is told at once, and not with the next report that is due: more than a block
-    came or went, which streams do by growing, or streams began to wait, or do so no more."""
-    if reported is None or (reported.waiting > 0) != (load.waiting > 0):
+    came or went, which streams do by growing, or more than that waits, or waits no more."""
+    if reported is None:
         return True
-    return abs(load.kv_share - reported.kv_share) * found.kv_blocks > _GROWN
+    waiting = (load.waiting_tokens or 0) - (reported.waiting_tokens or 0)
+    blocks = (load.kv_share - reported.kv_share) * found.kv_blocks
+    return max(abs(blocks), abs(waiting) / (found.block_size or 1)) > _GROWN
 
 
 def accounted(asked: Iterable[Asked], found: Discovered) -> int:

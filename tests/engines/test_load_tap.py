@@ -42,6 +42,12 @@ def listener(path: Path) -> Iterator[tuple[load_tap.Tap, socket.socket]]:
     tap.close()
 
 
+def load(blocks: int, total: int = 63) -> dict[str, int]:
+    """With two requests that run, and one that waits."""
+    held = {"blocks": blocks, "blocks_total": total}
+    return {**held, "running": 2, "waiting": 1, "waiting_tokens": 70}
+
+
 def test_both_ends_mean_the_same_variable() -> None:
     assert hearing.VARIABLE == load_tap.VARIABLE
 
@@ -51,9 +57,9 @@ def test_a_load_is_told_when_it_is_another_one(
 ) -> None:
     tap, connection = listener
     for blocks in (3, 3, 4):
-        tap.tell(blocks, 63, 2, 1)
+        tap.tell(load(blocks))
     heard = [hearing.read(connection.recv(4096)) for _ in range(2)]
-    assert heard == [LoadOfRank(0, 2, 1, 3 / 63), LoadOfRank(0, 2, 1, 4 / 63)]
+    assert heard == [LoadOfRank(0, 2, 1, blocks / 63, 70) for blocks in (3, 4)]
     connection.setblocking(False)
     with pytest.raises(BlockingIOError):
         connection.recv(4096)
@@ -64,7 +70,7 @@ def test_who_reads_nothing_does_not_stop_the_engine_and_hears_the_newest_later(
 ) -> None:
     tap, connection = listener
     for blocks in range(10_000):
-        tap.tell(blocks, 20_000, 2, 1)
+        tap.tell(load(blocks, 20_000))
     connection.setblocking(False)
     heard: list[int] = []
     while True:
@@ -73,7 +79,7 @@ def test_who_reads_nothing_does_not_stop_the_engine_and_hears_the_newest_later(
         except BlockingIOError:
             break
     assert len(heard) < 10_000, "it was held up"
-    tap.tell(9_999, 20_000, 2, 1)
+    tap.tell(load(9_999, 20_000))
     assert json.loads(connection.recv(4096))["blocks"] == 9_999
 
 
@@ -86,14 +92,14 @@ def test_who_has_left_is_forgotten_and_one_too_many_is_let_wait(path: Path) -> N
     for one in several:
         one.setblocking(False)
         one.connect(str(path))
-    tap.tell(1, 63, 0, 0)
+    tap.tell(load(1))
     *accepted, last = several
     assert all(one.recv(4096) for one in accepted)
     with pytest.raises(BlockingIOError):
         last.recv(4096)
     accepted[0].close()
-    tap.tell(2, 63, 0, 0)  # It is found out.
-    tap.tell(3, 63, 0, 0)
+    tap.tell(load(2))  # It is found out.
+    tap.tell(load(3))
     assert json.loads(last.recv(4096))["blocks"] == 3
     for one in several:
         one.close()
@@ -109,6 +115,7 @@ class Scheduler:
         self.free = 63
         pool = SimpleNamespace(num_gpu_blocks=64, get_num_free_blocks=lambda: self.free)
         self.kv_cache_manager = SimpleNamespace(block_pool=pool)
+        self.waiting = [SimpleNamespace(num_tokens=70)]
 
     def get_request_counts(self) -> tuple[int, int]:
         return 2, 1
@@ -157,9 +164,7 @@ def test_a_scheduler_tells_after_whatever_it_does(
         scheduler.finish_requests()
         heard = [json.loads(connection.recv(4096)) for _ in range(3)]
     tap.close()
-    assert heard == [
-        {"blocks": blocks, "blocks_total": 63, "running": 2, "waiting": 1} for blocks in (5, 3, 0)
-    ]
+    assert heard == [load(blocks) for blocks in (5, 3, 0)]
 
 
 def test_of_several_ranks_nobody_is_told(scheduler_of: type[Scheduler], path: Path) -> None:
@@ -180,14 +185,15 @@ def test_what_a_scheduler_tells_counts_and_what_the_server_is_asked_does_not(pat
 
         def says(blocks: int, total: int) -> bool:
             """Told again and again, as nobody knows when the sidecar has come."""
-            tap.tell(3 * blocks, 3 * total, 7, 1)
-            load = it.hub.load
-            return load is not None and load.ranks[0].kv_blocks_used == round(64 * blocks / total)
+            tap.tell(load(3 * blocks, 3 * total))
+            told = it.hub.load
+            return told is not None and told.ranks[0].kv_blocks_used == round(64 * blocks / total)
 
         async with tapped() as (it, _):
             await it.until(lambda: says(31, 63), "it was not heard")
             assert it.hub.load is not None
-            assert it.hub.load.ranks[0].requests_running == 7
+            assert it.hub.load.ranks[0].requests_running == 2
+            assert it.hub.load.ranks[0].prefill_tokens_queued == 70
             await asyncio.sleep(10 * QUICK.load_s)
             assert says(31, 63), "what is asked for came instead"
             await it.until(lambda: says(40, 63), "it was not heard")
@@ -215,9 +221,9 @@ def test_who_speaks_nonsense_is_left(path: Path) -> None:
         heard = asyncio.ensure_future(_all(path))
         connection, _ = await asyncio.to_thread(server.accept)
         with server, connection:
-            connection.send(b'{"blocks": 1, "blocks_total": 2, "running": 1, "waiting": 0}')
+            connection.send(json.dumps(load(1, 2)).encode())
             connection.send(b"nonsense")
-            assert await heard == [LoadOfRank(0, 1, 0, 0.5)]
+            assert await heard == [LoadOfRank(0, 2, 1, 0.5, 70)]
 
     play(scenario())
 
@@ -228,10 +234,10 @@ async def _all(path: Path) -> list[LoadOfRank]:
 
 
 def test_a_change_is_news_unless_streams_only_grow() -> None:
-    """Of 50 blocks."""
-    told = LoadOfRank(0, running=2, waiting=0, kv_share=0.2)
+    """Of 50 blocks of 4 tokens."""
+    told = LoadOfRank(0, running=2, waiting=1, kv_share=0.2, waiting_tokens=70)
     assert is_news(None, told, FOUND)
-    assert not is_news(told, replace(told, kv_share=0.22), FOUND)
+    assert not is_news(told, replace(told, kv_share=0.22, waiting_tokens=71), FOUND)
     assert is_news(told, replace(told, kv_share=0.24), FOUND)
     assert is_news(told, replace(told, kv_share=0.1), FOUND)
-    assert is_news(told, replace(told, waiting=1), FOUND)
+    assert is_news(told, replace(told, waiting=0, waiting_tokens=0), FOUND)

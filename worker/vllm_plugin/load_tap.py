@@ -5,17 +5,21 @@ then has to be asked for. The scheduler itself knows it at once. In the core it 
 socket named by `UNBROKEN_LOAD_TAP`, which a sidecar chooses for the engine that it starts; whoever
 connects is told, after each plan, each result and each request that is let go of:
 
-    {"blocks": 12, "blocks_total": 63, "running": 3, "waiting": 0}
+    {"blocks": 12, "blocks_total": 63, "running": 3, "waiting": 1, "waiting_tokens": 70}
 
-one message each, and only if something is different. A listener that does not read misses messages,
-and is told the newest once it does. Not with several data-parallel ranks: each would need its own.
+one message each, and only if something is different. What waits may have run before: a request that
+was preempted holds no blocks, and takes all of them again when there is room. A listener that does
+not read misses messages, and is told the newest once it does. Not with several data-parallel ranks:
+each would need its own.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +30,8 @@ TAP: Final = "unbroken_tap"
 """The attribute of a scheduler that holds its own."""
 LISTENERS_MAX: Final = 4
 """More are not accepted."""
+COUNTED_MAX: Final = 1000
+"""Requests whose tokens are counted: this is done in each step."""
 
 _log = logging.getLogger("vllm.unbroken")
 
@@ -47,16 +53,10 @@ class Tap:
         self._listeners: dict[socket.socket, bytes] = {}
         """Each with what it was told last."""
 
-    def tell(self, blocks: int, blocks_total: int, running: int, waiting: int) -> None:
+    def tell(self, load: Mapping[str, int]) -> None:
         """Tell all who do not know it."""
         self._accept()
-        said = {
-            "blocks": blocks,
-            "blocks_total": blocks_total,
-            "running": running,
-            "waiting": waiting,
-        }
-        message = json.dumps(said).encode()
+        message = json.dumps(load).encode()
         for listener, last in list(self._listeners.items()):
             if message == last:
                 continue
@@ -100,8 +100,15 @@ def changes(path: Path) -> list[Change]:
         if tap is not None:
             pool = scheduler.kv_cache_manager.block_pool
             total = pool.num_gpu_blocks - 1  # One is nobody's.
-            used = total - pool.get_num_free_blocks()
-            tap.tell(used, total, *scheduler.get_request_counts())
+            running, waiting = scheduler.get_request_counts()
+            first = itertools.islice(scheduler.waiting, COUNTED_MAX)
+            tap.tell({
+                "blocks": total - pool.get_num_free_blocks(),
+                "blocks_total": total,
+                "running": running,
+                "waiting": waiting,
+                "waiting_tokens": sum(request.num_tokens for request in first),
+            })  # fmt: skip
 
     def telling(method: Method) -> Method:
         def told(self: Any, *more: Any, **named: Any) -> Any:

@@ -257,21 +257,20 @@ async def _matrix(setup: Setup) -> tuple[bool, object]:
         }
         async with units.running(directory, commands, environment) as both:
             columns[name] = await matrix.measure(both)
-        told[name] = {**columns[name].figures(), **_preemptions(log)}
+        moments = vllm_truth.read(log)
+        preemptions = max(one.preemptions for one in moments)
+        share = max(one.blocks_used / one.blocks_total for one in moments)
+        told[name] = {
+            **columns[name].figures(),
+            "kv_share_max": round(share, 3),
+            "preemptions_max": preemptions,  # Each engine counts its own, in each of its lives.
+        }
         is_ok &= columns[name].is_ok
+        if kv_blocks == matrix.BLOCKS_UNDER_PRESSURE:
+            is_ok &= preemptions > 0 and share >= pressure.FULL
     if setup.page is not None and is_ok:
         matrix.write(setup.page, columns)
     return is_ok, told
-
-
-def _preemptions(log: Path) -> Mapping[str, object]:
-    """Of engines that write down what they hold; each counts its own."""
-    if not log.exists():
-        return {}
-    moments = vllm_truth.read(log)
-    share = max(one.blocks_used / one.blocks_total for one in moments)
-    counts = [one.preemptions for one in moments]
-    return {"kv_share_max": round(share, 3), "preemptions_max": max(counts)}
 
 
 async def _pressure(setup: Setup) -> tuple[bool, object]:

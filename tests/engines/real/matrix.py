@@ -44,8 +44,8 @@ SETTINGS: Final[Mapping[str, str]] = {"UNBROKEN_SIDECAR_ENGINE_STALL_MIN_S": "60
 """A core that compiles grammars on a busy machine is not to be taken for one that hangs: other
 parts are about those."""
 BLOCKS_AT_EASE: Final = 1536
-BLOCKS_UNDER_PRESSURE: Final = 320
-"""Half of what the streams of one engine fill, before those of the other come."""
+BLOCKS_UNDER_PRESSURE: Final = 480
+"""Fewer than the streams of one engine fill, before those of the other come."""
 
 _END_ID: Final = min(simulated_tokenizer.asset().eos_token_ids)
 _HELD: Final = (0.2, 0.9)

@@ -34,7 +34,7 @@ PROMPT_TOKENS: Final = 100
 OUTPUT_TOKENS: Final = 260
 CUT: Final = 100
 APART_MAX: Final = 1.0
-"""Between what is reported and what is so, a second: blocks times seconds."""
+"""Between what is reported and what is so, in any second: blocks times seconds."""
 LET_IN_MAX: Final = 1
 """New ones that wait for blocks in the engine: one may have crossed the threshold."""
 
@@ -44,7 +44,7 @@ FULL: Final = 0.98
 NUM_AT_EASE: Final = 4
 """So many streams fit with room to spare."""
 
-_LOOK_S: Final = 0.005
+_LOOK_S: Final = 0.002
 _LIMIT_S: Final = 300.0
 _SETTLE_S: Final = 1.5
 _SEED: Final = 5
@@ -80,7 +80,7 @@ class Seen:
             and self.is_under_pressure
             and self.cached_tokens > 0
             and self.let_in_max <= LET_IN_MAX
-            and self.apart <= APART_MAX
+            and max(self.apart, self.apart_worst) <= APART_MAX
         )
 
     def figures(self) -> dict[str, object]:
