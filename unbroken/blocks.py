@@ -8,12 +8,14 @@ tenants. docs/decisions/block-hash.md has the definition in full, with a test ve
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 OUTPUT_TAG = 1 << 31
 """Added to the ids of output tokens by engines whose KV depends on the phase that computed it."""
 
 
+@lru_cache(maxsize=1024)
 def root(numerics_id: str, tenant: str) -> int:
     """The 64-bit parent of every first block of a tenant on engines of one numerics class."""
     name = numerics_id.encode()
@@ -45,7 +47,7 @@ class BlockChain:
         self.hashes: list[int] = []
         self._parent = root.to_bytes(8, "little")
         self._tail: list[int] = []  # Tokens of the block that is not full.
-        self._pack = struct.Struct(f"<{block_size}I").pack
+        self._pack = _format(block_size).pack
 
     @property
     def num_tokens(self) -> int:
@@ -65,3 +67,9 @@ class BlockChain:
             hashes.append(int.from_bytes(parent, "little"))
         self._parent = parent
         self._tail = tokens[end:]
+
+
+@lru_cache(maxsize=64)
+def _format(block_size: int) -> struct.Struct:
+    """Of the ids of one block."""
+    return struct.Struct(f"<{block_size}I")

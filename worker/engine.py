@@ -8,7 +8,7 @@ logits and asks each sequence's sampler for a token. So a new engine is one `Mod
 what it is (`EngineSpec`) and executes plans, one at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
@@ -215,12 +215,16 @@ class Sequence:
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
 
-    def tokens_to_chain(self, start: int, end: int, *, marks_output: bool) -> Iterator[int]:
+    def tokens_to_chain(self, start: int, end: int, *, marks_output: bool) -> Row[int]:
         """Its tokens from `start` to `end`, as hashes of blocks are computed from them."""
         num_prompt = len(self.prompt)
-        yield from self.prompt[start:end]
-        output = self.output[max(0, start - num_prompt) : max(0, end - num_prompt)]
-        yield from (token_id | blocks.OUTPUT_TAG for token_id in output) if marks_output else output
+        prompt = self.prompt[start:end]
+        if end <= num_prompt:
+            return prompt
+        output = self.output[max(0, start - num_prompt) : end - num_prompt]
+        if marks_output:
+            output = [token_id | blocks.OUTPUT_TAG for token_id in output]
+        return [*prompt, *output]
 
     @property
     def next_offset(self) -> int:
@@ -445,7 +449,7 @@ def admit(
         window_tokens=start.window_tokens,
         sampler=sampler,
         kv_root=blocks.root(spec.numerics_id, start.stream.tenant),
-        kv_holders=_holders(start.checkpoint.kv),
+        kv_holders=_holders(start.checkpoint.kv) if start.checkpoint.HasField("kv") else (),
         priority=start.priority,
         tenant=start.stream.tenant,
         deadline=(

@@ -230,9 +230,7 @@ class KvStore:
         end = num_blocks * spec.block_size
         if chain.num_tokens < end:
             marks_output = not spec.split_invariant
-            chain.extend(
-                [*stream.tokens_to_chain(chain.num_tokens, end, marks_output=marks_output)]
-            )
+            chain.extend(stream.tokens_to_chain(chain.num_tokens, end, marks_output=marks_output))
         return chain.keys
 
     # The thread.

@@ -14,7 +14,8 @@ no state, so it needs no recovery.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +55,7 @@ class Sampler:
     """
 
     __slots__ = (
-        "_bias_ids",
-        "_bias_values",
+        "_bias",
         "_draws_by_position",
         "_end_ids",
         "_is_bare",
@@ -101,13 +101,8 @@ class Sampler:
         self._num_prompt = len(prompt)
         self._draws_by_position = draws_by_position
         self._min_tokens = params.stopping.min_tokens
-        self._end_ids = np.array(
-            sorted(eos_token_ids | params.stopping.stop_token_ids), dtype=np.intp
-        )
-        self._bias_ids = np.array(sorted(sampling.logit_bias), dtype=np.intp)
-        self._bias_values = np.array(
-            [sampling.logit_bias[i] for i in sorted(sampling.logit_bias)], dtype=np.float32
-        )
+        self._end_ids = _sorted(eos_token_ids, params.stopping.stop_token_ids)
+        self._bias = _as_arrays(sampling.logit_bias) if sampling.logit_bias else None
         # Penalties are per distinct token, of which a sequence has few.
         self._output = _Counter() if _penalises_output(params) else None
         self._seen = _Counter() if sampling.repetition_penalty != 1.0 else None
@@ -188,7 +183,9 @@ class Sampler:
             logits[self._output.ids] -= np.float32(sampling.presence_penalty) + (
                 np.float32(sampling.frequency_penalty) * self._output.counts
             )
-        logits[self._bias_ids] += self._bias_values
+        if self._bias is not None:
+            ids, values = self._bias
+            logits[ids] += values
         if self.matcher is not None:
             allowed = self.matcher.allowed()
             if self.matcher.error:  # Its mask would only say that the output may end.
@@ -260,6 +257,20 @@ def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
     order = few[np.argsort(-weights[few], kind="stable")]
     reached = int(weights[order].cumsum().searchsorted(top_p * total, side="left"))
     return np.sort(order[: reached + 1])
+
+
+def _as_arrays(bias: Mapping[int, float]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Ids in order, and their values."""
+    ids = sorted(bias)
+    return np.array(ids, dtype=np.intp), np.array([bias[i] for i in ids], dtype=np.float32)
+
+
+@lru_cache(maxsize=256)
+def _sorted(some: frozenset[int], others: frozenset[int]) -> NDArray[np.intp]:
+    """The ids in order. Most sequences have the same, and many begin at once; nobody writes."""
+    ids = np.array(sorted(some | others), dtype=np.intp)
+    ids.flags.writeable = False
+    return ids
 
 
 def _penalises_output(params: GenerationParams) -> bool:

@@ -820,5 +820,5 @@ def _bring_up_to_date(chain: BlockChain, stream: Stream, spec: EngineSpec) -> No
     """Add to the chain the tokens of the sequence that it does not have."""
     marks_output = not spec.split_invariant
     chain.extend(
-        [*stream.tokens_to_chain(chain.num_tokens, stream.num_tokens, marks_output=marks_output)]
+        stream.tokens_to_chain(chain.num_tokens, stream.num_tokens, marks_output=marks_output)
     )
