@@ -11,15 +11,16 @@ its turn is on its way to another before anything else runs.
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Final, assert_never
 
 from frontend import stream as machine
 from frontend.admission import Admitted, Envelope, Model
 from frontend.admission_queue import Arrival, QueueLimits
+from frontend.afterwards import Afterwards
 from frontend.busy import Shedder
 from frontend.continuation import Abilities
 from frontend.feasibility import first_token_s
@@ -84,6 +85,8 @@ class Dispatcher:
         self.links = links
         self.metrics = metrics
         self.quarantine = quarantine
+        self.afterwards = quarantine.afterwards
+        """For what a move leaves to be done."""
         self.queue = ResumeQueue[Choice](
             limits,
             random,
@@ -152,6 +155,7 @@ class Dispatcher:
     def close(self) -> None:
         """Look at nothing any more."""
         self._cancel_timers()
+        self.afterwards.finish()
         self.room.close()
         self.pausing.close()
 
@@ -364,7 +368,7 @@ def nobody() -> None:
 class News:
     """Whether there is something new for whoever reads a request; he is told once."""
 
-    __slots__ = ("_is_preparing", "_timer", "is_set", "is_to_be_polled", "prepare", "tell")
+    __slots__ = ("_is_waiting", "_timer", "is_set", "is_to_be_polled", "prepare", "tell")
 
     def __init__(self) -> None:
         self.is_set = False
@@ -373,7 +377,7 @@ class News:
         self.tell: Callable[[], None] = nobody
         self.prepare: Callable[[], None] = nobody
         """Called when all that is more urgent has been done, if something can wait."""
-        self._is_preparing = False
+        self._is_waiting = False
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
@@ -382,13 +386,11 @@ class News:
             self.is_set = True
             self.tell()
 
-    def set_soon(self) -> None:
+    def set_soon(self, afterwards: Afterwards) -> None:
         """There is something that can wait for `MOVE_TOLD_S`, and for something more urgent."""
-        if self._timer is None and not self.is_set:
-            self._timer = asyncio.get_running_loop().call_later(MOVE_TOLD_S, self._time)
-        if not self._is_preparing:
-            self._is_preparing = True
-            asyncio.get_running_loop().call_soon(self._prepare)
+        if not self._is_waiting:
+            self._is_waiting = True
+            afterwards.do(self._wait_on)
 
     def clear(self) -> None:
         """Whoever reads has seen it."""
@@ -398,8 +400,10 @@ class News:
         self._timer = None
         self.set()
 
-    def _prepare(self) -> None:
-        self._is_preparing = False
+    def _wait_on(self) -> None:
+        self._is_waiting = False
+        if self._timer is None and not self.is_set:
+            self._timer = asyncio.get_running_loop().call_later(MOVE_TOLD_S, self._time)
         self.prepare()
 
 
@@ -555,7 +559,7 @@ class Choice:
         if self.stream.has_output or self.stream.outcome is not None:
             self.wake()
         else:
-            self._news.set_soon()
+            self._news.set_soon(self._dispatcher.afterwards)
 
     def begin(self) -> None:
         """The request was admitted."""
@@ -584,19 +588,18 @@ class Choice:
         self._wake_after()
 
     def _obey(self, commands: Sequence[machine.Command]) -> None:
-        queue = deque(commands)
-        while queue:
-            command = queue.popleft()
+        obeyed = list(commands)
+        for command in obeyed:  # What follows from one is obeyed after those that are there.
             match command:
                 case machine.Place(avoid=avoid, pause_s=pause_s):
                     self._avoid = avoid
-                    queue.extend(self._place(pause_s))
+                    obeyed += self._place(pause_s)
                 case machine.Start() as order:
-                    queue.extend(self._start(order))
+                    obeyed += self._start(order)
                 case machine.Relink() as order:
-                    queue.extend(self._relink(order))
+                    obeyed += self._relink(order)
                 case machine.Adopt() as order:
-                    queue.extend(self._adopt(order))
+                    obeyed += self._adopt(order)
                 case machine.Abort(epoch=epoch):
                     if self._seat is not None and self._seat.epoch == epoch:
                         self._leave()
@@ -650,8 +653,10 @@ class Choice:
             self._is_new_work = self._is_to_be_refused or self._is_unheard
             self._stop_waiting()
             if stream.attempts:
-                dispatcher.metrics.resume_wait_s.observe(waited_s)
-            self._obey(stream.placed(stream.epoch, view.life, view.abilities))
+                observe = dispatcher.metrics.resume_wait_s.observe
+                dispatcher.afterwards.do(partial(observe, waited_s))
+            way = self._ways.get(view.abilities)
+            self._obey(stream.placed(stream.epoch, view.life, view.abilities, way=way))
             on_turn, self.on_turn = self.on_turn, nobody
             on_turn()
         except Exception:
@@ -725,13 +730,9 @@ class Choice:
         return ()
 
     @property
-    def _is_resume(self) -> bool:
-        return self.stream.has_begun or bool(self.stream.attempts)
-
-    @property
     def _is_to_be_refused(self) -> bool:
         """Whether thresholds can refuse it: as long as nothing of its request was at a worker."""
-        return self._is_new and not self.index and not self._is_resume
+        return self._is_new and not self.index and not self.stream.was_attempted
 
     @property
     def _is_unheard(self) -> bool:
@@ -741,7 +742,7 @@ class Choice:
         """
         return (
             self._is_new
-            and self._is_resume
+            and self.stream.was_attempted
             and self._standing is not None
             and self._envelope.num_choices == 1
             and not self.stream.ledger
@@ -810,7 +811,7 @@ class Choice:
 
     def _ticket(self, deadline: float) -> Ticket:
         give_up_at = deadline if self._deadline_at is None else min(deadline, self._deadline_at)
-        is_resume = self._is_resume
+        is_resume = self.stream.was_attempted
         return Ticket(
             model=self._model.name,
             work=Work.RESUME if is_resume else Work.NEW,
@@ -871,7 +872,9 @@ class Choice:
             avoid=self._avoid,
             stored=self._stored(),
         )
-        has_begun = self._is_resume and not self._is_unheard and not self.stream.was_paused
+        has_begun = (
+            self.stream.was_attempted and not self._is_unheard and not self.stream.was_paused
+        )
         is_busy = _never if has_begun else self._dispatcher.shedder.is_busy
         return choose(
             mesh.views(), need, is_able=is_able, block_hashes=self._block_hashes, is_busy=is_busy
@@ -903,8 +906,10 @@ class Choice:
         if worker is None or worker.view is None or call is None:
             detail = f"no link to {order.life.worker_id}"
             return stream.lost(order.epoch, FailureKind.PARTITION, detail, now)
-        if len(stream.attempts) > 1:
-            dispatcher.metrics.migrated(stream.attempts[-2].failure, stream.attempts[-1].way)
+        attempts = stream.attempts
+        if len(attempts) > 1:
+            failure, way = attempts[-2].failure, attempts[-1].way
+            dispatcher.afterwards.do(partial(dispatcher.metrics.migrated, failure, way))
         request = relay_service_pb2.RelayRequest()
         start = request.start
         self._name(start.stream)
@@ -934,10 +939,10 @@ class Choice:
             num_prefill_tokens=num_tokens - num_cached,
         )
         self._seat = _Seat(call, slot, order.epoch, view)
-        self._life, self._tried = order.life, stream.attempts[-1]
+        self._life, self._tried = order.life, attempts[-1]
         view.placed(num_tokens, num_cached)
         dispatcher.pausing.started(self, view)
-        if len(stream.attempts) == 1:
+        if len(attempts) == 1:
             dispatcher.shedder.placed(view.model, num_tokens)
         dispatcher.quarantine.started(self, order.life)
         return ()

@@ -3,13 +3,19 @@
 While no engine has died, all this costs is a fingerprint of each request, made when it begins: when
 an engine dies, those of all its requests are needed at one moment. They are looked up only while
 somebody is on file.
+
+The first engine that dies puts all who ran there on file, and makes nobody a suspect. So it is
+entered after they are on their way, with what they began meanwhile, in the order of both; until
+then all is as quiet as it was. Whatever else happens has it entered before.
 """
 
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from frontend.afterwards import Afterwards
 from frontend.metrics import FrontendMetrics
 from frontend.outliers import Outliers
 from frontend.query_of_death import DEADLY, FRESH_S, Fingerprint, Queries, fingerprint
@@ -24,6 +30,9 @@ if TYPE_CHECKING:
 
 LOOK_INTERVAL_S: Final = 0.02
 """Between two looks at whether those on file have got further."""
+
+_OF_ENGINES: Final = DEADLY - {FailureKind.ENGINE_ERROR}
+"""Failures of all that ran there."""
 
 _log = log.get_logger(__name__)
 
@@ -46,6 +55,10 @@ class Quarantine:
         self._metrics = metrics
         self._key = key
         self._clock = clock
+        self.afterwards = Afterwards()
+        self._unentered: list[Callable[[], None]] = []
+        """Deaths in one life, the first of all, and what began since."""
+        self._unentered_life: Life | None = None
         self._watched: dict[Choice, Fingerprint] = {}
         self._looking: asyncio.TimerHandle | None = None
         self._retrying: asyncio.TimerHandle | None = None
@@ -81,15 +94,19 @@ class Quarantine:
 
     def is_on_file(self, choice: "Choice") -> bool:
         """Whether an engine died under it and it got no further: its failures prove little."""
+        self._enter()
         return not self._queries.is_quiet and self._queries.is_on_file(choice.fingerprint)
 
     def started(self, choice: "Choice", life: Life) -> None:
         """An attempt began."""
-        queries = self._queries
-        if queries.is_quiet:
-            return
-        query = choice.fingerprint
-        queries.started(query, life, self._clock())
+        if self._unentered:
+            self._unentered.append(partial(self._started, choice, life, self._clock()))
+        elif not self._queries.is_quiet:
+            self._started(choice, life, self._clock())
+
+    def _started(self, choice: "Choice", life: Life, now: float) -> None:
+        queries, query = self._queries, choice.fingerprint
+        queries.started(query, life, now)
         if queries.is_on_file(query):
             self._watched[choice] = query
             self._look_soon()
@@ -100,34 +117,61 @@ class Quarantine:
 
     def attempt_ended(self, choice: "Choice", life: Life, attempt: Attempt) -> None:
         """An attempt is over, well or not."""
+        failure, offset, now = attempt.failure, len(choice.stream.ledger), self._clock()
+        if self._can_wait(life, attempt):
+            if not self._unentered:
+                self.afterwards.do(self._enter)
+            self._unentered_life = life
+            self._unentered.append(partial(self._died, choice, life, failure, offset, now))
+            return
+        self._enter()
         self._watched.pop(choice, None)
-        failure = attempt.failure
         is_deadly = not attempt.is_refused and failure in DEADLY
         if failure is FailureKind.ENGINE_ERROR and self._outliers.fails_others(life.worker_id):
             is_deadly = False
         if is_deadly:
-            offset = len(choice.stream.ledger)
-            query, now = choice.fingerprint, self._clock()
-            was_stopped = self._queries.stopped(query, now) is not None
-            stopped = self._queries.died(query, life, failure, offset, now)
-            if stopped is not None and not was_stopped:
-                self._metrics.queries_of_death.labels("stopped").inc()
-                _log.error(
-                    "query of death",
-                    num_deaths=stopped.num_deaths,
-                    digest=stopped.digest,
-                    last_worker_id=life.worker_id,
-                    **choice.names(),
-                )
-            self._tell_room()
+            self._died(choice, life, failure, offset, now)
         elif not self._queries.is_quiet:
             outcome = choice.stream.outcome
             ended_trial = self._queries.left(choice.fingerprint, life)
-            ended_trial |= self._queries.got_to(choice.fingerprint, len(choice.stream.ledger))
+            ended_trial |= self._queries.got_to(choice.fingerprint, offset)
             if outcome is not None and outcome.error is None:
                 ended_trial |= self._queries.went_well(choice.fingerprint)
             if ended_trial:
                 self._tell_room()
+
+    def _can_wait(self, life: Life, attempt: Attempt) -> bool:
+        """Whether it is a death that makes nobody a suspect, if nothing else happens before."""
+        return (
+            self._queries.is_quiet
+            and self._queries.bears_a_death
+            and attempt.failure in _OF_ENGINES
+            and not attempt.is_refused
+            and self._unentered_life in (None, life)
+        )
+
+    def _enter(self) -> None:
+        """Do what waits."""
+        unentered, self._unentered, self._unentered_life = self._unentered, [], None
+        for event in unentered:
+            event()
+
+    def _died(
+        self, choice: "Choice", life: Life, failure: FailureKind, offset: int, now: float
+    ) -> None:
+        query = choice.fingerprint
+        was_stopped = self._queries.stopped(query, now) is not None
+        stopped = self._queries.died(query, life, failure, offset, now)
+        if stopped is not None and not was_stopped:
+            self._metrics.queries_of_death.labels("stopped").inc()
+            _log.error(
+                "query of death",
+                num_deaths=stopped.num_deaths,
+                digest=stopped.digest,
+                last_worker_id=life.worker_id,
+                **choice.names(),
+            )
+        self._tell_room()
 
     def close(self) -> None:
         """Look no more."""

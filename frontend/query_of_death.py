@@ -122,6 +122,11 @@ class Queries:
         return not self._files
 
     @property
+    def bears_a_death(self) -> bool:
+        """Whether the first engine that dies under a request makes nobody a suspect."""
+        return self._limits.deaths_max > 2
+
+    @property
     def trials(self) -> list[Fingerprint]:
         """Who is on trial now."""
         return [one for _, one in self._trials.values()]

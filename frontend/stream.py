@@ -54,8 +54,7 @@ from unbroken.outcome import (
 from unbroken.tokenizer import Detokenizer, Tokenizer
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Life:
+class Life(NamedTuple):
     """One life of one engine: a worker that restarts is somebody else."""
 
     worker_id: str
@@ -497,6 +496,11 @@ class Stream(_Flow):
         return self._num_begun > 0
 
     @property
+    def was_attempted(self) -> bool:
+        """Whether a worker was asked, here or at another frontend."""
+        return self._num_begun > 0 or bool(self._attempts)
+
+    @property
     def is_prefilled(self) -> bool:
         """Whether the current attempt has said a token: what it had to compute before is there."""
         is_flowing = self._flowing != _NONE
@@ -602,11 +606,20 @@ class Stream(_Flow):
             return [Relink(self.epoch, self._life)]
         return [self._place()]
 
-    def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
-        """A worker was found for this epoch. `way_at(abilities)` MUST not be NONE."""
+    def placed(
+        self,
+        epoch: int,
+        life: Life,
+        abilities: Abilities,
+        *,
+        way: ContinuationClass | None = None,
+    ) -> list[Command]:
+        """A worker was found for this epoch. `way_at(abilities)` MUST not be NONE; `way` is that,
+        if it was asked since the epoch began.
+        """
         if epoch != self.epoch or self.state is not State.PLACING:
             return []
-        way = self.way_at(abilities)
+        way = self.way_at(abilities) if way is None else way
         assert way is not ContinuationClass.NONE, "placement asks way_at first"
         resumed = len(self.ledger)
         if way is ContinuationClass.UNSPECIFIED:
@@ -719,12 +732,13 @@ class Stream(_Flow):
         is_expired: bool = False,
     ) -> list[Command]:
         """The worker's last word about the attempt; `is_expired`: its deadline has passed."""
-        if epoch != self.epoch or not self.attempts or self.attempts[-1].epoch != epoch:
+        attempts = self.attempts
+        if epoch != self.epoch or not attempts or attempts[-1].epoch != epoch:
             return []
         if self._num_begun == 1:
             self.accounts.cached_prompt_tokens = cached_tokens
-        if restored_tokens and self.attempts[-1].way is ContinuationClass.NATIVE:
-            self.attempts[-1].way = ContinuationClass.RESTORE
+        if restored_tokens and attempts[-1].way is ContinuationClass.NATIVE:
+            attempts[-1].way = ContinuationClass.RESTORE
         num_saved = min(cached_tokens + restored_tokens, self._prefill_tokens)
         self.accounts.recomputed_prefill_tokens -= num_saved
         self._prefill_tokens = 0  # A goodbye that comes twice counts once.
@@ -752,12 +766,12 @@ class Stream(_Flow):
             return self._pause()
         if failure is FailureKind.FENCED:
             # Somebody with a higher epoch has the stream: to go on would be to steal it back.
-            self.attempts[-1].failure, self.attempts[-1].detail = failure, detail
+            attempts[-1].failure, attempts[-1].detail = failure, detail
             return self._fail(UnbrokenError(Reason.FENCED, detail or "the stream has a new owner"))
         kind = failure or FailureKind.ENGINE_ERROR
         detail = detail or f"ended with {finish_reason.name}"
         # What nobody read any more was ended by its sidecar, or by who left it: no worker failed.
-        is_counted = not self.attempts[-1].is_adopted or not (
+        is_counted = not attempts[-1].is_adopted or not (
             finish_reason is FinishReason.CANCELLED or failure is FailureKind.PARTITION
         )
         return self._lost(kind, detail, now, is_counted=is_counted)
@@ -808,7 +822,8 @@ class Stream(_Flow):
     ) -> list[Command]:
         if not is_counted and failure is FailureKind.ENGINE_ERROR:
             failure = FailureKind.PARTITION  # Whoever had it has let it go: no engine failed.
-        attempt = self.attempts[-1] if self.attempts else None  # None: of another frontend.
+        attempts = self.attempts
+        attempt = attempts[-1] if attempts else None  # None: of another frontend.
         if attempt is not None:
             attempt.failure, attempt.detail = failure, detail
         assert self._life is not None, "what is lost was somewhere"

@@ -258,10 +258,11 @@ class Hub(EngineListener):
             message.deadline.FromNanoseconds(int((attempt.engine_deadline_at - now) * 1e9))
         if self.num_running == 1:
             self.watchdog.work_began(now)
-        self._prefilling[attempt.slot] = (attempt.num_tokens, now)
-        self._prefill_tokens += attempt.num_tokens
+        num_tokens = attempt.num_tokens
+        self._prefilling[attempt.slot] = (num_tokens, now)
+        self._prefill_tokens += num_tokens
         if not message.is_probe:
-            self.admission.began(attempt.slot, attempt.num_tokens, message.stream.tenant, now)
+            self.admission.began(attempt.slot, num_tokens, message.stream.tenant, now)
         self._engine.start(message)
 
     def abort(self, link: Link, slot: int) -> None:

@@ -230,7 +230,7 @@ class Ledger(Generic[LinkT]):
         deadline_at = engine_deadline_at = _deadline_at(start, now)
         if deadline_at is not None:
             engine_deadline_at = now + left_for_next_hop(deadline_at - now, deadline_margin_s)
-        attempt = Attempt[LinkT](
+        attempt: Attempt[LinkT] = Attempt(  # Named with its parameter, it takes twice the time.
             stream=stream,
             epoch=start.epoch,
             started_epoch=start.epoch,

@@ -4,7 +4,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from frontend.dispatch import News
+from frontend.afterwards import AFTER_S, Afterwards
+from frontend.dispatch import MOVE_TOLD_S, News
 from frontend.reading import ResumeTokens
 from frontend.resume_token import Minting
 
@@ -74,18 +75,21 @@ def test_without_preparation_a_token_is_made_when_it_is_told() -> None:
     assert it.tokens.newest() == b"4 at 1"
 
 
-def test_what_can_wait_is_prepared_once_all_else_in_this_turn_is_done() -> None:
+def test_what_can_wait_is_prepared_once_when_commands_have_long_been_written() -> None:
     async def scenario() -> None:
         happened: list[str] = []
-        news = News()
+        news, afterwards = News(), Afterwards()
         news.prepare = lambda: happened.append("prepared")
         asyncio.get_running_loop().call_soon(happened.append, "commands are written")
-        news.set_soon()
-        news.set_soon()
-        await asyncio.sleep(0)
+        news.set_soon(afterwards)
+        news.set_soon(afterwards)
+        await asyncio.sleep(5 * AFTER_S)
         assert happened == ["commands are written", "prepared"]
-        news.set_soon()
-        await asyncio.sleep(0)
+        news.set_soon(afterwards)
+        await asyncio.sleep(5 * AFTER_S)
         assert happened[2:] == ["prepared"], "and again when there is more"
+        assert not news.is_set
+        await asyncio.sleep(2 * MOVE_TOLD_S)
+        assert news.is_set, "whoever reads is told though no token came"
 
     asyncio.run(scenario())
