@@ -3,25 +3,31 @@
     python -m benchmarks.memory [--rounds 15]
 
 - put: copy, checksum and record of a block, beside a bare copy of the same bytes.
-- get: 64 blocks pinned and mapped, nothing copied; and with their checksums compared.
-- call: one call of the session channel.
+- get: 64 blocks pinned and mapped, nothing copied; the same with a view made of each; and with
+  their checksums compared.
+- call: one call of the session channel; beside it, a packet to another process and back, which is
+  what the machine itself takes just then.
 - attach: a pool of 4 GiB, beside one of 64 MiB with as many slabs.
 - remote read: blocks over gRPC, beside a bare stream of messages of the same size.
 
-Memory is touched once before anything is measured. Ends with one line of JSON.
+Memory is touched once before anything is measured. What takes microseconds is measured a little in
+each of many rounds, since a machine that somebody else uses is slow for some tenths of a second at
+a time; the figure is the median of the rounds' medians. Ends with one line of JSON.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import mmap
 import multiprocessing
 import os
+import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,9 +45,13 @@ from unbroken.v1 import memory_pb2_grpc
 BLOCK_BYTES = 2 * 1024 * 1024
 NUM_BLOCKS = 64
 GIB = 1024**3
+CALLS_A_ROUND = 50
+ROUND_S = 0.05
+"""Between two rounds: what disturbs one shall not disturb the next."""
 GOALS = {
     "put_share_of_memcpy_min": 0.6,
     "get_64_us_max": 100.0,
+    "get_64_views_us_max": 100.0,
     "call_us_max": 60.0,
     "attach_4gib_ms_max": 1.0,
     "attach_size_ratio_max": 1.5,
@@ -61,8 +71,7 @@ def main() -> int:
         service.client(client="reader") as reading,
     ):
         figures = puts(writing, given.rounds)
-        figures |= gets(reading, given.rounds)
-        figures |= calls(reading)
+        figures |= hot(reading, given.rounds)
         figures |= attaches(writing, reading, given.rounds)
         figures |= remote(service.control, Path(directory), given.rounds)
     missed: list[str] = []
@@ -124,31 +133,73 @@ def puts(client: MemoryClient, rounds: int) -> dict[str, Any]:
     }
 
 
-def gets(client: MemoryClient, rounds: int) -> dict[str, Any]:
-    """64 blocks at once."""
+def hot(client: MemoryClient, rounds: int) -> dict[str, Any]:
+    """64 blocks at once, and a look for one key; each a little in each round."""
     keys = [key_of(index) for index in range(NUM_BLOCKS)]
 
-    def get(*, checked: bool) -> None:
+    def get(*, checked: bool = False) -> None:
         with client.get(keys, checked=checked) as blocks:
             assert len(blocks) == NUM_BLOCKS
 
+    def views() -> None:
+        with client.get(keys, checked=False) as blocks:
+            assert len([block.data for block in blocks]) == NUM_BLOCKS
+
     get(checked=True)
-    bare = [timed(lambda: get(checked=False)) for _ in range(rounds * 20)]
+    with echoing() as echo:
+        kinds: dict[str, Callable[[], object]] = {
+            "get_64": get,
+            "get_64_views": views,
+            "call": lambda: client.find(keys[:1]),
+            "bare_packet": echo,
+        }
+        medians: dict[str, list[float]] = {name: [] for name in kinds}
+        called: list[float] = []
+        for _ in range(rounds * 4):
+            for name, work in kinds.items():
+                seen = [timed(work) for _ in range(CALLS_A_ROUND)]
+                medians[name].append(statistics.median(seen) * 1e6)
+                called += seen if name == "call" else ()
+            time.sleep(ROUND_S)
     checked = [timed(lambda: get(checked=True)) for _ in range(rounds)]
+    figures = {f"{name}_us": round(statistics.median(of), 1) for name, of in medians.items()}
+    worst = {f"{name}_us_worst_round": round(max(of), 1) for name, of in medians.items()}
     return {
-        "get_64_us": round(statistics.median(bare) * 1e6, 1),
+        **figures,
+        **worst,
+        "call_us_p99": round(sorted(called)[len(called) * 99 // 100] * 1e6, 1),
         "get_64_checked_ms": round(statistics.median(checked) * 1e3, 2),
     }
 
 
-def calls(client: MemoryClient) -> dict[str, Any]:
-    """Looking for one key."""
-    keys = [key_of(0)]
-    seen = sorted(timed(lambda: client.find(keys)) for _ in range(5000))
-    return {
-        "call_us": round(seen[len(seen) // 2] * 1e6, 1),
-        "call_us_p99": round(seen[len(seen) * 99 // 100] * 1e6, 1),
-    }
+@contextlib.contextmanager
+def echoing() -> Generator[Callable[[], object]]:
+    """A process that sends back what it is sent; what sends it a packet, and waits for that."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = multiprocessing.get_context("spawn").Process(
+        target=send_back, args=(there,), daemon=True
+    )
+    process.start()
+    there.close()
+    here.settimeout(30)
+
+    def echo() -> None:
+        here.send(b"x" * 64)
+        assert here.recv(1024)
+
+    try:
+        echo()
+        yield echo
+    finally:
+        here.close()
+        process.kill()
+        process.join()
+
+
+def send_back(sock: socket.socket) -> None:
+    """Until the other side is gone."""
+    while data := sock.recv(1024):
+        sock.send(data)
 
 
 def attaches(owner: MemoryClient, reader: MemoryClient, rounds: int) -> dict[str, Any]:

@@ -603,9 +603,9 @@ class Holdings:
             raise InvalidField("ttl", f"a time up to {PIN_S_MAX:g} s", ttl_s)
         blocks = self.store.find(session.peer.tenant, keys, device)
         new: list[StoreSlab] = []
-        if {block.told[0] for block in blocks} - session.shown:
-            slabs = {block.slab.slab_id: block.slab for block in blocks}
-            new = [slab for slab_id, slab in slabs.items() if slab_id not in session.shown]
+        slabs = dict.fromkeys([block.slab for block in blocks])
+        if any(slab.slab_id not in session.shown for slab in slabs):
+            new = [slab for slab in slabs if slab.slab_id not in session.shown]
         if len(new) > SLABS_MAX:
             new, beyond = new[:SLABS_MAX], new[SLABS_MAX]
             blocks = list(itertools.takewhile(lambda block: block.slab is not beyond, blocks))

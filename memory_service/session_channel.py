@@ -35,6 +35,7 @@ from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.memory import channel, checksums, keys
 from unbroken.memory.channel import ChannelClosed
 from unbroken.memory.checksums import Algorithm
+from unbroken.memory.rows import columns_of
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -324,7 +325,8 @@ class Connection:
                 self._owner.keeper.obey()
             if kind not in HOT:
                 self._owner.on_change()
-            self._send(answer)
+            if kind != "release_pin" or not request.release_pin.is_silent:
+                self._send(answer)
 
     def _send(self, answer: Answer) -> None:
         response, fds, ours = answer
@@ -543,6 +545,7 @@ class Connection:
                 version.version for version in owner.holdings.segments.attached(session.session_id)
             ],
             freed_slab_ids=freed,
+            releases_silently=True,
         )
         return _reply((owner.keeper.ends[session.session_id].lifeline,), bound=bound)
 
@@ -678,20 +681,15 @@ class Connection:
         if pin is None:
             return _reply(pinned=wire.Pinned(freed_slab_ids=freed))
         owner.on_due(pin.expires_at)
-        # Columns at once, from what each block has ready: this is the hottest path there is.
-        slab_ids, slots, generations, sums, tokens, algorithms = zip(
-            *[block.told for block in pin.blocks], strict=True
-        )
+        # At once, from what each block has ready: this is the hottest path there is.
+        rows = [block.row for block in pin.blocks]
         response = wire.SessionResponse()
         pinned = response.pinned  # Filled in place: a message that is passed on is copied.
         pinned.pin_id = pin.pin_id
-        pinned.slab_ids.extend(slab_ids)
-        pinned.slots.extend(slots)
-        pinned.generations.extend(generations)
-        pinned.checksums.extend(sums)
-        pinned.num_tokens.extend(tokens)
-        if set(algorithms) != _ALL_XXH3:
-            pinned.checksum_algorithms.extend(map(pb.ChecksumAlgorithm.ValueType, algorithms))
+        if get.in_rows:
+            pinned.rows = b"".join(rows)
+        else:
+            _write_columns(pinned, rows)
         if new:
             pinned.new_slabs.extend(map(labels.slab_to_proto, new))
         if freed:
@@ -765,6 +763,17 @@ def _failed(error: UnbrokenError) -> Answer:
     if error.retry_after_s is not None:
         told.retry_after.FromMilliseconds(max(1, round(error.retry_after_s * 1000)))
     return wire.SessionResponse(error=told), (), ()
+
+
+def _write_columns(pinned: wire.Pinned, rows: Sequence[bytes]) -> None:
+    slab_ids, sums, slots, generations, tokens, algorithms = columns_of(rows)
+    pinned.slab_ids.extend(slab_ids)
+    pinned.slots.extend(slots)
+    pinned.generations.extend(generations)
+    pinned.checksums.extend(sums)
+    pinned.num_tokens.extend(tokens)
+    if set(algorithms) != _ALL_XXH3:
+        pinned.checksum_algorithms.extend(map(pb.ChecksumAlgorithm.ValueType, algorithms))
 
 
 def _seconds(duration: Duration) -> float:

@@ -25,6 +25,7 @@ from memory_service.accounts import HOST, Device
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory.checksums import Algorithm
 from unbroken.memory.records import RECORD_BYTES, Record, RecordState
+from unbroken.memory.rows import ROW
 
 
 class SlabState(IntEnum):
@@ -48,17 +49,17 @@ class Block:
     algorithm: Algorithm = Algorithm.XXH3
     """Of the checksum."""
     num_pins: int = 0
-    told: tuple[int, int, int, int, int, int] = field(init=False)
-    """What its readers are told: slab, slot, generation, checksum, tokens and algorithm."""
+    row: bytes = field(init=False)
+    """What its readers are told."""
 
     def __post_init__(self) -> None:
-        self.told = (
+        self.row = ROW.pack(
             self.slab.slab_id,
+            self.checksum,
             self.slot,
             self.generation,
-            self.checksum,
             self.num_tokens,
-            int(self.algorithm),
+            self.algorithm,
         )
 
 

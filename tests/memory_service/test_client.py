@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,9 @@ from tests.memory_service.processes import until
 from tests.memory_service.scripted import Scripted
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory import channel, checksums, records
+from unbroken.memory.checksums import Algorithm
 from unbroken.memory.client import MemoryClient, SegmentClass
+from unbroken.memory.rows import rows_of
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -106,6 +109,77 @@ def test_a_block_whose_checksum_nobody_here_can_compute_is_a_miss(tmp_path: Path
             service.answers("get", wire.SessionResponse(pinned=pinned), [data])
             with client.get(KEYS[:2]) as blocks:
                 assert len(blocks) == number
+
+
+def test_rows_and_columns_tell_the_same(service: Inside) -> None:
+    with service.client() as writing:
+        fill(writing)
+        answers: list[wire.Pinned] = []
+        with channel.connect(service.socket) as sock:
+            sock.settimeout(10)
+            token = ask(sock, bind=wire.Bind(protocol_version=1)).bound.boot_token
+            for in_rows in (False, True):
+                get = wire.GetBlocks(keys=b"".join(KEYS[:4]), in_rows=in_rows)
+                answers.append(ask(sock, boot_token=token, get=get).pinned)
+        columns, rows = answers
+        assert not columns.rows
+        assert not rows.slab_ids
+        assert rows_of(rows.rows) == [
+            (slab, checksum, slot, generation, 16, Algorithm.XXH3)
+            for slab, checksum, slot, generation in zip(
+                columns.slab_ids,
+                columns.checksums,
+                columns.slots,
+                columns.generations,
+                strict=True,
+            )
+        ]
+
+
+def test_half_a_row_is_a_broken_contract(tmp_path: Path) -> None:
+    service = Scripted(tmp_path / "session.sock")
+    with service.running(), MemoryClient(tmp_path / "session.sock") as client:
+        service.answers("get", wire.SessionResponse(pinned=wire.Pinned(rows=bytes(33))), [])
+        with pytest.raises(UnbrokenError) as raised:
+            client.get(KEYS[:2])
+        assert raised.value.reason is Reason.PROTOCOL_VIOLATION
+
+
+def test_a_silent_release_is_done_and_not_answered(service: Inside) -> None:
+    with service.client() as writing:
+        fill(writing)
+        with channel.connect(service.socket) as sock:
+            sock.settimeout(10)
+            bound = ask(sock, bind=wire.Bind(protocol_version=1)).bound
+            assert bound.releases_silently
+            token = bound.boot_token
+            get = wire.GetBlocks(keys=KEYS[0])
+            pin_id = ask(sock, boot_token=token, get=get).pinned.pin_id
+            assert service.run(lambda: service.holdings.store.num_pins) == 1
+            for pin in (pin_id, 99):
+                release = wire.ReleasePin(pin_id=pin, is_silent=True)
+                channel.send(sock, wire.SessionRequest(boot_token=token, release_pin=release))
+            find = wire.FindBlocks(keys=KEYS[0])
+            assert ask(sock, boot_token=token, find=find).HasField("found"), "the first answer"
+            assert service.run(lambda: service.holdings.store.num_pins) == 0
+
+
+def test_an_older_service_answers_to_releases_and_is_heard(tmp_path: Path) -> None:
+    service = Scripted(tmp_path / "session.sock")
+    with service.running(), MemoryClient(tmp_path / "session.sock") as client:
+        service.answers("get", wire.SessionResponse(pinned=wire.Pinned(pin_id=1)), [])
+        for _ in range(3):
+            with client.get(KEYS[:1]) as blocks:
+                assert len(blocks) == 0
+        assert client.num_lives == 1, "no answer was taken for another"
+
+
+def ask(sock: socket.socket, **request: Any) -> wire.SessionResponse:
+    """One call; descriptors are closed."""
+    channel.send(sock, wire.SessionRequest(**request))
+    response, fds = channel.receive(sock, wire.SessionResponse)
+    channel.close_all(fds)
+    return response
 
 
 # Writers.

@@ -20,17 +20,15 @@ import mmap
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory import channel, checksums
 from unbroken.memory.channel import ChannelClosed
-from unbroken.memory.checksums import Algorithm
 from unbroken.memory.device_slabs import DeviceSlabs
 from unbroken.memory.gpu import GpuError
 from unbroken.memory.mapped import (
@@ -41,6 +39,8 @@ from unbroken.memory.mapped import (
     map_lifeline,
     map_segment,
 )
+from unbroken.memory.pinned import Pinned, located
+from unbroken.memory.rows import Row, rows_of
 from unbroken.memory.writer import BlockWriter, SlabWriter
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
@@ -70,80 +70,6 @@ class SegmentClass(IntEnum):
     WEIGHTS = 1
     KV_POOL = 2
     SCRATCH = 4
-
-
-class StoredBlock(NamedTuple):
-    """A block where it lies, for as long as its pin lasts."""
-
-    data: memoryview
-    num_tokens: int
-    checksum: int
-    algorithm: Algorithm
-    """Of the checksum."""
-
-
-_stored: Callable[[Iterable[object]], StoredBlock] = partial(
-    tuple.__new__,  # pyright: ignore[reportUnknownMemberType] - Its elements are what is given.
-    StoredBlock,
-)
-"""As `StoredBlock._make`, with no line of Python: a get makes many."""
-
-
-class Pinned:
-    """Blocks that nobody overwrites. Use it as a context; its views must not outlive that."""
-
-    def __init__(
-        self,
-        client: "MemoryClient",
-        pin_id: int,
-        life: int,
-        blocks: list[StoredBlock],
-        expires_at: float,
-    ) -> None:
-        """`life` is the client's when it was pinned."""
-        self._client = client
-        self._pin_id = pin_id
-        self._life = life
-        self._blocks = blocks
-        self._expires_at = expires_at
-        self._is_released = False
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __iter__(self) -> Iterator[StoredBlock]:
-        return iter(self._blocks)
-
-    def __getitem__(self, index: int) -> StoredBlock:
-        return self._blocks[index]
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether the bytes cannot have been overwritten. Look after you used them."""
-        return (
-            not self._is_released
-            and time.monotonic() < self._expires_at
-            and self._client.is_bound(self._life)
-        )
-
-    def release(self) -> None:
-        """Let others overwrite them. Idempotent."""
-        self._is_released = True
-        self._blocks = []
-        if self._pin_id:
-            self._client.release_pin(self._pin_id, self._life)
-            self._pin_id = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class MemoryClient:
@@ -191,6 +117,8 @@ class MemoryClient:
         self._leaving: dict[int, Leaving] = {}
         self._segments: list[Segment] = []
         """All that are mapped, owned or attached."""
+        self._releases_silently = False
+        """The service need not answer to releases of pins."""
         self._num_owed = 0
         """Answers that have yet to be received, before that of the next call."""
         self.num_lives = 0
@@ -383,7 +311,7 @@ class MemoryClient:
         each with its checksum, such as on a GPU. Blocks beyond those in 250 slabs that this process
         has not mapped yet are left out; ask again for them.
         """
-        get = wire.GetBlocks(keys=b"".join(keys))
+        get = wire.GetBlocks(keys=b"".join(keys), in_rows=True)
         get.ttl.FromMilliseconds(round(ttl_s * 1000))
         with self.lock:
             if self._leaving:
@@ -393,37 +321,14 @@ class MemoryClient:
             life = self.num_lives  # Before another call: that may begin the next one.
             pinned = response.pinned
             self._map_new(pinned.new_slabs, fds)
-            blocks = self._blocks(pinned)
+            found = located(_rows(pinned), self._readable)
             if pinned.freed_slab_ids:
                 self._let_go(pinned.freed_slab_ids)
-            if checked:
-                blocks = blocks[: self._num_intact(pinned, blocks)]
-            return Pinned(self, pinned.pin_id, life, blocks, begun + ttl_s)
-
-    def _blocks(self, pinned: wire.Pinned) -> list[StoredBlock]:
-        """The first of them that this process can read."""
-        # Columns as lists, and no loop of our own where none is needed: this is a hot path.
-        slab_ids, slots = pinned.slab_ids[:], pinned.slots[:]
-        views: dict[int, tuple[memoryview, int]] = {}
-        for slab_id in dict.fromkeys(slab_ids):
-            slab = self._readable(slab_id)
-            if slab is None:
-                slab_ids = slab_ids[: slab_ids.index(slab_id)]
-                break
-            views[slab_id] = (memoryview(slab.mapping).toreadonly(), slab.block_bytes)
-        if len(views) == 1:
-            ((view, size),) = views.values()
-            datas = [view[slot * size : (slot + 1) * size] for slot in slots[: len(slab_ids)]]
-        else:
-            datas = [
-                view[slot * size : (slot + 1) * size]
-                for slot, (view, size) in zip(slots, map(views.__getitem__, slab_ids), strict=False)
-            ]
-        algorithms = [Algorithm.XXH3] * len(datas)
-        if pinned.checksum_algorithms:
-            algorithms = _known(pinned.checksum_algorithms)
-        rows = zip(datas, pinned.num_tokens[:], pinned.checksums[:], algorithms, strict=False)
-        return list(map(_stored, rows))
+            if checked and (num_intact := found.num_intact()) < len(found.rows):
+                slab_id, _, slot, generation, _, _ = found.rows[num_intact]
+                self._report(slab_id, slot, generation)
+                found = found.first(num_intact)
+            return Pinned(self, pinned.pin_id, life, found, begun + ttl_s)
 
     def grant_reads(self, ttl_s: float) -> bytes:
         """A ticket with which another host may read this tenant's blocks for so long.
@@ -439,11 +344,11 @@ class MemoryClient:
         with self.lock:
             if life != self.num_lives or self._sock is None:
                 return
-            release = wire.ReleasePin(pin_id=pin_id)
+            release = wire.ReleasePin(pin_id=pin_id, is_silent=self._releases_silently)
             request = wire.SessionRequest(boot_token=self._boot_token, release_pin=release)
             try:
                 channel.send(self._sock, request)
-                self._num_owed += 1
+                self._num_owed += not self._releases_silently
                 if self._num_owed >= OWED_MAX:
                     self._take_owed()
             except (ChannelClosed, BlockingIOError):
@@ -629,6 +534,7 @@ class MemoryClient:
         bound = response.bound
         is_resumed = bool(identity.session_id) and bound.is_resumed
         self._boot_token = bound.boot_token
+        self._releases_silently = bound.releases_silently
         identity.session_id, identity.secret = bound.session_id, bound.secret
         self._have_lifeline(map_lifeline(fds), is_resumed=is_resumed)
         self._lose_what_is_lost(bound)
@@ -683,14 +589,6 @@ class MemoryClient:
             if version not in known
         ]
 
-    def _num_intact(self, pinned: wire.Pinned, blocks: Sequence[StoredBlock]) -> int:
-        """How many of the first blocks are intact; the service is told of the one that is not."""
-        for i, block in enumerate(blocks):
-            if checksums.compute(block.data, block.algorithm) != block.checksum:
-                self._report(pinned.slab_ids[i], pinned.slots[i], pinned.generations[i])
-                return i
-        return len(blocks)
-
     def _report(self, slab_id: int, slot: int, generation: int) -> None:
         report = wire.ReportCorrupt(slab_id=slab_id, slot=slot, generation=generation)
         self._tell(wire.SessionRequest(report_corrupt=report))
@@ -707,15 +605,18 @@ def _high(sock: socket.socket) -> socket.socket:
     return socket.socket(fileno=fd)
 
 
-def _known(numbers: Iterable[int]) -> list[Algorithm]:
-    """The first of these algorithms, up to one that nobody here can compute."""
-    known: list[Algorithm] = []
-    for number in numbers:
-        try:
-            known.append(checksums.of_contract(number))
-        except ValueError:
-            break
-    return known
+def _rows(pinned: wire.Pinned) -> Sequence[Row]:
+    """Of each block; of an older service, which knows only columns, made of these."""
+    try:
+        if pinned.rows:
+            return rows_of(pinned.rows)
+        slab_ids = pinned.slab_ids[:]
+        algorithms = pinned.checksum_algorithms[:] or [0] * len(slab_ids)
+        sums, generations = pinned.checksums[:], pinned.generations[:]
+        columns = (slab_ids, sums, pinned.slots[:], generations, pinned.num_tokens[:], algorithms)
+        return list(zip(*columns, strict=True))
+    except ValueError as error:
+        raise UnbrokenError(Reason.PROTOCOL_VIOLATION, f"{error}") from error
 
 
 def _raised(told: wire.SessionError) -> UnbrokenError:

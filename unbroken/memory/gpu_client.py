@@ -23,11 +23,12 @@ from typing_extensions import override
 
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.memory import channel
-from unbroken.memory.client import MemoryClient, Pinned, SegmentClass
+from unbroken.memory.client import MemoryClient, SegmentClass
 from unbroken.memory.device_slabs import DeviceSlabs
 from unbroken.memory.gpu import Access, Gpu, GpuError
 from unbroken.memory.gpu_writer import GpuBlockWriter, mapped
 from unbroken.memory.mapped import GpuReaderSlab, ReaderSlab, Segment
+from unbroken.memory.pinned import NOTHING, Pinned
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -210,7 +211,7 @@ class GpuMemoryClient(MemoryClient):
             life, found = self.num_lives, response.pinned
             self._map_new(found.new_slabs, fds)
             sources, size = self._sources(found)
-            pin = Pinned(self, found.pin_id, life, [], begun + ttl_s)
+            pin = Pinned(self, found.pin_id, life, NOTHING, begun + ttl_s)
             with pin:
                 sums = self.gpu.copy_blocks(addresses[: len(sources)], sources, size)
                 is_valid = pin.is_valid

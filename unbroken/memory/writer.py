@@ -117,7 +117,9 @@ class SlabWriter:
         self.flush()
         if self._free or self.is_lost:
             return bool(self._free)
-        reclaim = wire.ReclaimSlots(slab_id=self.slab_id, num_slots=RECLAIM_BLOCKS)
+        reclaim = wire.ReclaimSlots(
+            slab_id=self.slab_id, num_slots=min(RECLAIM_BLOCKS, -(-self.num_slots // 4))
+        )
         with self._session.lock:
             response = self._session.call(wire.SessionRequest(reclaim=reclaim))
             self._take(response.reclaimed.slots)
