@@ -17,6 +17,7 @@ from functools import partial
 from random import Random
 from typing import Final, assert_never
 
+from frontend import stored_kv
 from frontend import stream as machine
 from frontend.admission import Admitted, Envelope, Model
 from frontend.admission_queue import Arrival, QueueLimits
@@ -48,8 +49,6 @@ from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2, worker_p
 MOVE_TOLD_S: Final = 0.05
 """A client is told where its stream has gone with the next token, or so much later: when an engine
 dies, all its streams move, and telling everybody would hold up the moves themselves."""
-_UNSTORED_TOKENS: Final = 32
-"""Of a stream, at its end: full blocks are stored, a moment after they are."""
 TURNS_AT_ONCE: Final = 256
 """Placements tried before other work gets a turn; each takes about 50 µs."""
 
@@ -881,11 +880,12 @@ class Choice:
         )
 
     def _stored(self) -> Mapping[str, int]:
-        """Tokens whose KV memory services have: of those whose workers computed them, all but the
-        last few. A guess: blocks may have been evicted, and are looked for by the worker."""
+        """Tokens whose KV memory services are expected to have: those whose workers computed them.
+        A guess: blocks may have been evicted, and are looked for by the worker."""
         if not self.stream.ledger:
             return {}  # Nobody has computed all of the prompt.
-        return dict.fromkeys(self._memories, max(0, self.num_tokens - _UNSTORED_TOKENS))
+        stored, num_tokens = self._dispatcher.mesh.stored, self.num_tokens
+        return {name: stored.expected(name, num_tokens) for name in self._memories}
 
     def _block_hashes(self, view: WorkerView) -> Sequence[int]:
         """Of the prompt: what was delivered since is seldom cached elsewhere."""
@@ -923,7 +923,9 @@ class Choice:
         start.priority = envelope.priority
         start.is_new_work = self._is_new_work
         view = worker.view
-        stored = self._stored()
+        stored, expected = self._stored(), None
+        if view.memory_service in stored:
+            expected = stored_kv.Expected(view.memory_service, stored_kv.at_most(self.num_tokens))
         if view.memory_service:
             self._write_hint(start.checkpoint.kv, view)
             self._memories.pop(view.memory_service, None)
@@ -937,6 +939,7 @@ class Choice:
             vocab_size=self._model.tokenizer.asset.vocab_size,
             wants_logprobs=stream.original.params.num_top_logprobs is not None,
             num_prefill_tokens=num_tokens - num_cached,
+            expected=expected,
         )
         self._seat = _Seat(call, slot, order.epoch, view)
         self._life, self._tried = order.life, attempts[-1]

@@ -13,6 +13,7 @@ from frontend.admission import Model
 from frontend.continuation import Abilities
 from frontend.failure_detector import Liveness
 from frontend.placement import WorkerView
+from frontend.stored_kv import StoredKv
 from frontend.stream import Life
 from unbroken.checkpoint import Checkpoint
 from unbroken.generation import ConstraintKind, GenerationParams
@@ -44,7 +45,7 @@ class Worker:
     description: worker_pb2.EngineDescription | None = None
     """Without its kv_holder."""
     kv_holder: worker_pb2.KvHolder | None = None
-    """Where other hosts read its KV blocks, with a secret ticket."""
+    """Where other hosts read its KV blocks, with a secret ticket that is renewed in place."""
     view: WorkerView | None = None
     cached_blocks: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     """Hashes of the prefix blocks that each rank can reuse."""
@@ -76,6 +77,8 @@ class MeshView:
     on_ready: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     on_change: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     on_load: list[Callable[[Worker], None]] = field(default_factory=list[Callable[[Worker], None]])
+    stored: StoredKv = field(default_factory=StoredKv)
+    """What memory services have of streams."""
     _tokenizers: OrderedDict[str, Tokenizer] = field(default_factory=OrderedDict[str, Tokenizer])
     _models: OrderedDict[str, Model] = field(default_factory=OrderedDict[str, Model])
     """What each model was when a worker last served it."""
@@ -157,6 +160,8 @@ class MeshView:
         worker.load, worker.load_at = load, now
         if view is None:
             return
+        if load.kv_store.is_off:
+            view.memory_service = ""  # What it needs it computes.
         if is_repeated:
             view.repeated()
         else:

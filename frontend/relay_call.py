@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import grpc.aio
 from typing_extensions import override
 
+from frontend import stored_kv
 from frontend.failure_detector import (
     DetectorLimits,
     FailureDetector,
@@ -155,6 +156,8 @@ class Seat:
     """It waits to be told that it has the attempt."""
     is_probe: bool = False
     """It is nobody's request."""
+    expected: stored_kv.Expected | None = None
+    """What it might find in a memory service; None: nothing is known of that."""
 
 
 class _BrokenContract(Exception):  # noqa: N818 - it names what happened.
@@ -296,10 +299,12 @@ class RelayCall(Talker):
         vocab_size: int,
         wants_logprobs: bool,
         num_prefill_tokens: int,
+        expected: stored_kv.Expected | None = None,
     ) -> int:
         """Begin the attempt `request.start`, whose slot is filled in and returned.
 
-        About `num_prefill_tokens` have to be computed before its first token.
+        About `num_prefill_tokens` have to be computed before its first token, since `expected` may
+        not be there at all.
         """
         slot = request.start.slot = self._next_slot
         seat = Seat(
@@ -314,6 +319,7 @@ class RelayCall(Talker):
             _name(request.start.stream),
             _deadline_at(request.start, self._clock()),
             is_probe=request.start.is_probe,
+            expected=expected,
         )
         self._sit(seat, vocab_size)
         self._enqueue(request)
@@ -651,6 +657,7 @@ class RelayCall(Talker):
         interval_s = heartbeat.interval.ToNanoseconds() / 1e9
         self.detector.heartbeat(heartbeat.sequence_seen, interval_s, now)
         if heartbeat.HasField("load"):
+            self._take_holder(heartbeat.load)
             self._mesh.report_load(self._worker, heartbeat.load, now)
 
     def _receive_verdict(self, verdict: relay_service_pb2.EngineVerdict) -> None:
@@ -665,10 +672,7 @@ class RelayCall(Talker):
                 raise _BrokenContract(problem)
             worker.description = verdict.description
             worker.kv_holder = None
-            if verdict.description.HasField("kv_holder"):
-                worker.kv_holder = worker_pb2.KvHolder()
-                worker.kv_holder.CopyFrom(verdict.description.kv_holder)
-                verdict.description.ClearField("kv_holder")  # Descriptions are shown to people.
+            self._take_holder(verdict.description)
             self._want_tokenizer(verdict.description.tokenizer_fingerprint)
         elif verdict.state == EngineState.ENGINE_STATE_SERVING:
             raise _BrokenContract("expected a description with SERVING")
@@ -678,6 +682,19 @@ class RelayCall(Talker):
             default = _STATES_WITHOUT_PROGRESS[verdict.state]
             failure = _failure_kind(verdict.failure) or default
             self._lose_all(failure, verdict.detail or worker.detail)
+
+    def _take_holder(self, told: worker_pb2.EngineDescription | worker_pb2.LoadReport) -> None:
+        """Keep it apart from what is shown. Streams that were there have its new ticket too."""
+        if not told.HasField("kv_holder"):
+            return
+        holder = told.kv_holder
+        problem = stored_kv.problem_of_holder(holder.address, holder.ticket)
+        if problem is not None:
+            raise _BrokenContract(problem)
+        if self._worker.kv_holder is None:
+            self._worker.kv_holder = worker_pb2.KvHolder()
+        self._worker.kv_holder.CopyFrom(holder)
+        told.ClearField("kv_holder")
 
     def _receive_frame(self, frame: attempt_pb2.StepFrame, now: float) -> None:
         if frame.sequence != self._frame_seen + 1:
@@ -710,9 +727,18 @@ class RelayCall(Talker):
             (seat, ended) for ended in frame.ended if (seat := self._leave(ended.slot)) is not None
         ]
         self._note_death(ends)
+        for seat, ended in ends:
+            # Who has said nothing may not have looked, or not have been told yet.
+            if seat.expected is not None and not seat.is_silent:
+                self._mesh.stored.seen(
+                    seat.expected,
+                    cached_tokens=ended.cached_tokens,
+                    restored_tokens=ended.restored_tokens,
+                )
         orders += [(seat.owner, _ended(seat, ended, now)) for seat, ended in ends]
         for refused in frame.refused:  # Before anybody looks for another worker.
             if refused.HasField("busy"):
+                self._take_holder(refused.busy.load)
                 self._mesh.report_busy(self._worker, refused.busy, now)
                 self._observer.shed()
         orders += [
@@ -725,6 +751,7 @@ class RelayCall(Talker):
         if num_rows:
             self._observer.count_tokens(len(token_ids))
         if frame.HasField("load"):
+            self._take_holder(frame.load)
             self._mesh.report_load(self._worker, frame.load, now)
         for events in frame.kv_events:
             report_blocks(self._worker, events)
@@ -1030,7 +1057,7 @@ def _problem_of(description: worker_pb2.EngineDescription) -> str | None:
         return "expected a description with model and tokenizer, got one without"
     if not (description.context_length and description.block_size):
         return "expected a description with context_length and block_size, got one without"
-    return None
+    return stored_kv.problem_of_service(description.memory_service)
 
 
 def _engine_detail(verdict: relay_service_pb2.EngineVerdict) -> str:

@@ -737,8 +737,10 @@ class Stream(_Flow):
             return []
         if self._num_begun == 1:
             self.accounts.cached_prompt_tokens = cached_tokens
-        if restored_tokens and attempts[-1].way is ContinuationClass.NATIVE:
-            attempts[-1].way = ContinuationClass.RESTORE
+        last = attempts[-1]
+        # What nobody had begun does not go on, though prompts of others may have been there.
+        if restored_tokens and last.first_offset and last.way is ContinuationClass.NATIVE:
+            last.way = ContinuationClass.RESTORE
         num_saved = min(cached_tokens + restored_tokens, self._prefill_tokens)
         self.accounts.recomputed_prefill_tokens -= num_saved
         self._prefill_tokens = 0  # A goodbye that comes twice counts once.

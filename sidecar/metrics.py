@@ -164,6 +164,11 @@ def _kv_store(use: worker_pb2.KvStoreUse) -> Iterator[Metric]:
     """Zeros of an engine that uses no memory service."""
     for field, (name, help_text) in _KV_STORE_COUNTERS.items():
         yield CounterMetricFamily(f"{_PREFIX}_{name}", help_text, value=getattr(use, field))
+    yield _gauge(
+        "memory_off",
+        "1 once the engine has stopped using it, after a fault of its own.",
+        lambda: use.is_off,
+    )
 
 
 def _for_routers(load: EngineLoad) -> Iterator[Metric]:

@@ -29,7 +29,7 @@ class WorkerConfig(ProcessConfig):
     memory: Path | None = None
     """Directory of this host's memory service: KV blocks are kept there, and taken from there."""
     memory_bytes: int = Field(512 * 1024**2, ge=1024**2, le=2**50)
-    """Bytes of blocks that this engine keeps there; then the oldest make room."""
+    """Bytes of blocks and their records that this engine keeps there; then the oldest make room."""
     memory_address: Address | None = None
     """host:port at which other hosts read there (its --listen); they are let in if it is given."""
     memory_peers: tuple[Address, ...] = ()

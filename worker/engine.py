@@ -81,6 +81,8 @@ class EngineSpec:
     """It keeps its KV blocks in a memory service, and takes them from there."""
     memory_service: str = ""
     """Names that memory service: workers of equal names find each other's blocks."""
+    restore_tokens_max: int = 4096
+    """Asked of it in one step, if by several sequences: who decodes waits meanwhile."""
     native_resume: bool = True
     random_source: Literal["positional", "sequential"] = "positional"
     repetition_penalty_counts_prompt: bool = True
@@ -160,6 +162,10 @@ class KvHolder:
 
     address: str
     ticket: bytes = field(repr=False)
+
+    def write(self, message: worker_pb2.KvHolder) -> None:
+        """As the contract has it."""
+        message.address, message.ticket = self.address, self.ticket
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

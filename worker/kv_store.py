@@ -5,8 +5,9 @@
 
 What may wait, or fail, is done by one thread. A step waits for that only where it would have to
 compute instead, and not for long: whatever does not come in time, is not there or is not intact is
-a miss. The memory service sees one client for all tenants of the engine; what tenants must not
-share has their names in its keys.
+a miss. A bug in there costs the engine its store and nothing else: it is told as an error, and of
+every report of load from then on. The memory service sees one client for all tenants of the engine;
+what tenants must not share has their names in its keys.
 """
 
 import hashlib
@@ -16,21 +17,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from unbroken import log
-from unbroken.errors import Reason, UnbrokenError
+from unbroken.errors import UnbrokenError
 from unbroken.memory.client import KEYS_A_CALL, MemoryClient, Pinned
 from unbroken.memory.keys import KeyChain, KeySpace
-from unbroken.memory.records import SLOTS_MAX
-from unbroken.memory.writer import BlockWriter
 from unbroken.v1 import worker_pb2
 from worker.config import WorkerConfig
 from worker.engine import EngineSpec, KvHolder
 from worker.engine import Sequence as Stream
+from worker.kv_slabs import Slabs
 
 QUEUED_BLOCKS_MAX = 256
 """Blocks that wait to be stored; more are dropped."""
@@ -40,23 +41,19 @@ FETCH_TOKEN_S = 0.001
 """A fetch that takes longer than the base and this for each token, or than the maximum, is a miss:
 whoever watches the engine allows a step as much for tokens that it might have to compute."""
 RETRY_S = 1.0
-"""After a failure nothing is asked of the service for so long; if it was full, no more room."""
+"""After a failure nothing is asked of the service for so long."""
+GRANT_RETRY_S = 10.0
+"""After a service that gave no ticket is asked for one again."""
 PEER_RETRY_S = 10.0
 """Nor of another host that a fetch has waited for in vain: it may be gone."""
-SLAB_BYTES_MIN = 4 << 20
-SLAB_BYTES_MAX = 64 << 20
-"""An engine begins with a small slab, and each further one is twice as large: of those that live
-shortly little is left, and what a dead engine left is evicted by whole slabs."""
-TICKET_S = 86_400.0
-"""How long other hosts may read: as long as a memory service allows."""
+TICKET_S = 3600.0
+"""How long other hosts may read with a ticket. There is a new one when half of that is over: so one
+that somebody has kept is not good for long."""
 _READ_SHARE = 0.75
 """Of the time that a fetch has left: for another host; then something is made of what came."""
 _PIN_S = 30.0
 _REBIND_S = 0.1
 _CLOSE_S = 2.0
-_NO_ROOM = (Reason.MEMORY_EXHAUSTED, Reason.INVALID_FIELD)
-"""Why another slab is refused: there is no memory left, or one session may not have so many."""
-
 Take: TypeAlias = Callable[[Sequence[memoryview]], Any]
 """Makes something of blocks, which lie where they were written. It must not keep a view of them."""
 
@@ -131,7 +128,9 @@ class Blocks(Protocol):
 
     def holder(self) -> KvHolder | None: ...
 
-    def close(self) -> None: ...
+    def turn_off(self) -> None: ...
+
+    def close(self) -> bool: ...
 
 
 class KvStore:
@@ -148,17 +147,14 @@ class KvStore:
         self._jobs: queue.Queue[_Put | _Fetch | None] = queue.Queue()
         """Bounded by who puts into it: `QUEUED_BLOCKS_MAX`, one fetch and the end."""
         self._client: MemoryClient | None = None
-        self._writers: list[BlockWriter] = []
-        self._turn = 0
-        """Which of the writers is written to."""
-        self._num_left = 0
-        """Blocks until it is the next one's turn."""
+        self._slabs = Slabs(block_bytes, block_tokens=spec.block_size, bytes_max=settings.bytes_max)
         self._retry_at = 0.0
-        self._room_retry_at = 0.0
         self._peer_retry_at: dict[str, float] = {}
         self._late: _Fetch | None = None
         """What was waited for too long, until it is done."""
         self._holder: KvHolder | None = None
+        self._renew_at: float | None = None
+        """When there is to be another ticket; None: nobody reads there."""
         self.use = worker_pb2.KvStoreUse()
         self._thread = threading.Thread(target=self._work, name="kv-store", daemon=True)
         self._thread.start()
@@ -169,9 +165,7 @@ class KvStore:
         """Store block `index` of the sequence, soon; or not."""
         assert len(data) == self._block_bytes, "blocks are of one size"
         key = self._keys(stream, index + 1)[index]
-        if self._jobs.qsize() < QUEUED_BLOCKS_MAX:
-            self._jobs.put(_Put(key, data))
-        else:
+        if not self._queue(_Put(key, data)):
             self.use.blocks_dropped_total += 1
 
     def fetch(
@@ -189,8 +183,10 @@ class KvStore:
         job = _Fetch(keys, take, holders, give_up_at)
         if self._late is not None and self._late.done.is_set():
             self._late = None
-        if self._late is None:
+        if self._late is None and not self.use.is_off:
             self._jobs.put(job)
+            if self.use.is_off:  # Meanwhile: nobody may take it.
+                job.done.set()
             if job.done.wait(wait_s):
                 num_blocks = job.num_blocks
                 self.use.blocks_restored_total += num_blocks
@@ -203,16 +199,31 @@ class KvStore:
         return 0, None
 
     def holder(self) -> KvHolder | None:
-        """Where other hosts read what is stored here; None if that is not known yet.
+        """Where other hosts read what is stored here; None if that is not known yet. It changes.
 
         May be called by any thread.
         """
         return self._holder
 
-    def close(self) -> None:
-        """Leave the blocks to others."""
+    def turn_off(self) -> None:
+        """Nothing is stored or fetched any more, and whoever places streams is told so."""
+        self.use.is_off = True
+        self._holder = None
+
+    def close(self) -> bool:
+        """Leave the blocks to others. Whether that is done.
+
+        If not, the thread hangs: it may still call `take`, until the process ends.
+        """
         self._jobs.put(None)
-        self._thread.join(_CLOSE_S)  # If it hangs, it ends with the process.
+        self._thread.join(_CLOSE_S)
+        return not self._thread.is_alive()
+
+    def _queue(self, put: _Put) -> bool:
+        if self.use.is_off or self._jobs.qsize() >= QUEUED_BLOCKS_MAX:
+            return False
+        self._jobs.put(put)
+        return True
 
     def _keys(self, stream: Stream, num_blocks: int) -> list[bytes]:
         chain = stream.kv_keys
@@ -237,19 +248,13 @@ class KvStore:
 
     def _work(self) -> None:
         try:
-            self._grant_reads()  # First: the sidecar is told when it greets, which is soon.
-        except (UnbrokenError, OSError):  # It may come later; then other hosts do not read there.
-            self._retry_at = time.monotonic() + RETRY_S
-        if self._settings.peers:
-            import_module("worker.kv_peers")  # With gRPC: 0.1 s that no fetch shall wait for.
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._do(job)
-            except (UnbrokenError, OSError) as error:
-                _log.warning("the memory service failed", error=str(error))
-                self._retry_at = time.monotonic() + RETRY_S
-            finally:
-                if isinstance(job, _Fetch):
+            self._serve()
+        except Exception:
+            _log.exception("a fault of the engine's own: its KV is not stored any more")
+            self.turn_off()
+        finally:
+            while not self._jobs.empty():
+                if isinstance(job := self._jobs.get(), _Fetch):
                     job.done.set()
         if self._client is not None:
             try:
@@ -257,21 +262,51 @@ class KvStore:
             except UnbrokenError as error:
                 _log.warning("the memory service failed", error=str(error))
 
+    def _serve(self) -> None:
+        self._tried(self._grant_reads)  # First: the sidecar is told when it greets, which is soon.
+        if self._settings.peers:
+            import_module("worker.kv_peers")  # With gRPC: 0.1 s that no fetch shall wait for.
+        while True:
+            try:
+                job = self._jobs.get(timeout=self._idle_s())
+            except queue.Empty:
+                self._tried(self._grant_reads)
+                continue
+            if job is None:
+                return
+            try:
+                self._tried(partial(self._do, job))
+            finally:
+                if isinstance(job, _Fetch):
+                    job.done.set()
+
+    def _tried(self, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except (UnbrokenError, OSError) as error:
+            _log.warning("the memory service failed", error=str(error))
+            self._retry_at = time.monotonic() + RETRY_S
+
+    def _idle_s(self) -> float | None:
+        """How long to wait for work, at most."""
+        return None if self._renew_at is None else max(0.0, self._renew_at - time.monotonic())
+
     def _do(self, job: _Put | _Fetch) -> None:
+        if self._renew_at is not None and time.monotonic() >= self._renew_at:
+            self._grant_reads()
         if isinstance(job, _Fetch):
             if (client := self._bound()) is not None:
                 self._take(client, job)
         else:
             self._put(job)
         if self._jobs.empty():
-            for writer in self._writers:
-                writer.flush()
+            self._slabs.flush()
 
     def _put(self, put: _Put) -> None:
         is_stored = False
         try:
             client = self._bound()
-            is_stored = client is not None and self._store(client, put)
+            is_stored = client is not None and self._slabs.store(client, put.key, put.data)
         finally:
             if is_stored:
                 self.use.blocks_put_total += 1
@@ -289,71 +324,47 @@ class KvStore:
             )
         return self._client
 
-    def _store(self, client: MemoryClient, put: _Put) -> bool:
-        """Whether there was room."""
-        if any(writer.is_lost for writer in self._writers):
-            self._writers, self._num_left = [], 0  # Others may have what was in there.
-        if not self._num_left and not self._next_writer(client):
-            return False
-        is_stored = self._writers[self._turn].put(put.key, put.data, self._spec.block_size)
-        self._num_left -= 1
-        return is_stored
-
-    def _next_writer(self, client: MemoryClient) -> bool:
-        """Open one more, or else begin again with the first; whether there is one."""
-        writers, block_bytes = self._writers, self._block_bytes
-        slab_bytes = min(SLAB_BYTES_MAX, SLAB_BYTES_MIN << min(len(writers), 16))
-        used_bytes = sum(writer.num_slots for writer in writers) * block_bytes
-        num_slots = min(
-            max(1, slab_bytes // block_bytes),
-            max(0, self._settings.bytes_max - used_bytes) // block_bytes,
-            SLOTS_MAX,
-        )
-        if (num_slots or not writers) and self._open_writer(client, max(1, num_slots)):
-            self._turn = len(writers) - 1
-        elif writers:
-            self._turn = (self._turn + 1) % len(writers)
-        else:
-            return False
-        self._num_left = writers[self._turn].num_slots
-        return True
-
-    def _open_writer(self, client: MemoryClient, num_slots: int) -> bool:
-        """Whether the service has room for it."""
-        if time.monotonic() < self._room_retry_at:
-            return False
-        try:
-            self._writers.append(client.open_writer(self._block_bytes, num_slots))
-        except UnbrokenError as error:
-            if error.reason not in _NO_ROOM:
-                raise
-            _log.warning("the memory service has no more room", detail=error.detail)
-            self._room_retry_at = time.monotonic() + RETRY_S
-            return False
-        return True
-
     def _take(self, client: MemoryClient, fetch: _Fetch) -> None:
         with ExitStack() as pins:
             blocks: list[memoryview] = []
-            pinned: list[Pinned] = []
-            for at in range(0, len(fetch.keys), KEYS_A_CALL):
-                keys = fetch.keys[at : at + KEYS_A_CALL]
-                part = pins.enter_context(client.get(keys, ttl_s=_PIN_S))
-                pinned.append(part)
-                blocks += takewhile(self._is_ours, (block.data for block in part))
-                if len(blocks) < at + len(keys):
-                    break
+            strange: list[_Put] = []
+            pinned = self._pin(client, fetch, blocks, pins)
             for holder in fetch.holders:
                 if len(blocks) == len(fetch.keys):
                     break
-                blocks += self._read(holder, fetch, len(blocks))
+                at = len(blocks)
+                if not (found := self._read(holder, fetch, at)):
+                    continue
+                strange += map(_Put, fetch.keys[at:], found)
+                blocks += map(memoryview, found)
+                # What comes after them may be here: they alone were evicted, or never came.
+                pinned += self._pin(client, fetch, blocks, pins)
             taken = fetch.take(blocks) if blocks else None
             num_blocks = len(blocks)
             blocks.clear()
             if all(part.is_valid for part in pinned):
                 fetch.num_blocks, fetch.taken = num_blocks, taken
+        # The engine has them now, and does not store again what it has taken from a store: so the
+        # next one would have to ask the other host again, if that is still there.
+        for put in strange:
+            self.use.blocks_dropped_total += not self._queue(put)
 
-    def _read(self, holder: KvHolder, fetch: _Fetch, start: int) -> list[memoryview]:
+    def _pin(
+        self, client: MemoryClient, fetch: _Fetch, blocks: list[memoryview], pins: ExitStack
+    ) -> list[Pinned]:
+        """Add those that are stored here and come after these."""
+        pinned: list[Pinned] = []
+        while len(blocks) < len(fetch.keys):
+            keys = fetch.keys[len(blocks) : len(blocks) + KEYS_A_CALL]
+            part = pins.enter_context(client.get(keys, ttl_s=_PIN_S))
+            pinned.append(part)
+            found = [*takewhile(self._is_ours, (block.data for block in part))]
+            blocks += found
+            if len(found) < len(keys):
+                break
+        return pinned
+
+    def _read(self, holder: KvHolder, fetch: _Fetch, start: int) -> list[bytes]:
         """Those of another host from there on, as many as come in time."""
         from worker import kv_peers
 
@@ -367,13 +378,16 @@ class KvStore:
         )
         if not found and time.monotonic() - begun >= left_s:
             self._peer_retry_at[holder.address] = time.monotonic() + PEER_RETRY_S
-        return [memoryview(block) for block in found]
+        return found
 
     def _grant_reads(self) -> None:
         """Let other hosts read there; and be bound before the first block is stored."""
+        if self._settings.address:
+            self._renew_at = time.monotonic() + GRANT_RETRY_S  # Unless it is granted.
         client = self._bound()
         if client is not None and self._settings.address:
             ticket = client.grant_reads(TICKET_S)
+            self._renew_at = time.monotonic() + TICKET_S / 2
             self._holder = KvHolder(self._settings.address, ticket)
 
     def _is_ours(self, data: memoryview) -> bool:

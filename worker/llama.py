@@ -170,8 +170,10 @@ class LlamaRunner:
         self._thread.shutdown()
 
     def _close(self) -> None:
-        if self._store is not None:
-            self._store.close()
+        if self._store is not None and not self._store.close():
+            # Its thread may be reading the cells: they go with the process, which ends.
+            _log.error("the memory service hangs: the model is not freed")
+            return
         if self._cells is not None:
             self._cells.close()
         self._context.close()
@@ -299,6 +301,8 @@ class LlamaRunner:
     def _lose_cells(self, error: Exception) -> None:
         _log.error("KV blocks are no longer stored, nor restored", error=str(error))
         self._cells = None
+        if self._store is not None:
+            self._store.turn_off()
 
 
 def default_model_path() -> Path:

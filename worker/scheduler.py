@@ -36,9 +36,6 @@ from worker.engine import EngineSpec, KvRestore, KvSave, PrefillChunk, StepPlan,
 from worker.engine import Sequence as Stream
 from worker.kv_cache import KvCache, Lease
 
-RESTORE_TOKENS_MAX = 4096
-"""Asked of the memory service in one step, if by several sequences: who decodes waits meanwhile."""
-
 # A rank may be so many sequences busier than the idlest and still be chosen for the prefix it has.
 _RANK_SLACK = 4
 
@@ -629,7 +626,7 @@ class _Rank:
         for stream in sorted(waiting, key=_place_of):
             standing = _standing(stream)
             start, end = standing.num_computed, (stream.num_tokens - 1) // size * size
-            if num_asked and num_asked + end - start > RESTORE_TOKENS_MAX:
+            if num_asked and num_asked + end - start > self.spec.restore_tokens_max:
                 break
             num_asked += end - start
             standing.may_restore = False

@@ -21,7 +21,7 @@ from unbroken.holdings import Holding
 from unbroken.tokenizer import asset_to_proto
 from unbroken.v1 import attempt_pb2, engine_pb2, worker_pb2
 from worker.constraints import ConstraintCompiler
-from worker.engine import ModelRunner, Sequence, admit, describe
+from worker.engine import KvHolder, ModelRunner, Sequence, admit, describe
 from worker.fencing import EpochFence, StreamKey
 from worker.scheduler import Scheduler
 
@@ -189,9 +189,9 @@ class EngineService:
         session.has_greeted = True
         self._session = session
         description = describe(self._runner.spec)
-        if (holder := self._runner.kv_holder()) is not None:
-            description.kv_holder.address = holder.address
-            description.kv_holder.ticket = holder.ticket
+        session.holder = self._runner.kv_holder()
+        if session.holder is not None:
+            session.holder.write(description.kv_holder)
         ready = engine_pb2.EngineReady(
             protocol_version=min(hello.protocol_version, PROTOCOL_VERSION),
             description=description,
@@ -356,6 +356,9 @@ class EngineService:
             frame.load.steps_us_total = int(self._steps_s * 1e6)
             if (use := self._runner.kv_store_use) is not None:
                 frame.load.kv_store.CopyFrom(use)
+            holder = self._runner.kv_holder()
+            if holder is not None and holder != session.holder:
+                holder.write(frame.load.kv_holder)
         return frame
 
 
@@ -365,6 +368,8 @@ class _Session:
     def __init__(self, connection: Inbound) -> None:
         self.connection = connection
         self.has_greeted = False
+        self.holder: KvHolder | None = None
+        """As it was told when it greeted."""
         self.slot_highest = -1
         self.slot_seen = 0
         """Highest whose start was dealt with: the load counts it."""

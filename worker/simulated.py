@@ -38,6 +38,8 @@ from worker.engine import Sequence as Stream
 from worker.kv_store import Blocks, KvStore, StoreSettings
 
 VERSION = "1"
+RESTORE_TOKENS_MAX = 65_536
+"""Its blocks are small, and nothing is computed of them: this takes some 30 ms."""
 
 _MASK = (1 << 64) - 1
 _GROWTH = 0x9E3779B97F4A7C15  # Odd, so that no power of it vanishes modulo 2^64.
@@ -335,6 +337,7 @@ def simulated_runner(
         facts=facts,
         kv_restore=memory is not None,
         memory_service="" if memory is None else memory.name,
+        restore_tokens_max=RESTORE_TOKENS_MAX,
         native_resume=native_resume,
         random_source=random_source,
         repetition_penalty_counts_prompt=repetition_penalty_counts_prompt,

@@ -867,6 +867,15 @@ def test_an_attempt_that_restored_kv_is_called_so_and_it_is_not_metered() -> Non
     assert stream.accounts.cached_prompt_tokens == 0, "what a tenant finds is a cache's alone"
 
 
+def test_who_finds_kv_before_anything_was_delivered_has_continued_nothing() -> None:
+    stream = streaming([])
+    lose(stream)
+    place(stream, W2)
+    stream.tokens(2, 0, [A], 3.0)
+    stream.ended(2, 1, FinishReason.LENGTH, now=3.0, restored_tokens=2)
+    assert stream.attempts[1].way is ContinuationClass.NATIVE
+
+
 def test_what_the_first_attempt_found_in_a_cache_is_remembered() -> None:
     stream = streaming([A], max_tokens=2)
     stream.tokens(1, 1, [B], 1.0)

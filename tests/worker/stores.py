@@ -4,7 +4,7 @@ from typing import Any
 
 from unbroken.memory.keys import KeyChain, KeySpace
 from unbroken.v1 import worker_pb2
-from worker.engine import EngineSpec
+from worker.engine import EngineSpec, KvHolder
 from worker.engine import Sequence as Stream
 from worker.kv_store import Take
 
@@ -22,6 +22,8 @@ class ShelfStore:
     def __init__(self, shelf: Shelf, spec: EngineSpec) -> None:
         self.shelf = shelf
         self.use = worker_pb2.KvStoreUse()
+        self.kept_by: KvHolder | None = None
+        self.is_hung = False
         self._spec = spec
 
     def put(self, stream: Stream, index: int, data: bytes) -> None:
@@ -41,11 +43,14 @@ class ShelfStore:
         self.use.blocks_restored_total += len(found)
         return len(found), take(found) if found else None
 
-    def holder(self) -> None:
-        return None
+    def holder(self) -> KvHolder | None:
+        return self.kept_by
 
-    def close(self) -> None:
-        pass
+    def turn_off(self) -> None:
+        self.use.is_off = True
+
+    def close(self) -> bool:
+        return not self.is_hung
 
     def _key(self, stream: Stream, index: int) -> bytes:
         size = self._spec.block_size

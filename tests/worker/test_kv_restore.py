@@ -7,13 +7,14 @@ import pytest
 
 from tests.worker.engines import LENGTH, Engine, starting
 from tests.worker.stores import Shelf, ShelfStore
-from worker import scheduler
 from worker.simulated import CostModel, SimulatedModel, SimulatedRunner, simulated_runner
 
 PROMPT = tuple(range(100, 130))
 
 
-def engine(shelf: Shelf, *, batch_size_max: int = 4, kv_blocks: int = 32) -> Engine:
+def engine(
+    shelf: Shelf, *, batch_size_max: int = 4, kv_blocks: int = 32, restore_tokens_max: int = 4096
+) -> Engine:
     spec = replace(
         simulated_runner(
             context_length=128,
@@ -23,6 +24,7 @@ def engine(shelf: Shelf, *, batch_size_max: int = 4, kv_blocks: int = 32) -> Eng
             kv_blocks=kv_blocks,
         ).spec,
         kv_restore=True,
+        restore_tokens_max=restore_tokens_max,
     )
     return Engine(
         SimulatedRunner(
@@ -122,13 +124,10 @@ def test_others_decode_on_while_one_is_restored() -> None:
     second.run()
 
 
-def test_a_step_asks_only_for_so_much_and_for_the_first_in_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(scheduler, "RESTORE_TOKENS_MAX", 60)
+def test_a_step_asks_only_for_so_much_and_for_the_first_in_line() -> None:
     shelf, truth = Shelf(), undisturbed()
     engine(shelf).generate(starting(PROMPT, max_tokens=30))
-    second = engine(shelf, kv_blocks=64)
+    second = engine(shelf, kv_blocks=64, restore_tokens_max=60)
     slots = [
         second.start(starting(PROMPT, truth[:cut], max_tokens=30, request_id=f"r{cut}"))
         for cut in (13, 11, 3, 1)

@@ -14,7 +14,8 @@ import pytest
 from tests.memory_service.processes import ServiceProcess, serving, until
 from tests.memory_service.test_service import remote_address
 from unbroken.generation import GenerationParams
-from worker import kv_store
+from unbroken.memory import records
+from worker import kv_slabs, kv_store
 from worker.engine import EngineSpec, KvHolder
 from worker.engine import Sequence as Stream
 from worker.kv_store import KvStore, StoreSettings
@@ -99,7 +100,7 @@ def test_a_corrupt_block_is_a_miss(service: ServiceProcess) -> None:
     writing, reading = store(service.directory), store(service.directory)
     put(writing, stream(*range(12)), 3)
     until(lambda: fetched(reading, stream(*range(12)), 3) == [0, 1, 2], "it was told of")
-    (writer,) = writing._writers  # pyright: ignore[reportPrivateUsage]
+    (writer,) = writing._slabs.writers  # pyright: ignore[reportPrivateUsage]
     data = writer._view  # pyright: ignore[reportPrivateUsage]
     slot = next(s for s in range(64) if data[s * BLOCK_BYTES] == 1)  # That of block 1.
     data[slot * BLOCK_BYTES + 100] ^= 1
@@ -120,7 +121,7 @@ def test_when_there_is_no_more_room_the_oldest_blocks_make_room(service: Service
 def test_a_service_that_has_no_more_room_has_the_engine_overwrite_its_own_oldest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_store, "SLAB_BYTES_MIN", 64 * BLOCK_BYTES)
+    monkeypatch.setattr(kv_slabs, "SLAB_BYTES_MIN", 64 * BLOCK_BYTES)
     with serving(tmp_path, "--capacity-bytes", str(256 * BLOCK_BYTES)) as service:
         one = store(service.directory, bytes_max=1024 * BLOCK_BYTES)
         tokens = stream(*range(800))
@@ -142,9 +143,9 @@ def test_blocks_that_are_smaller_or_larger_than_slabs_are_made_for_are_kept_too(
     put(small, tokens, 4, 8)  # For 4 MiB there were more slots than a slab may have.
     until(lambda: fetched(small, tokens, 4) == [0, 1, 2, 3], "in 65,536 slots")
     small.close()
-    monkeypatch.setattr(kv_store, "SLAB_BYTES_MIN", BLOCK_BYTES // 4)
-    monkeypatch.setattr(kv_store, "SLAB_BYTES_MAX", BLOCK_BYTES // 2)
-    large = store(service.directory, bytes_max=4 * BLOCK_BYTES, layout="large")
+    monkeypatch.setattr(kv_slabs, "SLAB_BYTES_MIN", BLOCK_BYTES // 4)
+    monkeypatch.setattr(kv_slabs, "SLAB_BYTES_MAX", BLOCK_BYTES // 2)
+    large = store(service.directory, bytes_max=5 * BLOCK_BYTES, layout="large")
     put(large, others, 4)
     until(lambda: fetched(large, others, 4) == [0, 1, 2, 3], "in a slab each")
     large.close()
@@ -230,9 +231,10 @@ def test_an_engine_of_another_host_reads_what_is_not_here_if_it_trusts_and_is_le
         trusting, doubting = reading(address), reading("127.0.0.1:1")
         put(trusting, tokens, 2)
         for store, hint, expected in (
-            (trusting, holder, [0, 1, 2, 3]),  # Two of its own, and the others.
             (trusting, KvHolder(address, b"forged"), [0, 1]),
             (doubting, holder, [0, 1]),
+            (trusting, holder, [0, 1, 2, 3]),  # Two of its own, and the others.
+            (doubting, KvHolder(address, b"forged"), [0, 1, 2, 3]),  # They are here now.
         ):
             hinted = stream(*range(20))
             hinted.kv_holders = (hint,)
@@ -258,6 +260,115 @@ def test_another_host_that_says_nothing_costs_one_wait(
             assert fetched(one, hinted, 3) == []
         assert time.monotonic() - begun < 0.5, "steps do not wait for it again"
         one.close()
+
+
+def test_who_read_of_another_host_goes_on_with_what_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_store, "FETCH_S_MAX", 20.0)
+    monkeypatch.setattr(kv_store, "FETCH_BASE_S", 20.0)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    with serving(here) as local, serving(there, "--listen", "127.0.0.1:0") as remote:
+        address = remote_address(remote)
+        settings = StoreSettings(remote.directory, 64 * BLOCK_BYTES, address)
+        writing = KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout="test")
+        put(writing, stream(*range(8)), 2)
+        until(lambda: fetched(writing, stream(*range(8)), 2) == [0, 1], "it was told of")
+        settings = StoreSettings(local.directory, 64 * BLOCK_BYTES, peers=frozenset((address,)))
+        reading = KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout="test")
+        tokens = stream(*range(16))
+        for index in (2, 3):  # All but the first two, which may have been evicted.
+            reading.put(tokens, index, block(index))
+        until(lambda: reading.use.blocks_put_total == 2, "they are stored")
+        holder = writing.holder()
+        assert holder is not None
+        hinted = stream(*range(16))
+        hinted.kv_holders = (holder,)
+        assert fetched(reading, hinted, 4) == [0, 1, 2, 3], "a prefix there, the rest here"
+        for one in (writing, reading):
+            assert one.close()
+
+
+def test_a_ticket_is_renewed_before_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_store, "TICKET_S", 0.2)
+    with serving(tmp_path) as service:
+        settings = StoreSettings(service.directory, 64 * BLOCK_BYTES, "127.0.0.1:1")
+        one = KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout="test")
+        tickets: set[bytes] = set()
+
+        def is_renewed() -> bool:
+            if (holder := one.holder()) is not None:
+                tickets.add(holder.ticket)
+            return len(tickets) > 2
+
+        until(is_renewed, "nobody asks it for anything")
+        one.close()
+
+
+def test_a_ticket_is_asked_for_again_when_the_service_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_store, "GRANT_RETRY_S", 0.1)
+    monkeypatch.setattr(kv_store, "RETRY_S", 0.05)
+    settings = StoreSettings(tmp_path, 64 * BLOCK_BYTES, "127.0.0.1:1")
+    one = KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout="test")
+    with serving(tmp_path):
+        until(lambda: one.holder() is not None, "it is let in")
+        one.close()
+
+
+def test_a_fault_of_the_engines_own_switches_its_store_off_and_says_so(
+    service: ServiceProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, another = store(service.directory), store(service.directory)
+    tokens = stream(*range(12))
+    put(one, tokens, 3)
+    until(lambda: fetched(another, tokens, 3) == [0, 1, 2], "it was told of")
+
+    def faulty(_: Sequence[memoryview]) -> int:
+        raise ZeroDivisionError
+
+    begun = time.monotonic()
+    assert one.fetch(tokens, 0, 3, faulty) == (0, None)
+    until(lambda: one.use.is_off, "it says so")
+    assert "ZeroDivisionError" in caplog.text
+    for _ in range(kv_store.QUEUED_BLOCKS_MAX + 1):
+        one.put(tokens, 0, block(0))
+    assert fetched(one, tokens, 3) == []
+    assert time.monotonic() - begun < kv_store.FETCH_BASE_S, "nobody waits for it"
+    assert one.use.blocks_dropped_total == kv_store.QUEUED_BLOCKS_MAX + 1, "nothing is kept"
+    assert one.holder() is None
+    assert fetched(another, tokens, 3) == [0, 1, 2], "others go on"
+    for closing in (one, another):
+        assert closing.close()
+
+
+def test_records_count_as_what_an_engine_keeps(service: ServiceProcess) -> None:
+    bytes_max = 1 << 13
+    one = store(service.directory, bytes_max=bytes_max, block_bytes=64)
+    put(one, stream(*range(4 * 200)), 200, 64)
+    (writer,) = one._slabs.writers  # pyright: ignore[reportPrivateUsage]
+    assert bytes_max // 2 < writer.num_slots * (64 + records.RECORD_BYTES) <= bytes_max
+    one.close()
+
+
+def test_a_store_that_hangs_says_so_when_it_is_closed(
+    service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_store, "_CLOSE_S", 0.1)
+    one = store(service.directory)
+    put(one, stream(*range(4)), 1)
+    os.kill(service.pid, signal.SIGSTOP)
+    try:
+        one.put(stream(*range(100, 104)), 0, block(0))
+        assert not one.close(), "its thread may still look at what the engine has"
+    finally:
+        os.kill(service.pid, signal.SIGCONT)
+    until(one.close, "it answers again")
 
 
 def test_others_are_let_in_before_anything_else_is_prepared(

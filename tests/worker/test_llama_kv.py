@@ -217,7 +217,21 @@ def test_once_cells_are_not_where_they_were_nothing_is_stored_and_tokens_stay_th
         again = await whole(runner, prompt[3:], params)
         assert shelf.blocks == kept, "nothing that might be another's"
         assert runner._cells is None  # pyright: ignore[reportPrivateUsage]
+        assert runner.kv_store_use is not None
+        assert runner.kv_store_use.is_off, "whoever places streams is told"
         assert len(again.token_ids) == len(truth.token_ids)
         assert (await whole(runner, prompt, params)).token_ids == truth.token_ids
 
     asyncio.run(scenario())
+
+
+@pytest.mark.llama
+def test_what_a_store_that_hangs_may_look_at_is_not_freed(contexts: tuple[Place, Place]) -> None:
+    shelf = Shelf()
+    hanging = contexts[1].with_shelf(shelf)
+    assert isinstance(hanging._store, ShelfStore)  # pyright: ignore[reportPrivateUsage]
+    hanging._store.is_hung = True  # pyright: ignore[reportPrivateUsage]
+    asyncio.run(hanging.close())
+    cells = contexts[1].cells._cells  # pyright: ignore[reportPrivateUsage]
+    assert cells.shape[3], "they are looked at still"
+    contexts[1].with_shelf(shelf)  # Nor is the context.

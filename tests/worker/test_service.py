@@ -10,9 +10,10 @@ import pytest
 import uvloop
 
 from tests.worker.engines import CANCELLED, LENGTH, STOP, starting
+from tests.worker.stores import Shelf, ShelfStore
 from unbroken import framing
 from unbroken.v1 import attempt_pb2, engine_pb2, worker_pb2
-from worker.engine import StepPlan, StepResult
+from worker.engine import KvHolder, StepPlan, StepResult
 from worker.service import FRAME_INTERVAL_S, EngineService
 from worker.simulated import CostModel, SimulatedModel, SimulatedRunner, simulated_runner
 
@@ -136,6 +137,25 @@ def on_stage(
             await scenario(at)
 
     uvloop.run(asyncio.wait_for(run(), TIMEOUT_S))
+
+
+def test_a_ticket_that_was_renewed_is_told_with_the_load(tmp_path: Path) -> None:
+    plain = fast()
+    store = ShelfStore(Shelf(), plain.spec)
+    store.kept_by = KvHolder("10.0.0.1:1", b"old")
+    model = SimulatedModel(plain.spec.model)
+    runner = SimulatedRunner(plain.spec, model, CostModel(), store=store)
+
+    async def scenario(stage: Stage) -> None:
+        sidecar = await stage.connect()
+        description = await sidecar.greet()
+        assert description.kv_holder.ticket == b"old"
+        await sidecar.until(lambda: any(one.HasField("load") for one in sidecar.frames))
+        assert not any(one.load.HasField("kv_holder") for one in sidecar.frames), "it is known"
+        store.kept_by = KvHolder("10.0.0.1:1", b"new")
+        await sidecar.until(lambda: sidecar.frames[-1].load.kv_holder.ticket == b"new")
+
+    on_stage(scenario, tmp_path, runner)
 
 
 def test_an_attempt_runs_to_its_end(tmp_path: Path) -> None:
