@@ -328,6 +328,10 @@ class FrontendMetrics:
         """A connection was ended with an error."""
         self._edge_failures.labels(code).inc()
 
+    def count_delivered(self, num_tokens: int) -> None:
+        """Tokens went from a frame to clients."""
+        self.tokens_delivered.value += num_tokens
+
     def count_tokens(self, num_tokens: int) -> None:
         """A frame came."""
         self.tokens.inc(num_tokens)

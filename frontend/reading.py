@@ -33,8 +33,7 @@ REQUEST_ID_KEY: Final = "unbroken-request-id"
 CLASS_KEY: Final = "unbroken-continuation-class"
 """Initial metadata of `Generate` and `Resume`."""
 QUICK_S: Final = 1.0
-"""How long tokens of a stream are polled singly before `poll` is asked again, which sees to resume
-tokens."""
+"""How long tokens of a stream are told singly before it is seen whether its resume token is old."""
 
 _log = log.get_logger(__name__)
 
@@ -72,6 +71,11 @@ class Reading(Protocol):
     def tokenizer(self) -> Tokenizer | None: ...
 
     def poll_one(self, now: float, /) -> tuple[int, int] | None: ...
+
+    @property
+    def only(self) -> Stream | None: ...
+
+    def is_plain(self, now: float, /) -> bool: ...
 
     def poll(self) -> Sequence[Output | pb.GenerateResponse]: ...
 
@@ -293,7 +297,7 @@ class Reader:
         """The stream of the only choice, once its first output was polled."""
         self._num_moves = 0
         self._quick_until = 0.0
-        """When `poll` has to see again whether there is more than a token."""
+        """When it is to be seen again whether there is more to tell than a token."""
         self._delivered = readers.delivered
         self._tokens = ResumeTokens(readers, request)
         request.news.prepare = self._tokens.prepare
@@ -331,21 +335,43 @@ class Reader:
         It counts as sent. None if anything else is to be told, or nothing: then `poll` tells. What
         `poll` returned before MUST have been `sent`. `now` is in monotonic seconds.
         """
-        news, stream = self._news, self._only
+        stream = self._only
+        if stream is None or not self._is_plain(stream, now):
+            return None
+        one = stream.take_one()
+        if one is not None:
+            self._news.is_set = False
+            self._delivered.value += 1
+        return one
+
+    @property
+    def only(self) -> Stream | None:
+        """That of which `poll_one` tells, once it may."""
+        return self._only
+
+    def is_plain(self, now: float, /) -> bool:
+        """Whether there is nothing to tell, and nothing but tokens for `poll_one` will come next.
+
+        Then those may also be told without asking, until something else happens to the stream or
+        the call. It is to be asked again every now and then.
+        """
+        stream = self._only
+        return stream is not None and not self._news.is_set and self._is_plain(stream, now)
+
+    def _is_plain(self, stream: Stream, now: float) -> bool:
+        news = self._news
         if (
-            stream is None
-            or now >= self._quick_until
-            or stream.outcome is not None
+            stream.outcome is not None
             or stream.num_moves != self._num_moves
             or news.tell is not self._on_news  # Somebody else reads now.
             or news.is_to_be_polled
         ):
-            return None
-        one = stream.take_one()
-        if one is not None:
-            news.is_set = False
-            self._delivered.value += 1
-        return one
+            return False
+        if now >= self._quick_until:
+            if self._tokens.has_newer:
+                return False
+            self._quick_until = now + QUICK_S
+        return True
 
     def poll(self) -> list[Output | pb.GenerateResponse]:
         """All that is new, in its order. What it returned before MUST have been `sent`."""
@@ -449,13 +475,16 @@ class ResumeTokens:
         """One if the request has moved since the last one, or that one grows old or the clock was
         set; else nothing.
         """
-        if (
-            self._untold
+        return self.newest() if self.has_newer else b""
+
+    @property
+    def has_newer(self) -> bool:
+        """Whether `newer` would be one."""
+        return (
+            bool(self._untold)
             or self._request.num_moves != self._num_moves
             or self._readers.is_due(self._minting)
-        ):
-            return self.newest()
-        return b""
+        )
 
     def _mint(self) -> None:
         self._num_moves = self._request.num_moves

@@ -19,6 +19,7 @@ import grpc.aio
 from typing_extensions import override
 
 from frontend import stored_kv
+from frontend.convoy import Convoy
 from frontend.failure_detector import (
     DetectorLimits,
     FailureDetector,
@@ -95,6 +96,10 @@ class LinkObserver(Protocol):
 
     def count_tokens(self, num_tokens: int) -> None:
         """A frame brought tokens."""
+        ...
+
+    def count_delivered(self, num_tokens: int) -> None:
+        """So many of them went straight to clients."""
         ...
 
     def suspected(self) -> None:
@@ -244,6 +249,7 @@ class RelayCall(Talker):
         self._slots_seen: list[int] = []
         self._seats_seen: list[Seat | None] = []
         """Behind those slots, as long as nobody comes or goes."""
+        self._convoy = Convoy()
         self._next_slot = 1
         self._num_with_logprobs = 0
         self._vocab_size = 0
@@ -766,8 +772,15 @@ class RelayCall(Talker):
         orders: list[tuple[Owner, Sequence[Command]]],
     ) -> None:
         """The hot path: one token a row, no log probabilities."""
-        seats = self._seats_of(frame.slots[:])
-        for seat, offset, token_id in zip(seats, frame.offsets, frame.token_ids, strict=True):
+        convoy, seats = self._convoy, self._seats_of(frame.slots[:])
+        offsets, token_ids = frame.offsets[:], frame.token_ids[:]
+        try:
+            rows = convoy.go(offsets, token_ids, now)
+        except Exception:
+            rows = self._end_convoy(seats)
+        self._observer.count_delivered(len(seats) - len(rows))
+        for row in rows:
+            seat, offset, token_id = seats[row], offsets[row], token_ids[row]
             if seat is None:
                 continue  # Late news of an attempt that is over.
             if seat.is_silent:
@@ -822,11 +835,28 @@ class RelayCall(Talker):
         """Who is meant by a column of slots; most often it is that of the frame before."""
         if slots != self._slots_seen:
             self._slots_seen = slots
-            self._seats_seen = [self._seats.get(slot) for slot in slots]
+            seats = self._seats_seen = [self._seats.get(slot) for slot in slots]
+            self._convoy.align(
+                slots,
+                [None if seat is None else seat.stream for seat in seats],
+                [0 if seat is None else seat.epoch for seat in seats],
+            )
         return self._seats_seen
+
+    def _end_convoy(self, seats: Sequence[Seat | None]) -> Sequence[int]:
+        """A bug was met in it: all go the long way. Returns their rows."""
+        _log.exception("bug in a convoy", **self._names())
+        for seat in seats:
+            if seat is not None and seat.stream.ride is not None:
+                try:
+                    seat.stream.ride.step_out()
+                except Exception:
+                    seat.owner.crashed()
+        return range(len(seats))
 
     def _forget_rows(self) -> None:
         """Somebody came or went."""
+        self._convoy.forget()
         self._slots_seen, self._seats_seen = [], []
 
     def _rows_of_many(
@@ -922,6 +952,8 @@ class RelayCall(Talker):
     def _leave(self, slot: int) -> Seat | None:
         seat = self._seats.pop(slot, None)
         if seat is not None:
+            if seat.stream.ride is not None:
+                seat.stream.ride.step_out()
             self._acks.pop(slot, None)
             self._forget_rows()
             self._num_with_logprobs -= seat.wants_logprobs

@@ -204,6 +204,9 @@ class Request:
     def take_over(self, on_news: Callable[[], None]) -> int:
         """Another call reads it from now on; returns the number of that reader."""
         self.reader += 1
+        for choice in self.choices:
+            if choice.stream.ride is not None:
+                choice.stream.ride.close()
         before, self.news.tell = self.news.tell, on_news
         before()  # It finds out that it has been replaced.
         return self.reader

@@ -33,7 +33,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from frontend.continuation import (
     Abilities,
@@ -52,6 +52,9 @@ from unbroken.outcome import (
     FinishReason,
 )
 from unbroken.tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from frontend.convoy import Ride
 
 
 class Life(NamedTuple):
@@ -323,15 +326,16 @@ class _Flow:
         "_ack_due",
         "_flowing",
         "_last_token_at",
+        "_ledger",
         "_max_tokens",
         "_num_decoded",
         "_sent",
         "_stop_token_ids",
         "_texts_apart",
         "_unsent_text",
-        "ledger",
         "num_moves",
         "outcome",
+        "ride",
     )
 
 
@@ -415,7 +419,11 @@ class Stream(_Flow):
         """Number of the current attempt, or of the one being placed."""
         self.num_moves = 0
         """How often an attempt was placed: a resume token from before is out of date."""
-        self.ledger = array("I")
+        self._ledger = array("I")
+        self.ride: Ride | None = None
+        """By which its tokens go to its client, when there is one; see `frontend.convoy`. Until it
+        settles it has the last of them, which all have been sent. Whatever but asking is done with
+        the stream, it steps out before."""
         self._attempts: list[Attempt] = []
         self.accounts = Accounts()
         self.outcome: Outcome | None = None
@@ -475,6 +483,13 @@ class Stream(_Flow):
     # Questions.
 
     @property
+    def ledger(self) -> "array[int]":
+        """Every token so far, at its offset."""
+        if self.ride is not None:
+            self.ride.settle()
+        return self._ledger
+
+    @property
     def attempts(self) -> list[Attempt]:
         """All so far, the current or latest last."""
         self._settle()
@@ -483,11 +498,14 @@ class Stream(_Flow):
     @property
     def has_output(self) -> bool:
         """Whether `take` would return something worth sending."""
-        return self._sent < len(self.ledger) or bool(self._unsent_text)
+        num_tokens = len(self.ledger)
+        return self._sent < num_tokens or bool(self._unsent_text)
 
     @property
     def num_sent(self) -> int:
         """Tokens that the client was sent."""
+        if self.ride is not None:
+            self.ride.settle()
         return self._sent
 
     @property
@@ -652,14 +670,16 @@ class Stream(_Flow):
         Short for a token that neither begins an attempt nor can end the output; its text can wait
         until it is sent.
         """
+        if self.ride is not None:
+            self.ride.step_out()
         if (
             epoch != self._flowing
-            or offset != len(self.ledger)
+            or offset != len(self._ledger)
             or offset + 1 == self._max_tokens
             or token_id in self._stop_token_ids
         ):
             return self.tokens(epoch, offset, (token_id,), now)
-        self.ledger.append(token_id)
+        self._ledger.append(token_id)
         self._last_token_at = now
         return ()
 
@@ -672,14 +692,16 @@ class Stream(_Flow):
         logprobs: Sequence[TokenLogprobs] = (),
     ) -> Sequence[Command]:
         """The attempt produced tokens, the first of which stands at `offset`."""
+        if self.ride is not None:
+            self.ride.step_out()
         if (
             epoch == self._flowing
-            and offset == len(self.ledger)
+            and offset == len(self._ledger)
             and offset + len(token_ids) < self._max_tokens
             and not logprobs
             and self._stop_token_ids.isdisjoint(token_ids)
         ):  # As in `token`.
-            self.ledger.extend(token_ids)
+            self._ledger.extend(token_ids)
             self._last_token_at = now
             return ()
         if epoch != self.epoch or self.state is not State.RUNNING:
@@ -959,6 +981,8 @@ class Stream(_Flow):
 
     def take(self) -> tuple[Piece, Sequence[Command]]:
         """All output that the client has not been sent; it counts as sent from now on."""
+        if self.ride is not None:
+            self.ride.step_out()
         self._decode()
         sent = self._sent
         piece = Piece(
@@ -977,7 +1001,9 @@ class Stream(_Flow):
         None, and nothing is taken, if there is more to it: several tokens, text that was held back
         or is incomplete, log probabilities, or a window that has to move. Then `take` has it.
         """
-        offset, ledger, texts = self._sent, self.ledger, self._texts_apart
+        if self.ride is not None:
+            self.ride.step_out()
+        offset, ledger, texts = self._sent, self._ledger, self._texts_apart
         end = offset + 1
         if (
             end != len(ledger)
@@ -992,6 +1018,50 @@ class Stream(_Flow):
             return None
         self._sent = self._num_decoded = end
         return offset, token_id
+
+    # For its ride.
+
+    def is_flowing(self, epoch: int) -> bool:
+        """Whether the next token of that attempt needs no more than `token` does with most."""
+        return epoch == self._flowing
+
+    @property
+    def num_settled(self) -> int:
+        """Tokens of the ledger, without those that its ride has."""
+        return len(self._ledger)
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Those that may end the output."""
+        return self._stop_token_ids
+
+    @property
+    def num_plain_max(self) -> int:
+        """So many tokens that come next can neither end the output nor move the window, if each is
+        `take_one`d as it comes; 0 if something is still to be told, or text waits for more.
+        """
+        num_tokens = len(self._ledger)
+        if (
+            self._sent != num_tokens
+            or self._num_decoded != num_tokens
+            or self._unsent_text
+            or not self._texts_apart
+        ):
+            return 0
+        return max(0, min(self._max_tokens, self._ack_due) - 1 - num_tokens)
+
+    def rode(self, token_ids: Sequence[int], now: float) -> int:
+        """These came, the last of them at `now`, and the client was sent them one by one.
+
+        Returns the offset of the first.
+        """
+        offset = len(self._ledger)
+        self._ledger.extend(token_ids)
+        self._sent = self._num_decoded = len(self._ledger)
+        self._last_token_at = now
+        return offset
+
+    # What there is to tell again.
 
     def can_rewind(self, offset: int) -> bool:
         """Whether all from this offset on can be told again: some log probabilities cannot."""
@@ -1022,6 +1092,8 @@ class Stream(_Flow):
         Who read before may have gone before all that he took had left, so that its acknowledgement
         was never sent. The window begins where the new reader is, at least.
         """
+        if self.ride is not None:
+            self.ride.step_out()
         self._decode()  # What has been decoded then is all there is, and is replaced here.
         self._sent, self._unsent_text = num_held, unsent_text
         if self._limits.window_tokens:
@@ -1211,10 +1283,14 @@ class Stream(_Flow):
 
     def _settle(self) -> None:
         """Write down how far the attempt got, which the short way of `token` leaves out."""
+        if self.ride is not None:
+            self.ride.settle()
         if self._flowing != _NONE:
             self._said = self._attempts[-1].end_offset = len(self.ledger)
 
     def _flow_no_more(self) -> None:
+        if self.ride is not None:
+            self.ride.step_out()
         self._settle()
         self._flowing = _NONE
 

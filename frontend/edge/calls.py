@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from google.protobuf.message import DecodeError
 
 from frontend import summaries
+from frontend.convoy import Ride
 from frontend.edge import encoding
 from frontend.reading import Output, Reading
 from unbroken import log, status
@@ -56,6 +57,7 @@ class StreamingCall:
         "_open",
         "_path",
         "_reader",
+        "_ride",
         "_server",
         "_task",
         "client",
@@ -88,6 +90,8 @@ class StreamingCall:
         self._reader: Reading | None = None
         self._bodies: encoding.TokenBodies | None = None
         self._http_stream: HttpStream | None = None
+        self._ride: Ride | None = None
+        """By which tokens are sent that need no turn of `pump`."""
         self._is_leaving = False
         """What was polled last waits for the client's window."""
 
@@ -159,6 +163,8 @@ class StreamingCall:
         reader = self._reader
         if reader is None or self._is_leaving:
             return
+        if self._ride is not None:
+            self._ride.step_out()
         client, stream, bodies = self.client, self._http_stream, self._bodies
         connection = client.connection
         if (
@@ -169,6 +175,9 @@ class StreamingCall:
         ):
             if not connection.send_on(stream, bodies.body(*one), now):
                 self._is_leaving = True
+            elif self._ride is None and reader.only is not None:
+                # What comes next will be like this, and need not ask for a turn.
+                self._ride = Ride(reader.only, client, stream, bodies, self._is_plain)
             return
         stream_id = self.stream_id
         is_held_up = client.is_paused or not connection.has_room(stream_id)
@@ -187,6 +196,11 @@ class StreamingCall:
                 self._is_leaving = True
         if reader.is_over:
             self._end(reader.error)
+
+    def _is_plain(self, now: float) -> bool:
+        """Whether nothing but tokens for `poll_one` is to be sent."""
+        reader = self._reader
+        return reader is not None and not self._is_leaving and reader.is_plain(now)
 
     def _encoded(self, outputs: Sequence[Output | pb.GenerateResponse]) -> bytes:
         """Messages as they lie in the body."""
@@ -245,6 +259,9 @@ class StreamingCall:
     def _forget(self) -> None:
         self.client.calls.pop(self.stream_id, None)
         self.client.waiting.pop(self, None)
+        ride, self._ride = self._ride, None
+        if ride is not None:
+            ride.close()
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()

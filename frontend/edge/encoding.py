@@ -6,6 +6,7 @@ more it is the quicker one.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
@@ -35,6 +36,33 @@ def body(response: bytes, *, answers_resume: bool) -> bytes:
     return PREFIX.pack(0, len(response)) + response
 
 
+class TokenFields(dict[int, bytes]):
+    """Per token id what a message says of it, made when it is first asked for; no offset.
+
+    Raises `LookupError` for one whose text depends on others.
+    """
+
+    def __init__(self, texts: Sequence[str | None]) -> None:
+        """`texts` has what each id says by itself."""
+        super().__init__()
+        self._texts = texts
+
+    def __missing__(self, token_id: int) -> bytes:
+        text = self._texts[token_id]
+        if text is None:
+            raise LookupError(token_id)
+        fields = pb.GenerateResponse(token_ids=[token_id], text=text).SerializeToString()
+        self[token_id] = fields
+        return fields
+
+    def has_short(self, token_id: int) -> bool:
+        """Whether a message of it is sure to have a size below `NUM_SIZES`."""
+        try:
+            return len(self[token_id]) < NUM_SIZES - _OFFSET_FIELD_BYTES_MAX
+        except LookupError:
+            return False
+
+
 class TokenBodies:
     """What lies in a body for one token of a vocabulary, whose text depends on no other token.
 
@@ -42,43 +70,55 @@ class TokenBodies:
     id its fields, per offset its field, per size what stands before the message.
     """
 
-    def __init__(self, texts: Sequence[str | None], *, answers_resume: bool) -> None:
-        """`texts` has what each id says by itself."""
-        self._texts = texts
+    def __init__(self, fields: TokenFields, *, answers_resume: bool) -> None:
+        self.fields = fields
         self._answers_resume = answers_resume
-        self._fields: dict[int, bytes] = {}
-        self._prefixes: dict[int, bytes] = {}
+        self.prefixes = [self._prefix_of(size) for size in range(NUM_SIZES)]
+        """What stands before a message of that size."""
+        self.lengths = [
+            (len(prefix) + size).to_bytes(3) for size, prefix in enumerate(self.prefixes)
+        ]
+        """How a DATA frame with it begins."""
 
     def body(self, offset: int, token_id: int) -> bytes:
-        """The message, as it lies in the body."""
-        try:
-            fields = self._fields[token_id]
-        except KeyError:
-            fields = self._fields_of(token_id)
-        if offset < _NUM_OFFSETS:
-            message = _OFFSETS[offset] + fields
-        else:
-            message = _OFFSET + varint(offset) + fields
+        """The message, as it lies in the body. Raises as `TokenFields`."""
+        message = offset_field(offset) + self.fields[token_id]
         size = len(message)
-        try:
-            return self._prefixes[size] + message
-        except KeyError:
-            return self._prefix_of(size) + message
+        return (self.prefixes[size] if size < NUM_SIZES else self._prefix_of(size)) + message
 
-    def _fields_of(self, token_id: int) -> bytes:
-        response = pb.GenerateResponse(token_ids=[token_id], text=self._texts[token_id] or "")
-        fields = self._fields[token_id] = response.SerializeToString()
-        return fields
+    def size(self, offset: int, token_ids: Sequence[int]) -> int:
+        """Bytes of the bodies of these tokens, the first of which stands at `offset`."""
+        num_tokens, prefixes = len(token_ids), self.prefixes
+        sizes = list(map(len, map(self.fields.__getitem__, token_ids)))
+        first, last = len(offset_field(offset)), len(offset_field(offset + num_tokens - 1))
+        if first == last:
+            total = sum(sizes) + num_tokens * first
+        else:
+            total = sum(sizes) + sum(
+                len(offset_field(one)) for one in range(offset, offset + num_tokens)
+            )
+        if max(sizes) + last < _VARINT_1_MAX:
+            return total + num_tokens * len(prefixes[0])
+        return sum(len(self.body(one, token_id)) for one, token_id in enumerate(token_ids, offset))
 
     def _prefix_of(self, size: int) -> bytes:
-        """What stands before a message of that size."""
         prefix = b""
         if self._answers_resume:
             prefix = _RESPONSE + varint(size)
-        prefix = PREFIX.pack(0, len(prefix) + size) + prefix
-        self._prefixes[size] = prefix
-        return prefix
+        return PREFIX.pack(0, len(prefix) + size) + prefix
 
 
-_NUM_OFFSETS = 4096
-_OFFSETS = [b"", *(_OFFSET + varint(offset) for offset in range(1, _NUM_OFFSETS))]
+def offset_field(offset: int) -> bytes:
+    """The offset of a message; nothing for 0."""
+    return OFFSETS[offset] if offset < NUM_OFFSETS else _OFFSET + varint(offset)
+
+
+NUM_OFFSETS: Final = 4096
+OFFSETS: Final = [b"", *(_OFFSET + varint(offset) for offset in range(1, NUM_OFFSETS))]
+"""Fields of the first offsets."""
+NUM_SIZES: Final = 320
+"""Of messages of one token, which almost all are below."""
+_OFFSET_FIELD_BYTES_MAX: Final = 6
+_VARINT_1_MAX: Final = 0x80
+BODY_BYTES_MAX: Final = NUM_SIZES + PREFIX.size + 3
+"""Of one token whose message has such a size."""

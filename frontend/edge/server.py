@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ import grpc.aio
 from typing_extensions import override
 
 from frontend.edge.calls import ANSWER_FIELDS, StreamingCall
-from frontend.edge.encoding import TokenBodies
+from frontend.edge.encoding import TokenBodies, TokenFields
 from frontend.edge.forwarding import ForwardedCall
 from frontend.gateway import Inference
 from frontend.reading import Reading
@@ -119,7 +119,7 @@ class EdgeServer:
         """Calls that have news."""
         self._touched: dict[ClientConnection, None] = {}
         self.is_scheduled = False
-        self._bodies: WeakKeyDictionary[Tokenizer, dict[bool, TokenBodies]] = WeakKeyDictionary()
+        self._bodies: WeakKeyDictionary[Tokenizer, Mapping[bool, TokenBodies]] = WeakKeyDictionary()
         self._server: asyncio.Server | None = None
 
     async def start(self, address: str) -> str:
@@ -214,9 +214,11 @@ class EdgeServer:
 
     def bodies(self, tokenizer: Tokenizer, *, answers_resume: bool) -> TokenBodies:
         """What all calls share that read tokens of this vocabulary."""
-        made = self._bodies.setdefault(tokenizer, {})
-        if answers_resume not in made:
-            made[answers_resume] = TokenBodies(tokenizer.texts, answers_resume=answers_resume)
+        made = self._bodies.get(tokenizer)
+        if made is None:
+            fields = TokenFields(tokenizer.texts)
+            made = {kind: TokenBodies(fields, answers_resume=kind) for kind in (False, True)}
+            self._bodies[tokenizer] = made
         return made[answers_resume]
 
     def hold(self, num_bytes: int) -> bool:
@@ -338,6 +340,10 @@ class ClientConnection(asyncio.Protocol):
             call.writable()
 
     # What is done with it.
+
+    def touch(self) -> None:
+        """Write what is outbound, in the next turn of the loop."""
+        self._server.touch(self)
 
     def drain(self) -> None:
         """Let the client open no more streams."""

@@ -258,6 +258,14 @@ class PassedOn:
         """None: whole messages come."""
         return None
 
+    @property
+    def only(self) -> None:
+        """It tells no token singly."""
+
+    def is_plain(self, _now: float, /) -> bool:
+        """So it never is."""
+        return False
+
     def poll_one(self, _now: float, /) -> tuple[int, int] | None:
         """None: see `tokenizer`."""
         return None

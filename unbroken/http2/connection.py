@@ -17,7 +17,7 @@ Who reads events MUST call `consumed` for the data in them: flow control is how 
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from hpack import Decoder, Encoder, HPACKError, OversizedHeaderListError
 
@@ -119,6 +119,18 @@ class _End(Enum):
     RESET_BY_US = 3
 
 
+class Ride(Protocol):
+    """Who sends on a stream by `Connection.send_frames`, and takes it from its window later."""
+
+    def settle(self) -> None:
+        """Take it now."""
+        ...
+
+    def step_out(self) -> None:
+        """Take it, and send no more."""
+        ...
+
+
 class HttpStream:
     """One stream, until it is closed; only the connection looks inside."""
 
@@ -128,6 +140,7 @@ class HttpStream:
         "is_remote_closed",
         "pending",
         "receive",
+        "ride",
         "send",
         "stream_id",
         "trailers",
@@ -147,6 +160,12 @@ class HttpStream:
         """What did not fit into the windows."""
         self.trailers: Fields | None = None
         """Follow what is pending."""
+        self.ride: Ride | None = None
+
+    @property
+    def data_header_tail(self) -> bytes:
+        """How the header of a DATA frame of it goes on after the length."""
+        return frames.data_header(self.stream_id, 0)[3:]
 
 
 @dataclass(slots=True)
@@ -510,6 +529,8 @@ class Connection:
     def _initial_window(self, value: int, now: float) -> None:
         change, self._peer_initial_window = value - self._peer_initial_window, value
         for stream in self._streams.values():
+            if stream.ride is not None:
+                stream.ride.step_out()
             if not stream.send.grow(change):
                 raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window overflows")
         if change > 0:
@@ -541,6 +562,8 @@ class Connection:
             if stream_id > self._last_stream_id and not self._is_beyond_drain(stream_id):
                 raise Fault(ErrorCode.PROTOCOL_ERROR, f"a window for the idle stream {stream_id}")
             return
+        if stream.ride is not None:
+            stream.ride.settle()
         if not increment:
             self._stream_error(stream, ErrorCode.PROTOCOL_ERROR)
         elif not stream.send.grow(increment):
@@ -622,6 +645,19 @@ class Connection:
             self._blocked.setdefault(stream_id, now)
             return False
         return True
+
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Whether the connection's window takes so much."""
+        return num_bytes <= self._send.left
+
+    def send_frames(self, data: bytes, num_frames: int, num_bytes: int) -> None:
+        """DATA frames of several streams, which somebody else has made, with so much in them.
+
+        The connection MUST have room for it, and so must each stream, of which it is not taken.
+        """
+        self._send.left -= num_bytes
+        self._num_data_sent += num_frames
+        self.outbound += data
 
     def end(self, stream_id: int, trailers: Fields) -> None:
         """End the answer, after all that is pending. Ignored if the stream is closed."""

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.edge.encoding import TokenBodies, body, varint
+from frontend.edge.encoding import TokenBodies, TokenFields, body, varint
 from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
@@ -30,7 +30,7 @@ def test_what_is_kept_for_a_token_is_what_protobuf_writes(
     offset: int, texts: list[str], token_id: int, *, answers_resume: bool
 ) -> None:
     token_id %= len(texts)
-    bodies = TokenBodies(texts, answers_resume=answers_resume)
+    bodies = TokenBodies(TokenFields(texts), answers_resume=answers_resume)
     response = pb.GenerateResponse(offset=offset, token_ids=[token_id], text=texts[token_id])
     expected = (
         pb.ResumeResponse(response=response) if answers_resume else response

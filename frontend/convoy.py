@@ -1,0 +1,427 @@
+"""Streams of one link that go together: of each, every engine step says one token and no more.
+
+    a Relay frame ──▶ Convoy.go ──▶ DATA frames of all that ride, one piece for each connection
+                          └──▶ the rows of the others, which go the long way
+
+With hundreds of streams nothing of a stream is in a near cache when its next token comes, so what
+costs is to touch it. Here it is not touched: a step is a column of token ids beside the columns of
+the steps before, and is checked and written as a whole. What a stream has to know of it, its ledger
+and what is left of its window, is entered when somebody asks (`Ride.settle`), and every
+`STEPS_MAX` steps.
+
+A stream rides while nothing about it is unusual: its client has been sent all that came before, by
+the short way; each token has a text of its own; no stop token, end, acknowledgement or window is so
+near that the next token could meet it. Whoever does anything else with it lets it step out first;
+when all is as before it gets on again by itself, with the first frame that finds it so.
+"""
+
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Final, Protocol
+
+from frontend.edge.encoding import (
+    BODY_BYTES_MAX,
+    NUM_OFFSETS,
+    OFFSETS,
+    TokenBodies,
+    TokenFields,
+    offset_field,
+)
+from frontend.stream import Stream
+from unbroken.http2.connection import Connection, HttpStream
+
+STEPS_MAX: Final = 64
+"""Tokens of a stream that are not in its ledger yet, at most."""
+LOOK_INTERVAL_S: Final = 0.5
+UNWRITTEN_BYTES_MAX: Final = 64 * 1024
+"""Who has so much in a connection that is not in its socket yet is behind, and better merges."""
+_STEPS_SPREAD: Final = 32
+_NEVER: Final = 1 << 62
+_STEPS_KEPT: Final = 2 * STEPS_MAX
+"""Columns, so that they are thrown away in strides."""
+
+
+class Client(Protocol):
+    """A connection of a client, and its socket."""
+
+    @property
+    def connection(self) -> Connection: ...
+
+    @property
+    def is_paused(self) -> bool: ...
+
+    def touch(self) -> None:
+        """There is something to write."""
+        ...
+
+
+class Ride:
+    """One stream, from where its frames come to where its client reads, while one call reads it."""
+
+    __slots__ = (
+        "_convoy",
+        "bodies",
+        "client",
+        "http_stream",
+        "is_ready",
+        "row",
+        "since",
+        "stream",
+        "tail",
+    )
+
+    def __init__(
+        self,
+        stream: Stream,
+        client: Client,
+        http_stream: HttpStream,
+        bodies: TokenBodies,
+        is_ready: Callable[[float], bool],
+    ) -> None:
+        """`is_ready` says whether now, in monotonic seconds, its call has nothing else to tell."""
+        self.stream = stream
+        self.client = client
+        self.http_stream = http_stream
+        self.bodies = bodies
+        self.tail = http_stream.data_header_tail
+        self.row = 0
+        self.since = 0
+        """The first step that its stream does not know."""
+        self._convoy: Convoy | None = None
+        self.is_ready = is_ready
+        stream.ride = self
+        http_stream.ride = self
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it goes with a convoy now."""
+        return self._convoy is not None
+
+    def num_steps_max(self, now: float) -> int:
+        """How many tokens may be told as they come, without anybody looking."""
+        http_stream = self.http_stream
+        if http_stream.is_closed or http_stream.pending or not self.is_ready(now):
+            return 0
+        num_in_window = http_stream.send.left // BODY_BYTES_MAX
+        return max(0, min(self.stream.num_plain_max, num_in_window))
+
+    def get_on(self, convoy: "Convoy") -> None:
+        """The convoy takes it along."""
+        self._convoy = convoy
+
+    def settle(self) -> None:
+        """Let the stream and its window know all that was told."""
+        convoy = self._convoy
+        if convoy is None:
+            return
+        try:
+            token_ids = convoy.told(self)
+            if token_ids:
+                offset = self.stream.rode(token_ids, convoy.stepped_at)
+                self.http_stream.send.left -= self.bodies.size(offset, token_ids)
+        except Exception:  # A bug. It must not ride on with a gap behind it.
+            self._convoy = None
+            convoy.lost(self)
+            raise
+
+    def step_out(self) -> None:
+        """Settle, and go the long way from here on, until all is as usual. Idempotent."""
+        self.settle()
+        convoy, self._convoy = self._convoy, None
+        if convoy is not None:
+            convoy.lost(self)
+
+    def close(self) -> None:
+        """The call reads no more. Idempotent."""
+        self.step_out()
+        if self.stream.ride is self:
+            self.stream.ride = None
+        if self.http_stream.ride is self:
+            self.http_stream.ride = None
+
+
+class _Group:
+    """Those that ride to one connection."""
+
+    __slots__ = ("client", "num_rows", "parts", "rides")
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.num_rows = 0
+        self.parts: list[bytes] = []
+        self.rides: list[Ride] = []
+
+    @property
+    def num_body_bytes(self) -> int:
+        """Of what is to be sent, what windows are about."""
+        return sum(map(len, self.parts)) - 9 * self.num_rows
+
+
+class Convoy:
+    """The rows of a link's frames, and which of them ride.
+
+    The owner calls `align` before the first frame of other slots, or after somebody came or went,
+    and `go` with each frame of one token a row.
+    """
+
+    def __init__(self) -> None:
+        self.stepped_at = 0.0
+        """When the last step came."""
+        self._slots: list[int] = []
+        self._streams: list[Stream | None] = []
+        self._epochs: list[int] = []
+        self._rides: list[Ride | None] = []
+        """Of each row that rides."""
+        self._dues: list[int] = []
+        """The step in which each of them may not ride without being looked at."""
+        self._others: list[int] = []
+        """The rows that do not."""
+        self._steps: list[array[int]] = []
+        """The ids of all rows, ridden or not; the last is that of step `_num_steps - 1`."""
+        self._num_steps = 0
+        self._is_stale = False
+        """What follows is not that of those who ride now."""
+        self._due = 0
+        self._looks_at = 0.0
+        """When it is to be seen whether calls have something else to tell: time alone can do it."""
+        self._mask: list[bool] = []
+        self._offsets: list[int] = []
+        """Where each is to be, next."""
+        self._columns: list[tuple[bytes, TokenBodies, Callable[[bytes], None]]] = []
+        self._groups: list[_Group] = []
+        self._stop_ids: frozenset[int] = frozenset()
+        self._fields: TokenFields | None = None
+
+    # Who is there.
+
+    def align(
+        self, slots: list[int], streams: Sequence[Stream | None], epochs: Sequence[int]
+    ) -> None:
+        """Frames have these rows from now on. A row of nobody's has no stream."""
+        here = set(slots)
+        for row in reversed(range(len(self._slots))):
+            if self._slots[row] not in here:
+                self._drop(row)
+        if self._slots != slots[: len(self._slots)]:
+            self.stop()  # They come in another order.
+            self._slots, self._rides, self._dues, self._steps = [], [], [], []
+        num_new = len(slots) - len(self._slots)
+        self._slots = list(slots)
+        self._rides += [None] * num_new
+        self._dues += [_NEVER] * num_new
+        for row, (ride, stream) in enumerate(zip(self._rides, streams, strict=True)):
+            if ride is not None:
+                ride.row = row
+                if ride.stream is not stream:
+                    ride.step_out()
+        self._streams, self._epochs = list(streams), list(epochs)
+        self._is_stale = True
+
+    def forget(self) -> None:
+        """Somebody came or went, and `align` says who, before the next step."""
+        self._streams = []
+
+    def stop(self) -> None:
+        """Nobody rides."""
+        for ride in list(self._rides):
+            if ride is not None:
+                ride.step_out()
+
+    def lost(self, ride: Ride) -> None:
+        """It rides no more."""
+        self._rides[ride.row] = None
+        self._dues[ride.row] = _NEVER
+        self._is_stale = True
+        self._columns, self._groups = [], []  # Nobody is kept alive here who has gone.
+
+    def told(self, ride: Ride) -> Sequence[int]:
+        """What was told of it that it has not entered; that is done from here on."""
+        num_new = self._num_steps - ride.since
+        if not num_new:
+            return ()
+        ride.since = self._num_steps
+        row = ride.row
+        return [column[row] for column in self._steps[-num_new:]]
+
+    def _drop(self, row: int) -> None:
+        """That row is not in frames any more."""
+        ride = self._rides[row]
+        if ride is not None:
+            ride.step_out()
+        for rows in (self._slots, self._rides, self._dues):
+            del rows[row]
+        for column in self._steps:
+            if row < len(column):
+                del column[row]
+        for later in self._rides[row:]:
+            if later is not None:
+                later.row -= 1
+
+    # A step.
+
+    def go(self, offsets: list[int], token_ids: list[int], now: float) -> Sequence[int]:
+        """Tell what a frame says of those that ride; returns the rows that go the long way."""
+        self._board(now)
+        while True:
+            if self._is_stale:
+                self._line_up()
+            if not self._offsets:
+                return self._others
+            ids = token_ids
+            if self._others:
+                offsets_here = list(compress(offsets, self._mask))
+                ids = list(compress(token_ids, self._mask))
+            else:
+                offsets_here = offsets
+            if (
+                offsets_here == self._offsets
+                and self._stop_ids.isdisjoint(ids)
+                and self._write(ids)
+                and self._have_room()
+            ):
+                break
+            self._put_out_odd(offsets, token_ids)
+        for group in self._groups:
+            group.client.connection.send_frames(
+                b"".join(group.parts), group.num_rows, group.num_body_bytes
+            )
+            group.parts.clear()
+            group.client.touch()
+        self._offsets = [offset + 1 for offset in offsets_here]
+        self._steps.append(array("I", token_ids))
+        self._num_steps += 1
+        self.stepped_at = now
+        if len(self._steps) > _STEPS_KEPT:
+            del self._steps[:STEPS_MAX]
+        return self._others
+
+    @property
+    def num_riding(self) -> int:
+        """How many go with the next step, if nothing happens before."""
+        return sum(ride is not None for ride in self._rides)
+
+    def _board(self, now: float) -> None:
+        """Look at those that are due, and take along those that have become ordinary."""
+        num_steps = self._num_steps
+        if now >= self._looks_at:
+            self._looks_at = now + LOOK_INTERVAL_S
+            for ride in self._rides:
+                if ride is not None and not ride.is_ready(now):
+                    ride.step_out()
+        if num_steps >= self._due:
+            for row in [row for row, due in enumerate(self._dues) if due <= num_steps]:
+                self._look_at(row, now)
+            self._due = min(self._dues, default=_NEVER)
+        for row in range(len(self._rides)) if self._is_stale else self._others:
+            stream = self._streams[row]
+            if stream is None or (ride := stream.ride) is None or ride.is_on:
+                continue
+            if not stream.is_flowing(self._epochs[row]):
+                continue
+            if self._fields not in (None, ride.bodies.fields):
+                continue  # The engine has another vocabulary than it had.
+            num_steps_max = ride.num_steps_max(now)
+            if num_steps_max:
+                self._fields = ride.bodies.fields
+                ride.row, ride.since = row, num_steps
+                ride.get_on(self)
+                self._rides[row] = ride
+                self._dues[row] = self._due_after(num_steps_max, row)
+                self._is_stale = True
+
+    def _look_at(self, row: int, now: float) -> None:
+        """It has ridden for as long as it may without that."""
+        ride = self._rides[row]
+        assert ride is not None, "who rides is due"
+        ride.settle()
+        num_steps_max = ride.num_steps_max(now)
+        if num_steps_max:
+            self._dues[row] = self._due_after(num_steps_max, row)
+        else:
+            ride.step_out()
+
+    def _due_after(self, num_steps_max: int, row: int) -> int:
+        """Those that got on together are not all due together."""
+        return self._num_steps + min(num_steps_max, STEPS_MAX - row % _STEPS_SPREAD)
+
+    def _line_up(self) -> None:
+        """Lay out what a step needs of all that ride."""
+        rides = [ride for ride in self._rides if ride is not None]
+        self._is_stale = False
+        self._mask = [ride is not None for ride in self._rides]
+        self._others = [row for row, ride in enumerate(self._rides) if ride is None]
+        self._due = min(self._dues, default=_NEVER)
+        self._offsets = [ride.stream.num_settled + self._num_steps - ride.since for ride in rides]
+        self._stop_ids = frozenset[int]().union(
+            *{id(ids): ids for ride in rides if (ids := ride.stream.stop_token_ids)}.values()
+        )
+        groups: dict[Client, _Group] = {}
+        self._columns = []
+        for ride in rides:
+            group = groups.get(ride.client)
+            if group is None:
+                group = groups[ride.client] = _Group(ride.client)
+            group.num_rows += 1
+            group.rides.append(ride)
+            self._columns.append((ride.tail, ride.bodies, group.parts.append))
+        self._groups = list(groups.values())
+        if not rides:
+            self._fields = None
+
+    def _write(self, token_ids: list[int]) -> bool:
+        """Make a DATA frame for each; False if one is not to be made this way."""
+        fields = self._fields
+        assert fields is not None, "somebody rides"
+        try:
+            for token_id, offset, (tail, bodies, put) in zip(
+                token_ids, self._offsets, self._columns, strict=True
+            ):
+                if offset < NUM_OFFSETS:
+                    message = OFFSETS[offset] + fields[token_id]
+                else:
+                    message = offset_field(offset) + fields[token_id]
+                size = len(message)
+                put(bodies.lengths[size] + tail + bodies.prefixes[size] + message)
+        except LookupError:  # It has no text of its own, or a very long one.
+            self._forget_parts()
+            return False
+        return True
+
+    def _have_room(self) -> bool:
+        """Whether all connections take what was made; where not, nobody rides."""
+        full = [
+            group
+            for group in self._groups
+            if group.client.is_paused
+            or len(group.client.connection.outbound) > UNWRITTEN_BYTES_MAX
+            or not group.client.connection.has_room_for(group.num_body_bytes)
+        ]
+        for group in full:
+            for ride in group.rides:
+                ride.step_out()
+        if full:
+            self._forget_parts()
+        return not full
+
+    def _put_out_odd(self, offsets: list[int], token_ids: list[int]) -> None:
+        """Let those step out whose token is not one of theirs to ride."""
+        fields = self._fields
+        assert fields is not None, "somebody rides"
+        for row, ride in enumerate(self._rides):
+            if ride is None:
+                continue
+            expected = ride.stream.num_settled + self._num_steps - ride.since
+            token_id = token_ids[row]
+            if (
+                offsets[row] != expected
+                or token_id in ride.stream.stop_token_ids
+                or not fields.has_short(token_id)
+            ):
+                ride.step_out()
+        if not self._is_stale:
+            self.stop()  # Whatever it was, the long way says it.
+
+    def _forget_parts(self) -> None:
+        for group in self._groups:
+            group.parts.clear()

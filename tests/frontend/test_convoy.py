@@ -1,0 +1,394 @@
+"""Who rides in a convoy is told the same as who goes the long way, byte for byte."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frontend import summaries
+from frontend.convoy import STEPS_MAX, UNWRITTEN_BYTES_MAX, Convoy, Ride
+from frontend.edge import encoding
+from frontend.edge.encoding import TokenBodies, TokenFields
+from frontend.stream import Command, Limits, Stream
+from tests.frontend.edge.peer import Peer, setting
+from tests.support.streams import A, B, streaming
+from tests.support.vocabulary import EOS, PIECES, tokenizer
+from unbroken.errors import Reason, UnbrokenError
+from unbroken.http2 import frames
+from unbroken.http2.connection import Connection, StreamLost, Writable
+from unbroken.http2.frames import ErrorCode, FrameType, Setting
+
+FIELDS: Final = TokenFields(tokenizer().texts)
+CANCELLED: Final = UnbrokenError(Reason.CANCELLED, "by request")
+CUT: Final = PIECES.index(b"\xc3")
+"""Half a character: its text depends on what comes next."""
+
+
+@dataclass(eq=False)
+class Client:
+    """A connection, whose socket is the test."""
+
+    peer: Peer = field(default_factory=Peer)
+    is_paused: bool = False
+    num_touches: int = 0
+
+    @property
+    def connection(self) -> Connection:
+        return self.peer.connection
+
+    def touch(self) -> None:
+        self.num_touches += 1
+
+
+@dataclass(eq=False)
+class Reader:
+    """One call: the long way of what a stream says, and the ride, if there is one."""
+
+    stream: Stream
+    client: Client
+    stream_id: int
+    answers_resume: bool = False
+    is_plain: bool = True
+    commands: list[Command] = field(default_factory=list[Command])
+
+    def __post_init__(self) -> None:
+        http_stream = self.client.connection.stream(self.stream_id)
+        assert http_stream is not None
+        self.http_stream = http_stream
+        self.bodies = TokenBodies(FIELDS, answers_resume=self.answers_resume)
+        self.leaving: Sequence[Command] | None = None
+        self.ride: Ride | None = None
+
+    def get_ready(self) -> None:
+        self.ride = Ride(
+            self.stream, self.client, self.http_stream, self.bodies, lambda _: self.is_ready
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_plain and self.leaving is None
+
+    def pump(self) -> None:
+        """As a call does when there is news."""
+        if self.ride is not None:
+            self.ride.step_out()
+        connection, stream_id = self.client.connection, self.stream_id
+        if self.leaving is not None or self.client.is_paused or self.http_stream.is_closed:
+            return
+        if self.is_plain and (one := self.stream.take_one()) is not None:
+            if not connection.send_on(self.http_stream, self.bodies.body(*one), 0.0):
+                self.leaving = ()
+            return
+        if not connection.has_room(stream_id):
+            connection.want_room(stream_id, 0.0)
+            return
+        if not self.stream.has_output:
+            return
+        piece, commands = self.stream.take()
+        body = b"".join(
+            encoding.body(one.SerializeToString(), answers_resume=self.answers_resume)
+            for one in summaries.messages(0, piece)
+        )
+        self.leaving = commands
+        if connection.send_data(stream_id, body, 0.0):
+            self.left()
+
+    def left(self) -> None:
+        self.commands += self.leaving or ()
+        self.leaving = None
+
+
+class World:
+    """Some streams of one link to two clients, by one way or the other."""
+
+    def __init__(self, *, rides: bool, num_streams: int, window: int, max_tokens: int) -> None:
+        self.rides = rides
+        self.convoy = Convoy()
+        self.clients = [Client(), Client()]
+        self.readers: list[Reader] = []
+        self.offsets: list[int] = []
+        self.absent: set[int] = set()
+        self.seen: dict[tuple[int, int], bytearray] = {}
+        self.num_ridden = 0
+        self.now = 1.0
+        self._limits = Limits(window_tokens=window)
+        self._max_tokens = max_tokens
+        self._aligned: list[int] = []
+        for _ in range(num_streams):
+            self.join()
+
+    def join(self) -> None:
+        """One more stream, which has said its first token."""
+        number = len(self.readers)
+        client = self.clients[number % 2]
+        stream_id = 2 * number + 1
+        client.peer.open(stream_id)
+        stream = streaming([A], max_tokens=self._max_tokens, limits=self._limits)
+        reader = Reader(stream, client, stream_id, answers_resume=number % 3 == 0)
+        if self.rides:
+            reader.get_ready()
+        self.readers.append(reader)
+        self.offsets.append(1)
+        reader.pump()
+
+    def step(self, token_ids: Sequence[int], skew: int | None = None) -> None:
+        """One step of all streams that are there; of one the offset may be wrong."""
+        rows = [n for n in range(len(self.readers)) if n not in self.absent]
+        if not rows:
+            return
+        offsets = [self.offsets[n] + (n == skew) for n in rows]
+        ids = [token_ids[n % len(token_ids)] for n in rows]
+        self.now += 0.02
+        if rows != self._aligned:
+            self._aligned = rows
+            streams = [self.readers[n].stream for n in rows]
+            self.convoy.align(rows, streams, [1] * len(rows))
+        others = self.convoy.go(offsets, ids, self.now)
+        self.num_ridden += len(rows) - len(others)
+        if not self.rides:
+            assert len(others) == len(rows)
+        for row in others:
+            reader = self.readers[rows[row]]
+            reader.commands += reader.stream.token(1, offsets[row], ids[row], self.now)
+        for row in others:
+            self.readers[rows[row]].pump()
+        for n in rows:
+            self.offsets[n] += 1
+
+    def hear(self, client: Client, data: bytes) -> None:
+        """The client says something."""
+        for event in client.peer.say(data):
+            if isinstance(event, Writable | StreamLost):
+                reader = self.readers[event.stream_id // 2]
+                if isinstance(event, Writable):
+                    reader.left()
+                    reader.pump()
+                elif reader.ride is not None:
+                    reader.ride.close()
+
+    def write(self) -> None:
+        """What is outbound has left."""
+        for number, client in enumerate(self.clients):
+            for frame in client.peer.heard():
+                if frame.kind == FrameType.DATA:
+                    self.seen.setdefault((number, frame.stream_id), bytearray()).extend(
+                        frame.payload
+                    )
+
+    def standing(self) -> list[object]:
+        """All that has to be the same either way."""
+        self.write()
+        return [
+            [
+                (
+                    reader.stream.ledger.tolist(),
+                    reader.stream.num_sent,
+                    reader.stream.has_output,
+                    reader.stream.outcome,
+                    [(one.first_offset, one.end_offset) for one in reader.stream.attempts],
+                    reader.commands,
+                    reader.http_stream.send.left,
+                    bytes(reader.http_stream.pending),
+                )
+                for reader in self.readers
+            ],
+            [client.connection._send.left for client in self.clients],  # pyright: ignore
+            {key: bytes(body) for key, body in self.seen.items()},
+        ]
+
+
+ids = st.lists(st.sampled_from([A, A, A, B, B, *range(len(PIECES)), EOS]), min_size=1, max_size=5)
+plain_ids = st.lists(st.sampled_from([A, B]), min_size=1, max_size=3)
+which = st.integers(0, 4)
+doings = st.one_of(
+    st.tuples(st.just("step"), ids),
+    st.tuples(st.just("steps"), plain_ids),
+    st.tuples(st.just("steps"), plain_ids),
+    st.tuples(st.just("skew"), which),
+    st.tuples(st.just("join"), st.none()),
+    st.tuples(st.just("absent"), which),
+    st.tuples(st.just("back"), which),
+    st.tuples(st.just("window"), which),
+    st.tuples(st.just("windows"), st.sampled_from([0, 100, 65_535, 2**31 - 1])),
+    st.tuples(st.just("connection"), st.integers(1, 60_000)),
+    st.tuples(st.just("pause"), st.integers(0, 1)),
+    st.tuples(st.just("reset"), which),
+    st.tuples(st.just("cancel"), which),
+    st.tuples(st.just("ask"), which),
+    st.tuples(st.just("telling"), which),
+    st.tuples(st.just("write"), st.none()),
+)
+
+
+def do(world: World, doing: str, what: object) -> None:
+    """One thing happens."""
+    match doing, what:
+        case "step", list():
+            world.step(cast("list[int]", what))
+        case "steps", list():
+            for _ in range(STEPS_MAX // 3):
+                world.step(cast("list[int]", what))
+        case "windows", int():
+            world.hear(world.clients[0], setting(Setting.INITIAL_WINDOW_SIZE, what))
+        case "connection", int():
+            world.hear(world.clients[0], frames.window_update(0, what))
+        case "pause", int():
+            client = world.clients[what]
+            client.is_paused = not client.is_paused
+            if not client.is_paused:
+                for reader in world.readers:
+                    reader.pump()
+        case "join", _ if len(world.readers) < 8:
+            world.join()
+        case "write", _:
+            world.write()
+        case _, int() if what < len(world.readers):
+            _do_with_one(world, doing, what)
+        case _:
+            pass
+
+
+def _do_with_one(world: World, doing: str, number: int) -> None:
+    reader = world.readers[number]
+    match doing:
+        case "skew":
+            world.step([A], number)
+        case "absent":
+            world.absent.add(number)
+        case "back":
+            world.absent.discard(number)
+        case "window":
+            world.hear(reader.client, frames.window_update(reader.stream_id, 500))
+        case "reset":
+            world.hear(reader.client, frames.reset(reader.stream_id, ErrorCode.CANCEL))
+        case "cancel":
+            reader.commands += reader.stream.cancelled(CANCELLED)
+        case "ask":
+            assert reader.stream.num_sent <= len(reader.stream.ledger)
+            reader.stream.check()
+        case "telling":
+            reader.is_plain = not reader.is_plain
+            if reader.ride is not None and not reader.is_plain:
+                reader.ride.step_out()
+        case _:
+            raise AssertionError(doing)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_streams=st.integers(0, 5),
+    window=st.sampled_from([0, 6, 1024]),
+    max_tokens=st.sampled_from([9, 100_000]),
+    doings=st.lists(doings, max_size=25),
+)
+def test_whatever_happens_the_client_gets_the_same_bytes_as_by_the_long_way(
+    num_streams: int, window: int, max_tokens: int, doings: list[tuple[str, object]]
+) -> None:
+    worlds = [
+        World(rides=rides, num_streams=num_streams, window=window, max_tokens=max_tokens)
+        for rides in (True, False)
+    ]
+    for doing, what in doings:
+        for world in worlds:
+            do(world, doing, what)
+    assert worlds[0].standing() == worlds[1].standing()
+
+
+def riding(num_streams: int = 3) -> World:
+    """Streams of which all ride."""
+    world = World(rides=True, num_streams=num_streams, window=1024, max_tokens=100_000)
+    world.step([B])
+    assert world.num_ridden == num_streams
+    return world
+
+
+def test_ordinary_tokens_ride_and_each_connection_is_touched_once_a_step() -> None:
+    world = riding(4)
+    for _ in range(10):
+        world.step([A, B])
+    assert world.num_ridden == 4 * 11
+    assert [client.num_touches for client in world.clients] == [11, 11]
+
+
+def test_a_stream_is_told_what_rode_at_the_latest_after_so_many_steps() -> None:
+    world = riding()
+    untold = 0
+    for step in range(3 * STEPS_MAX):
+        world.step([B])
+        untold = max(untold, step + 3 - min(r.stream.num_settled for r in world.readers))
+    assert 10 < untold <= STEPS_MAX
+    assert world.readers[0].stream.ledger.tolist() == [A] + [B] * (3 * STEPS_MAX + 1)
+
+
+DISTURBANCES: Final[Mapping[str, Callable[[World], object]]] = {
+    "half a character": lambda world: world.step([B, CUT, B]),
+    "end": lambda world: world.step([B, EOS, B]),
+    "gap": lambda world: world.step([B], 1),
+    "cancel": lambda world: _do_with_one(world, "cancel", 1),
+    "reset": lambda world: _do_with_one(world, "reset", 1),
+    "telling": lambda world: _do_with_one(world, "telling", 1),
+    "take": lambda world: world.readers[1].stream.take(),
+    "rewind": lambda world: world.readers[1].stream.rewind(2, ""),
+    "pump": lambda world: world.readers[1].pump(),
+}
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=DISTURBANCES)
+def test_who_is_not_ordinary_steps_out_and_nobody_else(disturb: Callable[[World], None]) -> None:
+    world = riding()
+    disturb(world)
+    world.write()
+    rides = [reader.ride for reader in world.readers]
+    assert [ride is not None and ride.is_on for ride in rides] == [True, False, True]
+    assert world.convoy.num_riding == 2
+
+
+def test_a_stream_gets_on_again_when_all_is_as_before() -> None:
+    world = riding()
+    ride = world.readers[1].ride
+    assert ride is not None
+    world.step([B, CUT, B])
+    world.step([B])
+    assert not ride.is_on, "half a character waits for the other half"
+    world.step([B])
+    assert ride.is_on
+
+
+def test_a_client_whose_bytes_have_not_left_is_merged_for_instead() -> None:
+    world = riding()
+    while len(world.clients[1].connection.outbound) <= UNWRITTEN_BYTES_MAX:
+        world.clients[0].peer.heard()
+        for number, client in enumerate(world.clients):
+            world.hear(client, frames.window_update(0, 1000))
+            world.hear(client, frames.window_update(2 * number + 1, 1000))
+        world.step([B])
+    num_ridden = world.num_ridden
+    world.step([B])
+    assert world.num_ridden == num_ridden + 2, "those of the other client"
+
+
+def test_what_was_sent_by_ride_is_taken_from_the_window_before_that_is_judged() -> None:
+    world = World(rides=True, num_streams=1, window=1024, max_tokens=100_000)
+    reader = world.readers[0]
+    most = frames.WINDOW_MAX - reader.http_stream.send.left
+    world.hear(reader.client, frames.window_update(1, most))
+    world.step([B])
+    assert world.num_ridden == 1
+    world.hear(reader.client, frames.window_update(1, 5))
+    assert not reader.http_stream.is_closed, "as much again as it took is no overflow"
+    world.hear(reader.client, frames.window_update(1, 50))
+    assert reader.http_stream.is_closed
+
+
+def test_who_comes_and_goes_disturbs_nobody() -> None:
+    world = riding(4)
+    world.absent.add(1)
+    world.step([B])
+    world.join()
+    world.step([A])
+    assert world.num_ridden == 4 + 3 + 4
+    ledgers = [reader.stream.ledger.tolist() for reader in world.readers]
+    assert ledgers == [[A, B, B, A], [A, B], [A, B, B, A], [A, B, B, A], [A, A]]
