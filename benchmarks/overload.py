@@ -209,12 +209,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--short", action="store_true", help="2 frontends, fewer loads")
+    parser.add_argument("--frontends", type=int, nargs="+", help="how many, one after the other")
+    parser.add_argument(
+        "--loads-only", action="store_true", help="no death, no greedy tenant: nothing is proved"
+    )
     arguments = parser.parse_args()
-    numbers = [2] if arguments.short else [2, 3]
+    numbers = arguments.frontends or ([2] if arguments.short else [2, 3])
     levels = {0.9: 10.0, 2.0: 4.0, 10.0: 2.0} if arguments.short else LEVELS
     figures: dict[str, dict[str, object]] = {}
     for number in numbers:
-        figures[f"frontends_{number}"] = uvloop.run(measured(number, levels))
+        measuring = loads_only(number, levels) if arguments.loads_only else measured(number, levels)
+        figures[f"frontends_{number}"] = uvloop.run(measuring)
         print(number, json.dumps(figures[f"frontends_{number}"]), file=sys.stderr)  # noqa: T201
     is_ok = all(bool(one["ok"]) for one in figures.values())
     summary: dict[str, object] = {
@@ -245,6 +250,17 @@ async def measured(num_frontends: int, levels: dict[float, float]) -> dict[str, 
         await pulse(clients, watched, 0.5, 2.0)
         tenants = await fairness(clients, watched)
     return figures_of(loads, tenants, death) | {"placements_refused": refused}
+
+
+async def loads_only(num_frontends: int, levels: dict[float, float]) -> dict[str, object]:
+    """The loads alone, to look at them more often."""
+    async with _mesh(num_frontends, "--queue-wait-s-max", str(WAIT_S)) as (_, clients, watched):
+        await pulse(clients, watched, 0.5, 2.0)
+        loads = {
+            level: await pulse(clients, watched, level, duration_s)
+            for level, duration_s in levels.items()
+        }
+        return _rows(loads)
 
 
 @asynccontextmanager
@@ -420,6 +436,19 @@ def figures_of(
     loads: dict[float, Load], greedy: tuple[Load, Load], death: Death
 ) -> dict[str, object]:
     """What is promised, and what was seen."""
+    rows = _rows(loads)
+    fair, is_fair = _fairness(*greedy)
+    died, is_back = _death(death)
+    return {
+        **rows,
+        "ok": bool(rows["ok"]) and is_fair and is_back,
+        "fairness": fair,
+        "pulse_with_death": died,
+    }
+
+
+def _rows(loads: dict[float, Load]) -> dict[str, object]:
+    """Of each load."""
     normal = loads[0.9]
     ttft_s, itl_s = _ttft_p99(normal.requests), _itl_p99(normal)
     goodputs = {level: _goodput(load) for level, load in loads.items() if level >= 1}
@@ -450,14 +479,7 @@ def figures_of(
             and _quantile(_refusals_s(load), 0.99) <= REFUSAL_S_MAX
             and load.num_refusals <= (1 + RETRIES_SHARE_MAX) * load.num_refused
         )
-    fair, is_fair = _fairness(*greedy)
-    died, is_back = _death(death)
-    return {
-        "ok": is_ok and is_fair and is_back,
-        **rows,
-        "fairness": fair,
-        "pulse_with_death": died,
-    }
+    return {"ok": is_ok, **rows}
 
 
 def _fairness(fair: Load, greedy: Load) -> tuple[dict[str, object], bool]:

@@ -13,8 +13,9 @@ were let in with: start-time fair queueing, so that a tenant gets its share what
 and whoever was idle does not lay up credit. Within a tenant, the earliest deadline first. When the
 line is full, who has most in it gives way: the last of the tenant that has most waiting.
 
-*When to come back.* What leaves the line in a second, measured while somebody waits, is this
-frontend's share of what workers get rid of. Whoever is sent away is told when his turn would be,
+*When to come back.* What leaves all frontends' lines in a second, measured while somebody waits,
+is what workers get rid of; what waits at other frontends, and was promised there, is before
+whoever comes, in proportion (`other_queues`). Whoever is sent away is told when his turn would be,
 less half of what may wait in line, so that he waits the rest here and no worker stands idle. That
 is a promise: the tokens he brings stay in the reckoning of those who come after him, and when he
 comes back under the same request id he is not sent away again for the length of the line. So those
@@ -26,11 +27,14 @@ weights equal; longest queue drop for the buffer (as in McKenney's stochastic fa
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import exp, inf
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+from frontend.other_queues import Deference, OtherQueues
+from unbroken.v1 import relay_service_pb2 as pb
 
 if TYPE_CHECKING:
     from random import Random
@@ -39,7 +43,13 @@ RETRY_AFTER_S_MIN: Final = 0.1
 PROMISE_S_MAX: Final = 120.0
 """Nobody is told to come back later, and nothing is promised beyond it."""
 RETRY_SPREAD: Final = 0.2
-"""Those who are sent away come back over so much longer a time, not all at one moment."""
+"""Of the time that somebody is told: they do not all come back at one moment."""
+RETRY_SPREAD_EARLY: Final = 0.35
+"""The part of it that is before that time. If all were later, those who come back would be fewer
+than are let in, and workers would have nothing to do at times."""
+SHARED_WAIT: Final = 0.7
+"""Of the longest wait: so long new ones may have to wait while there are other lines, whose turns
+are not exactly in the order in which requests came."""
 EARLY_SHARE: Final = 0.1
 """Who comes back before so much of his time is left is not early."""
 PROMISE_GRACE_S: Final = 2.0
@@ -186,6 +196,11 @@ class _Tenant(Generic[K]):
     def is_idle(self) -> bool:
         return not (self.waiting or self.promised)
 
+    @property
+    def total_of_all(self) -> int:
+        """Of all priorities."""
+        return self.waiting.total() + self.promised.total()
+
     def total(self, priority: int) -> int:
         return self.waiting[priority] + self.promised[priority]
 
@@ -223,12 +238,26 @@ class _Line(Generic[K]):
         """Whom no worker that had room could take."""
         self.promises: dict[Hashable, _Promise] = {}
         self.drain = _Drain()
+        self.tokens_let_in = 0
+        """Ever; those that wait again are taken off."""
+        self.others = OtherQueues()
+        self.deference = Deference()
         self._promises_end: list[tuple[float, int, Hashable]] = []  # Heap, with some that are kept.
         self._num_promises = 0
 
     def rate(self, hint: float) -> float:
         """Tokens that leave it in a second."""
         return max(1.0, self.drain.per_s or hint)
+
+    def let_in(self, num_tokens: int, now: float) -> None:
+        """So many are; fewer than none: they wait again."""
+        self.tokens_let_in += num_tokens
+        self.note_drain(num_tokens, now)
+
+    def note_drain(self, num_tokens: int, now: float) -> None:
+        """So many were let in here or elsewhere, while somebody waited anywhere."""
+        is_waiting = self.num_waiting > 0 or self.others.elsewhere.tokens_waiting > 0
+        self.drain.note(num_tokens, now, is_waiting=is_waiting)
 
     def promise(self, name: Hashable, promise: _Promise) -> None:
         """Somebody was told when to come back."""
@@ -357,7 +386,13 @@ class _Line(Generic[K]):
             ahead += tenant.total_above(arrival.priority)
             if name != arrival.tenant:
                 ahead += min(tenant.total(arrival.priority), mine)
-        return ahead + mine - arrival.num_tokens
+        ahead += mine
+        if elsewhere := self.others.elsewhere.num_tokens:
+            # Of those as much as of all that is here, whose turns are counted tenant by tenant.
+            here = sum(tenant.total_of_all for tenant in self.tenants.values())
+            here += 0 if is_in_line else arrival.num_tokens
+            ahead += elsewhere * ahead // here
+        return ahead - arrival.num_tokens
 
     def last_before(self, arrival: Arrival) -> _Entry[K] | None:
         """Who gives way to it in a full line, if anybody: the last of who has most of the least."""
@@ -416,6 +451,7 @@ class AdmissionQueue(Generic[K]):
         self._called: dict[K, _Entry[K]] = {}
         self._expiries: list[tuple[float, int, _Entry[K]]] = []  # Heap, with some that are gone.
         self._num_arrived = 0
+        self._num_reports = 0
 
     # Questions.
 
@@ -438,6 +474,11 @@ class AdmissionQueue(Generic[K]):
     def num_promised(self) -> int:
         """Requests that were told to come back, and may yet."""
         return sum(len(line.promises) for line in list(self._lines.values()))
+
+    @property
+    def tokens_elsewhere(self) -> int:
+        """Prompt tokens that wait at other frontends, or were promised there a time."""
+        return sum(line.others.elsewhere.num_tokens for line in list(self._lines.values()))
 
     def is_waiting(self, key: K) -> bool:
         """Whether it stands in line, or was called and has not settled."""
@@ -466,6 +507,34 @@ class AdmissionQueue(Generic[K]):
         line = self._lines.get(model)
         entry = line.first() if line is not None else None
         return None if entry is None else (entry.key, entry.arrival.tenant)
+
+    def may_go_at(self, model: str, now: float) -> float:
+        """When the first in line takes the room that there is: others wait elsewhere, and go before
+        it if they have waited longer.
+        """
+        line = self._lines.get(model)
+        entry = line.first() if line is not None else None
+        if line is None or entry is None or not line.others.elsewhere.tokens_waiting:
+            return now
+        wait_s_max = 0.0 if entry.is_first else self._limits.wait_s_max
+        return line.deference.due(now, waited_s=now - entry.since, wait_s_max=wait_s_max)
+
+    def no_room(self, model: str) -> None:
+        """No worker has any."""
+        if (line := self._lines.get(model)) is not None:
+            line.deference.no_room()
+
+    def report(self, model: str, now: float) -> pb.QueueReport:
+        """What other frontends are told of a line."""
+        line = self._line(model, now)
+        total = sum(tenant.total_of_all for tenant in line.tenants.values())
+        self._num_reports += 1
+        return pb.QueueReport(
+            sequence=self._num_reports,
+            tokens_waiting=line.tokens_waiting,
+            tokens_promised=total - line.tokens_waiting,
+            tokens_let_in_total=line.tokens_let_in,
+        )
 
     def detail(self, key: K) -> str:
         """What it waits for, for people; empty if it is not in line."""
@@ -511,14 +580,20 @@ class AdmissionQueue(Generic[K]):
             return self._send_away(line, arrival, limit, now, rate_hint), []
         line.keep_promise(_name(arrival))
         self._enter(line, key, arrival, since=now)
-        line.drain.note(0, now, is_waiting=True)
+        line.note_drain(0, now)
         return None, displaced
+
+    def heard(self, model: str, reports: Sequence[pb.QueueReport], now: float) -> None:
+        """Other frontends told of their lines."""
+        line = self._line(model, now)
+        line.note_drain(line.others.heard(reports, now), now)
 
     def let_in(self, arrival: Arrival, now: float) -> None:
         """It went to a worker without having to wait."""
         line = self._line(arrival.model, now)
         line.keep_promise(_name(arrival))
         line.charge(arrival)
+        line.let_in(arrival.num_tokens, now)
         line.forget_idle()
 
     def come_back(
@@ -533,7 +608,7 @@ class AdmissionQueue(Generic[K]):
         line = self._line(arrival.model, now)
         line.refund(arrival)
         self._enter(line, key, arrival, since=since, is_first=is_first)
-        line.drain.note(-arrival.num_tokens, now, is_waiting=True)
+        line.let_in(-arrival.num_tokens, now)
 
     def next(self, model: str, now: float) -> K | None:
         """Whose turn it is, now that a worker of the model has room. He is `settled` after it, or
@@ -546,7 +621,9 @@ class AdmissionQueue(Generic[K]):
         self._drop(line, entry)
         self._called[entry.key] = entry
         line.charge(entry.arrival)
-        line.drain.note(entry.arrival.num_tokens, now, is_waiting=line.num_waiting > 0)
+        line.let_in(entry.arrival.num_tokens, now)
+        if not line.num_waiting:
+            line.deference.no_room()
         line.forget_idle()
         return entry.key
 
@@ -562,7 +639,7 @@ class AdmissionQueue(Generic[K]):
         line.refund(entry.arrival)
         entry.is_aside = True
         self._enter_again(line, entry)
-        line.drain.note(-entry.arrival.num_tokens, now, is_waiting=True)
+        line.let_in(-entry.arrival.num_tokens, now)
 
     def changed(self) -> None:
         """Workers may take whom they could not."""
@@ -612,6 +689,7 @@ class AdmissionQueue(Generic[K]):
         if line is None:
             line = self._lines[model] = _Line()
         line.forget_promises(now)
+        line.others.forget(now)
         return line
 
     def _judge(
@@ -625,7 +703,10 @@ class AdmissionQueue(Generic[K]):
             return full
         if promise is None:
             wait_s = line.ahead_of(arrival) / line.rate(rate_hint)
-            if wait_s > self._limits.wait_s_max or now + wait_s > arrival.deadline:
+            wait_s_max = self._limits.wait_s_max
+            if line.others.elsewhere.tokens_waiting:
+                wait_s_max *= SHARED_WAIT
+            if wait_s > wait_s_max or now + wait_s > arrival.deadline:
                 return Limit.WAIT
         return None
 
@@ -662,9 +743,11 @@ class AdmissionQueue(Generic[K]):
         line.keep_promise(name)
         rate = line.rate(rate_hint)
         wait_s = line.ahead_of(arrival) / rate
-        lead_s = min(self._limits.wait_s_max, line.tokens_waiting / rate) / 2
-        told_s = min(max(RETRY_AFTER_S_MIN, wait_s - lead_s), PROMISE_S_MAX)
-        told_s *= 1 + RETRY_SPREAD * self._random.random()
+        waiting = line.tokens_waiting + line.others.elsewhere.tokens_waiting
+        lead_s = min(self._limits.wait_s_max, waiting / rate) / 2
+        told_s = min(wait_s - lead_s, PROMISE_S_MAX)
+        told_s *= 1 + RETRY_SPREAD * (self._random.random() - RETRY_SPREAD_EARLY)
+        told_s = max(RETRY_AFTER_S_MIN, told_s)
         if wait_s <= PROMISE_S_MAX and line.may_promise(arrival.tenant):
             if name is None:
                 self._num_arrived += 1
@@ -672,8 +755,8 @@ class AdmissionQueue(Generic[K]):
             else:
                 until = now + told_s + PROMISE_GRACE_S
                 line.promise(name, _Promise(arrival, now, now + told_s, until))
-        waiting = f"{line.num_waiting} requests with {line.tokens_waiting} prompt tokens wait"
-        return Refusal(limit, f"{waiting}; its turn would be in {wait_s:.1f} s", told_s)
+        shown = f"{line.num_waiting} requests with {line.tokens_waiting} prompt tokens wait"
+        return Refusal(limit, f"{shown}; its turn would be in {wait_s:.1f} s", told_s)
 
     def _enter(
         self, line: _Line[K], key: K, arrival: Arrival, *, since: float, is_first: bool = False

@@ -102,6 +102,7 @@ class Dispatcher:
             views_of=self._views_of,
             highest_paused=self._highest_paused,
             on_expiry=self._expire,
+            on_turn=self._give_turns_soon,
             clock=clock,
         )
         self.pausing = Pausing(
@@ -129,6 +130,8 @@ class Dispatcher:
         quarantine.on_room.append(self._room_changed)
         self.on_attempt_ended.append(quarantine.attempt_ended)
         mesh.on_load.append(self._load_reported)
+        mesh.on_queues.append(self.room.heard)
+        mesh.queue_of = self.room.report
 
     def thresholds_changed(self) -> None:
         """Other thresholds hold."""

@@ -5,7 +5,7 @@ was known about a model outlives its workers, so that a request can wait for one
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -19,7 +19,7 @@ from unbroken.checkpoint import Checkpoint
 from unbroken.generation import ConstraintKind, GenerationParams
 from unbroken.thresholds import rank_states
 from unbroken.tokenizer import Tokenizer
-from unbroken.v1 import admin_service_pb2, attempt_pb2, worker_pb2
+from unbroken.v1 import admin_service_pb2, attempt_pb2, relay_service_pb2, worker_pb2
 
 TOKENIZERS_MAX = 16
 """Tokenizers kept while no worker uses them; one of a large vocabulary has about 30 MB."""
@@ -65,12 +65,17 @@ class Worker:
         return self.description.model if self.description else self.record.model
 
 
+def _no_queue(_: str) -> None:
+    """Nobody waits here."""
+
+
 @dataclass(slots=True)
 class MeshView:
     """All workers, and what follows from them.
 
     `on_ready` is called when a worker began to take work; `on_change` whenever the readiness of a
-    worker, or which models there are, may have changed; `on_load` when a worker told its load.
+    worker, or which models there are, may have changed; `on_load` when a worker told its load;
+    `on_queues` when it passed on what other frontends have in line for its model.
     """
 
     workers: dict[str, Worker] = field(default_factory=dict[str, Worker])
@@ -79,6 +84,11 @@ class MeshView:
     on_load: list[Callable[[Worker], None]] = field(default_factory=list[Callable[[Worker], None]])
     stored: StoredKv = field(default_factory=StoredKv)
     """What memory services have of streams."""
+    on_queues: list[Callable[[str, Sequence[relay_service_pb2.QueueReport]], None]] = field(
+        default_factory=list[Callable[[str, Sequence[relay_service_pb2.QueueReport]], None]]
+    )
+    queue_of: Callable[[str], relay_service_pb2.QueueReport | None] = _no_queue
+    """What sidecars are told of the line before the workers of a model."""
     _tokenizers: OrderedDict[str, Tokenizer] = field(default_factory=OrderedDict[str, Tokenizer])
     _models: OrderedDict[str, Model] = field(default_factory=OrderedDict[str, Model])
     """What each model was when a worker last served it."""
@@ -168,6 +178,14 @@ class MeshView:
             view.reported(rank_states(load))
         for callback in self.on_load:
             callback(worker)
+
+    def report_queues(
+        self, worker: Worker, reports: Sequence[relay_service_pb2.QueueReport]
+    ) -> None:
+        """Count what waits at other frontends."""
+        if worker.description is not None:
+            for callback in self.on_queues:
+                callback(worker.model, reports)
 
     def report_busy(self, worker: Worker, verdict: attempt_pb2.BusyVerdict, now: float) -> None:
         """Count what a worker that refused new work has, what others sent there included.

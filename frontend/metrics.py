@@ -44,6 +44,9 @@ class LineFigures(Protocol):
     @property
     def num_promised(self) -> int: ...
 
+    @property
+    def tokens_elsewhere(self) -> int: ...
+
 
 class FrontendMetrics:
     """Everything that this process counts; one per registry."""
@@ -91,6 +94,11 @@ class FrontendMetrics:
         self._queue_promised = Gauge(
             f"{_PREFIX}_queue_promises",
             "Requests that were told when to come back, and may yet.",
+            registry=registry,
+        )
+        self._queue_elsewhere = Gauge(
+            f"{_PREFIX}_queue_elsewhere_tokens",
+            "Prompt tokens that wait at other frontends, or were promised a time there.",
             registry=registry,
         )
         self.pauses = Counter(
@@ -290,6 +298,7 @@ class FrontendMetrics:
         self._queue_waiting.set_function(lambda: waiting_room.num_waiting)
         self._queue_tokens.set_function(lambda: waiting_room.tokens_waiting)
         self._queue_promised.set_function(lambda: waiting_room.num_promised)
+        self._queue_elsewhere.set_function(lambda: waiting_room.tokens_elsewhere)
         self._paused.set_function(num_paused)
         self._links_up.set_function(num_links_up)
         self._busy.set_function(num_busy)

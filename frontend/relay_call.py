@@ -573,6 +573,9 @@ class RelayCall(Talker):
             frame_seen=self._frame_seen,
         )
         heartbeat.interval.FromMilliseconds(round(self._heartbeat_interval_s * 1000))
+        queue = self._mesh.queue_of(self._worker.model)
+        if queue is not None:
+            heartbeat.queue.CopyFrom(queue)
         return relay_service_pb2.RelayRequest(heartbeat=heartbeat)
 
     def _enqueue(self, request: relay_service_pb2.RelayRequest) -> None:
@@ -665,6 +668,8 @@ class RelayCall(Talker):
         if heartbeat.HasField("load"):
             self._take_holder(heartbeat.load)
             self._mesh.report_load(self._worker, heartbeat.load, now)
+        if heartbeat.queues:
+            self._mesh.report_queues(self._worker, heartbeat.queues)
 
     def _receive_verdict(self, verdict: relay_service_pb2.EngineVerdict) -> None:
         worker = self._worker

@@ -6,7 +6,7 @@ in it: a refusal must not take the capacity that it protects. When its first cho
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from frontend.metrics import FrontendMetrics
 from frontend.placement import WorkerView
 from frontend.stream import Life
 from unbroken.errors import UnbrokenError
+from unbroken.v1 import relay_service_pb2 as pb
 
 if TYPE_CHECKING:
     from random import Random
@@ -54,10 +55,12 @@ class WaitingRoom:
         views_of: Callable[[str], Iterable[WorkerView]],
         highest_paused: Callable[[str], int | None],
         on_expiry: Callable[[], None],
+        on_turn: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         """`views_of` are the workers of a model that take work; `highest_paused` is the highest
-        priority of its streams that are paused; `on_expiry` is called when `expire` has somebody.
+        priority of its streams that are paused; `on_expiry` is called when `expire` has somebody,
+        and `on_turn` when it is time to ask for the `next` again.
         """
         self.queue = AdmissionQueue["Choice"](limits, random)
         self._shedder = shedder
@@ -66,6 +69,7 @@ class WaitingRoom:
         self._highest_paused = highest_paused
         self._clock = clock
         self._alarm = Alarm(on_expiry, clock)
+        self._deference = Alarm(on_turn, clock)
         self._computing = Counter[tuple[str, str]]()  # Requests by model and tenant.
         self._has_passed: set[tuple[str, str]] = set()  # Tenants, since the last news of workers.
         self._newly_aside: set[str] = set()
@@ -88,6 +92,10 @@ class WaitingRoom:
         first = self.queue.first(model)
         standing = first[0].waits_as if first is not None else None
         return standing.arrival.priority if standing is not None else None
+
+    def report(self, model: str) -> pb.QueueReport | None:
+        """What other frontends are told of a line; None if there is none."""
+        return self.queue.report(model, self._clock()) if model and self.is_for(model) else None
 
     def _is_below_paused(self, model: str, priority: int | None) -> bool:
         """Whether new work waits for who is paused: of this priority, or else the first in line."""
@@ -114,6 +122,11 @@ class WaitingRoom:
         return None if refusal is None else self._error(arrival.model, refusal)
 
     # Events.
+
+    def heard(self, model: str, reports: Sequence[pb.QueueReport]) -> None:
+        """Other frontends told what stands in their lines."""
+        if self.is_for(model):
+            self.queue.heard(model, reports, self._clock())
 
     def line_up(self, choice: "Choice", standing: Standing) -> tuple[UnbrokenError | None, bool]:
         """Whether it is refused, and else whether it may go to a worker at once."""
@@ -159,8 +172,15 @@ class WaitingRoom:
                 continue
             if self._is_below_paused(model, None):
                 continue
-            if self.has_room(model) or self._may_pass(model):
-                return self.queue.next(model, self._clock())
+            now = self._clock()
+            if not self.has_room(model):
+                self.queue.no_room(model)
+                if not self._may_pass(model):
+                    continue
+            elif (may_go_at := self.queue.may_go_at(model, now)) > now:
+                self._deference.set(may_go_at)  # Who has waited longer elsewhere goes before.
+                continue
+            return self.queue.next(model, now)
         return None
 
     def _may_pass(self, model: str) -> bool:
@@ -240,6 +260,7 @@ class WaitingRoom:
     def close(self) -> None:
         """Look no more."""
         self._alarm.stop()
+        self._deference.stop()
 
     # Inside.
 

@@ -20,6 +20,7 @@ from sidecar.engines.base import Engine, EngineDown, EngineListener, EngineUp
 from sidecar.kv_account import num_blocks
 from sidecar.ledger import Fenced, Ledger, Retention
 from sidecar.link import Attempt, Link
+from sidecar.queue_reports import QueueReports
 from sidecar.watchdog import Watchdog, WatchdogPolicy
 from unbroken import log
 from unbroken.errors import InvalidField, Reason, UnbrokenError
@@ -100,6 +101,8 @@ class Hub(EngineListener):
         """Attempts at new work that were refused because the worker was busy."""
         self.admission = Admission[Link]()
         """What the engine has, and may have."""
+        self.queues = QueueReports[Link]()
+        """What waits at frontends."""
         self.watchdog = Watchdog(watchdog_policy)
         self.on_change: list[Callable[[], None]] = []
         """Called when the engine comes or goes."""
@@ -211,6 +214,7 @@ class Hub(EngineListener):
             return
         del self._links[link]
         self.admission.left(link)
+        self.queues.left(link)
         for attempt in link.by_slot.values():
             self._replaying.pop(attempt.slot, None)
         self.ledger.orphan(link.by_slot.values(), self._clock())
@@ -308,6 +312,12 @@ class Hub(EngineListener):
             self.admission.told(link, Told(from_proto(message.thresholds), message.version))
         except InvalidField as error:
             link.close(Reason.PROTOCOL_VIOLATION, f"{error}")
+
+    def learn_queue(self, link: Link, report: pb.QueueReport) -> None:
+        """A frontend says what stands in its line."""
+        if link in self._links:
+            incarnation = link.life[0]
+            self.queues.told(link, report, frontend_id=link.frontend_id, incarnation=incarnation)
 
     def adopt(self, link: Link, message: pb.AdoptAttempt) -> None:
         """Give an attempt to another reader and tell it again what that one lacks."""
@@ -572,7 +582,7 @@ class Hub(EngineListener):
             if link.error is not None:
                 self.leave(link)  # Its writer may be stuck.
             else:
-                link.heartbeat()
+                link.heartbeat(self.queues.of_others(link))
 
     def watch(self) -> None:
         """See whether the engine makes progress; every `watchdog.LOOK_INTERVAL_S`."""

@@ -56,6 +56,7 @@ class Link:
         self._num_frames = 0
         self._num_heartbeats = 0
         self._is_heartbeat_due = False
+        self._queues: Sequence[pb.QueueReport] = ()  # For that heartbeat.
         self._is_writing = False
         self._changed = asyncio.Event()
 
@@ -139,9 +140,10 @@ class Link:
         self._queue_bytes += _MESSAGE_BYTES + response.ByteSize()
         self.flush()
 
-    def heartbeat(self) -> None:
-        """A sign of life; one that still waits is enough."""
+    def heartbeat(self, queues: Sequence[pb.QueueReport] = ()) -> None:
+        """A sign of life, with what waits at other frontends; one that still waits is enough."""
         self._is_heartbeat_due = True
+        self._queues = queues
         self._changed.set()
 
     def close(self, reason: Reason, detail: str) -> None:
@@ -183,6 +185,7 @@ class Link:
                 sequence_seen=self.heartbeat_seen,
                 interval=interval,
                 load=load,
+                queues=self._queues,
             )
             responses.append(pb.RelayResponse(heartbeat=heartbeat))
         return responses

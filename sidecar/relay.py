@@ -118,6 +118,8 @@ class Relay(RelayServiceServicer):
                         hub.ack(link, request.ack)
                     case "heartbeat":
                         link.heartbeat_seen = request.heartbeat.sequence
+                        if request.heartbeat.HasField("queue"):
+                            hub.learn_queue(link, request.heartbeat.queue)
                     case "abort":
                         hub.abort(link, request.abort.slot)
                     case "adopt":

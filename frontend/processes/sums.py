@@ -37,6 +37,7 @@ VIEWS: Final = frozenset(
         "unbroken_frontend_fleet_losses",
         "unbroken_frontend_models_panicking",
         "unbroken_frontend_processes",
+        "unbroken_frontend_queue_elsewhere_tokens",
         "unbroken_frontend_workers",
         "unbroken_frontend_workers_busy",
         "unbroken_frontend_workers_ejected",

@@ -11,6 +11,7 @@ from frontend.admission_queue import (
     PROMISE_S_MAX,
     RETRY_AFTER_S_MIN,
     RETRY_SPREAD,
+    RETRY_SPREAD_EARLY,
     TENANTS_MAX,
     AdmissionQueue,
     Arrival,
@@ -349,8 +350,10 @@ def test_those_who_are_sent_away_are_told_one_after_the_other() -> None:
     turns = [2.1 + 0.1 * index for index in range(79)]
     lead_s = 1.0  # Half of what may wait.
     for wait_s, turn_s in zip(told, turns, strict=True):
-        least = max(RETRY_AFTER_S_MIN, turn_s - lead_s)
-        assert least - 1e-9 <= wait_s <= least * (1 + RETRY_SPREAD) + 1e-9
+        middle = turn_s - lead_s
+        least = middle * (1 - RETRY_SPREAD * RETRY_SPREAD_EARLY)
+        assert max(RETRY_AFTER_S_MIN, least) - 1e-9 <= wait_s
+        assert wait_s <= max(RETRY_AFTER_S_MIN, least + RETRY_SPREAD * middle) + 1e-9
 
 
 def test_who_comes_back_when_he_was_told_is_not_sent_away_and_newcomers_wait_for_him() -> None:
@@ -423,7 +426,8 @@ def test_nothing_is_promised_for_a_time_that_is_too_far() -> None:
     line.offer("a", 1000)
     refusal = line.offer("b")
     assert refusal is not None
-    assert PROMISE_S_MAX <= refusal.retry_after_s <= PROMISE_S_MAX * (1 + RETRY_SPREAD)
+    least_s = PROMISE_S_MAX * (1 - RETRY_SPREAD * RETRY_SPREAD_EARLY)
+    assert least_s <= refusal.retry_after_s <= PROMISE_S_MAX * (1 + RETRY_SPREAD)
     assert line.queue.num_promised == 0
 
 

@@ -41,6 +41,7 @@ class Room:
             views_of=self.views_of,
             highest_paused=self.highest_paused,
             on_expiry=lambda: None,
+            on_turn=lambda: None,
             clock=lambda: 100.0,
         )
 

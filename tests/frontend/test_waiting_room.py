@@ -15,7 +15,7 @@ from tests.frontend.test_shedding import count_of
 from tests.frontend.worlds import World, failure_of, read, read_some, run, world
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.v1 import inference_service_pb2 as pb
-from unbroken.v1 import worker_pb2
+from unbroken.v1 import relay_service_pb2, worker_pb2
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 pytestmark = pytest.mark.usefixtures("each_edge")
@@ -417,5 +417,35 @@ def test_a_tenant_with_nothing_at_any_worker_is_tried_once_for_each_news_of_them
             while sidecar.step():
                 pass
             await asyncio.gather(one, *many)
+
+    run(scenario())
+
+
+def test_what_waits_here_is_told_and_what_waits_elsewhere_counts() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1")
+        async with world(
+            sidecar, busy_prefill_tokens=100, queue_wait_s_max=5.0, heartbeat_interval_s=0.02
+        ) as it:
+            await report(it, sidecar, used=0, queued=101)
+            readings = await line_up(it, ["r1", "r2"])
+            await sidecar.until(
+                lambda: (
+                    sidecar.heartbeats != []
+                    and sidecar.heartbeats[-1].queue.tokens_waiting == 2 * len(PROMPT)
+                )
+            )
+            elsewhere = relay_service_pb2.QueueReport(
+                frontend_id="other", incarnation=1, sequence=1, tokens_promised=10**9
+            )
+            heartbeat = relay_service_pb2.Heartbeat(sequence=1, queues=[elsewhere])
+            sidecar.say(relay_service_pb2.RelayResponse(heartbeat=heartbeat))
+            await it.until(lambda: count_of(it, "queue_elsewhere_tokens") == 10**9)
+            error = await failure_of(it.client.generate(token_ids=PROMPT, max_tokens=1))
+            assert error.metadata["queue_limit"] == "wait"
+            assert error.retry_after_s is not None
+            assert error.retry_after_s > 100
+            await report(it, sidecar, used=0, queued=0)
+            await asyncio.gather(*readings)
 
     run(scenario())

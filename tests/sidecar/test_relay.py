@@ -507,3 +507,24 @@ def test_the_tokenizer_is_there_once_the_engine_is() -> None:
             assert response == pb.GetTokenizerResponse(tokenizer=TOKENIZER, fingerprint="t")
 
     run(scenario)
+
+
+def test_what_waits_at_a_frontend_is_told_to_the_others_while_its_call_is_open() -> None:
+    async def scenario() -> None:
+        async with relaying() as world:
+            one, other = await world.connect("one"), await world.connect("other")
+            queue = pb.QueueReport(sequence=1, tokens_waiting=30, tokens_promised=4)
+            await one.say(heartbeat=pb.Heartbeat(sequence=1, queue=queue))
+            await other.read_until(lambda: other.heartbeats and other.heartbeats[-1].queues)
+            (told,) = other.heartbeats[-1].queues
+            assert (told.frontend_id, told.tokens_waiting, told.tokens_promised) == ("one", 30, 4)
+            await one.read_until(lambda: len(one.heartbeats) >= 3)
+            assert not one.heartbeats[-1].queues, "its own it knows"
+            one.call.cancel()
+            await until(lambda: len(world.hub.links) == 1)
+            seen = len(other.heartbeats)
+            await other.read_until(
+                lambda: len(other.heartbeats) > seen + 1 and not other.heartbeats[-1].queues
+            )
+
+    run(scenario)

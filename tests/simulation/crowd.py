@@ -24,6 +24,7 @@ from typing import Any
 from frontend.admission_queue import (
     PROMISE_GRACE_S,
     PROMISE_S_MAX,
+    RETRY_SPREAD,
     AdmissionQueue,
     Arrival,
     Limit,
@@ -333,7 +334,7 @@ class Frontend:
         if refusal.retry_after_s <= 0:
             raise Violation(f"{job.name} was told to come back at once")
         job.told_at = self.world.now + refusal.retry_after_s
-        job.is_promised = refusal.retry_after_s < PROMISE_S_MAX
+        job.is_promised = refusal.retry_after_s < (1 - RETRY_SPREAD) * PROMISE_S_MAX
         self.world.at(job.told_at + 0.001, self.arrive, job)
 
     def has_room(self) -> bool:

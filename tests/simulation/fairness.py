@@ -7,11 +7,11 @@ which nothing but engines takes time. One tenant asks for what it likes, three f
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Final
 
-from frontend.admission_queue import AdmissionQueue, Arrival, QueueLimits
+from frontend.admission_queue import AdmissionQueue, Arrival, Limit, QueueLimits, Refusal
 from frontend.busy import Shedder
 from frontend.placement import Need, WorkerView, choose
 from frontend.stream import Life
@@ -49,6 +49,7 @@ class Job:
     called_at: float = 0.0
     """When it came the last time."""
     served_at: float | None = None
+    refusals: Counter[Limit] = field(default_factory=Counter[Limit])
     slot: int = 0
     left: int = PROMPT
     turn: tuple[float, int] = (0.0, 0)
@@ -137,11 +138,11 @@ class Worker:
 class Frontend:
     """The line before the workers; what the waiting room and the dispatcher do with it."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, limits: QueueLimits | None = None) -> None:
         self.world, self.name = world, name
         self.views: dict[str, WorkerView] = {}
         self.workers: dict[str, Worker] = {}
-        self.queue = AdmissionQueue[Job](QueueLimits(), Random(1))
+        self.queue = AdmissionQueue[Job](limits or QueueLimits(), Random(1))
         self.shedder = Shedder(THRESHOLDS, Random(1))
         self.computing = Counter[str]()
         self.tried: set[str] = set()
@@ -156,10 +157,14 @@ class Frontend:
             return
         refusal, displaced = self.queue.offer(job, arrival, self.world.now, rate_hint=20_000.0)
         for other, reason in displaced:
-            self.world.after(reason.retry_after_s, self.arrive, other)
+            self.send_away(other, reason)
         if refusal is not None:
-            self.world.after(refusal.retry_after_s, self.arrive, job)
+            self.send_away(job, refusal)
         self.give_turns()
+
+    def send_away(self, job: Job, refusal: Refusal) -> None:
+        job.refusals[refusal.limit] += 1
+        self.world.after(refusal.retry_after_s, self.arrive, job)
 
     def arrival(self, job: Job) -> Arrival:
         return Arrival(MODEL, job.tenant, job.name, 0, PROMPT, job.called_at + 60.0)
@@ -169,10 +174,16 @@ class Frontend:
 
     def give_turns(self) -> None:
         for job, _, refusal in self.queue.expired(self.world.now, lambda _: 20_000.0):
-            self.world.after(refusal.retry_after_s, self.arrive, job)
+            self.send_away(job, refusal)
         while (first := self.queue.first(MODEL)) is not None:
             tenant = first[1]
-            if not self.has_room():
+            if self.has_room():
+                due = self.queue.may_go_at(MODEL, self.world.now)
+                if due > self.world.now:
+                    self.world.at(due, self.give_turns)
+                    return
+            else:
+                self.queue.no_room(MODEL)
                 has_many = self.computing[tenant] >= NUM_WORKERS
                 if has_many or tenant in self.tried:
                     return
