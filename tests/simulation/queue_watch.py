@@ -102,7 +102,7 @@ class QueueWatch:
     def computed(self, key: Hashable, now: float) -> None:
         """Its prompt is computed, or its attempt is over."""
         life, _ = self._computing.pop(key, (None, 0))
-        if life in self._free_since:
+        if life is not None and life in self._free_since:
             self._free_since[life] = now
 
     def left(self, key: Hashable) -> None:

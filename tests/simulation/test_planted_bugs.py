@@ -118,9 +118,16 @@ class WaitsForGoodbyes(Stream):
     """A stop token ends the output only if the worker lives to say so."""
 
     @override
-    def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
+    def placed(
+        self,
+        epoch: int,
+        life: Life,
+        abilities: Abilities,
+        *,
+        way: ContinuationClass | None = None,
+    ) -> list[Command]:
         self._stop_token_ids = frozenset[int]()
-        return super().placed(epoch, life, abilities)
+        return super().placed(epoch, life, abilities, way=way)
 
 
 class TrustsRegeneration(Stream):
@@ -168,21 +175,35 @@ class ForgetsHeldText(Stream):
     """Text that was held back at the cut, as it may begin a stop string, is lost."""
 
     @override
-    def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
+    def placed(
+        self,
+        epoch: int,
+        life: Life,
+        abilities: Abilities,
+        *,
+        way: ContinuationClass | None = None,
+    ) -> list[Command]:
         if self.attempts:
             stopping = self.original.params.stopping
             self._detokenizer = tokenizer().detokenizer(
                 stopping.stop, include_stop=stopping.include_stop
             )
-        return super().placed(epoch, life, abilities)
+        return super().placed(epoch, life, abilities, way=way)
 
 
 class NumbersFromOne(Stream):
     """The next worker begins one offset too far."""
 
     @override
-    def placed(self, epoch: int, life: Life, abilities: Abilities) -> list[Command]:
-        commands = super().placed(epoch, life, abilities)
+    def placed(
+        self,
+        epoch: int,
+        life: Life,
+        abilities: Abilities,
+        *,
+        way: ContinuationClass | None = None,
+    ) -> list[Command]:
+        commands = super().placed(epoch, life, abilities, way=way)
         match commands:
             case [Start(checkpoint=checkpoint) as start, *rest] if self.ledger:
                 further = replace(checkpoint, first_offset=checkpoint.first_offset + 1)
