@@ -38,13 +38,13 @@ from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
 from frontend.stream import Life
 from frontend.waiting_room import Standing, WaitingRoom
 from unbroken import blocks, log
-from unbroken.checkpoint import Checkpoint, write_checkpoint
+from unbroken.checkpoint import write_progress
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import params_to_proto
 from unbroken.holdings import StreamName
 from unbroken.outcome import ContinuationClass, FailureKind
 from unbroken.thresholds import Thresholds
-from unbroken.v1 import attempt_pb2, generation_pb2, relay_service_pb2, worker_pb2
+from unbroken.v1 import attempt_pb2, relay_service_pb2, worker_pb2
 
 MOVE_TOLD_S: Final = 0.05
 """A client is told where its stream has gone with the next token, or so much later: when an engine
@@ -436,9 +436,9 @@ class Choice:
         "_memories",
         "_model",
         "_news",
-        "_params",
         "_seat",
         "_standing",
+        "_template",
         "_timer",
         "_tried",
         "_unlinked_from",
@@ -480,11 +480,12 @@ class Choice:
         self._is_new = is_new
         self._is_new_work = False  # The attempt that is begun may be refused by a busy worker.
         self._life: Life | None = None  # Where the last attempt was begun, until it is over.
-        self._params: generation_pb2.GenerationParams | None = None
         self.on_turn: Callable[[], None] = nobody
         """Called once, when it got to a worker."""
         self._seat: _Seat | None = None
         self._standing: Standing | None = None  # In the waiting room.
+        self._template: relay_service_pb2.RelayRequest | None = None
+        """What all its attempts begin with: converted once, for a move has no time."""
         self._timer: asyncio.TimerHandle | None = None
         self._tried: machine.Attempt | None = None  # What became of that attempt.
         self._unlinked_from: machine.Relink | None = None
@@ -902,7 +903,7 @@ class Choice:
         return self._hashes[key]
 
     def _start(self, order: machine.Start) -> Sequence[machine.Command]:
-        dispatcher, envelope, stream = self._dispatcher, self._envelope, self.stream
+        dispatcher, stream = self._dispatcher, self.stream
         now = dispatcher.clock()
         worker = dispatcher.mesh.workers.get(order.life.worker_id)
         call = dispatcher.links.call_to(order.life)
@@ -914,16 +915,16 @@ class Choice:
             failure, way = attempts[-2].failure, attempts[-1].way
             dispatcher.afterwards.do(partial(dispatcher.metrics.migrated, failure, way))
         request = relay_service_pb2.RelayRequest()
-        start = request.start
-        self._name(start.stream)
+        request.CopyFrom(self._template or self._new_template())
+        start, checkpoint = request.start, order.checkpoint
         start.epoch = order.epoch
         start.engine_incarnation = order.life.engine_incarnation
-        self._write_checkpoint(start.checkpoint, order.checkpoint)
+        write_progress(start.checkpoint, checkpoint)
+        if checkpoint.params is not stream.original.params:
+            start.checkpoint.params.CopyFrom(params_to_proto(checkpoint.params))
         start.window_tokens = order.window_tokens
         if self._deadline_at is not None:
             start.deadline.FromNanoseconds(max(0, int((self._deadline_at - now) * 1e9)))
-        start.orphan_grace.FromNanoseconds(int(envelope.orphan_grace_s * 1e9))
-        start.priority = envelope.priority
         start.is_new_work = self._is_new_work
         view = worker.view
         stored, expected = self._stored(), None
@@ -953,15 +954,14 @@ class Choice:
         dispatcher.quarantine.started(self, order.life)
         return ()
 
-    def _write_checkpoint(self, message: attempt_pb2.Checkpoint, checkpoint: Checkpoint) -> None:
-        """Most attempts have the parameters of the request, which are converted once."""
-        params = checkpoint.params
-        if params is not self.stream.original.params:
-            write_checkpoint(message, checkpoint, params_to_proto(params))
-            return
-        if self._params is None:
-            self._params = params_to_proto(params)
-        write_checkpoint(message, checkpoint, self._params)
+    def _new_template(self) -> relay_service_pb2.RelayRequest:
+        self._template = relay_service_pb2.RelayRequest()
+        start = self._template.start
+        self._name(start.stream)
+        start.orphan_grace.FromNanoseconds(int(self._envelope.orphan_grace_s * 1e9))
+        start.priority = self._envelope.priority
+        start.checkpoint.params.CopyFrom(params_to_proto(self.stream.original.params))
+        return self._template
 
     def _write_hint(self, hint: attempt_pb2.KvHint, view: WorkerView) -> None:
         """Where else KV blocks may be; what they are called the worker knows by their tokens."""

@@ -312,19 +312,20 @@ class RelayCall(Talker):
         About `num_prefill_tokens` have to be computed before its first token, since `expected` may
         not be there at all.
         """
-        slot = request.start.slot = self._next_slot
+        start, now = request.start, self._clock()
+        slot = start.slot = self._next_slot
         seat = Seat(
             owner,
-            request.start.epoch,
+            start.epoch,
             owner.stream,
             True,
             wants_logprobs,
-            self._clock(),
+            now,
             num_prefill_tokens,
-            request.start.engine_incarnation,
-            _name(request.start.stream),
-            _deadline_at(request.start, self._clock()),
-            is_probe=request.start.is_probe,
+            start.engine_incarnation,
+            _name(start.stream),
+            _deadline_at(start, now),
+            is_probe=start.is_probe,
             expected=expected,
         )
         self._sit(seat, vocab_size)
@@ -546,7 +547,8 @@ class RelayCall(Talker):
         first = self._commands.popleft()
         if not self._commands or first.WhichOneof("request") not in _BATCH_ORDER:
             return first
-        batch = relay_service_pb2.AttemptCommands()
+        message = relay_service_pb2.RelayRequest()
+        batch = message.commands
         request, size = first, 0
         while True:
             size += request.ByteSize()
@@ -563,7 +565,7 @@ class RelayCall(Talker):
             if rank is None or rank < _BATCH_ORDER[request.WhichOneof("request") or ""]:
                 break  # They take effect in this order, so a batch must have it.
             request = self._commands.popleft()
-        return relay_service_pb2.RelayRequest(commands=batch)
+        return message
 
     def _heartbeat(self) -> relay_service_pb2.RelayRequest:
         self._heartbeats_sent += 1

@@ -9,7 +9,6 @@ from unbroken.generation import (
     params_to_proto,
 )
 from unbroken.v1 import attempt_pb2 as pb
-from unbroken.v1 import generation_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +41,13 @@ def checkpoint_from_proto(message: pb.Checkpoint, *, vocab_size: int) -> Checkpo
 
 def checkpoint_to_proto(checkpoint: Checkpoint) -> pb.Checkpoint:
     """The inverse of `checkpoint_from_proto`."""
-    message = pb.Checkpoint()
-    write_checkpoint(message, checkpoint, params_to_proto(checkpoint.params))
+    message = pb.Checkpoint(params=params_to_proto(checkpoint.params))
+    write_progress(message, checkpoint)
     return message
 
 
-def write_checkpoint(
-    message: pb.Checkpoint, checkpoint: Checkpoint, params: generation_pb2.GenerationParams
-) -> None:
-    """Make `message` the checkpoint; `params` are its own, converted."""
-    message.prompt_token_ids[:] = checkpoint.prompt_token_ids
-    message.output_token_ids[:] = checkpoint.output_token_ids
-    message.params.CopyFrom(params)
+def write_progress(message: pb.Checkpoint, checkpoint: Checkpoint) -> None:
+    """Make `message`, which has parameters and nothing else, the checkpoint of them."""
+    message.prompt_token_ids.extend(checkpoint.prompt_token_ids)
+    message.output_token_ids.extend(checkpoint.output_token_ids)
     message.first_offset = checkpoint.first_offset
