@@ -191,6 +191,9 @@ class Convoy:
         self._columns: list[tuple[bytes, TokenBodies, Callable[[bytes], None]]] = []
         self._groups: list[_Group] = []
         self._stop_ids: frozenset[int] = frozenset()
+        """All ids that end the output of somebody who rides,"""
+        self._stop_columns: list[frozenset[int]] = []
+        """and those of each."""
         self._fields: TokenFields | None = None
 
     # Who is there.
@@ -276,7 +279,7 @@ class Convoy:
                 offsets_here = offsets
             if (
                 offsets_here == self._offsets
-                and self._stop_ids.isdisjoint(ids)
+                and (self._stop_ids.isdisjoint(ids) or self._ends_nobody(ids))
                 and self._write(ids)
                 and self._have_room()
             ):
@@ -319,7 +322,7 @@ class Convoy:
                 continue
             if not stream.is_flowing(self._epochs[row]):
                 continue
-            if self._fields not in (None, ride.bodies.fields):
+            if self._fields is not None and self._fields is not ride.bodies.fields:
                 continue  # The engine has another vocabulary than it had.
             num_steps_max = ride.num_steps_max(now)
             if num_steps_max:
@@ -353,8 +356,9 @@ class Convoy:
         self._others = [row for row, ride in enumerate(self._rides) if ride is None]
         self._due = min(self._dues, default=_NEVER)
         self._offsets = [ride.stream.num_settled + self._num_steps - ride.since for ride in rides]
+        self._stop_columns = [ride.stream.stop_token_ids for ride in rides]
         self._stop_ids = frozenset[int]().union(
-            *{id(ids): ids for ride in rides if (ids := ride.stream.stop_token_ids)}.values()
+            *{id(one): one for one in self._stop_columns}.values()
         )
         groups: dict[Client, _Group] = {}
         self._columns = []
@@ -368,6 +372,13 @@ class Convoy:
         self._groups = list(groups.values())
         if not rides:
             self._fields = None
+
+    def _ends_nobody(self, token_ids: list[int]) -> bool:
+        """Whether ids that end the output of some are only in those of others."""
+        return not any(
+            token_id in stop_ids
+            for token_id, stop_ids in zip(token_ids, self._stop_columns, strict=True)
+        )
 
     def _write(self, token_ids: list[int]) -> bool:
         """Make a DATA frame for each; False if one is not to be made this way."""

@@ -285,6 +285,8 @@ class Request:
         loop = asyncio.get_running_loop()
         self._soft_timer = loop.call_later(SOFT_CANCEL_S_MAX, self._end, error)
         for choice in self.choices:
+            if choice.stream.ride is not None:
+                choice.stream.ride.step_out()  # Else its next output would not be polled.
             self._soft_from[choice] = len(choice.stream.ledger)
             if choice.stream.state is not machine.State.RUNNING:
                 choice.obey(choice.stream.cancelled(error))

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from frontend.requests import SOFT_CANCEL_S_MAX
 from tests.frontend.fakes import FakeSidecar
 from tests.frontend.worlds import failure_of, read, read_some, run, world
 from unbroken.client import Client
@@ -46,6 +47,26 @@ def test_a_soft_cancel_waits_for_the_next_step_although_something_is_to_be_sent(
             sidecar.step()
             assert (await reading).reason is Reason.CANCELLED
             assert [choice.num_tokens for choice in finished(stream).choices] == [3, 3]
+
+    run(scenario())
+
+
+def test_a_soft_cancel_lets_a_stream_that_goes_as_usual_have_one_more_step() -> None:
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1", step_s=None)) as it:
+            sidecar = it.sidecars[0]
+            stream = it.client.generate(token_ids=PROMPT, request_id="r", temperature=0)
+            reading = asyncio.create_task(failure_of(stream))
+            await sidecar.until(lambda: sidecar.starts)
+            (request,) = it.frontend.requests.running
+            for num_tokens in range(1, 11):
+                sidecar.step()
+                await it.until(lambda n=num_tokens: request.choices[0].stream.num_sent == n)
+            await it.client.cancel("r", is_soft=True)
+            sidecar.step()
+            async with asyncio.timeout(SOFT_CANCEL_S_MAX / 2):
+                assert (await reading).reason is Reason.CANCELLED
+            assert finished(stream).choices[0].num_tokens == 11
 
     run(scenario())
 

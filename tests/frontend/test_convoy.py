@@ -14,7 +14,7 @@ from frontend.edge import encoding
 from frontend.edge.encoding import TokenBodies, TokenFields
 from frontend.stream import Command, Limits, Stream
 from tests.frontend.edge.peer import Peer, setting
-from tests.support.streams import A, B, streaming
+from tests.support.streams import A, B, C, streaming
 from tests.support.vocabulary import EOS, PIECES, tokenizer
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.http2 import frames
@@ -126,7 +126,12 @@ class World:
         client = self.clients[number % 2]
         stream_id = 2 * number + 1
         client.peer.open(stream_id)
-        stream = streaming([A], max_tokens=self._max_tokens, limits=self._limits)
+        stream = streaming(
+            [A],
+            max_tokens=self._max_tokens,
+            limits=self._limits,
+            stop_token_ids=frozenset({C} if number % 3 == 2 else ()),
+        )
         reader = Reader(stream, client, stream_id, answers_resume=number % 3 == 0)
         if self.rides:
             reader.get_ready()
@@ -201,7 +206,7 @@ class World:
 
 
 ids = st.lists(st.sampled_from([A, A, A, B, B, *range(len(PIECES)), EOS]), min_size=1, max_size=5)
-plain_ids = st.lists(st.sampled_from([A, B]), min_size=1, max_size=3)
+plain_ids = st.lists(st.sampled_from([A, A, B, B, C]), min_size=1, max_size=3)
 which = st.integers(0, 4)
 doings = st.one_of(
     st.tuples(st.just("step"), ids),
@@ -381,6 +386,15 @@ def test_what_was_sent_by_ride_is_taken_from_the_window_before_that_is_judged() 
     assert not reader.http_stream.is_closed, "as much again as it took is no overflow"
     world.hear(reader.client, frames.window_update(1, 50))
     assert reader.http_stream.is_closed
+
+
+def test_an_id_that_ends_the_output_of_others_is_an_ordinary_one_elsewhere() -> None:
+    world = riding(6)
+    world.step([C, C, B, C, C, B])
+    assert world.num_ridden == 2 * 6
+    world.step([C, C, C, C, C, B])
+    assert world.num_ridden == 3 * 6 - 1
+    assert world.readers[2].stream.outcome is not None
 
 
 def test_who_comes_and_goes_disturbs_nobody() -> None:
