@@ -53,6 +53,7 @@ from tests.support.environments import NotInstalledError
 
 PARTS: Final = ("conformance", "deaths", "native", "stops", "matrix", "pressure", "other")
 HURTS: Final = ("server killed", "core killed", "worker killed", "core stopped", "told to stop")
+TRUTH: Final = "truth.log"
 SUITE_S_MAX: Final = 900.0
 
 
@@ -124,10 +125,10 @@ def _part(part: str, setup: Setup, hurts: list[str], num_stops: int) -> tuple[bo
         case "conformance":
             return uvloop.run(_conformance(setup))
         case "deaths":
-            without = {**vllm.ENVIRONMENT, "VLLM_PLUGINS": "none"}
+            without = {"VLLM_PLUGINS": vllm.TRUTH_PLUGIN}
             return uvloop.run(_deaths(setup, "deaths", hurts, without))
         case "native":
-            return uvloop.run(_deaths(setup, "native", hurts, vllm.ENVIRONMENT))
+            return uvloop.run(_deaths(setup, "native", hurts, {}))
         case "stops":
             return uvloop.run(_stops(setup, num_stops))
         case "matrix":
@@ -192,10 +193,20 @@ def _suite(real: Real) -> Mapping[str, object]:
         return {"ok": False, "error": f"pytest ended with {run.returncode}"}
 
 
+def _paced(directory: Path, step_s: float) -> Mapping[str, str]:
+    """An engine that writes down what it holds, and whose steps are so much longer."""
+    return {
+        **vllm.ENVIRONMENT,
+        vllm_truth.VARIABLE: str(directory / TRUTH),
+        vllm_truth.STEP_VARIABLE: str(step_s),
+    }
+
+
 async def _deaths(
-    setup: Setup, part: str, hurts: list[str], environment: Mapping[str, str]
+    setup: Setup, part: str, hurts: list[str], plugins: Mapping[str, str]
 ) -> tuple[bool, object]:
     directory = setup.directory(part)
+    environment = {**_paced(directory, deaths.STEP_S), **plugins}
     ports = {name: servers.free_port() for name in ("w1", "w2")}
     commands = {name: setup.command(is_grpc=True, port=port) for name, port in ports.items()}
     bystanders = {
@@ -219,7 +230,8 @@ async def _stops(setup: Setup, num_stops: int) -> tuple[bool, object]:
     ports = {name: servers.free_port() for name in ("w1", "w2")}
     commands = {name: setup.command(is_grpc=False, port=port) for name, port in ports.items()}
     row = deaths.Row()
-    async with units.running(directory, commands, vllm.ENVIRONMENT) as both:
+    environment = _paced(directory, deaths.STEP_S)
+    async with units.running(directory, commands, environment) as both:
         await both.until_serving(vllm.START_S_MAX)
         expected = await deaths.undisturbed(both, deaths.NUM_TOKENS_STOPPED)
         bystanders = {
@@ -240,7 +252,6 @@ async def _matrix(setup: Setup) -> tuple[bool, object]:
         ("with the plug-in", {}, matrix.BLOCKS_UNDER_PRESSURE),
     ):
         directory = setup.directory(f"matrix-{name.replace(' ', '-')}")
-        log = directory / "truth.log"
         commands = {
             unit: (
                 *setup.command(is_grpc=True, port=servers.free_port(), kv_blocks=kv_blocks),
@@ -248,16 +259,10 @@ async def _matrix(setup: Setup) -> tuple[bool, object]:
             )
             for unit in ("w1", "w2")
         }
-        environment = {
-            **vllm.ENVIRONMENT,
-            **matrix.SETTINGS,
-            **plugins,
-            vllm_truth.VARIABLE: str(log),
-            vllm_truth.STEP_VARIABLE: str(matrix.STEP_S),
-        }
+        environment = {**_paced(directory, matrix.STEP_S), **matrix.SETTINGS, **plugins}
         async with units.running(directory, commands, environment) as both:
             columns[name] = await matrix.measure(both)
-        moments = vllm_truth.read(log)
+        moments = vllm_truth.read(directory / TRUTH)
         preemptions = max(one.preemptions for one in moments)
         share = max(one.blocks_used / one.blocks_total for one in moments)
         told[name] = {
@@ -275,22 +280,19 @@ async def _matrix(setup: Setup) -> tuple[bool, object]:
 
 async def _pressure(setup: Setup) -> tuple[bool, object]:
     directory = setup.directory("pressure")
-    log = directory / "truth.log"
     port = servers.free_port()
     # Chosen here, so that this process may ask the engine to continue, too, and hears its load.
     continuation_key.choose()
     environment = {
+        **_paced(directory, pressure.STEP_S),
         load_tap.VARIABLE: str(setup.logs / "load.sock"),
-        **vllm.ENVIRONMENT,
-        vllm_truth.VARIABLE: str(log),
-        vllm_truth.STEP_VARIABLE: str(pressure.STEP_S),
     }
     flags = ("--busy-kv-blocks-share", str(pressure.BUSY_SHARE), "--queue-wait-s-max", "120")
     commands = {"w1": setup.command(is_grpc=True, port=port)}
     async with units.running(directory, commands, environment, frontend_flags=flags) as one:
         os.environ[load_tap.VARIABLE] = environment[load_tap.VARIABLE]
         try:
-            seen = await pressure.measure(one, log, f"127.0.0.1:{port}")
+            seen = await pressure.measure(one, directory / TRUTH, f"127.0.0.1:{port}")
         finally:
             del os.environ[load_tap.VARIABLE]
     return seen.is_ok, seen.figures()

@@ -30,6 +30,8 @@ NUM_TOKENS: Final = 200
 NUM_TOKENS_STOPPED: Final = 320
 """Of streams whose server is told to stop: it gives tokens for seconds after that, so shorter ones
 end before they have to be handed over. Six fit into the KV cache."""
+STEP_S: Final = 0.025
+"""By which the engine's steps are longer: its streams have to last until all have begun."""
 STREAM_S_MAX: Final = 400.0
 BYSTANDER_TOKENS: Final = 900
 BYSTANDER_S_MAX: Final = 15.0
