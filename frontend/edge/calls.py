@@ -233,7 +233,7 @@ class StreamingCall:
             fields = trailers(Code.OK, "")
         else:
             code, detail, more = status.trailing(error)
-            fields = trailers(code, detail, fields_of(more))
+            fields = trailers(code, detail, passing_fields_of(more))
         fields += passing_fields_of(self._server.trailers())
         if self._reader is None:
             connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)

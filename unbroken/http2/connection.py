@@ -586,7 +586,10 @@ class Connection:
         stream = self._streams.get(stream_id)
         if stream is None:
             return
-        self.outbound += frames.headers(stream_id, self._encoder.encode(fields), ends=ends)
+        # Huffman coding would take a quarter off what comes once, and a fifth of the time of a
+        # refusal; what comes again is an index either way.
+        block = self._encoder.encode(fields, huffman=False)
+        self.outbound += frames.headers(stream_id, block, ends=ends)
         if ends:
             self._local_closed(stream)
 

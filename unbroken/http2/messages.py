@@ -24,6 +24,7 @@ STATUS_MESSAGE_BYTES_MAX: Final = 4096
 _GZIP_WBITS: Final = 31
 _TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _UNITS_S: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_TO_ENCODE: Final = re.compile(rb"[^\x20-\x24\x26-\x7e]")
 _METADATA_KEY: Final = re.compile(rb"[0-9a-z_.\-]+")
 _METADATA_VALUE: Final = re.compile(rb"[\x20-\x7e]*")
 _NOT_METADATA: Final = frozenset(
@@ -121,16 +122,15 @@ def trailers(code: int, detail: str, more: Fields = ()) -> list[tuple[bytes, byt
     """The end of an answer."""
     fields = [(b"grpc-status", b"%d" % code)]
     if detail:
-        fields.append((b"grpc-message", _percent_encoded(detail)))
+        # What comes once takes no room in the table of headers.
+        fields.append(NeverIndexedHeaderTuple(b"grpc-message", _percent_encoded(detail)))
     fields += more
     return fields
 
 
 def _percent_encoded(text: str) -> bytes:
-    encoded = b"".join(
-        b"%c" % byte if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
-        for byte in text.encode(errors="replace")[:STATUS_MESSAGE_BYTES_MAX]
-    )
+    plain = text.encode(errors="replace")[:STATUS_MESSAGE_BYTES_MAX]
+    encoded = _TO_ENCODE.sub(lambda found: b"%%%02X" % found[0][0], plain)
     # Field values neither begin nor end with a space (RFC 9113, section 8.2.1).
     if encoded[:1] == b" ":
         encoded = b"%20" + encoded[1:]
