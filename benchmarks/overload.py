@@ -15,7 +15,8 @@ Shown, with each number of frontends:
   tokens: their p99 is at most 1.5 times that at 0.9 of the capacity;
 - goodput is at least 95 % of the highest seen at any load;
 - by the engines' own reports, no worker ever has more queued than the threshold and one batch;
-- refusals take at most 5 ms (p99);
+- refusals take at most 5 ms (p99); beside it stands how long frontends waited for a core each time
+  that they wanted one, and how late the clients' own event loop was, which is in what they measure;
 - everybody is served, and refusals are at most 20 % more than those that were refused once;
 - a worker dies in the middle of such a pulse, and comes back: goodput is what it was before within
   the stated time after that;
@@ -45,6 +46,7 @@ from typing import TypeAlias
 import grpc.aio
 import uvloop
 
+from benchmarks.core_time import CoreTime, Lateness
 from unbroken.client import Client
 from unbroken.errors import Reason
 from unbroken.mesh import LocalMesh
@@ -128,6 +130,10 @@ class Load:
     requests: list[Served] = field(default_factory=list[Served])
     queued_max: int = 0
     """Prompt tokens that a worker was ever seen to have."""
+    frontends: CoreTime = field(default_factory=CoreTime)
+    """Of their processes, meanwhile."""
+    lateness: Lateness = field(default_factory=Lateness)
+    """Of the clients' own event loop."""
 
     @property
     def num_refusals(self) -> int:
@@ -144,6 +150,7 @@ class Clients:
 
     def __init__(self, stubs: Sequence[InferenceServiceStub], random: Random) -> None:
         self.random = random
+        self.frontend_pids: Sequence[int] = ()
         self._stubs = itertools.cycle(stubs)
         self._numbers = itertools.count()
         self._prompts = [[random.randrange(100, 250) for _ in range(PROMPT)] for _ in range(64)]
@@ -290,6 +297,7 @@ async def _mesh(
                 for address in mesh.frontend_addresses
             ]
             clients = Clients([InferenceServiceStub(one) for one in channels], Random(7))
+            clients.frontend_pids = [record.pid for record in mesh.frontends.values()]
             watched = await stack.enter_async_context(Client(mesh.frontend_address))
             yield mesh, clients, watched
 
@@ -298,12 +306,16 @@ async def pulse(clients: Clients, watched: Client, level: float, duration_s: flo
     """So many times the capacity for so long, until all are served."""
     load = Load(time.monotonic())
     watching = asyncio.create_task(_watch(watched, load))
+    lateness = asyncio.create_task(load.lateness.watch())
+    before = CoreTime.of(clients.frontend_pids)
     try:
         async with asyncio.TaskGroup() as group:
             await _arrive(group, clients, load, level * CAPACITY, duration_s)
             load.ended_at = time.monotonic()
     finally:
         await _end(watching)
+        await _end(lateness)
+    load.frontends = CoreTime.of(clients.frontend_pids).since(before)
     await asyncio.sleep(_SETTLE_S)
     return load
 
@@ -462,7 +474,11 @@ def _rows(loads: dict[float, Load]) -> dict[str, object]:
             "refusals": load.num_refusals,
             "refused_once": load.num_refused,
             "refused_by": dict(Counter(limit for one in load.requests for limit in one.limits)),
+            "refusal_ms_p50": _ms(_quantile(_refusals_s(load), 0.5)),
             "refusal_ms_p99": _ms(_quantile(_refusals_s(load), 0.99)),
+            "clients_late_ms_p99": _ms(_quantile(load.lateness.late_s, 0.99)),
+            "frontends_wait_for_core_ms_mean": round(load.frontends.wait_ms_mean, 2),
+            "frontends_wait_for_core_share": round(load.frontends.waited_share, 2),
             "ttft_ms_p50": _ms(_quantile(_ttfts(load.requests), 0.5)),
             "ttft_ms_p99": _ms(_ttft_p99(load.requests)),
             "itl_ms_p99": _ms(_itl_p99(load)),
