@@ -742,7 +742,7 @@ class RelayCall(Talker):
         self._note_death(ends)
         for seat, ended in ends:
             # Who has said nothing may not have looked, or not have been told yet.
-            if seat.expected is not None and not seat.is_silent:
+            if seat.expected is not None and not seat.is_silent and _tells_prefill(ended):
                 self._mesh.stored.seen(
                     seat.expected,
                     cached_tokens=ended.cached_tokens,
@@ -1018,6 +1018,11 @@ def _deadline_at(
     if not message.HasField("deadline"):
         return None
     return now + message.deadline.ToNanoseconds() / 1e9
+
+
+def _tells_prefill(ended: attempt_pb2.AttemptEnded) -> bool:
+    """Whether it says what was done about the prompt: no sidecar knows that for its dead engine."""
+    return bool(ended.prefill_tokens or ended.cached_tokens or ended.restored_tokens)
 
 
 def _ended(seat: Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence[Command]:

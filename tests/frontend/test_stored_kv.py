@@ -63,18 +63,27 @@ def test_longer_words_than_the_contract_has_are_refused() -> None:
     assert problem_of_holder("", bytes(TICKET_BYTES_MAX + 1)) is not None
 
 
-@pytest.mark.parametrize("restored", [0, 200])
-def test_what_an_attempt_found_is_told_when_it_ends(restored: int) -> None:
+@pytest.mark.parametrize(
+    ("prefilled", "restored", "expected"),
+    [
+        pytest.param(205, 0, 500, id="nothing"),
+        pytest.param(5, 200, 1000, id="all"),
+        pytest.param(0, 0, 1000, id="not told, such as of an engine that has died"),
+    ],
+)
+def test_what_an_attempt_found_is_told_when_it_ends(
+    prefilled: int, restored: int, expected: int
+) -> None:
     prompt = [97] * 200
 
     async def scenario() -> None:
         victim, survivor = (FakeSidecar(name, memory_service="m") for name in ("w1", "w2"))
 
-        def say_restored(frame: attempt_pb2.StepFrame) -> None:
+        def say_what_it_found(frame: attempt_pb2.StepFrame) -> None:
             for ended in frame.ended:
-                ended.restored_tokens = restored
+                ended.prefill_tokens, ended.restored_tokens = prefilled, restored
 
-        survivor.on_step = say_restored
+        survivor.on_step = say_what_it_found
         async with world(victim) as it:
             stream = it.client.generate(token_ids=prompt, max_tokens=400, temperature=0)
             pieces = await read_some(stream, 5)
@@ -83,8 +92,7 @@ def test_what_an_attempt_found_is_told_when_it_ends(restored: int) -> None:
             await victim.die()
             ids = [i for piece in pieces for i in piece.token_ids] + (await read(stream))[0]
             assert ids == reference(prompt, 400)
-            expected = it.frontend.mesh.stored.expected("m", 1032)
-            assert expected == 1000 if restored else expected == 500
+            assert it.frontend.mesh.stored.expected("m", 1032) == expected
 
     run(scenario())
 
