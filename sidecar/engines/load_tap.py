@@ -44,12 +44,13 @@ async def listen(path: str) -> AsyncGenerator[LoadOfRank]:
 
 def read(message: bytes) -> LoadOfRank:
     """One message. Raises ValueError."""
-    said = json.loads(message)
     try:
+        said = json.loads(message)
         blocks, total, running, waiting, tokens = (
             int(said[name])
             for name in ("blocks", "blocks_total", "running", "waiting", "waiting_tokens")
         )
-    except (KeyError, TypeError, OverflowError) as error:
+        share = blocks / total if total else 0.0
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"expected a load, got {message[:100]!r}") from error
-    return LoadOfRank(0, running, waiting, blocks / total if total else 0.0, tokens)
+    return LoadOfRank(0, running, waiting, share, tokens)

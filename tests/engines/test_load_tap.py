@@ -65,22 +65,22 @@ def test_a_load_is_told_when_it_is_another_one(
         connection.recv(4096)
 
 
-def test_who_reads_nothing_does_not_stop_the_engine_and_hears_the_newest_later(
-    listener: tuple[load_tap.Tap, socket.socket],
+def test_who_reads_nothing_does_not_stop_the_engine_and_knows_that_it_missed_something(
+    path: Path, listener: tuple[load_tap.Tap, socket.socket]
 ) -> None:
     tap, connection = listener
     for blocks in range(10_000):
         tap.tell(load(blocks, 20_000))
-    connection.setblocking(False)
     heard: list[int] = []
-    while True:
-        try:
-            heard.append(json.loads(connection.recv(4096))["blocks"])
-        except BlockingIOError:
-            break
+    while message := connection.recv(4096):
+        heard.append(json.loads(message)["blocks"])
+    assert heard == [*range(len(heard))]
     assert len(heard) < 10_000, "it was held up"
-    tap.tell(load(9_999, 20_000))
-    assert json.loads(connection.recv(4096))["blocks"] == 9_999
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as again:
+        again.settimeout(5)
+        again.connect(str(path))
+        tap.tell(load(9_999, 20_000))
+        assert json.loads(again.recv(4096))["blocks"] == 9_999
 
 
 def test_who_has_left_is_forgotten_and_one_too_many_is_let_wait(path: Path) -> None:
@@ -167,6 +167,22 @@ def test_a_scheduler_tells_after_whatever_it_does(
     assert heard == [load(blocks) for blocks in (5, 3, 0)]
 
 
+def test_a_scheduler_that_is_not_as_it_was_goes_on_and_tells_nothing(
+    scheduler_of: type[Scheduler], path: Path
+) -> None:
+    scheduler = scheduler_of()
+    scheduler.add_request()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(5)
+        connection.connect(str(path))
+        scheduler.schedule()
+        assert connection.recv(4096)
+        del scheduler.kv_cache_manager
+        assert scheduler.schedule() == "a plan"
+        assert not connection.recv(4096)
+        assert scheduler.schedule() == "a plan"
+
+
 def test_of_several_ranks_nobody_is_told(scheduler_of: type[Scheduler], path: Path) -> None:
     scheduler_of(num_ranks=2).schedule()
     assert not path.exists()
@@ -206,7 +222,17 @@ def test_what_a_scheduler_tells_counts_and_what_the_server_is_asked_does_not(pat
 
 
 @pytest.mark.parametrize(
-    "message", [b"", b"x", b"[]", b"{}", b'{"blocks": 1, "blocks_total": "x"}', b"\xff"]
+    "message",
+    [
+        b"",
+        b"x",
+        b"[]",
+        b"{}",
+        b'{"blocks": 1, "blocks_total": "x"}',
+        b"\xff",
+        pytest.param(b"[" * 4096, id="deep"),
+        pytest.param(json.dumps(load(10**400)).encode(), id="huge"),
+    ],
 )
 def test_nonsense_is_an_error_that_is_expected(message: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - Of whatever kind.

@@ -9,8 +9,8 @@ connects is told, after each plan, each result and each request that is let go o
 
 one message each, and only if something is different. What waits may have run before: a request that
 was preempted holds no blocks, and takes all of them again when there is room. A listener that does
-not read misses messages, and is told the newest once it does. Not with several data-parallel ranks:
-each would need its own.
+not read is left, since a message that it misses may be the last for long; it may connect again. Not
+with several data-parallel ranks: each would need its own.
 """
 
 import contextlib
@@ -62,9 +62,7 @@ class Tap:
                 continue
             try:
                 listener.send(message)
-            except BlockingIOError:
-                pass  # It is told with the next one.
-            except OSError:
+            except OSError:  # It has left, or does not read: this may be the last for long.
                 del self._listeners[listener]
                 listener.close()
             else:
@@ -97,18 +95,14 @@ def changes(path: Path) -> list[Change]:
         if not hasattr(scheduler, TAP):
             setattr(scheduler, TAP, _tap_of(scheduler, path))
         tap: Tap | None = getattr(scheduler, TAP)
-        if tap is not None:
-            pool = scheduler.kv_cache_manager.block_pool
-            total = pool.num_gpu_blocks - 1  # One is nobody's.
-            running, waiting = scheduler.get_request_counts()
-            first = itertools.islice(scheduler.waiting, COUNTED_MAX)
-            tap.tell({
-                "blocks": total - pool.get_num_free_blocks(),
-                "blocks_total": total,
-                "running": running,
-                "waiting": waiting,
-                "waiting_tokens": sum(request.num_tokens for request in first),
-            })  # fmt: skip
+        if tap is None:
+            return
+        try:
+            tap.tell(_load_of(scheduler))
+        except Exception:
+            _log.exception("unbroken: the scheduler is not as it was: its load is not told")
+            tap.close()
+            setattr(scheduler, TAP, None)
 
     def telling(method: Method) -> Method:
         def told(self: Any, *more: Any, **named: Any) -> Any:
@@ -121,6 +115,21 @@ def changes(path: Path) -> list[Change]:
     module = "vllm.v1.core.sched.scheduler"
     methods = ("add_request", "schedule", "update_from_output", "finish_requests")
     return [Change(module, "Scheduler", name, telling) for name in methods]
+
+
+def _load_of(scheduler: Any) -> Mapping[str, int]:
+    """What it holds now, in the words of a message."""
+    pool = scheduler.kv_cache_manager.block_pool
+    total = pool.num_gpu_blocks - 1  # One is nobody's.
+    running, waiting = scheduler.get_request_counts()
+    first = itertools.islice(scheduler.waiting, COUNTED_MAX)
+    return {
+        "blocks": total - pool.get_num_free_blocks(),
+        "blocks_total": total,
+        "running": running,
+        "waiting": waiting,
+        "waiting_tokens": sum(request.num_tokens for request in first),
+    }
 
 
 def _tap_of(scheduler: Any, path: Path) -> Tap | None:
