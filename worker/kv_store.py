@@ -203,12 +203,11 @@ class KvStore:
 
         May be called by any thread.
         """
-        return self._holder
+        return None if self.use.is_off else self._holder
 
     def turn_off(self) -> None:
         """Nothing is stored or fetched any more, and whoever places streams is told so."""
         self.use.is_off = True
-        self._holder = None
 
     def close(self) -> bool:
         """Leave the blocks to others. Whether that is done.
@@ -275,6 +274,8 @@ class KvStore:
             if job is None:
                 return
             try:
+                if self._renew_at is not None and time.monotonic() >= self._renew_at:
+                    self._tried(self._grant_reads)
                 self._tried(partial(self._do, job))
             finally:
                 if isinstance(job, _Fetch):
@@ -292,8 +293,6 @@ class KvStore:
         return None if self._renew_at is None else max(0.0, self._renew_at - time.monotonic())
 
     def _do(self, job: _Put | _Fetch) -> None:
-        if self._renew_at is not None and time.monotonic() >= self._renew_at:
-            self._grant_reads()
         if isinstance(job, _Fetch):
             if (client := self._bound()) is not None:
                 self._take(client, job)
@@ -306,7 +305,8 @@ class KvStore:
         is_stored = False
         try:
             client = self._bound()
-            is_stored = client is not None and self._slabs.store(client, put.key, put.data)
+            if client is not None and not self.use.is_off:  # It may be turned off meanwhile.
+                is_stored = self._slabs.store(client, put.key, put.data)
         finally:
             if is_stored:
                 self.use.blocks_put_total += 1

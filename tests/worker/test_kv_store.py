@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,60 @@ def test_a_fault_of_the_engines_own_switches_its_store_off_and_says_so(
     assert fetched(another, tokens, 3) == [0, 1, 2], "others go on"
     for closing in (one, another):
         assert closing.close()
+
+
+@contextmanager
+def held(store: KvStore, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """The store's thread, over a block that it has stored: what it is told meanwhile waits."""
+    is_held, release = threading.Event(), threading.Event()
+
+    def take(_: Sequence[memoryview]) -> None:
+        is_held.set()
+        release.wait()
+
+    def is_found() -> bool:
+        store.fetch(stream, 0, 1, take)
+        return is_held.is_set()
+
+    monkeypatch.setattr(kv_store, "FETCH_S_MAX", 0.05)
+    until(is_found, "it was told of")
+    try:
+        yield
+    finally:
+        release.set()
+
+
+def test_what_waits_when_a_store_is_turned_off_is_not_stored(
+    service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_store, "TICKET_S", 0.01)  # There is another one whenever it has a turn.
+    settings = StoreSettings(service.directory, 64 * BLOCK_BYTES, "127.0.0.1:1")
+    one = KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout="test")
+    tokens = stream(*range(16))
+    put(one, tokens, 1)
+    with held(one, tokens, monkeypatch):
+        for index in range(1, 4):
+            one.put(tokens, index, block(index))
+        one.turn_off()
+    until(lambda: one.use.blocks_dropped_total == 3, "they are dropped")
+    assert one.use.blocks_put_total == 1
+    assert one.holder() is None
+    assert one.close()
+
+
+def test_a_block_that_waits_while_no_ticket_is_to_be_had_is_counted(
+    service: ServiceProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_store, "TICKET_S", 0.01)
+    settings = StoreSettings(service.directory, 64 * BLOCK_BYTES, "127.0.0.1:1")
+    one = KvStore(settings, SPEC, block_bytes=BLOCK_BYTES, layout="test")
+    tokens = stream(*range(16))
+    put(one, tokens, 1)
+    with held(one, tokens, monkeypatch):
+        one.put(tokens, 1, block(1))
+        service.kill()
+    until(lambda: one.use.blocks_dropped_total == 1, "it is dropped")
+    assert one.close()
 
 
 def test_records_count_as_what_an_engine_keeps(service: ServiceProcess) -> None:
