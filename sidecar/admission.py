@@ -142,7 +142,8 @@ class Admission(Generic[LinkT]):
                 if judge_ranks(self._ranks, self.given, lowered, self._engine).is_busy:
                     return Busy(told, verdict, is_kept=True)
             return None
-        if num_tokens < batch and self._is_modest(tenant, num_tokens, now):
+        is_kept = mine > 0 and self._is_kept(tenant, now)
+        if num_tokens < batch and not is_kept and self._is_modest(tenant, num_tokens, now):
             # The last batch is for those who have less than others.
             raised = told.thresholds.raised(batch - num_tokens, batch)
             if not judge_ranks(self._ranks, self.given, raised, self._engine).is_busy:

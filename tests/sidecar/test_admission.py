@@ -250,6 +250,25 @@ def test_room_is_kept_for_a_moment_for_a_tenant_that_was_refused_and_had_less() 
     door.admission.check()
 
 
+def test_room_in_the_last_batch_is_kept_as_other_room_is() -> None:
+    door = Door()
+    while door.offer(300, tenant="many"):
+        pass
+    door.give(100, tenant="some")
+    while door.offer(100, tenant="one"):
+        pass
+    door.give(300, tenant="some")
+    had = door.num_tokens
+    door.read(99)
+    door.compute(600)
+    door.report()
+    assert LIMIT < door.num_tokens < had
+    assert not door.offer(50, tenant="some"), "it has had more than one, who was refused"
+    assert door.offer(50, tenant="one")
+    assert door.offer(50, tenant="some"), "though less than many"
+    door.admission.check()
+
+
 def test_a_tenant_without_a_prompt_is_nobody_for_whom_others_wait() -> None:
     door = Door()
     for n in range(10):
