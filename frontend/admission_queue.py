@@ -196,11 +196,6 @@ class _Tenant(Generic[K]):
     def is_idle(self) -> bool:
         return not (self.waiting or self.promised)
 
-    @property
-    def total_of_all(self) -> int:
-        """Of all priorities."""
-        return self.waiting.total() + self.promised.total()
-
     def total(self, priority: int) -> int:
         return self.waiting[priority] + self.promised[priority]
 
@@ -234,6 +229,7 @@ class _Line(Generic[K]):
         self.virtual_now = 0.0
         self.num_waiting = 0
         self.tokens_waiting = 0
+        self.tokens_promised = 0
         self.aside: dict[K, _Entry[K]] = {}
         """Whom no worker that had room could take."""
         self.promises: dict[Hashable, _Promise] = {}
@@ -264,6 +260,7 @@ class _Line(Generic[K]):
         arrival = promise.arrival
         self.promises[name] = promise
         self.tenant(arrival.tenant).promised[arrival.priority] += arrival.num_tokens
+        self.tokens_promised += arrival.num_tokens
         self._num_promises += 1
         heapq.heappush(self._promises_end, (promise.until, self._num_promises, name))
 
@@ -274,6 +271,7 @@ class _Line(Generic[K]):
             arrival = promise.arrival
             promised = self.tenants[arrival.tenant].promised
             _take(promised, arrival.priority, arrival.num_tokens)
+            self.tokens_promised -= arrival.num_tokens
 
     def forget_promises(self, now: float) -> None:
         """Of those who did not come."""
@@ -389,7 +387,7 @@ class _Line(Generic[K]):
         ahead += mine
         if elsewhere := self.others.elsewhere.num_tokens:
             # Of those as much as of all that is here, whose turns are counted tenant by tenant.
-            here = sum(tenant.total_of_all for tenant in self.tenants.values())
+            here = self.tokens_waiting + self.tokens_promised
             here += 0 if is_in_line else arrival.num_tokens
             ahead += elsewhere * ahead // here
         return ahead - arrival.num_tokens
@@ -438,6 +436,7 @@ class _Line(Generic[K]):
         for name, tenant in self.tenants.items():
             for counts, known in ((tenant.waiting, waiting), (tenant.promised, promised)):
                 assert all(known[name, p] == n for p, n in counts.items()), "tokens are counted"
+        assert promised.total() == self.tokens_promised, "tokens are counted"
 
 
 class AdmissionQueue(Generic[K]):
@@ -527,12 +526,11 @@ class AdmissionQueue(Generic[K]):
     def report(self, model: str, now: float) -> pb.QueueReport:
         """What other frontends are told of a line."""
         line = self._line(model, now)
-        total = sum(tenant.total_of_all for tenant in line.tenants.values())
         self._num_reports += 1
         return pb.QueueReport(
             sequence=self._num_reports,
             tokens_waiting=line.tokens_waiting,
-            tokens_promised=total - line.tokens_waiting,
+            tokens_promised=line.tokens_promised,
             tokens_let_in_total=line.tokens_let_in,
         )
 

@@ -1,5 +1,6 @@
 """What frontends make of each other's lines."""
 
+import timeit
 from random import Random
 
 from frontend.admission_queue import AdmissionQueue, Arrival, Limit, QueueLimits, Refusal
@@ -142,6 +143,18 @@ def test_a_report_says_what_waits_what_is_promised_and_what_was_let_in() -> None
     assert (report.tokens_waiting, report.tokens_let_in_total, report.sequence) == (0, 2550, 2)
     queue.passed_over("a", 100.0)
     assert queue.report("m", 100.0).tokens_let_in_total == 50
+
+
+def test_a_report_takes_no_longer_with_many_tenants() -> None:
+    """One goes to each worker ten times a second."""
+
+    def report_s(num_tenants: int) -> float:
+        queue = line()
+        for number in range(num_tenants):
+            queue.let_in(Arrival("m", f"t{number}", f"{number}", 0, 50, 1000.0), 100.0)
+        return min(timeit.repeat(lambda: queue.report("m", 100.0), number=10, repeat=20))
+
+    assert report_s(1000) < 20 * report_s(1)
 
 
 def test_without_others_nobody_defers() -> None:
