@@ -18,6 +18,7 @@ when all is as before it gets on again by itself, with the first frame that find
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import compress
+from struct import Struct
 from typing import Final, Protocol
 
 from frontend.edge.encoding import (
@@ -31,8 +32,12 @@ from frontend.edge.encoding import (
 from frontend.stream import Stream
 from unbroken.http2.connection import Connection, HttpStream
 
+ROWS_MIN = 8
+"""Of a frame, for anybody to ride: of fewer it saves nothing, and those who are told by their calls
+are merged for earlier."""
 STEPS_MAX: Final = 64
 """Tokens of a stream that are not in its ledger yet, at most."""
+PAUSE_STEPS: Final = 8
 LOOK_INTERVAL_S: Final = 0.5
 UNWRITTEN_BYTES_MAX: Final = 64 * 1024
 """Who has so much in a connection that is not in its socket yet is behind, and better merges."""
@@ -40,6 +45,9 @@ _STEPS_SPREAD: Final = 32
 _NEVER: Final = 1 << 62
 _STEPS_KEPT: Final = 2 * STEPS_MAX
 """Columns, so that they are thrown away in strides."""
+
+
+_TAIL: Final = Struct("6s")
 
 
 class Client(Protocol):
@@ -180,15 +188,20 @@ class Convoy:
         self._steps: list[array[int]] = []
         """The ids of all rows, ridden or not; the last is that of step `_num_steps - 1`."""
         self._num_steps = 0
+        self._num_until_boarding = 0
         self._is_stale = False
         """What follows is not that of those who ride now."""
         self._due = 0
         self._looks_at = 0.0
         """When it is to be seen whether calls have something else to tell: time alone can do it."""
         self._mask: list[bool] = []
-        self._offsets: list[int] = []
-        """Where each is to be, next."""
-        self._columns: list[tuple[bytes, TokenBodies, Callable[[bytes], None]]] = []
+        self._ends: array[int] = array("I")
+        """Where the next token of each is to be."""
+        # Columns again, in which what is needed lies side by side: the ends of headers of DATA
+        # frames, what stands before messages, and where the frames are put.
+        self._tails = bytearray()
+        self._bodies: list[TokenBodies] = []
+        self._puts: list[Callable[[bytes], None]] = []
         self._groups: list[_Group] = []
         self._stop_ids: frozenset[int] = frozenset()
         """All ids that end the output of somebody who rides,"""
@@ -225,6 +238,10 @@ class Convoy:
         """Somebody came or went, and `align` says who, before the next step."""
         self._streams = []
 
+    def pause(self) -> None:
+        """More came at once than is told one by one: for a while nobody gets on."""
+        self._num_until_boarding = PAUSE_STEPS
+
     def stop(self) -> None:
         """Nobody rides."""
         for ride in list(self._rides):
@@ -236,7 +253,7 @@ class Convoy:
         self._rides[ride.row] = None
         self._dues[ride.row] = _NEVER
         self._is_stale = True
-        self._columns, self._groups = [], []  # Nobody is kept alive here who has gone.
+        self._puts, self._groups = [], []  # Nobody is kept alive here who has gone.
 
     def told(self, ride: Ride) -> Sequence[int]:
         """What was told of it that it has not entered; that is done from here on."""
@@ -269,18 +286,16 @@ class Convoy:
         while True:
             if self._is_stale:
                 self._line_up()
-            if not self._offsets:
+            if not self._ends:
                 return self._others
-            ids = token_ids
+            ids, offsets_here = token_ids, offsets
             if self._others:
-                offsets_here = list(compress(offsets, self._mask))
                 ids = list(compress(token_ids, self._mask))
-            else:
-                offsets_here = offsets
+                offsets_here = list(compress(offsets, self._mask))
             if (
-                offsets_here == self._offsets
+                offsets_here == self._ends.tolist()
                 and (self._stop_ids.isdisjoint(ids) or self._ends_nobody(ids))
-                and self._write(ids)
+                and self._write(offsets_here, ids)
                 and self._have_room()
             ):
                 break
@@ -291,7 +306,7 @@ class Convoy:
             )
             group.parts.clear()
             group.client.touch()
-        self._offsets = [offset + 1 for offset in offsets_here]
+        self._ends = array("I", [offset + 1 for offset in offsets_here])
         self._steps.append(array("I", token_ids))
         self._num_steps += 1
         self.stepped_at = now
@@ -316,6 +331,11 @@ class Convoy:
             for row in [row for row, due in enumerate(self._dues) if due <= num_steps]:
                 self._look_at(row, now)
             self._due = min(self._dues, default=_NEVER)
+        if self._num_until_boarding:
+            self._num_until_boarding -= 1
+            return
+        if len(self._rides) < ROWS_MIN:
+            return
         for row in range(len(self._rides)) if self._is_stale else self._others:
             stream = self._streams[row]
             if stream is None or (ride := stream.ride) is None or ride.is_on:
@@ -355,20 +375,24 @@ class Convoy:
         self._mask = [ride is not None for ride in self._rides]
         self._others = [row for row, ride in enumerate(self._rides) if ride is None]
         self._due = min(self._dues, default=_NEVER)
-        self._offsets = [ride.stream.num_settled + self._num_steps - ride.since for ride in rides]
+        self._ends = array(
+            "I", [ride.stream.num_settled + self._num_steps - ride.since for ride in rides]
+        )
         self._stop_columns = [ride.stream.stop_token_ids for ride in rides]
         self._stop_ids = frozenset[int]().union(
             *{id(one): one for one in self._stop_columns}.values()
         )
         groups: dict[Client, _Group] = {}
-        self._columns = []
+        self._tails, self._bodies, self._puts = bytearray(), [], []
         for ride in rides:
             group = groups.get(ride.client)
             if group is None:
                 group = groups[ride.client] = _Group(ride.client)
             group.num_rows += 1
             group.rides.append(ride)
-            self._columns.append((ride.tail, ride.bodies, group.parts.append))
+            self._tails += ride.tail
+            self._bodies.append(ride.bodies)
+            self._puts.append(group.parts.append)
         self._groups = list(groups.values())
         if not rides:
             self._fields = None
@@ -380,13 +404,18 @@ class Convoy:
             for token_id, stop_ids in zip(token_ids, self._stop_columns, strict=True)
         )
 
-    def _write(self, token_ids: list[int]) -> bool:
+    def _write(self, offsets: list[int], token_ids: list[int]) -> bool:
         """Make a DATA frame for each; False if one is not to be made this way."""
         fields = self._fields
         assert fields is not None, "somebody rides"
         try:
-            for token_id, offset, (tail, bodies, put) in zip(
-                token_ids, self._offsets, self._columns, strict=True
+            for token_id, offset, (tail,), bodies, put in zip(
+                token_ids,
+                offsets,
+                _TAIL.iter_unpack(self._tails),
+                self._bodies,
+                self._puts,
+                strict=True,
             ):
                 if offset < NUM_OFFSETS:
                     message = OFFSETS[offset] + fields[token_id]
@@ -413,6 +442,7 @@ class Convoy:
                 ride.step_out()
         if full:
             self._forget_parts()
+            self.pause()
         return not full
 
     def _put_out_odd(self, offsets: list[int], token_ids: list[int]) -> None:
