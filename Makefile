@@ -44,7 +44,7 @@ protos: .venv/.dev ## Contract: format, lint, nothing broken since it last lande
 landed-protos: .venv/.dev ## Record the contract as landed; part of a release, never of a change
 	$(BIN)/buf build --exclude-source-info --output protos/landed.binpb
 
-simulate: .venv/.dev ## 100,000 seeds of the simulated world of streams, 8,334 of each other world
+simulate: .venv/.dev ## 100,000 seeds of the simulated worlds of streams and of a rush, 8,334 of that of a fleet
 	$(BIN)/python -m tests.simulation --world all --seeds 100000 --jobs 2
 
 fuzz: .venv/.dev ## Bytes and frames that no client should send, a million of them (or FRAMES=10000000)

@@ -2,16 +2,40 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+
+class Handle(Protocol):
+    """Something that is going to be called."""
+
+    def cancel(self) -> None:
+        """It is not."""
+        ...
+
+
+CallLater: TypeAlias = Callable[[float, Callable[[], None]], Handle]
+"""Has something called after so many seconds."""
+
+
+def on_this_loop(wait_s: float, do: Callable[[], None]) -> Handle:
+    """By the event loop that runs."""
+    return asyncio.get_running_loop().call_later(wait_s, do)
 
 
 class Alarm:
     """One that rings once; who was woken too early sees that nothing is due, and sets it again."""
 
-    def __init__(self, ring: Callable[[], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        ring: Callable[[], None],
+        clock: Callable[[], float],
+        call_later: CallLater = on_this_loop,
+    ) -> None:
         """Times are those of `clock`, monotonic seconds."""
         self._ring = ring
         self._clock = clock
-        self._timer: asyncio.TimerHandle | None = None
+        self._call_later = call_later
+        self._timer: Handle | None = None
         self._due = 0.0
 
     def set(self, due: float | None) -> None:
@@ -20,8 +44,7 @@ class Alarm:
             return
         self.stop()
         self._due = due
-        wait_s = max(0.0, due - self._clock())
-        self._timer = asyncio.get_running_loop().call_later(wait_s, self._time)
+        self._timer = self._call_later(max(0.0, due - self._clock()), self._time)
 
     def stop(self) -> None:
         """Do not ring. Idempotent."""

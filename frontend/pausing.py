@@ -6,7 +6,7 @@ It is asked to `look` whenever turns were given: then whoever still waits found 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from frontend.alarm import Alarm
+from frontend.alarm import Alarm, CallLater, on_this_loop
 from frontend.busy import Shedder, has_room_for, judge_known
 from frontend.metrics import FrontendMetrics
 from frontend.placement import WorkerView, standing
@@ -37,6 +37,7 @@ class Pausing:
         is_held: Callable[[str], bool],
         on_due: Callable[[], None],
         clock: Callable[[], float],
+        call_later: CallLater = on_this_loop,
     ) -> None:
         """`views_of` are the workers of a model that take work; `is_held` tells whether resumes
         hold its new work back; `on_due` has turns given, and `look` called after them.
@@ -49,7 +50,7 @@ class Pausing:
         self._views_of = views_of
         self._is_held = is_held
         self._clock = clock
-        self._alarm = Alarm(on_due, clock)
+        self._alarm = Alarm(on_due, clock, call_later)
         self._running: dict[int, dict[Choice, WorkerView]] = {}
         """Who has an attempt, and where, by priority."""
         self._looks = Looks()

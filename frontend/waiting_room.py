@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from frontend.admission_queue import AdmissionQueue, Arrival, QueueLimits, Refusal
-from frontend.alarm import Alarm
+from frontend.alarm import Alarm, CallLater, on_this_loop
 from frontend.busy import Shedder
 from frontend.metrics import FrontendMetrics
 from frontend.placement import WorkerView
@@ -57,6 +57,7 @@ class WaitingRoom:
         on_expiry: Callable[[], None],
         on_turn: Callable[[], None],
         clock: Callable[[], float],
+        call_later: CallLater = on_this_loop,
     ) -> None:
         """`views_of` are the workers of a model that take work; `highest_paused` is the highest
         priority of its streams that are paused; `on_expiry` is called when `expire` has somebody,
@@ -68,8 +69,8 @@ class WaitingRoom:
         self._views_of = views_of
         self._highest_paused = highest_paused
         self._clock = clock
-        self._alarm = Alarm(on_expiry, clock)
-        self._deference = Alarm(on_turn, clock)
+        self._alarm = Alarm(on_expiry, clock, call_later)
+        self._deference = Alarm(on_turn, clock, call_later)
         self._computing = Counter[tuple[str, str]]()  # Requests by model and tenant.
         self._has_passed: set[tuple[str, str]] = set()  # Tenants, since the last news of workers.
         self._newly_aside: set[str] = set()

@@ -3,15 +3,14 @@
     python -m tests.simulation --seeds 100000 --jobs 2
     python -m tests.simulation --seed 17 --trace
     python -m tests.simulation --world fleet --seeds 20000
-    python -m tests.simulation --world crowd --seeds 20000
-    python -m tests.simulation --world pauses --seeds 20000
+    python -m tests.simulation --world rush --seeds 20000
     python -m tests.simulation --world all --seeds 100000 --jobs 2
 
 The world of streams is a few whole streams under all that can befall them, clocks that are set
-included; that of a fleet is many simple jobs, and who is believed to be dead, slow or deadly; that
-of a crowd is more jobs than workers can do, and who gets in; that of pauses is who has to make room
-for a higher priority, and goes on when. "all" is all of them, with one seed of the others for every
-twelve of the streams, as they take longer.
+included; that of a rush is more of them than workers can do, who get in, wait, are sent away or
+paused, while clients leave and processes drain; that of a fleet is many simple jobs, and who is
+believed to be dead, slow or deadly. "all" is all of them, with one seed of a fleet for every twelve
+of the others.
 
 The last line of output is one JSON object; the exit status is 1 if any seed violates a promise.
 """
@@ -56,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         worlds = {
             "streams": summarise(_run_all("streams", seeds, options.jobs)),
             "fleet": summarise(_run_all("fleet", fleet_seeds, options.jobs)),
-            "crowd": summarise(_run_all("crowd", fleet_seeds, options.jobs)),
-            "pauses": summarise(_run_all("pauses", fleet_seeds, options.jobs)),
+            "rush": summarise(_run_all("rush", seeds, options.jobs)),
         }
         summary: dict[str, object] = {"ok": all(one["ok"] for one in worlds.values()), **worlds}
     elif options.seed is not None:

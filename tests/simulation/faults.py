@@ -32,6 +32,8 @@ class Fault(StrEnum):
     """Another frontend took a stream over; this one must let go."""
     FRONTEND_DEATH = auto()
     """A frontend died, and its clients resumed at another one."""
+    FRONTEND_DRAIN = auto()
+    """A frontend sent its clients to another one, and left; only in a rush."""
     CLIENT_MOVES = auto()
     """Clients resumed at another frontend, while theirs still ran their streams."""
     ADOPTED = auto()

@@ -8,25 +8,36 @@ from collections import deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from random import Random
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 from frontend import resume_token
 from frontend import stream as machine
 from frontend.placement import Need, WorkerView, choose
 from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
 from frontend.stream import Life, Limits, Stream
+from frontend.waiting_room import Standing
 from sidecar.link import Link
 from tests.simulation.clocks import Clock
+from tests.simulation.door import MODEL, Door, Event, Rules, is_back
 from tests.simulation.faults import Fault, Trouble
 from tests.simulation.queue_watch import QueueWatch
 from tests.simulation.witness import Held, Violation, Witness
-from tests.simulation.worker import BLOCK_SIZE, CONTEXT_LENGTH, FOREVER, Process
+from tests.simulation.worker import (
+    BATCH,
+    BLOCK_SIZE,
+    CONTEXT_LENGTH,
+    FOREVER,
+    KV_BLOCKS,
+    Holding,
+    Process,
+)
 from tests.support.vocabulary import VOCAB_SIZE, tokenizer
 from tests.support.world import World
 from unbroken.checkpoint import Checkpoint, checkpoint_to_proto
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
 from unbroken.outcome import ContinuationClass, ContinuationPolicy, FailureKind, FinishReason
+from unbroken.thresholds import Thresholds, to_proto
 from unbroken.v1 import (
     attempt_pb2,
     generation_pb2,
@@ -71,7 +82,8 @@ class Channel:
         self._world = world
         self._latency_s = world.random.choice((0.0002, 0.001, 0.003))
         self._last_due = 0.0
-        self._held_until = 0.0
+        self.held_until = -FOREVER
+        """What is sent before comes then."""
         self._is_cut = False
         self._is_lost = False
 
@@ -83,12 +95,12 @@ class Channel:
         latency_s = self._latency_s * (0.5 + world.random.random())
         if world.random.random() < 0.02:
             latency_s += 0.04
-        self._last_due = max(self._last_due, self._held_until, world.now + latency_s)
+        self._last_due = max(self._last_due, self.held_until, world.now + latency_s)
         world.at(self._last_due, self._arrive, deliver, args)
 
     def hold(self, until: float) -> None:
         """Deliver nothing that is sent from now on before that time."""
-        self._held_until = until
+        self.held_until = until
 
     def cut(self, *, drops_in_flight: bool) -> None:
         """Send nothing more."""
@@ -145,6 +157,12 @@ class Call:
         self.seats[slot] = seat
         self.up.send(self._sidecar_adopts, request)
         return slot
+
+    def push_thresholds(self, thresholds: Thresholds) -> None:
+        """Say what the worker may have."""
+        if not self.is_over:
+            push = relay_service_pb2.PushThresholds(thresholds=to_proto(thresholds))
+            self.up.send(self._sidecar_learns, push)
 
     def release(self) -> None:
         """Let go of what earlier calls left behind."""
@@ -218,6 +236,8 @@ class Call:
                 self._receive_adopted(adopted)
         elif kind == "verdict":
             self._receive_verdict(response.verdict)
+        elif kind == "heartbeat" and response.heartbeat.HasField("load"):
+            self._frontend.report(self, response.heartbeat.load)
 
     def _receive_adopted(self, adopted: relay_service_pb2.AttemptAdopted) -> None:
         seat = self.seats[adopted.slot]
@@ -265,7 +285,11 @@ class Call:
         for refused in frame.refused:
             seat = self.seats[refused.slot]
             seat.has_left = True
-            seat.choice.refused(seat.epoch, FailureKind(refused.kind), refused.epoch_known)
+            is_busy = refused.HasField("busy")
+            if is_busy and not self.is_over:
+                self._frontend.report_busy(self, refused.busy)
+            kind = FailureKind(refused.kind)
+            seat.choice.refused(seat.epoch, kind, refused.epoch_known, is_busy=is_busy)
 
     def _receive_row(
         self,
@@ -349,7 +373,7 @@ class Call:
         link = self.link
         if link is None or link.is_idle:
             return
-        for response in link.take(0.1, None):
+        for response in link.take(0.1, self.process.hub.load):
             self.down.send(self._receive, response)
         if link.error is not None:
             self.sidecar_loses()
@@ -392,11 +416,33 @@ class Call:
             raise Violation("what another frontend reads was released")
         self._frontend.pump(self.process)
 
+    def _sidecar_learns(self, push: relay_service_pb2.PushThresholds) -> None:
+        if self.link is not None and self.process.is_alive:
+            self.process.hub.learn_thresholds(self.link, push)
+
     def _sidecar_starts(self, request: attempt_pb2.StartAttempt) -> None:
         if self.link is not None and self.process.is_alive:
+            had = self.process.engine.held() if request.is_new_work else None
+            num_running = len(self.process.hub.ledger.running)
             self.process.hub.start(self.link, request)
+            if had is not None and len(self.process.hub.ledger.running) > num_running:
+                self._check_let_in(had, request)
             self._frontend.pump(self.process)
             self.process.watch_soon()
+
+    def _check_let_in(self, had: Holding, request: attempt_pb2.StartAttempt) -> None:
+        """New work brings no worker beyond its thresholds by more than a batch."""
+        thresholds = self._frontend.door.rules.thresholds
+        if thresholds.prefill_tokens is not None:
+            num_tokens = had.prefill_tokens + len(request.checkpoint.prompt_token_ids)
+            if num_tokens > thresholds.prefill_tokens + BATCH:
+                raise Violation(f"{self.process.worker_id} has {num_tokens} prompt tokens")
+        if thresholds.kv_blocks_share is not None and self.process.hub.load is not None:
+            # Before its first report nobody knows how large the pool is. What runs grows by a few
+            # tokens a step, which the last report does not show.
+            limit = int(thresholds.kv_blocks_share * KV_BLOCKS) + had.num_running
+            if had.kv_blocks > limit:
+                raise Violation(f"new work to {self.process.worker_id}, of {had.kv_blocks} blocks")
 
     def _sidecar_adopts(self, request: relay_service_pb2.AdoptAttempt) -> None:
         if self.link is not None and self.process.is_alive:
@@ -426,8 +472,12 @@ class Frontend:
         limits: ResumeLimits,
         queue_type: "type[ResumeQueue[Choice]]",
         clock: Clock,
+        rules: Rules,
+        note: Callable[[Event], None],
     ) -> None:
-        """`pump` has a sidecar write what it has to say, to all frontends."""
+        """`pump` has a sidecar write what it has to say, to all frontends; `note` is told what
+        happens before the workers.
+        """
         self.world = world
         self.trouble = trouble
         self.name = name
@@ -438,6 +488,8 @@ class Frontend:
         """A choice was taken over by another owner, as far as its worker can tell."""
         self.queue = queue_type(limits, Random(1), lambda choice, view: choice.is_able(view))
         self.watch = QueueWatch(self.queue, limits)
+        self._is_giving_turns = False
+        self.door = Door(self, rules, note)
         self.processes: dict[str, Process] = {}
         """The latest life of each worker, as discovery tells."""
         self.calls: dict[str, list[Call]] = {}
@@ -445,7 +497,6 @@ class Frontend:
         self._views: dict[str, tuple[WorkerView, Call]] = {}
         self.unlinked: dict[str, dict[Choice, None]] = {}
         """Those that wait for a link, by worker."""
-        self._is_giving_turns = False
         self._num_dues = 0
         self._num_calls = 0
 
@@ -508,6 +559,10 @@ class Frontend:
             return None
         return None if calls[-1].is_over and not calls[-1].is_break else calls[-1]
 
+    def call_is_mine(self, call: Call) -> bool:
+        """Whether it is one of this frontend's."""
+        return call in self.calls.get(call.process.worker_id, ())
+
     def tick(self, process: Process) -> None:
         """Time passes at a sidecar."""
         if process.is_alive:
@@ -523,8 +578,11 @@ class Frontend:
             abilities=process.engine.personality.abilities,
             block_size=BLOCK_SIZE,
             context_length=CONTEXT_LENGTH,
+            prefill_tokens_max=BATCH,
         )
         self._views[process.worker_id] = (view, call)
+        if self.door.is_on:
+            call.push_thresholds(self.door.rules.thresholds)
         self._workers_changed()
 
     def lose_view(self, process: Process) -> None:
@@ -539,11 +597,19 @@ class Frontend:
         view = self._views.get(call.process.worker_id)
         if view is not None and view[1] is call:
             self.queue.reported(view[0].life, load, self.world.now)
+            self.door.reported(view[0], load)
             self.give_turns()
+
+    def report_busy(self, call: Call, busy: attempt_pb2.BusyVerdict) -> None:
+        """A worker refused new work."""
+        view = self._views.get(call.process.worker_id)
+        if view is not None and view[1] is call:
+            self.door.refused(view[0], busy)
 
     def _workers_changed(self) -> None:
         self.queue.workers([view for view, _ in self._views.values()], self.world.now)
         self.watch.workers(self.views(), self.world.now)
+        self.door.workers(view for view, _ in self._views.values())
         # As the shell: news of the links does not place anybody by itself.
         self.world.after(0.0, self.give_turns)
 
@@ -553,9 +619,14 @@ class Frontend:
             return
         self._is_giving_turns = True
         world = self.world
-        while (turn := self.queue.next(world.now)) is not None:
-            turn.key.take_turn(turn.lives)
+        while True:
+            turn = self.queue.next(world.now)
+            if turn is not None:
+                turn.key.take_turn(turn.lives)
+            elif not self.door.call_next():
+                break
         self._is_giving_turns = False
+        self.door.looked()
         self.queue.check()
         self.watch.check(world.now)
         self._num_dues += 1
@@ -603,9 +674,11 @@ class Choice:
         above: int = 0,
         past: machine.Past | None = None,
         before: "Choice | None" = None,
+        tenant: str = "",
+        told_at: float | None = None,
     ) -> None:
         """`before` is the choice of another frontend which this one goes on with; `taken_ms` is
-        when this one takes it, by its clock.
+        when this one takes it, by its clock; `told_at` is when it was told to come back, if it was.
 
         Raises `Mismatch`.
         """
@@ -646,7 +719,7 @@ class Choice:
         self._minting = resume_token.Minting(0.0, 0.0)
         self._world = frontend.world
         self._trouble = frontend.trouble
-        self._request_id = request_id
+        self.request_id = request_id
         self._index = index
         self._deadline_s = deadline_s
         self._deadline_at: float | None = None
@@ -655,7 +728,26 @@ class Choice:
         self._seat: tuple[Call, int, int] | None = None
         self._view: WorkerView | None = None
         self._num_timers = 0
-        self._priority = priority
+        self.priority = priority
+        self.tenant = tenant
+        self.told_at = told_at
+        self.is_back = False
+        """It came when it was told."""
+        self.waits_as: Standing | None = None
+        """Its place in the waiting room."""
+        self.num_pauses = 0
+        self.ended_at = 0.0
+        self.placing_at = 0.0
+        """Until then it makes a pause, and looks for no worker."""
+        self._is_new = past is None or not (past.num_begun or past.token_ids)
+        self._is_new_work = False
+        self._is_pausing_over = False
+        self._paused_at = 0.0
+        self._goes_on = False
+        self.went_on_at = 0.0
+        """When it was at a worker again after a pause,"""
+        self.halted_at = 0.0
+        """and when it was told to make one."""
         self._is_computing = False
         self._is_take_planned = False
         self._pause_s = 0.0
@@ -672,6 +764,15 @@ class Choice:
             self._world.at(self._deadline_at, self.end, Reason.DEADLINE_EXCEEDED)
         self.witness.began_looking(now)
         self._began_at = now
+        self.is_back = is_back(self.told_at, now)
+        if self.is_back:
+            self.frontend.door.note(Event.CAME_BACK)
+        error = None
+        if self._is_new and not self.is_resumed:
+            error = self.frontend.door.reason_to_refuse(self, self._deadline_at or now + FOREVER)
+        if error is not None:
+            self._send_away(error)
+            return
         self.obey(self.stream.start(now))
         self._hold()
 
@@ -694,7 +795,7 @@ class Choice:
             self._trouble.took_effect(Fault.CLOCK_BEHIND)
         successor = Choice(
             frontend,
-            self._request_id,
+            self.request_id,
             self._index,
             self.original,
             stream_type=type(self.stream),
@@ -702,11 +803,12 @@ class Choice:
             limits=self.limits,
             deadline_s=None,
             client_pause_s=self._client_pause_s,
-            priority=self._priority,
+            priority=self.priority,
             taken_ms=clock.now_ms(),
             above=claims.epoch,
             past=past,
             before=self,
+            tenant=self.tenant,
         )
         successor._deadline_at = self._deadline_at
         successor.witness.begin_from(held)
@@ -717,7 +819,7 @@ class Choice:
         """The resume token that the client holds."""
         resolved = resume_token.Resolved(
             tenant="",
-            request_id=self._request_id,
+            request_id=self.request_id,
             request_digest=b"",
             model="m",
             tokenizer_fingerprint="t",
@@ -757,12 +859,20 @@ class Choice:
         if self.is_abandoned and self.frontend.is_dead:
             return
         if self.stream.outcome is None:
+            self.frontend.door.note(self._event_of(reason))
             fault = Fault.CANCEL if reason is Reason.CANCELLED else Fault.DEADLINE
             self._trouble.took_effect(fault)
         self.witness.orders.add(reason)
         commands = self.stream.cancelled(UnbrokenError(reason, "as asked"))
         self.witness.asked_to_end(self._world.now)
         self.obey(commands)
+
+    def _event_of(self, reason: Reason) -> Event:
+        if self.stream.state is machine.State.RUNNING:
+            is_cancel = reason is Reason.CANCELLED
+            return Event.CANCELLED_AT_WORK if is_cancel else Event.TIME_UP
+        is_paused = self.stream.state is machine.State.PAUSED
+        return Event.CANCELLED_PAUSED if is_paused else Event.CANCELLED_IN_LINE
 
     def pause(self, pause_s: float) -> None:
         """It is to make room for so long."""
@@ -774,12 +884,60 @@ class Choice:
             self.obey(commands)
 
     def _proceed(self) -> None:
-        stream, now = self.stream, self._world.now
-        if self.frontend.is_dead or stream.state is not machine.State.PAUSED:
-            return
-        self._trouble.took_effect(Fault.PROCEED)
-        self.witness.began_looking(now)
-        self.obey(stream.proceed(now))
+        stream = self.stream
+        if not self.frontend.is_dead and stream.state is machine.State.PAUSED:
+            self.obey(stream.proceed(self._world.now))
+
+    def refuse(self, error: UnbrokenError) -> None:
+        """It waits in vain."""
+        self._stop_waiting()
+        self._send_away(error)
+
+    def _send_away(self, error: UnbrokenError) -> None:
+        self.witness.orders.add(Reason.OVERLOADED)
+        commands = self.stream.unplaceable(self.stream.epoch, error)
+        self.witness.asked_to_end(self._world.now)
+        self.obey(commands)
+        self.frontend.door.sent_away(self, error)
+
+    @property
+    def is_to_be_refused(self) -> bool:
+        """Whether thresholds can refuse it: as long as nothing of its request was at a worker."""
+        return self._is_new and not self._index and not self._is_resume
+
+    @property
+    def is_unheard(self) -> bool:
+        """Whether it was let in as new work, and lost its worker before that said anything."""
+        stream = self.stream
+        return (
+            self._is_new
+            and self._is_resume
+            and self.waits_as is not None
+            and not stream.ledger
+            and not stream.was_paused
+        )
+
+    @property
+    def _is_resume(self) -> bool:
+        return self.stream.has_begun or bool(self.stream.attempts)
+
+    @property
+    def model(self) -> str:
+        """Name of the model that answers."""
+        return MODEL
+
+    @property
+    def num_tokens(self) -> int:
+        """To compute before the next one."""
+        return len(self.stream.original.prompt_token_ids) + len(self.stream.ledger)
+
+    def names(self) -> dict[str, object]:
+        """What to call it in the log."""
+        return {"request_id": self.request_id, "index": self._index}
+
+    def could_take(self, view: WorkerView) -> bool:
+        """Whether it could go on there."""
+        return self.is_able(view)
 
     @property
     def is_running(self) -> bool:
@@ -799,7 +957,9 @@ class Choice:
         running = [a for a in process.hub.ledger if self._is_mine(a.stream)]
         if running and self._world.chance(0.5):
             self._trouble.took_effect(Fault.ADOPTED)
-            key = attempt_pb2.StreamKey(request_id=self._request_id, choice_index=self._index)
+            key = attempt_pb2.StreamKey(
+                tenant=self.tenant, request_id=self.request_id, choice_index=self._index
+            )
             (attempt,) = [a for a in running if process.hub.ledger.peek(key) is a] or running[:1]
             adopt = relay_service_pb2.AdoptAttempt(
                 slot=1, stream=key, epoch=epoch, offset=attempt.end_offset
@@ -819,7 +979,27 @@ class Choice:
         self._world.after(ORPHAN_GRACE_S + 0.01, self.frontend.tick, process)
 
     def _is_mine(self, stream: tuple[str, str, int]) -> bool:
-        return stream == ("", self._request_id, self._index)
+        return stream == (self.tenant, self.request_id, self._index)
+
+    @property
+    def process(self) -> Process | None:
+        """Where it runs."""
+        return None if self._seat is None else self._seat[0].process
+
+    @property
+    def is_nowhere(self) -> bool:
+        """Whether it looks for a worker, and stands in no line."""
+        frontend = self.frontend
+        return (
+            self.stream.state is machine.State.PLACING
+            and self._world.now > self.placing_at
+            and not frontend.watch.is_waiting(self)
+            and not frontend.door.room.queue.is_waiting(cast("Any", self))
+        )
+
+    def runs_as(self, stream: tuple[str, str, int], call: Call) -> bool:
+        """Whether that is it, and is read on a call of its frontend."""
+        return self._is_mine(stream) and self.frontend.call_is_mine(call)
 
     def runs_on(self, process: Process) -> bool:
         """Whether this life of a worker works on it."""
@@ -918,7 +1098,9 @@ class Choice:
         self._world.tell("%s.%d lost: %s", self.name, epoch, failure.name)
         self._hear(epoch, lambda: stream.lost(epoch, failure, "lost", now), is_loss=True)
 
-    def refused(self, epoch: int, kind: FailureKind, epoch_known: int) -> None:
+    def refused(
+        self, epoch: int, kind: FailureKind, epoch_known: int, *, is_busy: bool = False
+    ) -> None:
         """The attempt did not begin."""
         stream = self.stream
         self._world.tell("%s.%d refused: %s", self.name, epoch, kind.name)
@@ -929,10 +1111,16 @@ class Choice:
         self._hear(
             epoch,
             lambda: stream.refused(
-                epoch, kind, "refused", now=self._world.now, epoch_known=epoch_known
+                epoch,
+                kind,
+                "refused",
+                now=self._world.now,
+                epoch_known=epoch_known,
+                is_busy=is_busy,
             ),
             is_refusal=True,
             is_counted=not is_overtaken,
+            is_shed=is_busy,
         )
         if is_overtaken and stream.epoch > epoch_known:
             self._trouble.took_effect(Fault.OUTBID)
@@ -955,6 +1143,7 @@ class Choice:
         is_refusal: bool = False,
         is_loss: bool = False,
         is_counted: bool = True,
+        is_shed: bool = False,
     ) -> None:
         if self.frontend.is_dead:
             return
@@ -975,6 +1164,7 @@ class Choice:
             now=self._world.now,
             is_refusal=is_refusal,
             is_counted=is_counted,
+            is_shed=is_shed,
         )
         self.obey(commands)
         error = None if stream.outcome is None else stream.outcome.error
@@ -1002,21 +1192,31 @@ class Choice:
                     if self._seat is not None and self._seat[2] == epoch:
                         self._leave()
                 case machine.Halt(epoch=epoch):
+                    if self.frontend.door.is_on:
+                        self.frontend.door.on_halt(self)
                     if self._seat is not None and self._seat[2] == epoch:
                         self._seat[0].halt(self._seat[1])
                         self._time_is_up_at(self.stream.deadline())
                 case machine.Paused():
+                    self.num_pauses += 1
+                    self._is_pausing_over = True
+                    if self.frontend.door.is_on:
+                        self._note_pause()
+                        self.frontend.door.pausing.stopped(cast("Any", self))
+                    else:
+                        self._world.after(self._pause_s, self._proceed)
                     self._leave()
                     self._stop_waiting()
-                    self._world.after(self._pause_s, self._proceed)
                 case machine.Ack(epoch=epoch, offset=offset):
                     self.witness.acknowledged(offset)
                     if self._seat is not None and self._seat[2] == epoch:
                         self._seat[0].ack(self._seat[1], offset)
                 case machine.Finish():
+                    self.ended_at = self._world.now
                     self._leave()
                     self._stop_waiting()
                     self._relink_no_more()
+                    self.frontend.door.pausing.forget(cast("Any", self))
                     self._after_the_end()
                 case _:
                     assert_never(command)
@@ -1050,7 +1250,9 @@ class Choice:
         self.witness.adopts(order.epoch, call.process.engine.personality)
         self._world.tell("%s.%d adopts at %d", self.name, order.epoch, order.offset)
         request = relay_service_pb2.AdoptAttempt(
-            stream=attempt_pb2.StreamKey(request_id=self._request_id, choice_index=self._index),
+            stream=attempt_pb2.StreamKey(
+                tenant=self.tenant, request_id=self.request_id, choice_index=self._index
+            ),
             epoch=order.epoch,
             offset=order.offset,
             window_tokens=order.window_tokens,
@@ -1062,6 +1264,9 @@ class Choice:
         seat = Seat(self, order.epoch, num_known=len(self.stream.ledger))
         self._view = None
         self._seat = (call, call.adopt(seat, request), order.epoch)
+        found = self.frontend.seat_at(order.life)
+        if found is not None:
+            self.frontend.door.pausing.started(cast("Any", self), found[0])
         self._time_is_up_at(self.stream.deadline())
 
     def _time_is_up_at(self, when: float | None) -> None:
@@ -1109,19 +1314,26 @@ class Choice:
         if pause_s > 0:
             wait_s = min(wait_s, pause_s)
         world.after(wait_s, self._timer, self._num_timers)
+        self.placing_at = world.now + pause_s
         if pause_s > 0:
             return ()
+        if self._is_pausing_over:
+            self._is_pausing_over, self._goes_on = False, True
+            self._trouble.took_effect(Fault.PROCEED)
+            self.witness.began_looking(world.now)
+            is_enough = world.now - self._paused_at >= frontend.door.rules.preemption.wait_s_max
+            frontend.door.note(Event.WAITED_ENOUGH if is_enough else Event.WENT_ON)
         ticket = self._ticket(deadline)
+        self.waits_as = frontend.door.standing(self, ticket)
+        if self.waits_as is not None:
+            error, may_go = frontend.door.line_up(self, self.waits_as)
+            if error is not None:
+                self._send_away(error)
+            if not may_go:
+                return ()
         able = {view.life for view in frontend.views() if self.is_able(view)}
-        error = frontend.queue.offer(self, ticket, world.now)
-        if error is not None:
-            frontend.watch.refused(ticket, error, world.now)
-            self.witness.orders.add(Reason.OVERLOADED)
-            self._trouble.took_effect(Fault.FLEET_LOSS)
-            commands = stream.unplaceable(stream.epoch, error)
-            self.witness.asked_to_end(world.now)
-            return commands
-        frontend.watch.offered(self, self.name, ticket, self.is_able, world.now)
+        if not self._offer(ticket):
+            return ()
         epoch = stream.epoch
         frontend.give_turns()
         if stream.epoch == epoch and stream.state is machine.State.PLACING:
@@ -1132,15 +1344,33 @@ class Choice:
             world.after(LOOK_INTERVAL_S, frontend.look)
         return ()
 
+    def called(self) -> None:
+        """It comes out of the waiting room."""
+        deadline = self.stream.deadline()
+        assert deadline is not None
+        self._offer(self._ticket(deadline))
+
+    def _offer(self, ticket: Ticket) -> bool:
+        """Whether it waits for a turn; else it was refused."""
+        frontend, now = self.frontend, self._world.now
+        error = frontend.queue.offer(self, ticket, now)
+        if error is not None:
+            frontend.watch.refused(ticket, error, now)
+            self._trouble.took_effect(Fault.FLEET_LOSS)
+            self._stop_waiting()
+            self._send_away(error)
+            return False
+        frontend.watch.offered(self, self.name, ticket, self.is_able, now)
+        return True
+
     def _ticket(self, deadline: float) -> Ticket:
-        stream = self.stream
         if self._deadline_at is not None:
             deadline = min(deadline, self._deadline_at)
         return Ticket(
             model="m",
-            work=Work.RESUME if stream.has_begun or stream.attempts else Work.NEW,
-            priority=self._priority,
-            num_tokens=len(stream.original.prompt_token_ids) + len(stream.ledger),
+            work=Work.RESUME if self._is_resume else Work.NEW,
+            priority=self.priority,
+            num_tokens=self.num_tokens,
             give_up_at=deadline,
             avoid=self._avoid,
         )
@@ -1152,14 +1382,29 @@ class Choice:
         if view is None:
             frontend.queue.passed_over(self, lives)
             return
+        if frontend.door.is_refused_at(self, view):
+            self._wait_for_room()
+            return
         frontend.watch.admitted(self, view.life, now)
         frontend.queue.admitted(self, view.life, now)
+        if frontend.door.is_on:
+            frontend.door.room.settled(cast("Any", self), self.waits_as)
         self._is_computing = True
+        self._is_new_work = frontend.door.is_on and (self.is_to_be_refused or self.is_unheard)
         self._stop_waiting()
         self.obey(self.stream.placed(self.stream.epoch, view.life, view.abilities))
 
+    def _wait_for_room(self) -> None:
+        """It had its turn, and all workers are busy that could take it."""
+        frontend, standing = self.frontend, self.waits_as
+        assert standing is not None, "with thresholds there is a waiting room"
+        frontend.queue.cancel(self)
+        frontend.watch.left(self)
+        frontend.door.room.come_back(cast("Any", self), standing)
+
     def _computed(self) -> None:
         self._is_computing = False
+        self.frontend.door.room.computed(self.waits_as)
         self.frontend.watch.computed(self, self._world.now)
         self.frontend.queue.computed(self)
         self._world.after(0.0, self.frontend.give_turns)
@@ -1173,15 +1418,15 @@ class Choice:
         return self.stream.way_at(view.abilities) is not ContinuationClass.NONE
 
     def _choose(self, lives: Set[Life]) -> WorkerView | None:
-        stream = self.stream
-        num_tokens = len(stream.original.prompt_token_ids) + len(stream.ledger)
-        need = Need(model="m", num_tokens=num_tokens, avoid=self._avoid)
+        need = Need(model=MODEL, num_tokens=self.num_tokens, avoid=self._avoid)
         views = self.frontend.views()
+        has_begun = self._is_resume and not self.is_unheard and not self.stream.was_paused
         view = choose(
             views,
             need,
             is_able=lambda view: view.life in lives and self.is_able(view),
             block_hashes=lambda _: (),
+            is_busy=(lambda _: False) if has_begun else self.frontend.door.shedder.is_busy,
         )
         if view is not None:
             able = [other.life for other in views if self.is_able(other)]
@@ -1211,14 +1456,23 @@ class Choice:
             request.deadline.FromNanoseconds(
                 max(0, int((self._deadline_at - self._world.now) * 1e9))
             )
+        request.is_new_work = self._is_new_work
         self._view = view
-        view.placed(seat.num_known, 0)
+        view.placed(self.num_tokens, 0)
         self._seat = (call, call.start(seat, request), order.epoch)
+        door = self.frontend.door
+        door.pausing.started(cast("Any", self), view)
+        if self._goes_on:
+            self._goes_on, self.went_on_at = False, self._world.now
+        if len(self.stream.attempts) == 1:
+            door.shedder.placed(MODEL, self.num_tokens)
         return ()
 
     def _start_message(self, epoch: int, checkpoint: Checkpoint) -> attempt_pb2.StartAttempt:
         message = attempt_pb2.StartAttempt(
-            stream=attempt_pb2.StreamKey(request_id=self._request_id, choice_index=self._index),
+            stream=attempt_pb2.StreamKey(
+                tenant=self.tenant, request_id=self.request_id, choice_index=self._index
+            ),
             epoch=epoch,
             checkpoint=checkpoint_to_proto(checkpoint),
         )
@@ -1233,11 +1487,26 @@ class Choice:
             seat[0].abort(seat[1])
             if self._view is not None:
                 self._view.num_attempts -= 1
+            self.frontend.door.pausing.left(cast("Any", self))
+            if self.stream.state is not machine.State.PAUSED:
+                seat[0].process.freed_at = self._world.now
 
     def _stop_waiting(self) -> None:
         self._num_timers += 1
         self.frontend.queue.cancel(self)
         self.frontend.watch.left(self)
+        self.frontend.door.room.remove(cast("Any", self))
+
+    def _note_pause(self) -> None:
+        door = self.frontend.door
+        door.note(Event.PAUSED if self.num_pauses == 1 else Event.PAUSED_AGAIN)
+        self._paused_at = self._world.now
+        if self._seat is None:
+            raise Violation(f"{self.name} is paused, and its worker has not said that it ended")
+        process = self._seat[0].process
+        running = process.hub.ledger.running.values() if process.is_alive else ()
+        if any(self._is_mine(one.stream) and one.epoch <= self.stream.epoch for one in running):
+            raise Violation(f"{self.name} is paused, and at a worker")
 
     def _after_the_end(self) -> None:
         """A settled stream is told more; it must not mind."""

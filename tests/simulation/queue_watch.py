@@ -110,6 +110,10 @@ class QueueWatch:
         self._waiting.pop(key, None)
         self._note_holding()
 
+    def is_waiting(self, key: Hashable) -> bool:
+        """Whether it stands in line."""
+        return key in self._waiting
+
     @property
     def is_waited_for(self) -> bool:
         """Whether anybody stands in line."""

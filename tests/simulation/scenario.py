@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,11 +12,12 @@ from types import MappingProxyType
 from frontend.resume_queue import ResumeLimits, ResumeQueue
 from frontend.stream import Limits, Mismatch, Stream
 from tests.simulation.clocks import Clocks
+from tests.simulation.door import Event, Rules
 from tests.simulation.faults import Fault, Trouble
 from tests.simulation.frontend import TOKEN_LIFETIME_S, Call, Choice, Frontend
 from tests.simulation.model import Personality
 from tests.simulation.witness import Held, Violation
-from tests.simulation.worker import Process
+from tests.simulation.worker import Pace, Process
 from tests.support.vocabulary import EOS, PIECES
 from tests.support.world import World
 from unbroken import discovery
@@ -52,8 +53,12 @@ def run_seed(
     trace: Callable[[str], None] | None = None,
 ) -> Report:
     """Live through one world and report."""
-    mesh = Mesh(seed, stream_type, queue_type, trace)
-    report = Report(seed, faults=mesh.trouble.seen, num_streams=len(mesh.choices))
+    return report_of(Mesh(seed, stream_type, queue_type, trace), seed)
+
+
+def report_of(mesh: "Mesh", seed: int) -> Report:
+    """Live through this world and report."""
+    report = Report(seed, faults=mesh.trouble.seen)
     try:
         mesh.live()
     except AssertionError as violation:
@@ -63,6 +68,7 @@ def run_seed(
         if not isinstance(violation, Violation):
             report.violation += f" ({_where(violation)})"
     report.num_events = mesh.world.num_events
+    report.num_streams = len(mesh.choices)
     report.num_tokens = sum(len(choice.stream.ledger) for choice in mesh.choices)
     return report
 
@@ -156,7 +162,12 @@ class Worker:
         if self._incarnation <= known:
             raise Violation(f"{self._worker_id} begins as {self._incarnation}, after {known}")
         process = Process(
-            mesh.world, mesh.trouble, self._personality, self._worker_id, self._incarnation
+            mesh.world,
+            mesh.trouble,
+            self._personality,
+            self._worker_id,
+            self._incarnation,
+            mesh.pace,
         )
         process.engine.after_step = partial(mesh.pump, process)
         process.engine.before_goodbye = partial(self._lose_goodbye)
@@ -188,21 +199,35 @@ class Mesh:
         moves = sorted(_NEEDS_STANDBY)
         for _ in range(self.clocks.num_moves):
             self.trouble.strikes.append(moves[self.clocks.choose(len(moves))])
-        self.frontends = [self._frontend("f0")]
+        self.rules = Rules()
+        self.pace = Pace()
+        self.seen = Counter[Event]()
+        """What happened before the workers."""
+        self.frontends: list[Frontend] = []
+        self.workers: list[Worker] = []
+        self.choices: list[Choice] = []
+        self._stream_type = stream_type
+        self._late_s = 0.0
+        self._pauses = Random(seed ^ 0x9A5E)
+        self._populate(seed)
+
+    def _populate(self, seed: int) -> None:
+        """Who is there, and what is going to happen."""
+        world = self.world
+        self.frontends.append(self._frontend("f0"))
         if _NEEDS_STANDBY.intersection(self.trouble.strikes):
             self.frontends.append(self._frontend("f1"))
         random = world.random
         num_workers = random.choice((1, 2, 2, 3, 3, 4))
-        personalities = _personalities(random, num_workers)
-        self.workers = [
+        personalities = personalities_of(random, num_workers)
+        self.workers += [
             Worker(self, f"w{index}", personality)
             for index, personality in enumerate(personalities)
         ]
         # Now and then new work comes when much has happened already.
         self._late_s = 0.3 if Random(seed ^ 0x1A7E).random() < 0.2 else 0.0
-        self.choices: list[Choice] = []
         for index in range(random.choice((2, 3, 4, 6))):
-            self._request(f"r{index}", stream_type)
+            self._request(f"r{index}")
         if self.clocks.num_moves:
             self.frontends.insert(0, self._frontend("fx"))  # For clients that ask twice.
         for worker in self.workers:
@@ -211,7 +236,6 @@ class Mesh:
             world.at(random.uniform(0.05, 0.65), self._strike, fault)
         for when in self.clocks.steps:
             world.at(when, self._set_a_clock)
-        self._pauses = Random(seed ^ 0x9A5E)
         if self._pauses.random() < 0.2:
             for _ in range(self._pauses.choice((1, 2, 5))):
                 world.at(self._pauses.uniform(0.1, 0.8), self._pause)
@@ -228,6 +252,7 @@ class Mesh:
         for frontend in self.frontends:
             if not frontend.is_dead:
                 frontend.watch.finish()
+                frontend.door.finish()
         for worker in self.workers:
             worker.process.check_idle()
             worker.process.hub.ledger.check()
@@ -235,10 +260,21 @@ class Mesh:
     def _frontend(self, name: str) -> Frontend:
         clock = self.clocks.new()
         frontend = Frontend(
-            self.world, self.trouble, name, self.pump, self._limits, self._queue_type, clock
+            self.world,
+            self.trouble,
+            name,
+            self.pump,
+            self._limits,
+            self._queue_type,
+            clock,
+            self.rules,
+            self._note,
         )
         frontend.on_overtaken = self._overtaken
         return frontend
+
+    def _note(self, event: Event) -> None:
+        self.seen[event] += 1
 
     def pump(self, process: Process) -> None:
         """A sidecar writes what it has to say."""
@@ -257,13 +293,13 @@ class Mesh:
             if call.process is process and not call.is_over
         ]
 
-    def _request(self, request_id: str, stream_type: type[Stream]) -> None:
+    def _request(self, request_id: str) -> None:
         world = self.world
         random = world.random
         begin_at = random.choice((0.1, 0.1 + 0.2 * random.random()))
         if request_id != "r0":
             begin_at += self._late_s
-        original = _original(random)
+        original = original_of(random)
         policy = random.choices(
             (
                 ContinuationPolicy.PREFER_EXACT,
@@ -287,7 +323,7 @@ class Mesh:
                 request_id,
                 index,
                 _with_seed(original, index),
-                stream_type=stream_type,
+                stream_type=self._stream_type,
                 policy=policy,
                 limits=limits,
                 deadline_s=deadline_s,
@@ -379,8 +415,9 @@ class Mesh:
     def _lose_frontend(self, *, is_dead: bool) -> None:
         """All clients of a frontend go to another one; or some, although it lives."""
         world, trouble = self.world, self.trouble
-        random = world.random
-        frontend = self.frontends[-2]
+        frontend = self._one_to_lose()
+        if frontend is None:
+            return
         running = [
             choice
             for choice in self.choices
@@ -398,19 +435,33 @@ class Mesh:
                 choice.is_abandoned = True
         for choice in running:
             if is_dead or world.chance(0.7):
-                choice.is_abandoned = True
-                choice.witness.note_cut()
                 trouble.took_effect(Fault.FRONTEND_DEATH if is_dead else Fault.CLIENT_MOVES)
-                world.after(random.choice((0.0, 0.005, 0.1, 1.0)), self._resume, choice)
-                if not is_dead:
-                    choice.witness.orders |= {Reason.FENCED, Reason.REQUEST_EXISTS}
-                    world.after(random.uniform(0.0, 1.5), choice.end, Reason.CANCELLED)
+                self._client_goes(choice, is_dead=is_dead)
         if is_dead:
-            standby = self._frontend(f"f{len(self.frontends)}")
-            self.frontends.append(standby)
-            for worker in self.workers:
-                if worker.process.is_alive:
-                    world.after(random.uniform(0.0, 0.05), standby.discover, worker.process)
+            self._standby()
+
+    def _one_to_lose(self) -> Frontend | None:
+        """The frontend that is lost next."""
+        return self.frontends[-2]
+
+    def _standby(self) -> None:
+        """Another frontend, in place of one that is lost."""
+        world = self.world
+        standby = self._frontend(f"f{len(self.frontends)}")
+        self.frontends.append(standby)
+        for worker in self.workers:
+            if worker.process.is_alive:
+                world.after(world.random.uniform(0.0, 0.05), standby.discover, worker.process)
+
+    def _client_goes(self, choice: Choice, *, is_dead: bool) -> None:
+        """To another frontend, with what it holds."""
+        world, random = self.world, self.world.random
+        choice.is_abandoned = True
+        choice.witness.note_cut()
+        world.after(random.choice((0.0, 0.005, 0.1, 1.0)), self._resume, choice)
+        if not is_dead:
+            choice.witness.orders |= {Reason.FENCED, Reason.REQUEST_EXISTS}
+            world.after(random.uniform(0.0, 1.5), choice.end, Reason.CANCELLED)
 
     def _resume(self, choice: Choice, num_expired: int = 0) -> None:
         world, trouble = self.world, self.trouble
@@ -544,7 +595,7 @@ def _where(error: AssertionError) -> str:
     return f"{code.co_filename.rsplit('/', 2)[-1]}:{frame.tb_lineno} in {code.co_name}"
 
 
-def _personalities(random: Random, num: int) -> list[Personality]:
+def personalities_of(random: Random, num: int) -> list[Personality]:
     """Engines of one kind mostly; sometimes one can do more or less, or is another model's."""
     rarely = 0.1
     base = {
@@ -601,7 +652,12 @@ def _with_seed(original: Checkpoint, index: int) -> Checkpoint:
     return replace(original, params=replace(original.params, sampling=sampling))
 
 
-def _original(random: Random) -> Checkpoint:
+def original_of(
+    random: Random,
+    *,
+    prompts: Sequence[int] = (1, 4, 9),
+    sizes: Sequence[int] = (1, 5, 24, 40, 64),
+) -> Checkpoint:
     """What a client asks for, as admission resolves it."""
 
     def sometimes(probability: float) -> bool:
@@ -619,7 +675,7 @@ def _original(random: Random) -> Checkpoint:
         repetition_penalty=random.choice((0.5, 2.0)) if sometimes(0.2) else 1.0,
         logit_bias=MappingProxyType(bias),
     )
-    max_tokens = random.choice((1, 5, 24, 40, 64))
+    max_tokens = random.choice(sizes)
     min_tokens = random.randrange(max_tokens + 1) if sometimes(0.25) else 0
     stopping = StopConditions(
         max_tokens=max_tokens,
@@ -639,7 +695,7 @@ def _original(random: Random) -> Checkpoint:
         constraint = Constraint("choice", options=tuple(random.sample(options, 4)))
     return Checkpoint(
         prompt_token_ids=tuple(
-            random.randrange(len(PIECES)) for _ in range(random.choice((1, 4, 9)))
+            random.randrange(len(PIECES)) for _ in range(random.choice(prompts))
         ),
         params=GenerationParams(
             sampling=sampling,

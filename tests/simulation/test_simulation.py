@@ -10,6 +10,7 @@ from tests.simulation.scenario import quiet, run_seed
 NUM_SEEDS = 5000
 NUM_PARTS = 5
 SEEDS_PER_PART = NUM_SEEDS // NUM_PARTS
+OF_STREAMS = [fault for fault in Fault if fault is not Fault.FRONTEND_DRAIN]
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
@@ -22,7 +23,7 @@ def test_every_seed_keeps_every_promise_and_every_kind_of_fault_takes_effect(par
                 f"{report.violation}\nreplay: python -m tests.simulation --seed {seed} --trace"
             )
             seeds_with.update(report.faults.keys())
-    missing = [fault.value for fault in Fault if not seeds_with[fault]]
+    missing = [fault.value for fault in OF_STREAMS if not seeds_with[fault]]
     assert not missing, f"faults that no seed from {part * SEEDS_PER_PART} on had: {missing}"
 
 

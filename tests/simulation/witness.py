@@ -184,8 +184,9 @@ class Witness:
         now: float,
         is_refusal: bool = False,
         is_counted: bool = True,
+        is_shed: bool = False,
     ) -> None:
-        """The stream handled news of an attempt."""
+        """The stream handled news of an attempt; `is_shed`: a busy worker took no new work."""
         stream = self._stream
         if not was_current:
             self._expect(len(stream.ledger) == size_before, f"epoch {epoch} spoke after its end")
@@ -197,6 +198,11 @@ class Witness:
             return
         self._check_ledger()
         if stream.state in (State.RUNNING, State.UNLINKED):
+            return
+        if is_shed:
+            self._refused.add(epoch)
+            self._expect(not stream.ledger, "what had begun was refused as new work")
+            self._note_outcome(now)
             return
         outcome = stream.outcome
         if not stream.attempts:  # The attempt of the frontend before could not be adopted.

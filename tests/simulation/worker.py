@@ -19,6 +19,9 @@ from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 
 CONTEXT_LENGTH = 512
 BLOCK_SIZE = 4
+BATCH = 40
+"""Prompt tokens that an engine says to compute in one step."""
+KV_BLOCKS = 200
 FOREVER = 1e9
 FRAME_INTERVAL_S = 0.05
 """So often an engine says that it lives, whatever it computes."""
@@ -42,11 +45,32 @@ _CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
 _TOKENIZER = worker_pb2.Tokenizer(vocab_size=VOCAB_SIZE)
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How engines make steps."""
+
+    step_s: tuple[float, float] = (0.004, 0.016)
+    tokens: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 2, 4)
+    """Of one attempt in one step, each as likely as the others."""
+    slow_s_per_token: tuple[float, float] = (0.01, 0.3)
+    """Of a prompt, where prefill is slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What an engine has, in truth."""
+
+    prefill_tokens: int
+    kv_blocks: int
+    num_running: int
+
+
 @dataclass(slots=True)
 class _Running:
     """One attempt inside the engine."""
 
     generation: Generation
+    first_offset: int
     offset: int
     """Of the next token."""
     acked: int
@@ -62,6 +86,11 @@ class _Running:
         """Tokens that it may produce now."""
         return self.acked + self.window - self.offset
 
+    @property
+    def kv_blocks(self) -> int:
+        """That it holds."""
+        return -(-(self.num_prefill + self.offset - self.first_offset) // BLOCK_SIZE)
+
 
 class Engine:
     """The engine of one process; it has one life after the other.
@@ -69,7 +98,9 @@ class Engine:
     It is what `sidecar.hub` takes for an engine, and tells the hub what it did.
     """
 
-    def __init__(self, world: World, trouble: Trouble, personality: Personality) -> None:
+    def __init__(
+        self, world: World, trouble: Trouble, personality: Personality, pace: Pace
+    ) -> None:
         self._world = world
         self._trouble = trouble
         self.personality = personality
@@ -81,7 +112,8 @@ class Engine:
         self.after_step: Callable[[], None] = lambda: None
         self.before_goodbye: Callable[[], None] = lambda: None
         self._prefill_tokens = 0
-        self._step_s = world.random.uniform(0.004, 0.016)
+        self._pace = pace
+        self._step_s = world.random.uniform(*pace.step_s)
         self._is_step_planned = False
         self._stalled_until = 0.0
         self._is_hung = False
@@ -92,11 +124,21 @@ class Engine:
         """When an attempt ended whose prompt it may have been computing."""
         self._num_steps = 0
         self._is_pulse_planned = False
+        self._slot_seen = self._unread_prefill = 0
         self._s_per_token = 0.0002
         if trouble.happens(Fault.SLOW_PREFILL):
-            self._s_per_token = world.random.uniform(0.01, 0.3)
+            self._s_per_token = world.random.uniform(*pace.slow_s_per_token)
         self.restart: Callable[[], None] = lambda: None
         """Begin its next life soon."""
+
+    def held(self) -> Holding:
+        """What it has now, what it has not read included."""
+        running, now = list(self.running.values()), self._world.now
+        return Holding(
+            self._unread_prefill + sum(one.num_prefill for one in running if one.ready_at > now),
+            self._unread_prefill // BLOCK_SIZE + sum(one.kv_blocks for one in running),
+            len(running),
+        )
 
     # Its lives.
 
@@ -113,6 +155,7 @@ class Engine:
             context_length=CONTEXT_LENGTH,
             block_size=BLOCK_SIZE,
             tokenizer_fingerprint="t",
+            prefill_tokens_max=BATCH,
         )
         up = EngineUp(self.incarnation, description, _TOKENIZER, frame_interval_s=FRAME_INTERVAL_S)
         self._hub.on_up(up)
@@ -127,6 +170,7 @@ class Engine:
         self.is_up = False
         self.running.clear()
         self._unread.clear()
+        self._unread_prefill = 0
 
     def stall(self, duration_s: float, *, is_hung: bool) -> None:
         """Make no step; one that hangs does not read or say anything either."""
@@ -160,7 +204,7 @@ class Engine:
         self._went_on_at = self._world.now
         self._stalled_until = 0.0
         self._is_hung = False
-        unread, self._unread = self._unread, []
+        unread, self._unread, self._unread_prefill = self._unread, [], 0
         for handle in unread:
             handle()
         self._plan_step()
@@ -208,6 +252,7 @@ class Engine:
             return
         if self._is_hung:
             self._unread.append(partial(self.start, message))
+            self._unread_prefill += len(message.checkpoint.prompt_token_ids)
             return
         for fault, kind in _REFUSALS:
             if self._trouble.happens(fault):
@@ -215,6 +260,7 @@ class Engine:
                 refused = attempt_pb2.AttemptRefused(slot=message.slot, kind=kind, detail=fault)
                 self._say(attempt_pb2.StepFrame(refused=[refused]))
                 return
+        self._slot_seen = message.slot
         world, personality = self._world, self.personality
         assert personality.has_native_resume or not message.checkpoint.output_token_ids
         checkpoint = checkpoint_from_proto(message.checkpoint, vocab_size=VOCAB_SIZE)
@@ -223,6 +269,7 @@ class Engine:
         num_prefill = len(checkpoint.prompt_token_ids) + len(checkpoint.output_token_ids)
         self.running[message.slot] = _Running(
             generation,
+            checkpoint.first_offset,
             checkpoint.first_offset,
             checkpoint.first_offset,
             message.window_tokens or CONTEXT_LENGTH,
@@ -339,7 +386,7 @@ class Engine:
                     failure = worker_pb2.FAILURE_KIND_OVERLOAD
                     goodbyes.append((slot, running, attempt_pb2.AttemptEnded(failure=failure)))
                     continue
-                count = min(room, world.random.choice((1, 1, 1, 1, 1, 1, 2, 4)))
+                count = min(room, world.random.choice(self._pace.tokens))
                 num_made = self._produce(slot, running, count, frame)
                 has_long_rows = has_long_rows or num_made > 1
                 is_waiting = True
@@ -421,7 +468,10 @@ class Engine:
             if running.ready_at > self._world.now
         )
         rank = worker_pb2.RankLoad(
-            requests_running=len(self.running) if is_busy else 0, prefill_tokens_queued=num_queued
+            requests_running=len(self.running) if is_busy else 0,
+            prefill_tokens_queued=num_queued,
+            kv_blocks_used=sum(running.kv_blocks for running in self.running.values()),
+            kv_blocks_total=KV_BLOCKS,
         )
         load = worker_pb2.LoadReport(
             engine_steps_total=self._num_steps,
@@ -431,6 +481,7 @@ class Engine:
             steps_us_total=int(self._world.now * 1e6),
         )
         frame.load.CopyFrom(load)
+        frame.slot_seen = self._slot_seen
         self._hub.on_frame(frame)
         self.after_step()
 
@@ -451,10 +502,11 @@ class Process:
         personality: Personality,
         worker_id: str,
         incarnation: int,
+        pace: Pace,
     ) -> None:
         self.worker_id = worker_id
         self.incarnation = incarnation
-        self.engine = Engine(world, trouble, personality)
+        self.engine = Engine(world, trouble, personality, pace)
         self.hub = Hub(
             self.engine, orphan_grace_s=2.0, watchdog_policy=POLICY, clock=lambda: world.now
         )
@@ -462,6 +514,8 @@ class Process:
         self._world = world
         self._trouble = trouble
         self._is_look_planned = False
+        self.freed_at = -FOREVER
+        """When something ended here that nobody had asked to make room."""
         self.is_alive = True
         self.is_draining = False
 

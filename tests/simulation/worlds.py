@@ -4,55 +4,36 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from tests.simulation.crowd import Crowd
 from tests.simulation.faults import Fault
 from tests.simulation.fleet import Fleet
-from tests.simulation.pauses import Pauses
-from tests.simulation.scenario import Report, quiet, run_seed
+from tests.simulation.rush import Rush
+from tests.simulation.scenario import Report, quiet, report_of, run_seed
 
 
 def run_fleet_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
     """Live through one world of a fleet and report."""
     fleet = Fleet(seed, trace=trace)
-    report = _lived(seed, fleet)
+    report = Report(seed, num_streams=len(fleet.jobs))
+    try:
+        fleet.live()
+    except AssertionError as violation:
+        report.violation = str(violation) or repr(violation)
+        fleet.world.tell("VIOLATION %s", report.violation)
+    report.faults = cast("Counter[Fault]", +fleet.seen)  # Trouble of its own kinds.
+    report.num_events = fleet.world.num_events
     report.num_tokens = sum(job.offset for job in fleet.jobs)
     return report
 
 
-def run_crowd_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
-    """Live through one world of a crowd and report."""
-    crowd = Crowd(seed, trace=trace)
-    report = _lived(seed, crowd)
-    report.num_tokens = sum(job.num_tokens for job in crowd.jobs if job.outcome == "served")
-    return report
-
-
-def run_pauses_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
-    """Live through one world of pauses and report."""
-    pauses = Pauses(seed, trace=trace)
-    report = _lived(seed, pauses)
-    report.num_tokens = sum(len(job.stream.ledger) for job in pauses.jobs)
-    return report
-
-
-def _lived(seed: int, it: Fleet | Crowd | Pauses) -> Report:
-    """What can be told of each of them; `num_tokens` cannot."""
-    report = Report(seed, num_streams=len(it.jobs))
-    try:
-        it.live()
-    except AssertionError as violation:
-        report.violation = str(violation) or repr(violation)
-        it.world.tell("VIOLATION %s", report.violation)
-    report.faults = cast("Counter[Fault]", +it.seen)  # Trouble and events of its own kinds.
-    report.num_events = it.world.num_events
-    return report
+def run_rush_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Report:
+    """Live through one world of a rush and report."""
+    return report_of(Rush(seed, trace=trace), seed)
 
 
 WORLDS: dict[str, Callable[..., Report]] = {
     "streams": run_seed,
     "fleet": run_fleet_seed,
-    "crowd": run_crowd_seed,
-    "pauses": run_pauses_seed,
+    "rush": run_rush_seed,
 }
 
 
