@@ -217,19 +217,22 @@ def run(
         str | None, typer.Option(help="What the engine speaks, if its command does not show it.")
     ] = None,
     directory: DiscoveryOption = DISCOVERY_DEFAULT,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Start an engine of another make with a sidecar beside it: unbroken run -- vllm serve …
 
-    This process becomes the sidecar, with its signals and exit statuses; settings of a sidecar are
-    read from the environment (UNBROKEN_SIDECAR_…).
+    Says which, then becomes the sidecar, with its signals and exit statuses; settings of a sidecar
+    are read from the environment (UNBROKEN_SIDECAR_…).
     """
     try:
         engine = recognise(command, _free_port, protocol=protocol)
     except ValueError as error:
         raise typer.BadParameter(f"{error}") from None
     name = re.sub("[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{engine.protocol}")
+    worker_id = worker_id or name
+    terminal.show_engine_command(output, worker_id, engine)
     flags = [
-        *(f"--worker-id={worker_id or name}", f"--discovery={directory}"),
+        *(f"--worker-id={worker_id}", f"--discovery={directory}"),
         f"--engine-protocol={engine.protocol}",
         f"--engine-address={engine.address}",
         f"--engine-command={shlex.join(engine.words)}",

@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from unbroken.engine_command import EngineCommand
 from unbroken.errors import UnbrokenError
 from unbroken.generation_stream import GenerationStream, Piece, Resume
 from unbroken.holdings import num_held
@@ -258,6 +259,20 @@ def show_list(output: Output, messages: Sequence[MessageT], table: Table[Message
 def show_message(message: Message) -> None:
     """Show a message as one line of JSON."""
     print(json.dumps(_to_dict(message)), flush=True)  # noqa: T201
+
+
+def show_engine_command(output: Output, worker_id: str, engine: EngineCommand) -> None:
+    """Show which engine is started as which worker."""
+    if output is Output.JSON:
+        facts = {
+            "worker_id": worker_id,
+            "protocol": engine.protocol,
+            "address": engine.address,
+            "command": engine.words,
+        }
+        print(json.dumps(facts), flush=True)  # noqa: T201
+        return
+    print(f"{worker_id}: {engine.protocol} at {engine.address}", flush=True)  # noqa: T201
 
 
 def show_thresholds(

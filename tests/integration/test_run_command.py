@@ -1,6 +1,7 @@
 """`unbroken run`: an engine and its sidecar as one unit."""
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 
@@ -21,13 +22,18 @@ def test_a_command_line_that_starts_an_engine_becomes_its_sidecar(tmp_path: Path
     async def scenario() -> None:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "unbroken.cli", "run", "--protocol=vllm", "--worker-id=w1"),
-            *(f"--discovery={tmp_path}", "--"),
+            *(f"--discovery={tmp_path}", "--output=json", "--"),
             *(sys.executable, "-m", "tests.engines", "--protocol=vllm"),
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
         )
         try:
             async with asyncio.timeout(20):
+                assert process.stdout is not None
+                told = json.loads(await process.stdout.readline())
                 record = await serving(tmp_path)
+                assert (told["worker_id"], told["protocol"]) == ("w1", "vllm")
+                assert told["command"][-2:] == ["--port", told["address"].rpartition(":")[2]]
                 assert record.sidecar_pid == process.pid
                 assert record.engine_pgid
                 process.terminate()

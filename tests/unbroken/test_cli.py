@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import uvloop
 from typer.testing import CliRunner
 
@@ -230,6 +232,25 @@ def test_several_choices_are_shown_one_after_the_other() -> None:
 )
 def test_wrong_usage_is_status_two(arguments: tuple[str, ...]) -> None:
     assert CliRunner().invoke(cli.app, arguments).exit_code == 2
+
+
+def test_every_command_takes_output() -> None:
+    commands = dict(commands_below(typer.main.get_command(cli.app)))
+    assert {"workers", "run", "memory watch"} <= commands.keys()
+    assert [
+        name
+        for name, command in commands.items()
+        if not any("--output" in parameter.opts for parameter in command.params)
+    ] == []
+
+
+def commands_below(command: Any, *names: str) -> Iterator[tuple[str, Any]]:
+    """By their whole names, those that do something."""
+    if not hasattr(command, "commands"):
+        yield " ".join(names), command
+        return
+    for name, below in command.commands.items():
+        yield from commands_below(below, *names, name)
 
 
 def test_lists_are_tables_or_json() -> None:

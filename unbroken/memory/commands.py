@@ -160,15 +160,33 @@ def watch(
     ] = 0,
     after: Annotated[int, typer.Option(min=0, help="Sequence of the last event seen.")] = 0,
     control: ControlOption = CONTROL_DEFAULT,
+    output: OutputOption = Output.TEXT,
 ) -> None:
-    """Show what happens, as lines of JSON, until interrupted."""
+    """Show what happens, until interrupted. With JSON, one message a line."""
 
     async def scenario(stub: Stub) -> None:
         request = pb.WatchRequest(boot_token=boot_token, sequence=after)
         async for response in stub.Watch(request):
-            terminal.show_message(response)
+            if output is Output.JSON:
+                terminal.show_message(response)
+            else:
+                terminal.write(_events_text(response))
 
-    _run(control, Output.JSON, scenario)
+    _run(control, output, scenario)
+
+
+def _events_text(response: pb.WatchResponse) -> str:
+    """One line for each event."""
+    lines = ["events are missing here\n"] if response.has_gap else []
+    for event in response.events:
+        facts = [
+            f"{field.name}={value}"
+            for field, value in event.ListFields()
+            if field.name not in {"sequence", "kind"}
+        ]
+        kind = short(pb.MemoryEventKind, event.kind)
+        lines.append(f"{event.sequence:>8}  {' '.join((kind, *facts))}\n")
+    return "".join(lines)
 
 
 async def _segments(stub: Stub, tenant: str) -> list[pb.Segment]:
