@@ -13,8 +13,14 @@ from typing import Any
 
 from tests.integration.transcripts import BLOCK, Step, blocks_of, normal, played, steps_of
 from tests.integration.worlds import World, real_mesh
+from tests.support.commands import all_commands
+from unbroken.v1 import admin_service_pb2, sidecar_service_pb2
 
 PAGE = Path(__file__).parents[2] / "docs" / "OPERATIONS.md"
+
+
+OTHER_VERBS = frozenset({"run", "kill", "demo", "chaos", "memory"})
+"""What starts an engine, does harm, or has a page of its own."""
 
 
 def mesh_for_the_page(directory: Path) -> Any:
@@ -39,6 +45,21 @@ def test_the_page_shows_what_the_commands_show(tmp_path: Path) -> None:
             seen = world.run(block_played(world, block, tmp_path), limit_s=60)
             for step, expected in zip(seen, steps_of(block), strict=True):
                 assert normal(step.output) == normal(expected.output), step.command
+
+
+def test_the_page_has_every_action_of_an_operator_by_both_ways() -> None:
+    steps = [step.command for block in blocks_of(PAGE) for step in steps_of(block)]
+    calls = [
+        f"{service.full_name}/{method.name}"
+        for service in (
+            admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"],
+            sidecar_service_pb2.DESCRIPTOR.services_by_name["SidecarService"],
+        )
+        for method in service.methods
+    ]
+    assert [call for call in calls if not any("grpcurl" in s and call in s for s in steps)] == []
+    verbs = {name.split()[0] for name in all_commands()} - OTHER_VERBS
+    assert [verb for verb in sorted(verbs) if not any(f"unbroken {verb}" in s for s in steps)] == []
 
 
 def write() -> None:

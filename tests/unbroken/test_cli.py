@@ -6,16 +6,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import uvloop
 from typer.testing import CliRunner
 
+from tests.support.commands import all_commands
 from tests.unbroken import pretenders
 from tests.unbroken.fake_frontend import (
     FakeFrontend,
@@ -235,22 +234,13 @@ def test_wrong_usage_is_status_two(arguments: tuple[str, ...]) -> None:
 
 
 def test_every_command_takes_output() -> None:
-    commands = dict(commands_below(typer.main.get_command(cli.app)))
+    commands = all_commands()
     assert {"workers", "run", "memory watch"} <= commands.keys()
     assert [
         name
         for name, command in commands.items()
         if not any("--output" in parameter.opts for parameter in command.params)
     ] == []
-
-
-def commands_below(command: Any, *names: str) -> Iterator[tuple[str, Any]]:
-    """By their whole names, those that do something."""
-    if not hasattr(command, "commands"):
-        yield " ".join(names), command
-        return
-    for name, below in command.commands.items():
-        yield from commands_below(below, *names, name)
 
 
 def test_lists_are_tables_or_json() -> None:
