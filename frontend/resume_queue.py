@@ -434,6 +434,8 @@ class ResumeQueue(Generic[K]):
         """Who may be placed now, if anybody."""
         self._due = float("inf")
         if not self._entries:
+            for fleet in self._fleets.values():
+                fleet.peak_of_loss = None  # Whoever asks next whether new work may come is told.
             return None
         for fleet in self._fleets.values():
             turn = self._next_of(fleet, now)

@@ -543,6 +543,17 @@ def test_a_fleet_loss_ends_by_itself_when_its_streams_have_found_a_place() -> No
     assert frontend.queue.num_fleet_losses == 0
 
 
+def test_a_fleet_loss_ends_with_its_last_stream_though_no_new_work_is_offered() -> None:
+    frontend = storm_of_a_fleet_loss()
+    assert frontend.offer("n", 10, Work.NEW) is not None, "it has been noticed"
+    assert frontend.queue.holds_new_work("m")
+    for key, _, _ in list(frontend.queue.waiting()):
+        frontend.queue.cancel(key)
+    assert frontend.queue.next(frontend.now) is None
+    assert not frontend.queue.holds_new_work("m"), "else who waits elsewhere would never be offered"
+    assert frontend.queue.num_fleet_losses == 0
+
+
 def test_a_fleet_loss_ends_when_the_fleet_is_back() -> None:
     frontend = storm_of_a_fleet_loss()
     frontend.bring_back(W1, W2)

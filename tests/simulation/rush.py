@@ -45,7 +45,7 @@ from unbroken.thresholds import Thresholds
 
 CALLS_MAX: Final = 200
 LOOK_S: Final = 0.25
-PULSE_S: Final = 0.3
+PULSE_S: Final = 0.2
 FREED_S: Final = 0.15
 """So long after something ended at a worker frontends may not know that it has room."""
 LATE_S: Final = 0.5
@@ -321,6 +321,7 @@ class Rush(Mesh):
         assert process is not None, "what is to be paused runs"
         if (
             now < process.freed_at + FREED_S
+            or not process.is_alive
             or process.engine.seems_to_stand
             or not all(_is_sound(call, now) for call in self.calls_to(process))
         ):
