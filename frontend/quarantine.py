@@ -175,6 +175,7 @@ class Quarantine:
 
     def close(self) -> None:
         """Look no more."""
+        self._enter()
         for timer in (self._looking, self._retrying):
             if timer is not None:
                 timer.cancel()

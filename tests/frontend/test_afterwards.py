@@ -13,7 +13,7 @@ from frontend.afterwards import AFTER_S, Afterwards
 from frontend.dispatch import Choice
 from frontend.metrics import FrontendMetrics
 from frontend.outliers import OutlierLimits, Outliers
-from frontend.quarantine import Quarantine
+from frontend.quarantine import LOOK_INTERVAL_S, Quarantine
 from frontend.query_of_death import Fingerprint, Queries, QueryLimits
 from frontend.stream import Attempt, Life
 from unbroken import metrics
@@ -155,6 +155,21 @@ def test_what_ended_well_closes_the_file_that_was_not_even_entered() -> None:
         it.quarantine.attempt_ended(one, W2, well)
         assert it.queries.is_quiet
         it.quarantine.close()
+
+    asyncio.run(scenario())
+
+
+def test_who_is_closed_looks_no_more_though_something_was_left() -> None:
+    async def scenario() -> None:
+        it = It()
+        one = it.stream("one", 5)
+        it.dies(one, W1)
+        it.quarantine.started(one, W2)
+        it.quarantine.close()
+        it.quarantine.afterwards.finish()
+        one.stream.ledger.extend(range(3))
+        await asyncio.sleep(5 * LOOK_INTERVAL_S)
+        assert it.queries.is_on_file(one.fingerprint), "nobody looks"
 
     asyncio.run(scenario())
 
