@@ -9,17 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frontend import summaries
-from frontend.convoy import STEPS_MAX, UNWRITTEN_BYTES_MAX, Convoy, Ride
+from frontend.convoy import LOOK_INTERVAL_S, STEPS_MAX, UNWRITTEN_BYTES_MAX, Convoy, Ride
 from frontend.edge import encoding
 from frontend.edge.encoding import TokenBodies, TokenFields
 from frontend.stream import Command, Limits, Stream
 from tests.frontend.edge.peer import Peer, setting
-from tests.support.streams import A, B, C, streaming
+from tests.support.streams import W2, A, B, C, place, streaming
 from tests.support.vocabulary import EOS, PIECES, tokenizer
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.http2 import frames
 from unbroken.http2.connection import Connection, StreamLost, Writable
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
+from unbroken.outcome import FailureKind
 
 FIELDS: Final = TokenFields(tokenizer().texts)
 CANCELLED: Final = UnbrokenError(Reason.CANCELLED, "by request")
@@ -113,6 +114,8 @@ class World:
         self.absent: set[int] = set()
         self.seen: dict[tuple[int, int], bytearray] = {}
         self.num_ridden = 0
+        self.is_turned = False
+        """The last row comes first."""
         self.now = 1.0
         self._limits = Limits(window_tokens=window)
         self._max_tokens = max_tokens
@@ -142,6 +145,8 @@ class World:
     def step(self, token_ids: Sequence[int], skew: int | None = None) -> None:
         """One step of all streams that are there; of one the offset may be wrong."""
         rows = [n for n in range(len(self.readers)) if n not in self.absent]
+        if self.is_turned:
+            rows.reverse()
         if not rows:
             return
         offsets = [self.offsets[n] + (n == skew) for n in rows]
@@ -183,6 +188,12 @@ class World:
                         frame.payload
                     )
 
+    def sent_to(self, client: Client) -> list[bytes]:
+        """The bodies of all that it was sent."""
+        self.write()
+        number = self.clients.index(client)
+        return [bytes(body) for (whose, _), body in self.seen.items() if whose == number]
+
     def standing(self) -> list[object]:
         """All that has to be the same either way."""
         self.write()
@@ -213,6 +224,7 @@ doings = st.one_of(
     st.tuples(st.just("steps"), plain_ids),
     st.tuples(st.just("steps"), plain_ids),
     st.tuples(st.just("skew"), which),
+    st.tuples(st.just("turn"), st.none()),
     st.tuples(st.just("join"), st.none()),
     st.tuples(st.just("absent"), which),
     st.tuples(st.just("back"), which),
@@ -246,6 +258,8 @@ def do(world: World, doing: str, what: object) -> None:
             if not client.is_paused:
                 for reader in world.readers:
                     reader.pump()
+        case "turn", _:
+            world.is_turned = not world.is_turned
         case "join", _ if len(world.readers) < 8:
             world.join()
         case "write", _:
@@ -375,6 +389,45 @@ def test_a_client_whose_bytes_have_not_left_is_merged_for_instead() -> None:
     assert world.num_ridden == num_ridden + 2, "those of the other client"
 
 
+def test_an_attempt_that_is_over_rides_no_more() -> None:
+    world = riding()
+    reader = world.readers[1]
+    stream = reader.stream
+    stream.lost(1, FailureKind.CRASH, "gone", world.now)
+    world.step([B])
+    assert stream.ledger.tolist() == [A, B]
+    place(stream, W2)
+    stream.tokens(2, 2, [A], world.now)
+    reader.pump()
+    for _ in range(2):
+        world.step([B])
+    assert stream.ledger.tolist() == [A, B, A]
+    assert [len(one.stream.ledger) for one in world.readers] == [5, 3, 5]
+
+
+def test_who_has_something_else_to_tell_is_seen_to_in_time() -> None:
+    world = riding()
+    world.readers[1].is_plain = False
+    while world.now < 1.0 + 2 * LOOK_INTERVAL_S:
+        world.step([B])
+    rides = [reader.ride for reader in world.readers]
+    assert [ride is not None and ride.is_on for ride in rides] == [True, False, True]
+
+
+def test_a_connection_is_not_sent_more_than_its_window() -> None:
+    world = riding(4)
+    client = world.clients[0]
+    left = next(size for size in range(2**16, 0, -1) if client.connection.has_room_for(size))
+    client.peer.open(99)
+    client.connection.send_data(99, bytes(left - 100), 0.0)
+    world.write()
+    for _ in range(20):
+        world.step([B])
+    assert sum(len(body) for body in world.sent_to(client)) == frames.WINDOW_DEFAULT
+    world.hear(client, frames.window_update(0, 10_000))
+    assert all(reader.stream.num_sent == 22 for reader in world.readers)
+
+
 def test_what_was_sent_by_ride_is_taken_from_the_window_before_that_is_judged() -> None:
     world = World(rides=True, num_streams=1, window=1024, max_tokens=100_000)
     reader = world.readers[0]
@@ -399,10 +452,23 @@ def test_an_id_that_ends_the_output_of_others_is_an_ordinary_one_elsewhere() -> 
 
 def test_who_comes_and_goes_disturbs_nobody() -> None:
     world = riding(4)
+    world.step([A, B, B, A])
     world.absent.add(1)
-    world.step([B])
+    world.step([B, A, A, B])
     world.join()
-    world.step([A])
-    assert world.num_ridden == 4 + 3 + 4
+    world.step([A, A, B, B, A])
+    assert world.num_ridden == 4 + 4 + 3 + 4
     ledgers = [reader.stream.ledger.tolist() for reader in world.readers]
-    assert ledgers == [[A, B, B, A], [A, B], [A, B, B, A], [A, B, B, A], [A, A]]
+    assert ledgers == [[A, B, A, B, A], [A, B, B], [A, B, B, A, B], [A, B, A, B, B], [A, A]]
+
+
+def test_rows_in_another_order_are_those_of_the_same_streams() -> None:
+    world = riding(4)
+    world.step([A, B, B, A])
+    world.absent.add(1)
+    world.is_turned = True
+    world.step([B, A, A, B])
+    world.step([A, A, B, B])
+    assert world.num_ridden == 4 + 4 + 3 + 3
+    ledgers = [reader.stream.ledger.tolist() for reader in world.readers]
+    assert ledgers == [[A, B, A, B, A], [A, B, B], [A, B, B, A, B], [A, B, A, B, B]]

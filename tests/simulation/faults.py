@@ -134,6 +134,9 @@ class Fault(StrEnum):
     FORGERY_FOUND = auto()
     """That was noticed."""
 
+    RIDE = auto()
+    """A token went to its client in a convoy."""
+
     # How streams went on.
     APPEND = auto()
     REGENERATE = auto()

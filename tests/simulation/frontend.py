@@ -12,6 +12,7 @@ from typing import Any, assert_never, cast
 
 from frontend import resume_token
 from frontend import stream as machine
+from frontend.convoy import Convoy
 from frontend.placement import Need, WorkerView, choose
 from frontend.resume_queue import ResumeLimits, ResumeQueue, Ticket, Work
 from frontend.stream import Life, Limits, Stream
@@ -21,6 +22,7 @@ from tests.simulation.clocks import Clock
 from tests.simulation.door import MODEL, Door, Event, Rules, is_back
 from tests.simulation.faults import Fault, Trouble
 from tests.simulation.queue_watch import QueueWatch
+from tests.simulation.rides import Clients
 from tests.simulation.witness import Held, Violation, Witness
 from tests.simulation.worker import (
     BATCH,
@@ -137,6 +139,8 @@ class Call:
         self._trouble = frontend.trouble
         self._number = number
         self._next_slot = 1
+        self._convoy = Convoy()
+        self._slots_seen: list[int] = []
 
     # At the frontend.
 
@@ -144,6 +148,7 @@ class Call:
         """Begin an attempt."""
         slot = self._next_slot
         self._next_slot += 1
+        self._slots_seen = []
         request.slot = slot
         self.seats[slot] = seat
         self.up.send(self._sidecar_starts, request)
@@ -153,6 +158,7 @@ class Call:
         """Take over an attempt."""
         slot = self._next_slot
         self._next_slot += 1
+        self._slots_seen = []
         request.slot = slot
         self.seats[slot] = seat
         self.up.send(self._sidecar_adopts, request)
@@ -267,12 +273,19 @@ class Call:
             for entry in frame.logprobs
         }
         counts = frame.token_counts or [1] * len(frame.slots)
+        seats = [self.seats[slot] for slot in frame.slots]
+        offsets = [self._offset(*row) for row in zip(seats, frame.offsets, strict=True)]
+        ridden = self._ride(frame, seats, offsets)
         end = 0
-        for slot, offset, count in zip(frame.slots, frame.offsets, counts, strict=True):
+        for row, (seat, offset, count) in enumerate(zip(seats, offsets, counts, strict=True)):
             begin, end = end, end + count
+            slot, token_ids = frame.slots[row], frame.token_ids[begin:end]
             given = logprobs.get(slot, [])
             beside, logprobs[slot] = given[:count], given[count:]
-            self._receive_row(self.seats[slot], offset, frame.token_ids[begin:end], beside)
+            if row in ridden:
+                self._repeat(seat, offset, token_ids, beside)
+            else:
+                self._receive_row(seat, offset, token_ids, beside)
         if frame.HasField("load") and not self.is_over:
             self._frontend.report(self, frame.load)
         for ended in frame.ended:
@@ -291,6 +304,36 @@ class Call:
             kind = FailureKind(refused.kind)
             seat.choice.refused(seat.epoch, kind, refused.epoch_known, is_busy=is_busy)
 
+    def _offset(self, seat: Seat, offset: int) -> int:
+        """What a row says of it."""
+        if self._trouble.happens(Fault.GAP) and seat.choice.listens_to(seat.epoch):
+            self._trouble.took_effect(Fault.GAP)
+            return offset + 1
+        return offset
+
+    def _ride(
+        self, frame: attempt_pb2.StepFrame, seats: Sequence[Seat], offsets: list[int]
+    ) -> Set[int]:
+        """Have the convoy tell what it can of a step; returns the rows of which it did."""
+        if not seats or frame.token_counts or frame.logprobs or self._frontend.is_dead:
+            return frozenset()
+        world, now = self._world, self._world.now
+        slots = list(frame.slots)
+        if slots != self._slots_seen:
+            self._slots_seen = slots
+            streams = [seat.choice.stream if seat.lie is None else None for seat in seats]
+            self._convoy.align(slots, streams, [seat.epoch for seat in seats])
+        others = self._convoy.go(offsets, list(frame.token_ids), now)
+        ridden = frozenset(range(len(seats))) - frozenset(others)
+        for row in sorted(ridden):
+            seat = seats[row]
+            if not seat.choice.listens_to(seat.epoch):
+                raise Violation(f"epoch {seat.epoch} rode on after its end")
+            world.tell("%s.%d rode %d", seat.choice.name, seat.epoch, offsets[row])
+            self._trouble.took_effect(Fault.RIDE)
+        self._frontend.clients.deliver()
+        return ridden
+
     def _receive_row(
         self,
         seat: Seat,
@@ -298,18 +341,24 @@ class Call:
         token_ids: Sequence[int],
         logprobs: Sequence[TokenLogprobs],
     ) -> None:
-        trouble = self._trouble
         if seat.lie is not None:
             honest = (offset, token_ids)
             offset, token_ids = self._lie(seat, offset, list(token_ids))
             if not token_ids:
                 return
             logprobs = logprobs[offset - honest[0] :]
-        if trouble.happens(Fault.GAP) and seat.choice.listens_to(seat.epoch):
-            trouble.took_effect(Fault.GAP)
-            offset += 1
-        told_until = seat.told_until
-        seat.choice.tokens(seat.epoch, offset, token_ids, logprobs, told_until)
+        seat.choice.tokens(seat.epoch, offset, token_ids, logprobs, seat.told_until)
+        self._repeat(seat, offset, token_ids, logprobs)
+
+    def _repeat(
+        self,
+        seat: Seat,
+        offset: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+    ) -> None:
+        """A row may come twice."""
+        trouble, told_until = self._trouble, seat.told_until
         if trouble.happens(Fault.DUPLICATE_TOKENS):
             trouble.took_effect(Fault.DUPLICATE_TOKENS)
             delay_s = self._world.random.choice((0.0, 0.02))
@@ -486,6 +535,7 @@ class Frontend:
         self.pump = pump
         self.on_overtaken: Callable[[Choice], None] = lambda _: None
         """A choice was taken over by another owner, as far as its worker can tell."""
+        self.clients = Clients()
         self.queue = queue_type(limits, Random(1), lambda choice, view: choice.is_able(view))
         self.watch = QueueWatch(self.queue, limits)
         self._is_giving_turns = False
@@ -752,6 +802,7 @@ class Choice:
         self._is_take_planned = False
         self._pause_s = 0.0
         self._unlinked: machine.Relink | None = None
+        frontend.clients.ride(self.stream, self._is_plain, self._rode)
 
     def begin(self) -> None:
         """The request was admitted."""
@@ -1526,6 +1577,16 @@ class Choice:
         if self.stream.has_output or self.stream.num_moves != self._num_moves:
             self._is_take_planned = True
             self._world.after(self._client_pause_s, self._take)
+
+    def _is_plain(self, _now: float) -> bool:
+        """Whether its client is to be told nothing but tokens."""
+        return not (
+            self.is_abandoned or self._is_take_planned or self.stream.num_moves != self._num_moves
+        )
+
+    def _rode(self, piece: machine.Piece) -> None:
+        self.witness.received(piece)
+        self._hold()
 
     def _take(self) -> None:
         self._is_take_planned = False

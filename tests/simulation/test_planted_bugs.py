@@ -77,6 +77,24 @@ class FlowsOn(Stream):
         return command
 
 
+class RidesOn(Stream):
+    """An attempt that is over is not told to leave its convoy."""
+
+    @override
+    def _flow_no_more(self) -> None:
+        ride, self.ride = self.ride, None
+        super()._flow_no_more()
+        self.ride = ride
+
+
+class ForgetsWhatRode(Stream):
+    """The last of the tokens that rode is not entered."""
+
+    @override
+    def rode(self, token_ids: Sequence[int], now: float) -> int:
+        return super().rode(token_ids[:-1], now)
+
+
 class StealsBack(Stream):
     """Who was revoked by a new owner goes on elsewhere."""
 
@@ -285,6 +303,8 @@ class BelievesItsClock(Stream):
         IgnoresEpochs,
         HurriesPastEpochs,
         FlowsOn,
+        RidesOn,
+        ForgetsWhatRode,
         StealsBack,
         CountsLossesTwice,
         MigratesTwice,

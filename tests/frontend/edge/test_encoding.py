@@ -46,3 +46,18 @@ def test_numbers_are_varints(value: int) -> None:
     message = pb.GenerateResponse()
     message.started.seed = value
     assert message.started.SerializeToString() == b"\x38" + varint(value)
+
+
+@given(
+    offset=st.integers(0, 20_000),
+    texts=st.lists(st.text(max_size=300), min_size=1, max_size=4),
+    num_tokens=st.integers(1, 130),
+    answers_resume=st.booleans(),
+)
+def test_the_size_of_many_is_that_of_each(
+    offset: int, texts: list[str], num_tokens: int, *, answers_resume: bool
+) -> None:
+    bodies = TokenBodies(TokenFields(texts), answers_resume=answers_resume)
+    token_ids = [number % len(texts) for number in range(num_tokens)]
+    size = sum(len(bodies.body(at, one)) for at, one in enumerate(token_ids, offset))
+    assert bodies.size(offset, token_ids) == size

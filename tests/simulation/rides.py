@@ -1,0 +1,58 @@
+"""Where clients of a simulated frontend read what rides in a convoy: one connection for all."""
+
+from collections.abc import Callable
+from typing import Final
+
+from frontend.convoy import Ride
+from frontend.edge.encoding import TokenBodies, TokenFields
+from frontend.stream import Piece, Stream
+from tests.frontend.edge.peer import Peer
+from tests.support.vocabulary import tokenizer
+from unbroken.http2 import frames
+from unbroken.http2.connection import Connection
+from unbroken.http2.frames import FrameType
+from unbroken.http2.messages import PREFIX
+from unbroken.v1 import inference_service_pb2
+
+_BODIES: Final = TokenBodies(TokenFields(tokenizer().texts), answers_resume=False)
+_ROOM_MIN: Final = 8192
+
+
+class Clients:
+    """Those of one frontend. They read at once."""
+
+    is_paused = False
+
+    def __init__(self) -> None:
+        self._peer = Peer()
+        self._hear: dict[int, Callable[[Piece], None]] = {}
+
+    @property
+    def connection(self) -> Connection:
+        """The frontend's end."""
+        return self._peer.connection
+
+    def touch(self) -> None:
+        """Nothing: see `deliver`."""
+
+    def ride(
+        self, stream: Stream, is_ready: Callable[[float], bool], hear: Callable[[Piece], None]
+    ) -> Ride:
+        """By which a stream's tokens go to its client, who hears them so."""
+        stream_id = 2 * len(self._hear) + 1
+        self._peer.open(stream_id)
+        http_stream = self.connection.stream(stream_id)
+        assert http_stream is not None, "it was opened"
+        self._hear[stream_id] = hear
+        return Ride(stream, self, http_stream, _BODIES, is_ready)
+
+    def deliver(self) -> None:
+        """What was sent arrives."""
+        for frame in self._peer.heard():
+            if frame.kind == FrameType.DATA:
+                said = inference_service_pb2.GenerateResponse()
+                said.ParseFromString(frame.payload[PREFIX.size :])
+                piece = Piece(said.offset, list(said.token_ids), said.text, ())
+                self._hear[frame.stream_id](piece)
+        if not self.connection.has_room_for(_ROOM_MIN):
+            self._peer.say(frames.window_update(0, _ROOM_MIN))
