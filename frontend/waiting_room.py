@@ -178,7 +178,9 @@ class WaitingRoom:
                 self.queue.no_room(model)
                 if not self._may_pass(model):
                     continue
-            elif (may_go_at := self.queue.may_go_at(model, now)) > now:
+            elif (
+                may_go_at := self.queue.may_go_at(model, now)
+            ) > now and not self._has_few_of_first(model):
                 self._deference.set(may_go_at)  # Who has waited longer elsewhere goes before.
                 continue
             return self.queue.next(model, now)
@@ -198,12 +200,19 @@ class WaitingRoom:
         name = model, tenant
         if standing is None or standing.num_choices > 1:
             return False  # What a sidecar refuses in part is not to be refused.
-        num_workers = sum(1 for _ in self._views_of(model))
-        if self._computing[name] >= num_workers or name in self._has_passed:
+        if not self._has_few_of_first(model) or name in self._has_passed:
             return False
         self._has_passed.add(name)
         standing.may_pass = True
         return True
+
+    def _has_few_of_first(self, model: str) -> bool:
+        """Whether whoever has the next turn is of a tenant that has fewer prompts with workers than
+        there are. A flood has waited for long wherever it waits: such a tenant defers to none.
+        """
+        first = self.queue.first(model)
+        num_workers = sum(1 for _ in self._views_of(model))
+        return first is not None and self._computing[model, first[1]] < num_workers
 
     def changed(self) -> None:
         """There is news of workers."""

@@ -16,6 +16,7 @@ from tests.frontend.test_busy import worker
 from tests.frontend.worlds import run
 from tests.support.streams import W1, W2
 from unbroken.thresholds import RankState, Thresholds
+from unbroken.v1.relay_service_pb2 import QueueReport
 
 IDLE = RankState(kv_blocks_total=100)
 FULL = RankState(kv_blocks_total=100, prefill_tokens_queued=101)
@@ -126,6 +127,20 @@ def test_a_worker_that_has_room_without_a_report_is_news_with_its_next_one() -> 
         waiters = [*it.give_turns(), *waiters]
         assert it.report(1, IDLE) == 1
         assert it.give_turns() == waiters[1:2]
+        it.room.close()
+
+    run(scenario())
+
+
+def test_a_tenant_that_has_few_prompts_with_workers_defers_to_no_older_ones_elsewhere() -> None:
+    async def scenario() -> None:
+        it = Room()
+        it.report(1, IDLE)
+        waiters = [it.comes(name) for name in "abc"]
+        elsewhere = QueueReport(frontend_id="f2", incarnation=1, sequence=1, tokens_waiting=9)
+        it.room.heard("m", [elsewhere])
+        assert it.give_turns() == waiters[:2], "and who has one for each worker waits a moment"
+        assert it.room.queue.num_waiting == 1
         it.room.close()
 
     run(scenario())
