@@ -173,7 +173,9 @@ class Convoy:
     and `go` with each frame of one token a row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, rows_min: int | None = None) -> None:
+        """`rows_min` instead of `ROWS_MIN`."""
+        self._rows_min = ROWS_MIN if rows_min is None else rows_min
         self.stepped_at = 0.0
         """When the last step came."""
         self._slots: list[int] = []
@@ -334,7 +336,7 @@ class Convoy:
         if self._num_until_boarding:
             self._num_until_boarding -= 1
             return
-        if len(self._rides) < ROWS_MIN:
+        if len(self._rides) < self._rows_min:
             return
         for row in range(len(self._rides)) if self._is_stale else self._others:
             stream = self._streams[row]

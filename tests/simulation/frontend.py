@@ -139,7 +139,7 @@ class Call:
         self._trouble = frontend.trouble
         self._number = number
         self._next_slot = 1
-        self._convoy = Convoy()
+        self._convoy = Convoy(rows_min=1)
         self._slots_seen: list[int] = []
 
     # At the frontend.
