@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter continuation-gpu
+.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu slabs-gpu cohort-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter continuation-gpu
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -76,6 +76,12 @@ memory-gpu: .venv/.dev ## The same of a GPU's memory, and its checksum's speed; 
 
 recovery-gpu: .venv/.dev ## An engine on a GPU is killed; another goes on from its KV: bits, times, and what storing costs; needs PyTorch too
 	$(BIN)/python -m tests.gpu.recovery $(if $(TRIALS),--trials $(TRIALS)) $(if $(SHAPES),--shapes $(SHAPES))
+
+slabs-gpu: .venv/.dev ## Continuous batching of transformers 5.17 with its cache in slabs is killed; another goes on there; needs PyTorch (DEVICE=cpu: no GPU)
+	$(BIN)/python -m tests.gpu.slabs $(if $(DEVICE),--device $(DEVICE))
+
+cohort-gpu: .venv/.dev ## A model on two GPUs dies: its ranks are adopted together or not at all; needs two GPUs and PyTorch
+	$(BIN)/python -m tests.gpu.cohort
 
 recovery: .venv/.dev ## How long a stream stands still when its worker is killed; by default, and with real-time priority
 	$(BIN)/python -m benchmarks.recovery

@@ -36,6 +36,10 @@ PROMPTS: Final = {"1b": 7936, "7b": 32_512, "tiny": 256}
 STORE_MS_MAX: Final = {"1b": 12.0, "7b": 60.0, "tiny": 1000.0}
 """From the kill to the next token, at the median."""
 IN_PLACE_MS_MAX: Final = 100.0
+"""The same, in each of the trials."""
+ENVIRONMENT: Final = {"CUDA_DEVICE_MAX_CONNECTIONS": "2"}
+"""The driver proves an engine dead when it has stopped all its queues, one after the other, and has
+eight by default. An engine with one stream needs one: its death takes two thirds of the time."""
 COST_SHARE_MAX: Final = 0.03
 """Of a step, for storing every token while the next one is computed."""
 AT_ONCE: Final = {"1b": 5, "7b": 2, "tiny": 3}
@@ -60,6 +64,7 @@ class Engine:
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={**os.environ, **ENVIRONMENT},
         )
 
     def ask(self, verb: str, **wanted: object) -> None:
@@ -241,7 +246,7 @@ class Recovery:
             "prefill_bit_equal": seen.num_prefill_equal,
         }
         self.expect(seen.num_equal == self.trials, f"{mode}: {seen.num_equal} were bit-equal")
-        took = statistics.median(seen.to_token)
+        took = statistics.median(seen.to_token) if mode == "store" else max(seen.to_token)
         self.expect(took <= most, f"{mode}: the next token took {took:.1f} ms")
 
     def expect(self, is_so: bool, what: str) -> None:

@@ -60,8 +60,17 @@ def make_model(size: str, dtype: str, device: str) -> Any:
     return model
 
 
-def make_manager(model: Any, *, use_cuda_graph: bool) -> Any:
-    """Batches continuously, in a thread of its own, until stopped."""
+def make_manager(
+    model: Any,
+    *,
+    use_cuda_graph: bool,
+    shape: tuple[int, int] = (_PAGES, _PAGE),
+    allow_block_sharing: bool = False,
+) -> Any:
+    """Batches continuously, in a thread of its own, until stopped.
+
+    `shape`: how many pages, and tokens of each.
+    """
     transformers: Any = importlib.import_module("transformers")
     configuration: Any = importlib.import_module("transformers.generation.configuration_utils")
     config = configuration.ContinuousBatchingConfig
@@ -69,10 +78,10 @@ def make_manager(model: Any, *, use_cuda_graph: bool) -> Any:
     manager = model.init_continuous_batching(
         generation_config=transformers.GenerationConfig(do_sample=False, eos_token_id=-1),
         continuous_batching_config=config(
-            **{page: _PAGE},  # Its name depends on the version.
-            num_blocks=_PAGES,
+            **{page: shape[1]},  # Its name depends on the version.
+            num_blocks=shape[0],
             max_batch_tokens=_BATCH_TOKENS,
-            allow_block_sharing=False,
+            allow_block_sharing=allow_block_sharing,
             use_cuda_graph=use_cuda_graph,
         ),
     )
