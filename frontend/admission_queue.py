@@ -507,6 +507,12 @@ class AdmissionQueue(Generic[K]):
         entry = line.first() if line is not None else None
         return None if entry is None else (entry.key, entry.arrival.tenant)
 
+    def has_several_tenants(self, model: str) -> bool:
+        """Whether more than one has somebody in line."""
+        line = self._lines.get(model)
+        tenants = line.tenants.values() if line is not None else ()
+        return sum(bool(tenant.waiting) for tenant in tenants) > 1
+
     def may_go_at(self, model: str, now: float) -> float:
         """When the first in line takes the room that there is: others wait elsewhere, and go before
         it if they have waited longer.

@@ -200,7 +200,8 @@ class WaitingRoom:
         name = model, tenant
         if standing is None or standing.num_choices > 1:
             return False  # What a sidecar refuses in part is not to be refused.
-        if not self._has_few_of_first(model) or name in self._has_passed:
+        num_workers = sum(1 for _ in self._views_of(model))
+        if self._computing[name] >= num_workers or name in self._has_passed:
             return False
         self._has_passed.add(name)
         standing.may_pass = True
@@ -208,8 +209,11 @@ class WaitingRoom:
 
     def _has_few_of_first(self, model: str) -> bool:
         """Whether whoever has the next turn is of a tenant that has fewer prompts with workers than
-        there are. A flood has waited for long wherever it waits: such a tenant defers to none.
+        there are, while others wait here too. A flood has waited for long wherever it waits: such a
+        tenant defers to none.
         """
+        if not self.queue.has_several_tenants(model):
+            return False
         first = self.queue.first(model)
         num_workers = sum(1 for _ in self._views_of(model))
         return first is not None and self._computing[model, first[1]] < num_workers

@@ -55,9 +55,9 @@ class Room:
     def is_held(self, _: str) -> bool:
         return False
 
-    def comes(self, name: str) -> Waiter:
+    def comes(self, name: str, tenant: str = "") -> Waiter:
         """He was let in, and refused by a worker."""
-        waiter = Waiter(Standing(Arrival("m", "", name, 0, 10, 200.0), 100.0, is_in=True))
+        waiter = Waiter(Standing(Arrival("m", tenant, name, 0, 10, 200.0), 100.0, is_in=True))
         self.room.come_back(waiter, waiter.waits_as)
         return waiter
 
@@ -136,10 +136,10 @@ def test_a_tenant_that_has_few_prompts_with_workers_defers_to_no_older_ones_else
     async def scenario() -> None:
         it = Room()
         it.report(1, IDLE)
-        waiters = [it.comes(name) for name in "abc"]
+        waiters = [it.comes("a"), it.comes("b", "other"), it.comes("c")]
         elsewhere = QueueReport(frontend_id="f2", incarnation=1, sequence=1, tokens_waiting=9)
         it.room.heard("m", [elsewhere])
-        assert it.give_turns() == waiters[:2], "and who has one for each worker waits a moment"
+        assert it.give_turns() == waiters[:2], "and who is left alone waits a moment"
         assert it.room.queue.num_waiting == 1
         it.room.close()
 

@@ -179,7 +179,9 @@ class Frontend:
             tenant = first[1]
             if self.has_room():
                 due = self.queue.may_go_at(MODEL, self.world.now)
-                if due > self.world.now:
+                has_few = self.computing[tenant] < NUM_WORKERS
+                is_modest = has_few and self.queue.has_several_tenants(MODEL)
+                if due > self.world.now and not is_modest:
                     self.world.at(due, self.give_turns)
                     return
             else:
