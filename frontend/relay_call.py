@@ -824,7 +824,8 @@ class RelayCall(Talker):
         """
         num_slots = slots.index(slots[0], 1) if slots[0] in slots[1:] else len(slots)
         num_steps = len(slots) // num_slots
-        is_even = slots == slots[:num_slots] * num_steps
+        once = slots[:num_slots]
+        is_even = slots == once * num_steps and len(set(once)) == num_slots
         if is_even and num_steps <= STEPS_APART_MAX and num_slots >= ROWS_APART_MIN:
             for begin in range(0, len(slots), num_slots):
                 step = slice(begin, begin + num_slots)

@@ -499,6 +499,46 @@ def test_several_steps_in_one_frame_are_told_apart() -> None:
     run(scenario())
 
 
+def test_a_stream_with_two_rows_in_each_of_several_steps_is_told_both() -> None:
+    async def scenario() -> None:
+        frames: list[list[int]] = []
+
+        def in_turns(frame: attempt_pb2.StepFrame) -> None:
+            spread_over_rows(frame)
+            if not frames:
+                slots, ids = list(frame.slots), list(frame.token_ids)
+                once, twice = min(slots, key=slots.count), max(slots, key=slots.count)
+                ids_of = {
+                    slot: iter([i for s, i in zip(slots, ids, strict=True) if s == slot])
+                    for slot in slots
+                }
+                offsets_of = {slot: iter(range(len(slots))) for slot in slots}
+                frame.slots[:] = [once, twice, twice, once, twice, twice]
+                frame.offsets[:] = [next(offsets_of[slot]) for slot in frame.slots]
+                frame.token_ids[:] = [next(ids_of[slot]) for slot in frame.slots]
+            frames.append(list(frame.slots))
+
+        sidecar = FakeSidecar("w1", step_s=None, tokens_per_step=4, on_step=in_turns)
+        async with world(sidecar) as it:
+            short, long = (
+                it.client.generate(token_ids=PROMPT, max_tokens=num, seed=7, timeout_s=20)
+                for num in (2, 12)
+            )
+            reading = asyncio.gather(read(short), read(long))
+            await sidecar.until(lambda: len(sidecar.starts) == 2)
+            for _ in range(3):
+                sidecar.step()
+                await asyncio.sleep(0.02)
+            (ids_short, _), (ids_long, _) = await reading
+            assert len(frames[0]) == 6
+            assert ids_short == reference(PROMPT, 2, seed=7)
+            assert ids_long == reference(PROMPT, 12, seed=7)
+            assert long.finished is not None
+            assert len(long.finished.attempts) == 1, "nobody said anything wrong"
+
+    run(scenario())
+
+
 def test_steps_in_one_frame_that_leave_a_token_out_cost_the_attempt_and_nothing_else() -> None:
     async def scenario() -> None:
         frames: list[attempt_pb2.StepFrame] = []
