@@ -1509,7 +1509,7 @@ class Choice:
             )
         request.is_new_work = self._is_new_work
         self._view = view
-        view.placed(self.num_tokens, 0)
+        view.placed(self.num_tokens if self.frontend.door.is_on else seat.num_known, 0)
         self._seat = (call, call.start(seat, request), order.epoch)
         door = self.frontend.door
         door.pausing.started(cast("Any", self), view)

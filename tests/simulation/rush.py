@@ -110,7 +110,9 @@ class Rush(Mesh):
         world, random = self.world, self.world.random
         self.clocks.are_wrong, self.clocks.num_moves = False, 0  # The world of streams has that.
         self.rules = _rules(random)
-        self.pace = Pace(step_s=(0.01, 0.04), tokens=(1, 3, 4), slow_s_per_token=(0.005, 0.04))
+        self.pace = Pace(
+            step_s=(0.01, 0.04), tokens=(1, 3, 4), batch=BATCH, slow_s_per_token=(0.005, 0.04)
+        )
         for index in range(random.choice((1, 1, 2, 3))):
             self.frontends.append(self._frontend(f"f{index}"))
         num_workers = random.choice((1, 1, 2, 3))

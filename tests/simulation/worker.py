@@ -52,6 +52,8 @@ class Pace:
     step_s: tuple[float, float] = (0.004, 0.016)
     tokens: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 2, 4)
     """Of one attempt in one step, each as likely as the others."""
+    batch: int = 0
+    """Prompt tokens that it says to compute in one step; 0 if it does not."""
     slow_s_per_token: tuple[float, float] = (0.01, 0.3)
     """Of a prompt, where prefill is slow."""
 
@@ -155,7 +157,7 @@ class Engine:
             context_length=CONTEXT_LENGTH,
             block_size=BLOCK_SIZE,
             tokenizer_fingerprint="t",
-            prefill_tokens_max=BATCH,
+            prefill_tokens_max=self._pace.batch,
         )
         up = EngineUp(self.incarnation, description, _TOKENIZER, frame_interval_s=FRAME_INTERVAL_S)
         self._hub.on_up(up)
