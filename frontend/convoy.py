@@ -42,6 +42,11 @@ LOOK_INTERVAL_S: Final = 0.5
 UNWRITTEN_BYTES_MAX: Final = 64 * 1024
 """Who has so much in a connection that is not in its socket yet is behind, and better merges."""
 _STEPS_SPREAD: Final = 32
+_FEW: Final = 8
+"""Rows that are taken out of each column one by one; where more go, columns are given up."""
+ODD_FRAMES: Final = 32
+"""Who said something that has no text of its own, half a character, soon says more of it: so many
+frames go by before it rides again. For all others, each who steps out is dear."""
 _NEVER: Final = 1 << 62
 _STEPS_KEPT: Final = 2 * STEPS_MAX
 """Columns, so that they are thrown away in strides."""
@@ -185,6 +190,9 @@ class Convoy:
         """Of each row that rides."""
         self._dues: list[int] = []
         """The step in which each of them may not ride without being looked at."""
+        self._boards_at: list[int] = []
+        """Of each row, the frame in which it may ride at the earliest."""
+        self._num_frames = 0
         self._others: list[int] = []
         """The rows that do not."""
         self._steps: list[array[int]] = []
@@ -218,16 +226,23 @@ class Convoy:
     ) -> None:
         """Frames have these rows from now on. A row of nobody's has no stream."""
         here = set(slots)
-        for row in reversed(range(len(self._slots))):
-            if self._slots[row] not in here:
-                self._drop(row)
+        gone = [row for row, slot in enumerate(self._slots) if slot not in here]
+        if len(gone) > _FEW:
+            for ride in self._rides:
+                if ride is not None:
+                    ride.settle()
+            self._steps.clear()  # There is nothing in them that is not known now.
+        for row in reversed(gone):
+            self._drop(row)
         if self._slots != slots[: len(self._slots)]:
             self.stop()  # They come in another order.
-            self._slots, self._rides, self._dues, self._steps = [], [], [], []
+            self._slots, self._rides, self._dues, self._boards_at = [], [], [], []
+            self._steps.clear()
         num_new = len(slots) - len(self._slots)
         self._slots = list(slots)
         self._rides += [None] * num_new
         self._dues += [_NEVER] * num_new
+        self._boards_at += [0] * num_new
         for row, (ride, stream) in enumerate(zip(self._rides, streams, strict=True)):
             if ride is not None:
                 ride.row = row
@@ -271,7 +286,7 @@ class Convoy:
         ride = self._rides[row]
         if ride is not None:
             ride.step_out()
-        for rows in (self._slots, self._rides, self._dues):
+        for rows in (self._slots, self._rides, self._dues, self._boards_at):
             del rows[row]
         for column in self._steps:
             if row < len(column):
@@ -284,6 +299,7 @@ class Convoy:
 
     def go(self, offsets: list[int], token_ids: list[int], now: float) -> Sequence[int]:
         """Tell what a frame says of those that ride; returns the rows that go the long way."""
+        self._num_frames += 1
         self._board(now)
         while True:
             if self._is_stale:
@@ -341,6 +357,8 @@ class Convoy:
         for row in range(len(self._rides)) if self._is_stale else self._others:
             stream = self._streams[row]
             if stream is None or (ride := stream.ride) is None or ride.is_on:
+                continue
+            if self._boards_at[row] > self._num_frames:
                 continue
             if not stream.is_flowing(self._epochs[row]):
                 continue
@@ -456,11 +474,10 @@ class Convoy:
                 continue
             expected = ride.stream.num_settled + self._num_steps - ride.since
             token_id = token_ids[row]
-            if (
-                offsets[row] != expected
-                or token_id in ride.stream.stop_token_ids
-                or not fields.has_short(token_id)
-            ):
+            if not fields.has_short(token_id):
+                self._boards_at[row] = self._num_frames + ODD_FRAMES
+                ride.step_out()
+            elif offsets[row] != expected or token_id in ride.stream.stop_token_ids:
                 ride.step_out()
         if not self._is_stale:
             self.stop()  # Whatever it was, the long way says it.

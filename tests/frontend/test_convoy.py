@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frontend import summaries
-from frontend.convoy import LOOK_INTERVAL_S, STEPS_MAX, UNWRITTEN_BYTES_MAX, Convoy, Ride
+from frontend.convoy import (
+    LOOK_INTERVAL_S,
+    ODD_FRAMES,
+    STEPS_MAX,
+    UNWRITTEN_BYTES_MAX,
+    Convoy,
+    Ride,
+)
 from frontend.edge import encoding
 from frontend.edge.encoding import TokenBodies, TokenFields
 from frontend.stream import Command, Limits, Stream
@@ -370,8 +377,10 @@ def test_a_stream_gets_on_again_when_all_is_as_before() -> None:
     ride = world.readers[1].ride
     assert ride is not None
     world.step([B, CUT, B])
-    world.step([B])
-    assert not ride.is_on, "half a character waits for the other half"
+    for _ in range(ODD_FRAMES - 1):
+        world.step([B])
+        assert not ride.is_on, "more of such a text is to be expected"
+        assert world.convoy.num_riding == 2
     world.step([B])
     assert ride.is_on
 
@@ -460,6 +469,18 @@ def test_who_comes_and_goes_disturbs_nobody() -> None:
     assert world.num_ridden == 4 + 4 + 3 + 4
     ledgers = [reader.stream.ledger.tolist() for reader in world.readers]
     assert ledgers == [[A, B, A, B, A], [A, B, B], [A, B, B, A, B], [A, B, A, B, B], [A, A]]
+
+
+def test_many_go_at_once_and_those_who_stay_ride_on() -> None:
+    world = riding(12)
+    world.step([A, B])
+    world.absent.update(range(10))
+    world.step([B, A])
+    world.step([B, B])
+    assert world.num_ridden == 12 + 12 + 2 + 2
+    ledgers = [reader.stream.ledger.tolist() for reader in world.readers]
+    assert ledgers[:10] == 5 * [[A, B, A], [A, B, B]]
+    assert ledgers[10:] == [[A, B, A, B, B], [A, B, B, A, B]]
 
 
 def test_rows_in_another_order_are_those_of_the_same_streams() -> None:
