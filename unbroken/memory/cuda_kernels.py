@@ -63,7 +63,7 @@ class Checksums:
         if not 0 <= size_bytes <= SIZE_BYTES_MAX:
             raise ValueError(f"expected at most {SIZE_BYTES_MAX} bytes, got {size_bytes}")
         given = np.array([addresses] if targets is None else [addresses, targets], dtype=np.uint64)
-        if np.any(given % np.uint64(8)):
+        if np.any(given & np.uint64(7)):
             raise ValueError("expected addresses that are multiples of 8")
         found: list[int] = []
         for start in range(0, len(addresses), _LAUNCHED_MAX):
@@ -103,7 +103,8 @@ class Checksums:
         host = np.empty(count, dtype=np.uint64)
         got = cu.cuMemcpyDtoH(host.ctypes.data, cu.CUdeviceptr(results.address), size)
         asked(cu, "compute checksums", got)
-        return [int(one) for one in host.tolist()]
+        answers: list[int] = host.tolist()
+        return answers
 
     def _launch(self, name: str, grid: tuple[int, int], *arguments: int) -> None:
         """All arguments of our kernels have 64 bits."""
