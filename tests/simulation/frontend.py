@@ -795,6 +795,8 @@ class Choice:
         self._paused_at = 0.0
         self._goes_on = False
         self.went_on_at = 0.0
+        self.started_at = 0.0
+        """When its last attempt was begun."""
         """When it was at a worker again after a pause,"""
         self.halted_at = 0.0
         """and when it was told to make one."""
@@ -1492,6 +1494,7 @@ class Choice:
         self.witness.started(order.checkpoint, personality)
         seat = Seat(self, order.epoch, num_known=len(self.stream.ledger))
         way = self.stream.attempts[-1].way
+        self.started_at = self._world.now
         self._world.tell(
             "%s.%d starts on %s: %s", self.name, order.epoch, order.life.worker_id, way.name
         )

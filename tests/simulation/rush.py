@@ -334,6 +334,8 @@ class Rush(Mesh):
             if one.process is process
             and (one is choice or one.frontend is not choice.frontend or not one.stream.is_halting)
         ]
+        # What was placed just now may count beside a report that has it already.
+        held += [one for one in held if now < one.started_at + FREED_S]
         thresholds = self.rules.thresholds
         tokens = sum(one.num_tokens for one in held if not one.stream.is_prefilled)
         blocks = sum(-(-one.num_tokens // BLOCK_SIZE) for one in held)

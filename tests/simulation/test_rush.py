@@ -23,10 +23,10 @@ from tests.simulation.rush import STRIKES, Rush
 from tests.simulation.scenario import quiet
 from unbroken.outcome import FailureKind
 
-NUM_SEEDS = 1000
-NUM_PARTS = 1
+NUM_SEEDS = 5000
+NUM_PARTS = 5
 SEEDS_PER_PART = NUM_SEEDS // NUM_PARTS
-SEEDS_MAX = 300
+SEEDS_MAX = 2000
 """Within which each planted bug is found."""
 
 
