@@ -794,9 +794,9 @@ class Choice:
         self._is_pausing_over = False
         self._paused_at = 0.0
         self._goes_on = False
-        self.went_on_at = 0.0
         self.started_at = 0.0
         """When its last attempt was begun."""
+        self.went_on_at = 0.0
         """When it was at a worker again after a pause,"""
         self.halted_at = 0.0
         """and when it was told to make one."""
