@@ -24,7 +24,7 @@ from tests.simulation.scenario import quiet
 from unbroken.outcome import FailureKind
 
 NUM_SEEDS = 5000
-NUM_PARTS = 5
+NUM_PARTS = 10
 SEEDS_PER_PART = NUM_SEEDS // NUM_PARTS
 SEEDS_MAX = 2000
 """Within which each planted bug is found."""
