@@ -19,7 +19,12 @@ _NICE: Final = 10
 def let_others_go_first(group: int) -> None:
     """Have the processes of a group give way to others: it leads its session, was killed, or is to
     be. Takes microseconds, for the news of its death have not left yet.
+
+    0 is an engine whose number is not known yet. To the kernel it is whoever asks, and in a
+    container also the session of one whose leader is out of sight.
     """
+    if not group:
+        return
     # An error: it has just gone, or may not be told.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if os.getsid(group) != group:

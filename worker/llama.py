@@ -489,20 +489,18 @@ class _Context:
             return _BATCH
 
         try:
-            cells = find_cells(
+            return find_cells(
                 self._context,
                 probe,
                 slot=slot,
                 num_slots=self._num_slots,
                 slot_tokens=self._context.n_ctx_seq,
             )
-            reason = "they are not found in memory"
-        except ValueError as error:
-            cells, reason = None, str(error)
-        self.trim(slot, 0)
-        if cells is None:
-            _log.warning("KV blocks can't be stored", reason=reason)
-        return cells
+        except (ValueError, OSError) as error:
+            _log.warning("KV blocks can't be stored", reason=str(error))
+            return None
+        finally:
+            self.trim(slot, 0)
 
     def close(self) -> None:
         """Free the memory, in the order that the binding needs."""

@@ -9,9 +9,9 @@ nothing is read any more. What comes back goes through llama.cpp's own interface
 """
 
 import ctypes
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -138,28 +138,26 @@ def find_cells(
     slot: int,
     num_slots: int,
     slot_tokens: int,
-) -> KvCells | None:
-    """Find the cells; None if they are not where they are looked for.
+) -> KvCells:
+    """Find the cells.
 
     `probe` lets the slot, and no other, hold the text of that number, and tells how many tokens
-    that are. Raises ValueError if the state of a sequence is not as `worker.llama_state` says.
+    that are. Raises ValueError if the state of a sequence is not as `worker.llama_state` says, or
+    the cells are not where they are looked for; OSError if this process's memory can't be read.
     """
     form, rows = _given(context, slot, probe(0))
     if form.num_streams != num_slots:
         raise ValueError(f"expected {num_slots} streams, got {form.num_streams}")
     place = _Place(form, slot, num_slots, slot_tokens)
     needle = rows[0, 0].tobytes()[:_NEEDLE_BYTES]
-    try:
-        memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
+    memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         # Looked at through the kernel: what else matches may be gone in the next moment, or be what
         # another context had before.
         found = [
             address - place.before
             for first, end in _mappings(place.size)
-            for address in _occurrences(
+            for address in occurrences(
                 memory, needle, first + place.before, end - place.size + place.before
             )
             if place.holds(memory, address - place.before, rows)
@@ -169,7 +167,7 @@ def find_cells(
     finally:
         os.close(memory)
     if len(found) != 1:
-        return None
+        raise ValueError(f"expected the cells once in memory, found them {len(found)} times")
     return KvCells(context, form, place.mapped(found[0]), slot_tokens=slot_tokens)
 
 
@@ -228,26 +226,35 @@ class _Place:
 
 def _mappings(num_bytes: int) -> list[tuple[int, int]]:
     """Writable memory of this process in pieces of at least so many bytes."""
-    found: list[tuple[int, int]] = []
-    with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            span, rights = line.split()[:2]
-            first, end = (int(text, 16) for text in span.split("-"))
-            if rights.startswith("rw") and end - first >= num_bytes:
-                found.append((first, end))
-    return found
+    joined: list[tuple[int, int]] = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights = line.split()[:2]
+        first, end = (int(text, 16) for text in span.split("-"))
+        if rights.startswith("rw"):
+            if joined and joined[-1][1] == first:
+                first = joined.pop()[0]  # What lies in it may have grown across the seam.
+            joined.append((first, end))
+    return [(first, end) for first, end in joined if end - first >= num_bytes]
 
 
-def _occurrences(memory: int, needle: bytes, first: int, last: int) -> Iterator[int]:
-    """Where these bytes are, at addresses from `first` to `last`."""
-    for start in range(first, last + 1, _CHUNK_BYTES):
+def occurrences(memory: int, needle: bytes, first: int, last: int) -> Iterator[int]:
+    """Where these bytes are, at addresses from `first` to `last`.
+
+    What was one mapping may have holes by now: only the pages that are gone are passed over.
+    """
+    start = first
+    while start <= last:
         # Chunks overlap by a needle, less one byte.
         wanted = min(_CHUNK_BYTES, last + 1 - start) + len(needle) - 1
         try:
             chunk = os.pread(memory, wanted, start)
         except OSError:
-            continue
+            chunk = b""
         at = chunk.find(needle)
         while at >= 0:
             yield start + at
             at = chunk.find(needle, at + 1)
+        if len(chunk) == wanted:
+            start += wanted - (len(needle) - 1)
+        else:
+            start = (start + len(chunk)) // mmap.PAGESIZE * mmap.PAGESIZE + mmap.PAGESIZE

@@ -284,6 +284,8 @@ def test_who_lost_a_worker_that_had_said_nothing_waits_again_and_goes_first() ->
             for sidecar in sidecars:
                 await report(it, sidecar, used=0, queued=101)
             (other,) = await line_up(it, ["other"])
+            # It was tried and refused; had it died with the worker, it would go first too.
+            await it.until(lambda: count_of(it, "queue_requests") == 1)
             await lost.die()
             await it.until(lambda: count_of(it, "queue_requests") == 2)
             assert not begun(left), "its thresholds hold for a request that it would begin"

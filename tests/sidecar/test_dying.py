@@ -44,3 +44,14 @@ def test_an_engine_that_is_gone_is_nobody(process: subprocess.Popen[bytes]) -> N
     process.kill()
     process.wait(DEADLINE_S)
     let_others_go_first(process.pid)
+
+
+def test_an_engine_whose_number_is_not_known_yet_takes_nothing_from_us(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As in a container that was entered from outside.
+    monkeypatch.setattr(os, "getsid", lambda _: 0)
+    told: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "setpriority", lambda *given: told.append(given))
+    let_others_go_first(0)
+    assert not told

@@ -1,6 +1,8 @@
 """KV blocks of llama.cpp: read where they are, put together elsewhere, and bit-equal afterwards."""
 
 import asyncio
+import ctypes
+import mmap
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +13,7 @@ from tests.worker.stores import Shelf, ShelfStore
 from tests.worker.test_llama import FEATURES, LIST, PROSE, Engine, Output, encode, load
 from unbroken.generation import GenerationParams, StopConditions
 from unbroken.tokenizer import Tokenizer
-from worker import llama_state
+from worker import llama_kv, llama_state
 from worker.llama import BLOCK_SIZE, LlamaRunner
 from worker.llama_kv import CellsMovedError, KvCells
 from worker.llama_state import StateFormat
@@ -88,6 +90,34 @@ def test_cells_are_read_only_if_they_have_so_many_tokens_and_in_order() -> None:
     swapped[first], swapped[second] = state[second], state[first]
     with pytest.raises(CellsMovedError, match="in order"):
         read(bytes(swapped), 6)
+
+
+PAGE = mmap.PAGESIZE
+NEEDLE = b"a needle of the test"
+
+
+@pytest.mark.parametrize("hole", [None, 0, 1, 4])
+def test_what_is_looked_for_is_found_behind_pages_that_are_gone(hole: int | None) -> None:
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    size, private, writable = 5 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 3
+    start: int = libc.mmap(None, ctypes.c_size_t(size), writable, private, -1, ctypes.c_long(0))
+    pages = {number: ctypes.c_void_p(start + number * PAGE) for number in range(5)}
+    offsets = [5, 2 * PAGE - 7, 2 * PAGE + 40, 4 * PAGE - 20]
+    for offset in offsets:
+        ctypes.memmove(start + offset, NEEDLE, len(NEEDLE))
+    try:
+        if hole is not None:
+            assert libc.munmap(pages.pop(hole), ctypes.c_size_t(PAGE)) == 0
+        with open("/proc/self/mem", "rb") as memory:
+            last = start + size - len(NEEDLE)
+            found = list(llama_kv.occurrences(memory.fileno(), NEEDLE, start, last))
+    finally:
+        for page in pages.values():
+            libc.munmap(page, ctypes.c_size_t(PAGE))
+    spans = [range(offset // PAGE, (offset + len(NEEDLE) - 1) // PAGE + 1) for offset in offsets]
+    there = [offset for offset, span in zip(offsets, spans, strict=True) if hole not in span]
+    assert [where - start for where in found] == there
 
 
 # A real model.
