@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
+# Who runs out of time takes its process along. One put in its place would wait for ever at the end.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu slabs-gpu cohort-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter continuation-gpu
@@ -15,10 +17,10 @@ demo: .venv/.run ## A worker dies in mid-stream, the text goes on, and equals an
 	@$(BIN)/unbroken demo
 
 test: .venv/.dev ## All tests that need no accelerator
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(PYTEST)
 
 test-grpcio: .venv/.dev ## What clients see, and all that is hurt, with grpcio at the edge and on the links
-	UNBROKEN_FRONTEND_EDGE=grpcio UNBROKEN_FRONTEND_RELAY=grpcio $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" \
+	UNBROKEN_FRONTEND_EDGE=grpcio UNBROKEN_FRONTEND_RELAY=grpcio $(PYTEST) \
 		tests/frontend tests/integration tests/faults tests/unbroken/test_mesh.py tests/unbroken/test_client.py
 
 check: lint types protos test ## Everything a change must pass
