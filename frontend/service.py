@@ -48,7 +48,7 @@ from unbroken.garbage import collected_in_quiet
 from unbroken.health import add_health
 from unbroken.outcome import ContinuationPolicy, FailureKind
 from unbroken.probes import Probes
-from unbroken.signals import STOPPING, heed_no_more
+from unbroken.signals import heed, heed_no_more
 from unbroken.status import Trailers
 from unbroken.thresholds import Thresholds
 from unbroken.transport import Keepalive, listen, make_server
@@ -431,7 +431,6 @@ async def serve(
     SIGTERM and SIGINT begin a drain, a second one ends it. One of several processes may get SIGTERM
     from its parent and from systemd, which sends it to all: there only SIGINT means a second one.
     """
-    loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
     hurry = asyncio.Event()
     frontend = Frontend(config, place=place)
@@ -444,8 +443,7 @@ async def serve(
         if frontend.has_started:
             frontend.draining.tell(drain.Signalled(is_again=is_again))
 
-    for number in STOPPING:
-        loop.add_signal_handler(number, receive, number)
+    heed(receive)
     starting = asyncio.create_task(frontend.start())
     in_a_hurry = asyncio.create_task(hurry.wait())
     try:

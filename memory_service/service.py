@@ -31,7 +31,7 @@ from unbroken import log, metrics
 from unbroken.config import split_address
 from unbroken.health import HealthServicer, add_health
 from unbroken.memory.channel import ChannelClosed
-from unbroken.signals import STOPPING, heed_no_more
+from unbroken.signals import heed, heed_no_more
 from unbroken.transport import listen, listen_locally, make_server
 from unbroken.v1 import memory_pb2_grpc
 
@@ -328,10 +328,8 @@ async def _locked(path: Path) -> int:
 
 async def serve(config: MemoryConfig, driver: Driver = CUDA) -> int:
     """Run a memory service until SIGTERM or SIGINT. Raises OSError if it cannot start."""
-    loop = asyncio.get_running_loop()
     stop_wanted = asyncio.Event()
-    for number in STOPPING:
-        loop.add_signal_handler(number, stop_wanted.set)
+    heed(lambda _: stop_wanted.set())
     service = MemoryService(config, driver=driver)
     try:
         await service.start()

@@ -32,7 +32,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
 from unbroken.health import HealthServicer, add_health
 from unbroken.probes import Probes
-from unbroken.signals import STOPPING, heed_no_more
+from unbroken.signals import heed, heed_no_more
 from unbroken.third_party import orca_pb2_grpc
 from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
 from unbroken.transport import listen, make_server
@@ -327,11 +327,9 @@ async def serve(config: SidecarConfig) -> int:
     SIGTERM and SIGINT begin a drain, a second one ends it. Raises OSError if it cannot start, and
     as `Sidecar.wait`.
     """
-    loop = asyncio.get_running_loop()
     with tempfile.TemporaryDirectory(prefix="unbroken-") as directory:
         sidecar = Sidecar(config, engine_of(config, Path(directory)))
-        for number in STOPPING:
-            loop.add_signal_handler(number, sidecar.tell_drain, drain.Signalled())
+        heed(lambda _: sidecar.tell_drain(drain.Signalled()))
         try:
             await first_of(sidecar.start(), sidecar.hurry_wanted.wait())
             if not sidecar.hurry_wanted.is_set():

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shlex
-import signal
 import socket
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from unbroken.mesh import LocalMesh, MeshError, kill_frontend, kill_worker
 from unbroken.mesh_ledger import mesh_ledger
 from unbroken.request import GenerateOptions
 from unbroken.rollout import READY_TIMEOUT_S, roll_out
+from unbroken.signals import heed, heed_no_more
 from unbroken.terminal import Output
 from unbroken.tls import ClientTls
 from unbroken.v1 import inference_service_pb2 as pb
@@ -719,11 +719,9 @@ def main() -> None:
 
 async def _up(mesh: LocalMesh, output: Output, *, is_supervised: bool) -> None:
     """Run `mesh` until SIGINT or SIGTERM; both end it in order."""
-    loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _cancel_once, task)
+    heed(lambda _: _cancel_once(task))
     try:
         terminal.note("starting; engines load their models")
         async with mesh:
@@ -739,6 +737,8 @@ async def _up(mesh: LocalMesh, output: Output, *, is_supervised: bool) -> None:
                     raise MeshError("no frontend is left")
     except asyncio.CancelledError:
         terminal.note("stopped")
+    finally:
+        heed_no_more()
 
 
 async def _drain_frontend(

@@ -8,7 +8,7 @@ import uvloop
 from unbroken import log
 from unbroken.config import load
 from unbroken.garbage import collected_in_quiet
-from unbroken.signals import STOPPING, heed_no_more
+from unbroken.signals import heed, heed_no_more
 from worker.config import WorkerConfig
 from worker.engine import ModelRunner
 from worker.kv_store import store_settings
@@ -28,9 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 async def _run(config: WorkerConfig) -> int:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in STOPPING:
-        loop.add_signal_handler(number, stop.set)
+    heed(lambda _: stop.set())
     try:
         runner = _runner(config)
     except (ImportError, OSError, ValueError) as error:

@@ -38,7 +38,7 @@ from unbroken.health import HealthServicer
 from unbroken.probes import Probes
 from unbroken.restart import RestartPolicy, Restarts
 from unbroken.scratch import Scratch
-from unbroken.signals import STOPPING, heed_no_more
+from unbroken.signals import heed, heed_no_more
 from unbroken.v1 import worker_pb2
 
 POLL_INTERVAL_S: Final = 1.0
@@ -69,12 +69,10 @@ async def serve(config: FrontendConfig, argv: Sequence[str]) -> int:
 
     Raises OSError or `UnbrokenError` if it cannot start. `argv` is what it was told, for them.
     """
-    loop = asyncio.get_running_loop()
     listener, address = await _listen(config.listen)
     with listener, closing(Scratch("unbroken-frontend-")) as scratch:
         parent = Parent(config, argv, listener, address, scratch.path)
-        for number in STOPPING:
-            loop.add_signal_handler(number, parent.asked_to_stop)
+        heed(lambda _: parent.asked_to_stop())
         try:
             await parent.start()
             return await parent.run()

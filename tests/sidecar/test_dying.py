@@ -46,12 +46,18 @@ def test_an_engine_that_is_gone_is_nobody(process: subprocess.Popen[bytes]) -> N
     let_others_go_first(process.pid)
 
 
-def test_an_engine_whose_number_is_not_known_yet_takes_nothing_from_us(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # As in a container that was entered from outside.
-    monkeypatch.setattr(os, "getsid", lambda _: 0)
-    told: list[tuple[int, ...]] = []
-    monkeypatch.setattr(os, "setpriority", lambda *given: told.append(given))
-    let_others_go_first(0)
+def test_an_engine_whose_number_is_not_known_yet_takes_nothing_from_us() -> None:
+    told: list[tuple[int, int, int]] = []
+
+    def session_of(pid: int) -> int:
+        """As in a container that was entered from outside: its leader is out of sight."""
+        return 0 if pid == 0 else pid
+
+    def note(which: int, who: int, priority: int) -> None:
+        told.append((which, who, priority))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "getsid", session_of)
+        patch.setattr(os, "setpriority", note)
+        let_others_go_first(0)
     assert not told
