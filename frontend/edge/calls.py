@@ -42,6 +42,49 @@ Open: TypeAlias = Callable[[bytes, float | None, Callable[[], None]], Awaitable[
 _log = log.get_logger(__name__)
 
 
+class OneMessage:
+    """The only message of a request, of which the server holds no more than it may."""
+
+    __slots__ = ("_body", "_client", "_message", "_num_held", "_server", "_stream_id")
+
+    def __init__(
+        self, server: "EdgeServer", client: "ClientConnection", stream_id: int, request: Request
+    ) -> None:
+        """The client has to bring it to an end in time."""
+        client.connection.expect_end(stream_id, server.clock())
+        self._server = server
+        self._client = client
+        self._stream_id = stream_id
+        self._body = MessageReader(request.get(b"grpc-encoding"), server.limits.request_bytes_max)
+        self._message: bytes | None = None
+        self._num_held = 0
+
+    def feed(self, data: bytes, *, ends: bool) -> bytes | None:
+        """The message, once it has come and nothing more can. Raises `Refused`."""
+        for message in self._body.feed(data):
+            if self._message is not None:
+                raise Refused(Code.INTERNAL, "expected one message, got another")
+            self._message = message
+        num_held = self._body.num_held + len(self._message or b"")
+        if not self._server.hold(num_held - self._num_held):
+            raise Refused(Code.RESOURCE_EXHAUSTED, "too many requests are coming in at once")
+        self._num_held = num_held
+        self._client.connection.consumed(self._stream_id, len(data))
+        if not ends:
+            return None
+        self._body.finish()
+        if self._message is None:
+            raise Refused(Code.INTERNAL, "expected one message, got none")
+        self.let_go()
+        message, self._message = self._message, None
+        return message
+
+    def let_go(self) -> None:
+        """It is no longer held here. Idempotent."""
+        self._server.hold(-self._num_held)
+        self._num_held = 0
+
+
 class StreamingCall:
     """One call of Generate or, if its answers are wrapped, of Resume."""
 
@@ -52,8 +95,6 @@ class StreamingCall:
         "_deadline_at",
         "_http_stream",
         "_is_leaving",
-        "_message",
-        "_num_held",
         "_open",
         "_path",
         "_reader",
@@ -83,9 +124,7 @@ class StreamingCall:
         self._path = request.path.decode()
         wait_s = timeout_s(request)
         self._deadline_at = None if wait_s is None else server.clock() + wait_s
-        self._body = MessageReader(request.get(b"grpc-encoding"), server.limits.request_bytes_max)
-        self._message: bytes | None = None
-        self._num_held = 0
+        self._body = OneMessage(server, client, stream_id, request)
         self._task: asyncio.Task[None] | None = None
         self._reader: Reading | None = None
         self._bodies: encoding.TokenBodies | None = None
@@ -101,23 +140,9 @@ class StreamingCall:
         """A piece of the request. Raises `Refused`."""
         if self._task is not None:
             return  # Only an empty end can come after the end, and the connection sees to that.
-        for message in self._body.feed(data):
-            if self._message is not None:
-                raise Refused(Code.INTERNAL, "expected one message, got another")
-            self._message = message
-        num_held = self._body.num_held + len(self._message or b"")
-        if not self._server.hold(num_held - self._num_held):
-            raise Refused(Code.RESOURCE_EXHAUSTED, "too many requests are coming in at once")
-        self._num_held = num_held
-        self.client.connection.consumed(self.stream_id, len(data))
-        if not ends:
-            return
-        self._body.finish()
-        if self._message is None:
-            raise Refused(Code.INTERNAL, "expected one message, got none")
-        message, self._message = self._message, None
-        self._let_go()
-        self._task = asyncio.create_task(self._begin(message))
+        message = self._body.feed(data, ends=ends)
+        if message is not None:
+            self._task = asyncio.create_task(self._begin(message))
 
     async def _begin(self, message: bytes) -> None:
         remaining_s = None
@@ -221,7 +246,7 @@ class StreamingCall:
 
     def refuse(self, refused: Refused) -> None:
         """The protocol does not allow the request."""
-        self._let_go()
+        self._body.let_go()
         fields = [*ANSWER_FIELDS, *trailers(refused.code, refused.detail, refused.fields)]
         self.client.connection.send_headers(self.stream_id, fields, ends=True)
         self._forget()
@@ -245,7 +270,7 @@ class StreamingCall:
         """The stream is gone: nobody reads any more."""
         if self._task is not None:
             self._task.cancel()
-        self._let_go()
+        self._body.let_go()
         self._forget()
 
     def crashed(self, error: Exception) -> None:
@@ -265,7 +290,3 @@ class StreamingCall:
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
-
-    def _let_go(self) -> None:
-        self._server.hold(-self._num_held)
-        self._num_held = 0

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import Default
 
-from frontend.edge.calls import ANSWER_FIELDS
+from frontend.edge.calls import ANSWER_FIELDS, OneMessage
 from unbroken import status
 from unbroken.http2.headers import Request
 from unbroken.http2.messages import (
@@ -30,11 +31,16 @@ from unbroken.http2.messages import (
 if TYPE_CHECKING:
     from frontend.edge.server import ClientConnection, EdgeServer
 
-    _Call: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
+    _Upload: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
+    _Call: TypeAlias = _Upload | grpc.aio.UnaryStreamCall[bytes, bytes]
 
 
 class ForwardedCall:
-    """One call of any method, on its way to the server behind."""
+    """One call of any method, on its way to the server behind.
+
+    If its method takes one message, it goes there when that has come whole, and with it: of a call
+    that is answered while a message is written to it, grpc.aio says INTERNAL whatever the answer.
+    """
 
     def __init__(
         self,
@@ -48,37 +54,42 @@ class ForwardedCall:
         self.client = client
         self.stream_id = stream_id
         self._server = server
-        self._body = MessageReader(request.get(b"grpc-encoding"), server.limits.request_bytes_max)
-        self._inbox: deque[bytes] = deque()
-        self._has_ended = False
-        self._has_message = False
-        self._num_owed = 0
-        """Bytes that the client may send again once the inbox is empty."""
-        self._has_input = asyncio.Event()
+        self._channel = cast("Any", channel)
+        self.path, method = _known(request.path)
+        self._metadata = tuple(metadata(request.fields))
+        wait_s = timeout_s(request)
+        self._deadline_at = None if wait_s is None else server.clock() + wait_s
         self._has_room = asyncio.Event()
-        if not request.path.startswith(b"/") or not request.path.isascii():
-            raise Refused(Code.UNIMPLEMENTED, "expected a path of a service and a method")
-        self.path = request.path.decode()
-        method = cast("Any", channel).stream_stream(self.path)
-        call = method(timeout=timeout_s(request), metadata=tuple(metadata(request.fields)))
-        self._call = cast("_Call", call)
-        self._task = asyncio.create_task(self._run())
+        self._call: _Call | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._upload: Upload | None = None
+        self._message: OneMessage | None = None
+        if method.client_streaming:
+            call = self._channel.stream_stream(self.path)(timeout=wait_s, metadata=self._metadata)
+            self._upload = Upload(server, client, stream_id, request, call)
+            self._begin(call)
+        else:
+            self._message = OneMessage(server, client, stream_id, request)
 
     def data(self, data: bytes, *, ends: bool) -> None:
         """A piece of the request. Raises `Refused`."""
-        self._inbox += self._body.feed(data)
-        self._num_owed += len(data)
-        self._has_message = self._has_message or bool(self._inbox)
-        if ends:
-            self._body.finish()
-            if not self._has_message and self._takes_one_message():
-                # The server behind would wait for it for ever.
-                raise Refused(Code.INTERNAL, "expected one message, got none")
-            self._has_ended = True
-        if self._inbox or ends:
-            self._has_input.set()
-        else:
-            self._repay()  # Of a message that has to come whole.
+        if self._upload is not None:
+            self._upload.data(data, ends=ends)
+        elif self._message is not None:
+            message = self._message.feed(data, ends=ends)
+            if message is not None:
+                self._message = None
+                method = self._channel.unary_stream(self.path)
+                self._begin(method(message, timeout=self._remaining_s(), metadata=self._metadata))
+
+    def _remaining_s(self) -> float | None:
+        if self._deadline_at is None:
+            return None
+        return max(0.0, self._deadline_at - self._server.clock())
+
+    def _begin(self, call: "_Call") -> None:
+        self._call = call
+        self._task = asyncio.create_task(self._run(call))
 
     def writable(self) -> None:
         """There is room for more."""
@@ -92,25 +103,31 @@ class ForwardedCall:
 
     def lost(self) -> None:
         """The stream is gone, and so is the call."""
-        self._task.cancel()
-        self._call.cancel()  # A task that has not begun yet never does, and so cleans nothing up.
+        if self._task is not None:
+            self._task.cancel()
+        self._close()  # A task that has not begun yet never does, and so cleans nothing up.
+
+    def _close(self) -> None:
+        if self._message is not None:
+            self._message.let_go()
+        if self._upload is not None:
+            self._upload.close()
+        if self._call is not None:
+            self._call.cancel()
         self.client.calls.pop(self.stream_id, None)
 
-    async def _run(self) -> None:
-        upload = asyncio.create_task(self._upload())
+    async def _run(self, call: "_Call") -> None:
         try:
-            await self._answer()
+            await self._answer(call)
         except Exception as error:
             code, detail, _ = status.trailing(status.translated(error, self.path))
             self.client.connection.end(self.stream_id, trailers(code, detail))
             self._server.touch(self.client)
         finally:
-            upload.cancel()
-            self._call.cancel()
-            self.client.calls.pop(self.stream_id, None)
+            self._close()
 
-    async def _answer(self) -> None:
-        call, connection, stream_id = self._call, self.client.connection, self.stream_id
+    async def _answer(self, call: "_Call") -> None:
+        connection, stream_id = self.client.connection, self.stream_id
         has_headers = False
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
@@ -148,7 +165,47 @@ class ForwardedCall:
                 connection.want_room(stream_id, self._server.clock())
             await self._has_room.wait()
 
-    async def _upload(self) -> None:
+
+class Upload:
+    """The messages of a call that takes many, on their way to the server behind."""
+
+    def __init__(
+        self,
+        server: "EdgeServer",
+        client: "ClientConnection",
+        stream_id: int,
+        request: Request,
+        call: "_Upload",
+    ) -> None:
+        self._server = server
+        self._client = client
+        self._stream_id = stream_id
+        self._call = call
+        self._body = MessageReader(request.get(b"grpc-encoding"), server.limits.request_bytes_max)
+        self._inbox: deque[bytes] = deque()
+        self._has_ended = False
+        self._num_owed = 0
+        """Bytes that the client may send again once the inbox is empty."""
+        self._has_input = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    def data(self, data: bytes, *, ends: bool) -> None:
+        """A piece of the request. Raises `Refused`."""
+        self._inbox += self._body.feed(data)
+        self._num_owed += len(data)
+        if ends:
+            self._body.finish()
+            self._has_ended = True
+        if self._inbox or ends:
+            self._has_input.set()
+        else:
+            self._repay()  # Of a message that has to come whole.
+
+    def close(self) -> None:
+        """Nothing more is passed on. Idempotent."""
+        self._task.cancel()
+
+    async def _run(self) -> None:
         try:
             while True:
                 while self._inbox:
@@ -162,16 +219,20 @@ class ForwardedCall:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # The call is over; whoever reads it learns why.
 
-    def _takes_one_message(self) -> bool:
-        """Whether the method is known, and is called with one message and not with many."""
-        service, _, name = self.path[1:].partition("/")
-        try:
-            methods = Default().FindServiceByName(service).methods_by_name
-        except KeyError:
-            return False
-        return name in methods and not methods[name].client_streaming
-
     def _repay(self) -> None:
         num_owed, self._num_owed = self._num_owed, 0
-        self.client.connection.consumed(self.stream_id, num_owed)
-        self._server.touch(self.client)
+        self._client.connection.consumed(self._stream_id, num_owed)
+        self._server.touch(self._client)
+
+
+def _known(path: bytes) -> tuple[str, MethodDescriptor]:
+    """The path of a method and what that takes. Raises `Refused` if there is none."""
+    text = path.decode(errors="replace")
+    start, service, name = [*text.split("/", 2), "", ""][:3]
+    try:
+        method = Default().FindServiceByName(service).methods_by_name[name]
+    except KeyError:
+        method = None
+    if start or method is None:
+        raise Refused(Code.UNIMPLEMENTED, "Method not found!")
+    return text, method

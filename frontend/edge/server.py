@@ -189,12 +189,10 @@ class EdgeServer:
         """What is to happen on a new stream. Raises `Refused`."""
         request = event.request
         if request.path == GENERATE:
-            client.connection.expect_end(event.stream_id, self.clock())
             return StreamingCall(
                 self, client, event.stream_id, request, self._generate, answers_resume=False
             )
         if request.path == RESUME:
-            client.connection.expect_end(event.stream_id, self.clock())
             return StreamingCall(
                 self, client, event.stream_id, request, self._resume, answers_resume=True
             )
@@ -270,6 +268,8 @@ class ClientConnection(asyncio.Protocol):
         """Calls that wait for the socket to take more."""
         self.is_paused = False
         """The socket takes nothing more for now."""
+        self._is_closing = False
+        """Nothing more is sent."""
         loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[None] = loop.create_future()
         self._loop = loop
@@ -352,12 +352,24 @@ class ClientConnection(asyncio.Protocol):
         self._keep_time()
 
     def close(self) -> None:
-        """Send what is outbound and close; who does not read it is cut off."""
-        if self._transport is not None and not self._transport.is_closing():
-            for call in list(self.calls.values()):
-                call.lost()
-            self._transport.close()
-            self._loop.call_later(CLOSE_S, self._transport.abort)
+        """Send what is outbound and no more, and wait a moment for the client to read it and close.
+
+        A socket that is closed with something unread in it takes back what was sent last, and so
+        does gRPC's own client that meets a closed one while it writes. Idempotent.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._is_closing:
+            return
+        self._is_closing = True
+        for call in list(self.calls.values()):
+            call.lost()
+        self.connection.is_over = True  # What still comes is not looked at.
+        transport.write(self.connection.take_outbound())
+        if transport.can_write_eof():
+            transport.write_eof()
+        else:
+            transport.close()  # TLS has its own farewell.
+        self._loop.call_later(CLOSE_S, transport.abort)
 
     def abort(self) -> None:
         """Close at once."""
@@ -367,7 +379,7 @@ class ClientConnection(asyncio.Protocol):
     def write(self) -> None:
         """Write what is outbound, in one piece. Raises nothing."""
         transport, connection = self._transport, self.connection
-        if transport is None or transport.is_closing():
+        if transport is None or self._is_closing or transport.is_closing():
             return
         if connection.outbound:
             transport.write(connection.take_outbound())

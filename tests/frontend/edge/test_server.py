@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import gzip
+import itertools
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -18,6 +20,7 @@ from frontend.service import Frontend
 from tests.frontend.edge.peer import REQUEST, data, setting
 from tests.frontend.edge.raw import connect
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
+from tests.frontend.test_operators import tokens
 from tests.frontend.worlds import failure_of, read, read_some, run, world
 from unbroken.client import Client
 from unbroken.errors import Reason
@@ -37,6 +40,7 @@ REQUEST_OF_TEN.params.stopping.max_tokens = 10
 REQUEST_OF_TEN.params.sampling.temperature = 0
 
 
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 NATIVE: dict[str, Any] = {"edge": "native", "client_ping_interval_s": 60}
 """For tests whose clients do not answer pings, however long they take."""
 
@@ -52,9 +56,9 @@ def path(method: str) -> list[tuple[bytes, bytes]]:
 
 
 def num_calls_open() -> int:
-    """Calls of gRPC's own that this process makes, with a stream each way, and that go on."""
-    kind: Any = grpc.aio.StreamStreamCall
-    return sum(isinstance(one, kind) and not one.done() for one in gc.get_objects())
+    """Calls of gRPC's own that this process makes, are answered by a stream, and go on."""
+    kinds: Any = (grpc.aio.UnaryStreamCall, grpc.aio.StreamStreamCall)
+    return sum(isinstance(one, kinds) and not one.done() for one in gc.get_objects())
 
 
 # One port for all.
@@ -154,8 +158,10 @@ def test_other_calls_that_are_taken_back_at_once_are_given_up_behind() -> None:
     async def scenario() -> None:
         async with world(FakeSidecar("w1"), **NATIVE) as it, connect(it.frontend.address) as client:
             before = num_calls_open()
-            for stream_id in range(1, 100, 2):
-                client.request(stream_id, path("/grpc.health.v1.Health/Watch"))
+            methods = ("/grpc.health.v1.Health/Watch", REFLECTION)
+            for stream_id, method in zip(range(1, 100, 2), itertools.cycle(methods), strict=False):
+                client.request(stream_id, path(method))
+                client.say(data(stream_id, PREFIX.pack(0, 0), ends=True))
                 client.say(frames.reset(stream_id, ErrorCode.CANCEL))
             client.request(101, path("/grpc.health.v1.Health/Check"))
             client.say(data(101, PREFIX.pack(0, 0), ends=True))
@@ -323,7 +329,7 @@ FORWARDED = {
     "/grpc.health.v1.Health/Watch": b"13",
     "/unbroken.v1.InferenceService/Nothing": b"12",
     "/no.such.Service/Nothing": b"12",
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": b"0",
+    REFLECTION: b"0",
 }
 """What is answered where nothing comes: a method that takes many messages can do with none."""
 
@@ -337,6 +343,31 @@ def test_a_forwarded_call_that_ends_without_its_message_is_answered(method: str,
             if at == "data":
                 client.say(data(1, b"", ends=True))
             assert (await client.answer(1))[b"grpc-status"] == FORWARDED[method]
+
+    run(scenario())
+
+
+def test_what_is_refused_whatever_it_says_is_refused_with_its_own_code(tmp_path: Path) -> None:
+    """However the answer and the message cross on the way to the server behind."""
+
+    async def scenario() -> None:
+        settings = {**NATIVE, "admin_tokens": tokens(tmp_path)}
+        async with world(**settings) as it, connect(it.frontend.address) as client:
+            for stream_id in range(1, 200, 2):
+                client.request(stream_id, path("/unbroken.v1.AdminService/ListWorkers"))
+                await asyncio.sleep(0)
+                client.say(data(stream_id, PREFIX.pack(0, 0), ends=True))
+                assert (await client.answer(stream_id))[b"grpc-status"] == b"7"
+
+    run(scenario())
+
+
+def test_a_forwarded_call_takes_no_second_message() -> None:
+    async def scenario() -> None:
+        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
+            client.request(1, path("/grpc.health.v1.Health/Check"))
+            client.say(data(1, 2 * PREFIX.pack(0, 0)))
+            assert (await client.answer(1))[b"grpc-status"] == b"13"
 
     run(scenario())
 
@@ -364,6 +395,30 @@ def test_http_1_is_told_so_and_closed() -> None:
                 assert told[-1].kind == FrameType.GOAWAY
             failed = metric(it.frontend, "edge_connections_failed_total", code="PROTOCOL_ERROR")
             assert failed == 1
+
+    run(scenario())
+
+
+def test_a_client_that_goes_on_speaking_is_told_all_the_same_why_it_is_left() -> None:
+    async def scenario() -> None:
+        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
+            client.say(frames.headers(2, b"", ends=True), bytes(4 << 20))
+            told = await client.until_closed()
+            assert [frame.kind for frame in told].count(FrameType.GOAWAY) == 1
+
+    run(scenario())
+
+
+def test_what_was_not_written_yet_is_sent_before_the_end() -> None:
+    async def scenario() -> None:
+        async with world(**NATIVE) as it:
+            assert it.frontend.edge is not None
+            async with connect(it.frontend.address) as client:
+                await client.frames_until(FrameType.SETTINGS)
+                (one,) = it.frontend.edge.clients
+                one.connection.outbound += frames.ping(b"the last", is_ack=False)
+                one.close()
+                assert (await client.until_closed())[-1].payload == b"the last"
 
     run(scenario())
 
@@ -509,7 +564,7 @@ def test_a_client_that_gives_no_sign_of_life_is_gone() -> None:
                 await client.until_closed()
             await it.until(lambda: it.num_running() == 0)
             assert metric(it.frontend, "edge_limits_total", limit="silence") == 1
-            assert metric(it.frontend, "edge_connections") == 0
+            await it.until(lambda: metric(it.frontend, "edge_connections") == 0)
 
     run(scenario())
 
