@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 # Who runs out of time takes its process along. One put in its place would wait for ever at the end.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --max-worker-restart 0 -m "not slow"
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu slabs-gpu cohort-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter continuation-gpu

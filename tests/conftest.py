@@ -1,12 +1,22 @@
-"""What a run of the tests ends with: its figures as one line of JSON, as every proof of ours."""
+"""In which order tests run, and what that ends with: a line of JSON, as every proof of ours."""
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
 _KINDS = ("passed", "failed", "error", "skipped")
 _began = time.monotonic()
+
+
+_COMPUTES = Path(__file__).parent / "simulation"
+"""Tests that only compute, for minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what only computes: most others wait for processes, and leave cores to it."""
+    items.sort(key=lambda item: _COMPUTES not in item.path.parents)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -28,6 +28,8 @@ NUM_PARTS = 5
 SEEDS_PER_PART = NUM_SEEDS // NUM_PARTS
 SEEDS_MAX = 2000
 """Within which each planted bug is found."""
+FIRST_SEEDS = {"never_hands_over": 1000, "breaks_promises": 300}
+"""From where on the rarest are looked for, so that it does not take half a minute."""
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
@@ -208,11 +210,12 @@ def test_a_planted_bug_is_found(
 
 def _find(name: str, stream_type: type[Stream], capsys: pytest.CaptureFixture[str]) -> None:
     with quiet():
-        for seed in range(SEEDS_MAX):
+        first = FIRST_SEEDS.get(name, 0)
+        for seed in range(first, first + SEEDS_MAX):
             try:
                 Rush(seed, stream_type).live()
             except AssertionError as violation:
                 with capsys.disabled():
                     sys.stdout.write(f"\n{name}: seed {seed}: {violation!s:.150}")
                 return
-    pytest.fail(f"{name} survived {SEEDS_MAX} seeds")
+    pytest.fail(f"{name} survived {SEEDS_MAX} seeds from {first} on")
