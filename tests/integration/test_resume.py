@@ -79,12 +79,17 @@ async def cut(world: World, requests: Mapping[str, pb.GenerateRequest], *names: 
             if name in world.mesh.workers:
                 pids.append(world.mesh.workers[name].engine_pgid)
             world.mesh.kill(name)
-        for ended in await asyncio.gather(*reading, return_exceptions=True):
-            assert isinstance(ended, grpc.aio.AioRpcError), "all were cut off"
+        ends = await asyncio.gather(*reading, return_exceptions=True)
         while any(map(is_alive, pids)):  # noqa: ASYNC110 - A signal takes its time.
             await asyncio.sleep(0.002)
+    # On a machine that is busy some have all that they wanted before the last one has begun.
+    left = {
+        name: one for (name, one), end in zip(seen.items(), ends, strict=True) if end is not True
+    }
+    assert left, "nobody was cut off"
+    assert all(isinstance(end, grpc.aio.AioRpcError) or end is True for end in ends)
     async with Caller(second) as caller:
-        assert all(await asyncio.gather(*map(caller.resume, seen.values())))
+        assert all(await asyncio.gather(*map(caller.resume, left.values())))
     for name, one in seen.items():
         truth = expected[name]
         assert one.choices == truth.choices, name
@@ -98,7 +103,7 @@ async def cut(world: World, requests: Mapping[str, pb.GenerateRequest], *names: 
             assert mine.stop == theirs.stop, name
             assert mine.cumulative_logprob == pytest.approx(theirs.cumulative_logprob), name
             assert mine.continued in (pb.CONTINUED_NEVER, pb.CONTINUED_EXACT), name
-        if names == ("f1",):
+        if names == ("f1",) and name in left:
             assert usage.recomputed_prefill_tokens == 0, f"{name} was computed twice"
             assert usage.recomputed_decode_tokens == 0, f"{name} was computed twice"
             assert all(attempt.adopted for attempt in one.finished.attempts), name
