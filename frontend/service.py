@@ -45,7 +45,7 @@ from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
-from unbroken.health import add_health
+from unbroken.health import ALSO_SERVED, add_health
 from unbroken.outcome import ContinuationPolicy, FailureKind
 from unbroken.probes import Probes
 from unbroken.signals import heed, heed_no_more
@@ -285,6 +285,7 @@ class Frontend(Leaving):
                 served,
                 config.edge_limits,
                 counted,
+                services=(INFERENCE_SERVICE, ADMIN_SERVICE, *ALSO_SERVED),
                 tls=config.tls,
                 trailers=trailers,
                 clock=self._clock,

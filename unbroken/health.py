@@ -92,6 +92,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         )
 
 
+ALSO_SERVED: Final = (HEALTH_SERVICE, reflection.SERVICE_NAME)
+"""What `add_health` adds to a server."""
+
+
 def add_health(
     server: grpc.aio.Server, services: Iterable[str], *, also_reflected: Iterable[str] = ()
 ) -> HealthServicer:
@@ -103,6 +107,6 @@ def add_health(
     names = tuple(services)
     health = HealthServicer(names)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflected = [*names, *also_reflected, HEALTH_SERVICE, reflection.SERVICE_NAME]
+    reflected = [*names, *also_reflected, *ALSO_SERVED]
     reflection.enable_server_reflection(reflected, server)
     return health

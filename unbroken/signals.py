@@ -3,7 +3,6 @@
 import asyncio
 import signal
 from collections.abc import Callable
-from types import FrameType
 from typing import Final
 
 STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
@@ -11,25 +10,17 @@ STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def heed(receive: Callable[[signal.Signals], object]) -> None:
-    """Have the running loop call `receive` for each that comes from now on; in the main thread.
-
-    Not by the loop's own handlers: whenever those are taken away, as they are when it is closed, a
-    signal ends the process, and its exit status says nothing any more.
-    """
+    """Have the running loop, uvloop's, call `receive` for each that comes from now on."""
     loop = asyncio.get_running_loop()
-
-    def came(number: int, _: FrameType | None) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(receive, signal.Signals(number))
-
     for number in STOPPING:
-        signal.signal(number, came)
+        loop.add_signal_handler(number, receive, number)
 
 
 def heed_no_more() -> None:
     """Let no further one end the process, which has stopped and is about to say how.
 
-    Else one that comes while the interpreter clears up would take the place of the exit status.
+    Else one that comes while the interpreter clears up would take the place of the exit status. The
+    loop is not asked to forget its handlers: that is to say that the next one ends the process.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -225,12 +225,12 @@ class _Place:
 
 
 def _mappings(num_bytes: int) -> list[tuple[int, int]]:
-    """Writable memory of this process in pieces of at least so many bytes."""
+    """This process's own writable memory, in pieces of at least so many bytes."""
     joined: list[tuple[int, int]] = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, rights = line.split()[:2]
         first, end = (int(text, 16) for text in span.split("-"))
-        if rights.startswith("rw"):
+        if rights.startswith("rw-p"):
             if joined and joined[-1][1] == first:
                 first = joined.pop()[0]  # What lies in it may have grown across the seam.
             joined.append((first, end))

@@ -6,6 +6,7 @@ compression do not, as they are matters of one connection.
 
 import asyncio
 from collections import deque
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
@@ -55,7 +56,7 @@ class ForwardedCall:
         self.stream_id = stream_id
         self._server = server
         self._channel = cast("Any", channel)
-        self.path, method = _known(request.path)
+        self.path, method = _known(request.path, server.services)
         self._metadata = tuple(metadata(request.fields))
         wait_s = timeout_s(request)
         self._deadline_at = None if wait_s is None else server.clock() + wait_s
@@ -64,12 +65,16 @@ class ForwardedCall:
         self._task: asyncio.Task[None] | None = None
         self._upload: Upload | None = None
         self._message: OneMessage | None = None
+        self._due: asyncio.TimerHandle | None = None
+        """Of the message, which may never come."""
         if method.client_streaming:
             call = self._channel.stream_stream(self.path)(timeout=wait_s, metadata=self._metadata)
             self._upload = Upload(server, client, stream_id, request, call)
             self._begin(call)
         else:
             self._message = OneMessage(server, client, stream_id, request)
+            if wait_s is not None:
+                self._due = asyncio.get_running_loop().call_later(wait_s, self._too_late)
 
     def data(self, data: bytes, *, ends: bool) -> None:
         """A piece of the request. Raises `Refused`."""
@@ -79,6 +84,7 @@ class ForwardedCall:
             message = self._message.feed(data, ends=ends)
             if message is not None:
                 self._message = None
+                self._wait_no_more()
                 method = self._channel.unary_stream(self.path)
                 self._begin(method(message, timeout=self._remaining_s(), metadata=self._metadata))
 
@@ -86,6 +92,10 @@ class ForwardedCall:
         if self._deadline_at is None:
             return None
         return max(0.0, self._deadline_at - self._server.clock())
+
+    def _too_late(self) -> None:
+        self.refuse(Refused(Code.DEADLINE_EXCEEDED, "Deadline Exceeded"))
+        self._server.touch(self.client)
 
     def _begin(self, call: "_Call") -> None:
         self._call = call
@@ -107,7 +117,13 @@ class ForwardedCall:
             self._task.cancel()
         self._close()  # A task that has not begun yet never does, and so cleans nothing up.
 
+    def _wait_no_more(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
     def _close(self) -> None:
+        self._wait_no_more()
         if self._message is not None:
             self._message.let_go()
         if self._upload is not None:
@@ -225,14 +241,12 @@ class Upload:
         self._server.touch(self._client)
 
 
-def _known(path: bytes) -> tuple[str, MethodDescriptor]:
-    """The path of a method and what that takes. Raises `Refused` if there is none."""
+def _known(path: bytes, services: Collection[str]) -> tuple[str, MethodDescriptor]:
+    """The path of a method, and what that takes. Raises `Refused` if nobody serves it."""
     text = path.decode(errors="replace")
     start, service, name = [*text.split("/", 2), "", ""][:3]
-    try:
-        method = Default().FindServiceByName(service).methods_by_name[name]
-    except KeyError:
-        method = None
-    if start or method is None:
-        raise Refused(Code.UNIMPLEMENTED, "Method not found!")
-    return text, method
+    if not start and service in services:
+        method = Default().FindServiceByName(service).methods_by_name.get(name)
+        if method is not None:
+            return text, method
+    raise Refused(Code.UNIMPLEMENTED, "Method not found!")

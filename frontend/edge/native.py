@@ -30,11 +30,12 @@ class NativeEdge:
         limits: EdgeLimits,
         observer: EdgeObserver,
         *,
+        services: Collection[str],
         tls: TlsFiles | None,
         trailers: Callable[[], Trailers] = tuple,
         clock: Callable[[], float],
     ) -> "NativeEdge":
-        """An edge before a server that listens nowhere yet, which adds the same `trailers`.
+        """An edge before a server of `services` that listens nowhere yet and adds those `trailers`.
 
         Raises OSError.
         """
@@ -43,7 +44,14 @@ class NativeEdge:
         scratch = Scratch("unbroken-edge-")
         channel = open_channel(listen_locally(server, scratch.path / "grpc.sock"))
         edge = EdgeServer(
-            gateway, channel, limits, observer, tls=context, trailers=trailers, clock=clock
+            gateway,
+            channel,
+            limits,
+            observer,
+            services=services,
+            tls=context,
+            trailers=trailers,
+            clock=clock,
         )
         return cls(edge, channel, scratch)
 
@@ -51,6 +59,11 @@ class NativeEdge:
     def clients(self) -> Collection[ClientConnection]:
         """Connections that are open."""
         return self._server.clients
+
+    @property
+    def leaving(self) -> Collection[ClientConnection]:
+        """Connections that are told no more, until their clients have closed them."""
+        return self._server.leaving
 
     @property
     def num_held(self) -> int:

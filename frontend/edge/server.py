@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -49,6 +49,8 @@ WRITE_BUFFER_HIGH: Final = 256 * 1024
 """Bytes that wait in a socket before nothing more is taken from ledgers."""
 CLOSE_S: Final = 1.0
 """How long a client may take to read the last that it was told."""
+IGNORED_BYTES_MAX: Final = 16 << 20
+"""What it may send meanwhile."""
 
 _log = log.get_logger(__name__)
 
@@ -99,17 +101,22 @@ class EdgeServer:
         limits: EdgeLimits,
         observer: EdgeObserver,
         *,
+        services: Collection[str],
         tls: ssl.SSLContext | None = None,
         trailers: Callable[[], Trailers] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`behind` leads to the server of all other calls; the own ones end with `trailers`."""
+        """`behind` leads to the server of `services`; the own calls end with `trailers`."""
         self.trailers = trailers
         self.limits = limits
         self.observer = observer
         self.clock = clock
         self.is_tls = tls is not None
+        self.services = services
         self.clients: set[ClientConnection] = set()
+        self.leaving: set[ClientConnection] = set()
+        """Those that are told no more."""
+        self.is_stopping = False
         self._gateway = gateway
         self._behind = behind
         self._tls = tls
@@ -166,7 +173,8 @@ class EdgeServer:
             client.drain()
 
     async def stop(self) -> None:
-        """Close everything. Idempotent."""
+        """Close everything, and whoever comes meanwhile. Idempotent."""
+        self.is_stopping = True
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -174,10 +182,10 @@ class EdgeServer:
             client.close()
         try:
             async with asyncio.timeout(CLOSE_S):
-                while self.clients:
-                    await asyncio.wait([client.closed for client in self.clients])
+                while self.leaving:
+                    await asyncio.wait([client.closed for client in self.leaving])
         except TimeoutError:
-            for client in list(self.clients):
+            for client in list(self.leaving):
                 client.abort()
 
     @property
@@ -270,6 +278,8 @@ class ClientConnection(asyncio.Protocol):
         """The socket takes nothing more for now."""
         self._is_closing = False
         """Nothing more is sent."""
+        self._num_ignored = 0
+        """Bytes that came all the same."""
         loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[None] = loop.create_future()
         self._loop = loop
@@ -298,11 +308,20 @@ class ClientConnection(asyncio.Protocol):
                 server.observer.edge_connection_failed("NO_ALPN")
                 self._transport.abort()
                 return
+        if server.is_stopping:
+            self.drain()
+            self.close()
+            return
         self.write()
         self._keep_time()
 
     @override
     def data_received(self, data: bytes) -> None:
+        if self._is_closing:
+            self._num_ignored += len(data)
+            if self._num_ignored > IGNORED_BYTES_MAX:
+                self.abort()
+            return
         try:
             self._handle(self.connection.receive(data, self._server.clock()))
         except Exception:
@@ -322,6 +341,7 @@ class ClientConnection(asyncio.Protocol):
         for call in list(self.calls.values()):
             call.lost()
         self.connection.is_over = True
+        self._server.leaving.discard(self)
         if self in self._server.clients:
             self._server.clients.remove(self)
             self._server.observer.edge_connected(-1)
@@ -361,6 +381,10 @@ class ClientConnection(asyncio.Protocol):
         if transport is None or transport.is_closing() or self._is_closing:
             return
         self._is_closing = True
+        if self in self._server.clients:
+            self._server.clients.remove(self)
+            self._server.leaving.add(self)
+            self._server.observer.edge_connected(-1)
         for call in list(self.calls.values()):
             call.lost()
         self.connection.is_over = True  # What still comes is not looked at.
@@ -432,6 +456,8 @@ class ClientConnection(asyncio.Protocol):
                         call.lost()
                 case LimitHit(limit=limit):
                     self._server.observer.edge_limit_hit(limit)
+                    if limit == "silence":
+                        self.abort()  # Nobody reads a farewell.
                 case Over(code=code, detail=detail):
                     if code is not ErrorCode.NO_ERROR:
                         self._server.observer.edge_connection_failed(code.name)

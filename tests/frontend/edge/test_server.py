@@ -4,6 +4,7 @@ import asyncio
 import gc
 import gzip
 import itertools
+import socket
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,9 +17,10 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from frontend.edge.server import IGNORED_BYTES_MAX
 from frontend.service import Frontend
 from tests.frontend.edge.peer import REQUEST, data, setting
-from tests.frontend.edge.raw import connect
+from tests.frontend.edge.raw import RawClient, connect
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.test_operators import tokens
 from tests.frontend.worlds import failure_of, read, read_some, run, world
@@ -362,6 +364,45 @@ def test_what_is_refused_whatever_it_says_is_refused_with_its_own_code(tmp_path:
     run(scenario())
 
 
+def test_a_deadline_holds_for_a_message_that_never_comes() -> None:
+    async def scenario() -> None:
+        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
+            client.request(1, [*path("/grpc.health.v1.Health/Check"), (b"grpc-timeout", b"50m")])
+            assert (await client.answer(1))[b"grpc-status"] == b"4"
+
+    run(scenario())
+
+
+def test_what_another_process_serves_is_not_known_here() -> None:
+    async def scenario() -> None:
+        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
+            client.request(1, path("/unbroken.v1.RelayService/Relay"))
+            assert (await client.answer(1))[b"grpc-status"] == b"12"
+
+    run(scenario())
+
+
+def test_who_comes_while_an_edge_stops_is_sent_away() -> None:
+    async def scenario() -> None:
+        async with world(**NATIVE) as it:
+            assert it.frontend.edge is not None
+            async with connect(it.frontend.address) as stays:
+                await stays.frames_until(FrameType.SETTINGS)
+                stopping = asyncio.create_task(it.frontend.edge.stop())
+                await stays.until_closed()
+                assert not stopping.done(), "it waits for who has not closed"
+                with socket.create_server(("127.0.0.1", 0)) as listener:
+                    ours = socket.create_connection(listener.getsockname())
+                    await it.frontend.edge.take(listener.accept()[0])
+                reader, writer = await asyncio.open_connection(sock=ours)
+                told = await RawClient(reader, writer).until_closed()
+                assert FrameType.GOAWAY in {frame.kind for frame in told}
+                writer.close()
+            await stopping
+
+    run(scenario())
+
+
 def test_a_forwarded_call_takes_no_second_message() -> None:
     async def scenario() -> None:
         async with world(**NATIVE) as it, connect(it.frontend.address) as client:
@@ -405,6 +446,10 @@ def test_a_client_that_goes_on_speaking_is_told_all_the_same_why_it_is_left() ->
             client.say(frames.headers(2, b"", ends=True), bytes(4 << 20))
             told = await client.until_closed()
             assert [frame.kind for frame in told].count(FrameType.GOAWAY) == 1
+            client.say(bytes(IGNORED_BYTES_MAX))
+            edge = it.frontend.edge
+            assert edge is not None
+            await it.until(lambda: not edge.leaving)
 
     run(scenario())
 
