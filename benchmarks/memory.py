@@ -5,14 +5,16 @@
 - put: copy, checksum and record of a block, beside a bare copy of the same bytes.
 - get: 64 blocks pinned and mapped, nothing copied; the same with a view made of each; and with
   their checksums compared.
-- call: one call of the session channel; beside it, a packet to another process and back, which is
-  what the machine itself takes just then.
+- call: one call of the session channel; beside it, what the machine itself takes just then: a
+  packet to another process and back, and a little Python that calls nothing.
 - attach: a pool of 4 GiB, beside one of 64 MiB with as many slabs.
 - remote read: blocks over gRPC, beside a bare stream of messages of the same size.
 
 Memory is touched once before anything is measured. What takes microseconds is measured a little in
 each of many rounds, since a machine that somebody else uses is slow for some tenths of a second at
-a time; the figure is the median of the rounds' medians. Ends with one line of JSON.
+a time; the figure is the median of the rounds' medians. It may be slow for all of a run, too: then
+bare Python takes up to 1.8 times as long, and microseconds are judged as if it did not (the share
+`of_quiet`; never more than 1). Ends with one line of JSON.
 """
 
 import argparse
@@ -46,6 +48,8 @@ BLOCK_BYTES = 2 * 1024 * 1024
 NUM_BLOCKS = 64
 GIB = 1024**3
 CALLS_A_ROUND = 50
+QUIET_PYTHON_US = 17.0
+"""What `bare_python` took on the machine of the targets while nobody else used it."""
 ROUND_S = 0.05
 """Between two rounds: what disturbs one shall not disturb the next."""
 GOALS = {
@@ -77,7 +81,8 @@ def main() -> int:
     missed: list[str] = []
     for goal, bound in GOALS.items():
         name, _, kind = goal.rpartition("_")
-        if figures[name] > bound if kind == "max" else figures[name] < bound:
+        value = figures[name] * (figures["of_quiet"] if name.endswith("_us") else 1)
+        if value > bound if kind == "max" else value < bound:
             missed.append(goal)
     figures = {"ok": not missed, **figures, "missed": missed}
     print(json.dumps(figures))  # noqa: T201
@@ -152,17 +157,21 @@ def hot(client: MemoryClient, rounds: int) -> dict[str, Any]:
             "get_64_views": views,
             "call": lambda: client.find(keys[:1]),
             "bare_packet": echo,
+            "bare_python": bare_python,
         }
         medians: dict[str, list[float]] = {name: [] for name in kinds}
         called: list[float] = []
-        for _ in range(rounds * 4):
-            for name, work in kinds.items():
+        for turn in range(rounds * 4):
+            # The first after a pause finds a core that has slept.
+            order = [*kinds.items()][turn % len(kinds) :] + [*kinds.items()][: turn % len(kinds)]
+            for name, work in order:
                 seen = [timed(work) for _ in range(CALLS_A_ROUND)]
                 medians[name].append(statistics.median(seen) * 1e6)
                 called += seen if name == "call" else ()
             time.sleep(ROUND_S)
     checked = [timed(lambda: get(checked=True)) for _ in range(rounds)]
     figures = {f"{name}_us": round(statistics.median(of), 1) for name, of in medians.items()}
+    figures["of_quiet"] = round(min(1.0, QUIET_PYTHON_US / figures["bare_python_us"]), 2)
     worst = {f"{name}_us_worst_round": round(max(of), 1) for name, of in medians.items()}
     return {
         **figures,
@@ -170,6 +179,11 @@ def hot(client: MemoryClient, rounds: int) -> dict[str, Any]:
         "call_us_p99": round(sorted(called)[len(called) * 99 // 100] * 1e6, 1),
         "get_64_checked_ms": round(statistics.median(checked) * 1e3, 2),
     }
+
+
+def bare_python() -> int:
+    """The same few things for each of 64: where this takes longer, so does all that we do."""
+    return sum(number % 7 for number in range(10 * NUM_BLOCKS))
 
 
 @contextlib.contextmanager
