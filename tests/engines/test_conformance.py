@@ -245,8 +245,8 @@ def test_load_is_told_while_it_lasts(subject: Subject, tmp_path: Path) -> None:
             # or later, as the machine has time for them.
             ended = it.frontend.ended
             for _ in range(10 if it.real else 1):
-                params = greedy(600 if it.real else 400)
-                slots = [it.start(params, window_tokens=60) for _ in range(3)]
+                params, window_tokens = (greedy(600), 0) if it.real else (greedy(400), 60)
+                slots = [it.start(params, window_tokens=window_tokens) for _ in range(3)]
                 await it.until(lambda slots=slots: is_told() or ended.keys() & set(slots))
                 if is_told():
                     return
