@@ -23,6 +23,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,10 +51,13 @@ from tests.engines.real import (
 from tests.engines.real.llama_native import LLAMA_NATIVE
 from tests.engines.real.subject import Real
 from tests.support.environments import NotInstalledError
+from unbroken.errors import UnbrokenError
 
 PARTS: Final = ("conformance", "deaths", "native", "stops", "matrix", "pressure", "other")
 HURTS: Final = ("server killed", "core killed", "worker killed", "core stopped", "told to stop")
 TRUTH: Final = "truth.log"
+LOGS: Final = Path(".engines/logs")
+"""Of a run that was not "ok"; the next one writes over them."""
 SUITE_S_MAX: Final = 900.0
 
 
@@ -112,12 +116,24 @@ def main() -> None:
                 is_ok, told = _part(part, setup, arguments.hurts.split(","), arguments.stops)
                 oks.append(is_ok)
                 figures[part] = told
-        except (NotInstalledError, RuntimeError) as error:
+        except (NotInstalledError, RuntimeError, UnbrokenError) as error:
             oks.append(False)
             figures["error"] = str(error)
+        finally:
+            if len(oks) < len(parts) or not all(oks):
+                figures["logs"] = str(_kept(Path(scratch)))
     seconds = round(time.monotonic() - began, 1)
     print(json.dumps({"ok": all(oks), **figures, "seconds": seconds}))  # noqa: T201
     sys.exit(not all(oks))
+
+
+def _kept(scratch: Path) -> Path:
+    """Where what was logged is from now on, for whoever wants to know what went wrong."""
+    for log in scratch.rglob("*.log"):
+        kept = LOGS / log.relative_to(scratch)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, kept)
+    return LOGS
 
 
 def _part(part: str, setup: Setup, hurts: list[str], num_stops: int) -> tuple[bool, object]:
