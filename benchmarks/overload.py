@@ -95,7 +95,7 @@ RETRIES_SHARE_MAX = 0.2
 FAIRNESS_RATIO_MAX = 1.25
 CALLS_MAX = 200
 """Of one request, until it is given up as never served."""
-_POLL_S = 0.05
+_POLL_S = 0.1
 """Engines tell their load in each step, of up to 132 ms; to ask costs a frontend a millisecond."""
 _Call: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]"
 _SETTLE_S = 0.5
