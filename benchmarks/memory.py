@@ -161,10 +161,11 @@ def hot(client: MemoryClient, rounds: int) -> dict[str, Any]:
         }
         medians: dict[str, list[float]] = {name: [] for name in kinds}
         called: list[float] = []
+        turns = list(kinds.items())
         for turn in range(rounds * 4):
             # The first after a pause finds a core that has slept.
-            order = [*kinds.items()][turn % len(kinds) :] + [*kinds.items()][: turn % len(kinds)]
-            for name, work in order:
+            first = turn % len(turns)
+            for name, work in turns[first:] + turns[:first]:
                 seen = [timed(work) for _ in range(CALLS_A_ROUND)]
                 medians[name].append(statistics.median(seen) * 1e6)
                 called += seen if name == "call" else ()
