@@ -46,6 +46,7 @@ from unbroken.discovery import FRONTENDS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
 from unbroken.health import ALSO_SERVED, add_health
+from unbroken.loop_watch import watched_loop
 from unbroken.outcome import ContinuationPolicy, FailureKind
 from unbroken.probes import Probes
 from unbroken.signals import heed, heed_no_more
@@ -460,7 +461,7 @@ async def serve(
     on_ready()
     if signalled.is_set():
         frontend.draining.tell(drain.Signalled(is_again=hurry.is_set()))
-    async with collected_in_quiet(lambda: frontend.requests.num_running == 0):
+    async with watched_loop(), collected_in_quiet(lambda: frontend.requests.num_running == 0):
         asked = asyncio.create_task(frontend.draining.stop_wanted.wait())
         life = asyncio.create_task(frontend.wait())
         await asyncio.wait({asked, life}, return_when=asyncio.FIRST_COMPLETED)

@@ -30,6 +30,7 @@ from memory_service.vault_link import VaultLink
 from unbroken import log, metrics
 from unbroken.config import split_address
 from unbroken.health import HealthServicer, add_health
+from unbroken.loop_watch import watched_loop
 from unbroken.memory.channel import ChannelClosed
 from unbroken.signals import heed, heed_no_more
 from unbroken.transport import listen, listen_locally, make_server
@@ -337,7 +338,8 @@ async def serve(config: MemoryConfig, driver: Driver = CUDA) -> int:
             asyncio.create_task(service.wait(), name="service"),
             asyncio.create_task(stop_wanted.wait(), name="signal"),
         ]
-        done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        async with watched_loop():
+            done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)

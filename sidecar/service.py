@@ -31,6 +31,7 @@ from unbroken.discovery import WORKERS, Discovery, Registration
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
 from unbroken.health import HealthServicer, add_health
+from unbroken.loop_watch import watched_loop
 from unbroken.probes import Probes
 from unbroken.signals import heed, heed_no_more
 from unbroken.third_party import orca_pb2_grpc
@@ -333,7 +334,7 @@ async def serve(config: SidecarConfig) -> int:
         try:
             await first_of(sidecar.start(), sidecar.hurry_wanted.wait())
             if not sidecar.hurry_wanted.is_set():
-                async with collected_in_quiet(lambda: sidecar.hub.num_left == 0):
+                async with watched_loop(), collected_in_quiet(lambda: sidecar.hub.num_left == 0):
                     await first_of(sidecar.wait(), sidecar.stop_wanted.wait())
             sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
         finally:

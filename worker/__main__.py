@@ -8,6 +8,7 @@ import uvloop
 from unbroken import log
 from unbroken.config import load
 from unbroken.garbage import collected_in_quiet
+from unbroken.loop_watch import watched_loop
 from unbroken.signals import heed, heed_no_more
 from worker.config import WorkerConfig
 from worker.engine import ModelRunner
@@ -42,7 +43,7 @@ async def _run(config: WorkerConfig) -> int:
 
     serving = asyncio.create_task(service.serve(config.socket, on_listening=on_listening))
     stopping = asyncio.create_task(stop.wait())
-    async with collected_in_quiet(lambda: service.is_idle):
+    async with watched_loop(), collected_in_quiet(lambda: service.is_idle):
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if not serving.done():

@@ -14,6 +14,7 @@ from typing import Final
 from tests.engines.real.servers import tail
 from unbroken import tether
 from unbroken.client import Client
+from unbroken.loop_watch import watched_loop
 from unbroken.mesh import LocalMesh
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import worker_pb2
@@ -106,7 +107,8 @@ async def running(
                     start_new_session=True,
                     env={**os.environ, **environment, **SETTINGS},
                 )
-        yield units
+        async with watched_loop():  # What it says of a frontend, it may be to blame for itself.
+            yield units
 
 
 async def _stop(processes: Mapping[str, asyncio.subprocess.Process]) -> None:
