@@ -39,23 +39,20 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TypeAlias
 
-import grpc.aio
 import uvloop
 
 from benchmarks.core_time import CoreTime, Lateness
+from benchmarks.raw_calls import RawCalls, raw_calls
 from unbroken.client import Client
-from unbroken.errors import Reason
+from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
 from unbroken.mesh import LocalMesh
-from unbroken.status import from_rpc_error
-from unbroken.transport import open_channel
 from unbroken.v1 import generation_pb2
 from unbroken.v1 import inference_service_pb2 as pb
-from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 NUM_WORKERS = 2
 STEP_BASE_S = 0.004
@@ -97,7 +94,6 @@ CALLS_MAX = 200
 """Of one request, until it is given up as never served."""
 _POLL_S = 0.1
 """Engines tell their load in each step, of up to 132 ms; to ask costs a frontend a millisecond."""
-_Call: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]"
 _SETTLE_S = 0.5
 
 
@@ -115,6 +111,8 @@ class Served:
     ttft_s: float | None = None
     """From the call that got in."""
     first_at: float = 0.0
+    last_at: float | None = None
+    """When a token came last."""
     done_at: float | None = None
     has_started: bool = False
     """The call was let in line, at least."""
@@ -148,12 +146,12 @@ class Load:
 
 
 class Clients:
-    """One stub for each frontend; requests go to them in turn."""
+    """One connection to each frontend; requests go to them in turn."""
 
-    def __init__(self, stubs: Sequence[InferenceServiceStub], random: Random) -> None:
+    def __init__(self, frontends: Sequence[RawCalls], random: Random) -> None:
         self.random = random
         self.frontend_pids: Sequence[int] = ()
-        self._stubs = itertools.cycle(stubs)
+        self._frontends = itertools.cycle(frontends)
         self._numbers = itertools.count()
         self._prompts = [[random.randrange(100, 250) for _ in range(PROMPT)] for _ in range(64)]
 
@@ -173,44 +171,37 @@ class Clients:
                 stopping=generation_pb2.StopConditions(max_tokens=OUTPUT, ignore_eos=True),
             ),
         )
-        stub = next(self._stubs)
+        frontend = next(self._frontends)
         for _ in range(CALLS_MAX):
             began_at = time.monotonic()
             try:
-                await _read(stub.Generate(request), served, began_at)
-            except grpc.aio.AioRpcError as error:
-                meaning = from_rpc_error(error)
-                if meaning.reason is not Reason.OVERLOADED or meaning.retry_after_s is None:
-                    served.error = meaning.reason
+                await frontend.generate(request, partial(_hear, served, began_at))
+            except UnbrokenError as error:
+                if error.reason is not Reason.OVERLOADED or error.retry_after_s is None:
+                    served.error = error.reason
                     return
                 served.num_refusals += 1
-                limit = meaning.metadata.get("queue_limit", "")
-                served.limits.append(limit)
+                served.limits.append(error.metadata.get("queue_limit", ""))
                 if not served.has_started:
                     served.refusals_s.append(time.monotonic() - began_at)
                 served.has_started = False
-                await asyncio.sleep(meaning.retry_after_s)
+                await asyncio.sleep(error.retry_after_s)
             else:
+                served.done_at = time.monotonic()
                 return
         served.error = Reason.OVERLOADED
 
 
-async def _read(call: _Call, served: Served, began_at: float) -> None:
-    last_at: float | None = None
-    while (response := await call.read()) is not grpc.aio.EOF:
-        assert isinstance(response, pb.GenerateResponse)
-        served.has_started = True
-        if not response.token_ids:
-            continue
-        now = time.monotonic()
-        if last_at is None:
-            served.ttft_s, served.first_at = now - began_at, now
-        else:
-            served.gaps_s.append(now - last_at)
-        last_at = now
-    served.done_at = time.monotonic()
-    code = await call.code()
-    assert code is grpc.StatusCode.OK, "a read that ends well is a call that does"
+def _hear(served: Served, began_at: float, response: pb.GenerateResponse) -> None:
+    served.has_started = True
+    if not response.token_ids:
+        return
+    now = time.monotonic()
+    if served.last_at is None:
+        served.ttft_s, served.first_at = now - began_at, now
+    else:
+        served.gaps_s.append(now - served.last_at)
+    served.last_at = now
 
 
 def main() -> None:
@@ -296,11 +287,11 @@ async def _mesh(
         async with mesh, AsyncExitStack() as stack:
             # Collecting all of this process takes 65 ms, and then a crowd of clients calls at once.
             await stack.enter_async_context(collected_in_quiet(lambda: False))
-            channels = [
-                await stack.enter_async_context(open_channel(address))
+            frontends = [
+                await stack.enter_async_context(raw_calls(address))
                 for address in mesh.frontend_addresses
             ]
-            clients = Clients([InferenceServiceStub(one) for one in channels], Random(7))
+            clients = Clients(frontends, Random(7))
             clients.frontend_pids = [record.pid for record in mesh.frontends.values()]
             watched = await stack.enter_async_context(Client(mesh.frontend_address))
             yield mesh, clients, watched

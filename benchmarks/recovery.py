@@ -21,16 +21,20 @@ from pathlib import Path
 
 import uvloop
 
-from unbroken.client import Client
+from benchmarks.raw_calls import RawCalls, Recording, raw_calls
 from unbroken.errors import UnbrokenError
-from unbroken.history import History, record
+from unbroken.history import History
 from unbroken.mesh import LocalMesh, Target
 from unbroken.realtime import is_allowed
+from unbroken.request import request_to_proto
+from unbroken.v1 import inference_service_pb2 as pb
 
 STEP_S = 0.010
 NUM_STREAMS = 40
 MAX_TOKENS = 150
 PROBE_INTERVAL_S = 0.020
+STREAM_S_MAX = 60.0
+PROBE_S_MAX = 10.0
 GAP_P50_MAX_S = 0.015
 """With a real-time priority,"""
 GAP_P50_DEFAULT_MAX_S = 0.025
@@ -121,7 +125,7 @@ async def _measure(trials: int, what: Target, priority: int) -> Totals:
             sidecar_flags=flags,
             frontend_flags=flags,
         )
-        async with mesh, Client(mesh.frontend_address) as client:
+        async with mesh, raw_calls(mesh.frontend_address) as client:
             undisturbed = await _streams(client)
             for trial in range(trials):
                 victim = f"w{trial % 2 + 1}"
@@ -134,7 +138,7 @@ async def _measure(trials: int, what: Target, priority: int) -> Totals:
 
 async def _trial(
     mesh: LocalMesh,
-    client: Client,
+    client: RawCalls,
     victim: str,
     what: Target,
     phase_s: float,
@@ -166,29 +170,31 @@ async def _trial(
             totals.baseline_gaps_s.append(max(0.0, max(gaps) - STEP_S))
 
 
-async def _streams(client: Client) -> list[History]:
-    return await asyncio.gather(
-        *(
-            record(
-                client.generate(
-                    prompt=f"stream {index}", max_tokens=MAX_TOKENS, temperature=0.0, timeout_s=60
-                )
+async def _streams(client: RawCalls) -> list[History]:
+    recordings = [Recording() for _ in range(NUM_STREAMS)]
+    async with asyncio.timeout(STREAM_S_MAX):
+        await asyncio.gather(
+            *(
+                client.generate(_request(f"stream {index}", MAX_TOKENS), recording.add)
+                for index, recording in enumerate(recordings)
             )
-            for index in range(NUM_STREAMS)
         )
-    )
+    return [recording.history() for recording in recordings]
 
 
-async def _probe(client: Client, totals: Totals) -> None:
+def _request(prompt: str, max_tokens: int) -> pb.GenerateRequest:
+    return request_to_proto(prompt, None, None, {"max_tokens": max_tokens, "temperature": 0.0})
+
+
+async def _probe(client: RawCalls, totals: Totals) -> None:
     """New requests, one after the other, for as long as the trial lasts."""
     while True:
         due = time.monotonic() + PROBE_INTERVAL_S
         totals.probes += 1
         try:
-            await record(
-                client.generate(prompt="probe", max_tokens=3, temperature=0.0, timeout_s=10)
-            )
-        except UnbrokenError:
+            async with asyncio.timeout(PROBE_S_MAX):
+                await client.generate(_request("probe", 3), lambda _: None)
+        except (UnbrokenError, OSError):  # A TimeoutError is an OSError.
             totals.probes_failed += 1
         await asyncio.sleep(max(0.0, due - time.monotonic()))
 

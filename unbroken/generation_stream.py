@@ -52,6 +52,17 @@ class Piece:
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token, if asked for."""
 
+    @classmethod
+    def from_proto(cls, response: pb.GenerateResponse) -> Self:
+        """What a message brings."""
+        return cls(
+            response.choice_index,
+            response.offset,
+            tuple(response.token_ids),
+            response.text,
+            tuple(map(logprobs_from_proto, response.logprobs)),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Resume:
@@ -186,13 +197,7 @@ class GenerationStream:
             except UnbrokenError as error:
                 raise await self._frontends.explained(error, self._frontend) from error.__cause__
             if response is not None and (response.token_ids or response.text):
-                return Piece(
-                    response.choice_index,
-                    response.offset,
-                    tuple(response.token_ids),
-                    response.text,
-                    tuple(map(logprobs_from_proto, response.logprobs)),
-                )
+                return Piece.from_proto(response)
         raise StopAsyncIteration
 
     async def __aenter__(self) -> Self:

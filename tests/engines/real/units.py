@@ -4,8 +4,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from unbroken import tether
 from unbroken.client import Client
 from unbroken.loop_watch import watched_loop
 from unbroken.mesh import LocalMesh
+from unbroken.realtime import is_allowed, run_before_others
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import worker_pb2
 
@@ -23,6 +24,10 @@ SETTINGS: Final[Mapping[str, str]] = MappingProxyType({
     "UNBROKEN_SIDECAR_ENGINE_IS_INVARIANT": "true",  # It is, in float32 on a CPU.
     "UNBROKEN_SIDECAR_ENGINE_START_TIMEOUT_S": "900",
 })  # fmt: skip
+REALTIME_PRIORITY: Final = 20
+"""Of all but the engines, if it is allowed. Two vLLM on two cores let others wait for seconds, by
+the kernel's own account (`event loop stood still`, in_line_s); a frontend that does not answer for
+so long is lost to its clients, as it should be, and nothing of it is what is to be shown here."""
 _POLL_S: Final = 0.1
 _STOP_S: Final = 20.0
 
@@ -83,14 +88,14 @@ async def running(
     frontend_flags: Sequence[str] = (),
 ) -> AsyncGenerator[Units, None]:
     """`unbroken run -- COMMAND` for each name, and a frontend before them; not ready yet."""
+    priority = REALTIME_PRIORITY if is_allowed(REALTIME_PRIORITY) else 0
     # Who kills engines on purpose is not to be told that a request kills engines.
+    always = ("--query-deaths-max", "1000", "--realtime-priority", str(priority))
     mesh = LocalMesh(
-        directory / "mesh",
-        num_workers=0,
-        engine=None,
-        frontend_flags=["--query-deaths-max", "1000", *frontend_flags],
+        directory / "mesh", num_workers=0, engine=None, frontend_flags=[*always, *frontend_flags]
     )
     async with AsyncExitStack() as stack:
+        stack.enter_context(_before_others(priority))
         await stack.enter_async_context(mesh)
         client = await stack.enter_async_context(Client(mesh.frontend_address))
         units = Units(mesh, client, directory)
@@ -105,10 +110,25 @@ async def running(
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    env={**os.environ, **environment, **SETTINGS},
+                    env={
+                        **os.environ,
+                        **environment,
+                        **SETTINGS,
+                        "UNBROKEN_SIDECAR_REALTIME_PRIORITY": str(priority),
+                    },
                 )
         async with watched_loop():  # What it says of a frontend, it may be to blame for itself.
             yield units
+
+
+@contextmanager
+def _before_others(priority: int) -> Generator[None]:
+    """Clients are not to be what is late."""
+    run_before_others(priority)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 async def _stop(processes: Mapping[str, asyncio.subprocess.Process]) -> None:
