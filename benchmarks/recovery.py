@@ -23,6 +23,7 @@ import uvloop
 
 from benchmarks.raw_calls import RawCalls, Recording, raw_calls
 from unbroken.errors import UnbrokenError
+from unbroken.garbage import collected_in_quiet
 from unbroken.history import History
 from unbroken.mesh import LocalMesh, Target
 from unbroken.realtime import is_allowed
@@ -125,7 +126,11 @@ async def _measure(trials: int, what: Target, priority: int) -> Totals:
             sidecar_flags=flags,
             frontend_flags=flags,
         )
-        async with mesh, raw_calls(mesh.frontend_address) as client:
+        async with (
+            mesh,
+            raw_calls(mesh.frontend_address) as client,
+            collected_in_quiet(lambda: False),  # The clients' pauses are not the streams'.
+        ):
             undisturbed = await _streams(client)
             for trial in range(trials):
                 victim = f"w{trial % 2 + 1}"
