@@ -70,6 +70,10 @@ class NativeWire(asyncio.Protocol, Wire):
             self._is_scheduled = True
             self._loop.call_soon(self._flush)
 
+    @override
+    def hurry(self) -> None:
+        self._write_out()  # No more than that: who says so is in the middle of something.
+
     # What the transport says.
 
     @override
@@ -112,8 +116,17 @@ class NativeWire(asyncio.Protocol, Wire):
     # What is done with it.
 
     def _flush(self) -> None:
-        """Write what there is to say, in one piece."""
+        """Write what there is to say, and see whether it is read."""
         self._is_scheduled = False
+        self._write_out()
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+            self._lost(f"the sidecar left {UNSENT_BYTES_MAX} bytes unread")
+
+    def _write_out(self) -> None:
+        """Write what there is to say, in one piece."""
         transport, call, talker = self._transport, self._call, self._talker
         if transport is None or call is None or transport.is_closing():
             return
@@ -128,9 +141,7 @@ class NativeWire(asyncio.Protocol, Wire):
         if call.outbound:
             is_more_to_say = len(call.outbound) >= WRITE_BUFFER_HIGH
             transport.write(call.take_outbound())
-            if transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
-                self._lost(f"the sidecar left {UNSENT_BYTES_MAX} bytes unread")
-            elif is_more_to_say and not self._is_paused:
+            if is_more_to_say and not self._is_paused:
                 self.wake()
 
     def _tell(self, events: Sequence[Event]) -> None:

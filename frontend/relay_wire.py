@@ -49,6 +49,13 @@ class Wire(Protocol):
         """There is something to write. Cheap, and harmless when repeated."""
         ...
 
+    def hurry(self) -> None:
+        """There is so much to write that others could begin with it before the turn ends.
+
+        Nobody is told of anything before the call returns. After `wake`.
+        """
+        ...
+
 
 Connect: TypeAlias = Callable[[Talker], Wire]
 
@@ -64,6 +71,10 @@ class GrpcioWire(Wire):
     @override
     def wake(self) -> None:
         self._has_work.set()
+
+    @override
+    def hurry(self) -> None:
+        """Nothing more: its task writes when this turn is over."""
 
     @override
     async def converse(self) -> None:

@@ -186,6 +186,8 @@ class FakeSidecar(RelayServiceServicer):
         self.address = ""
         self.hellos: list[relay_service_pb2.RelayHello] = []
         self.starts: list[attempt_pb2.StartAttempt] = []
+        self.batches: list[int] = []
+        """How many of them came in each message of several commands."""
         self.num_turned_away = 0
         """New work that it refused because it was full."""
         self.adopts: list[relay_service_pb2.AdoptAttempt] = []
@@ -415,6 +417,7 @@ class FakeSidecar(RelayServiceServicer):
                 case "commands":
                     for abort in request.commands.aborts:
                         self._abort(abort.slot)
+                    self.batches.append(len(request.commands.starts))
                     for start in request.commands.starts:
                         self._start(start)
                     for adopt in request.commands.adopts:

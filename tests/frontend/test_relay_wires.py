@@ -129,6 +129,21 @@ both = pytest.mark.parametrize("kind", ["grpcio", "native"])
 
 
 @both
+def test_what_is_hurried_comes_in_its_order_and_natively_leaves_at_once(kind: str) -> None:
+    async def scenario(wire: Wire, talking: Talking) -> None:
+        talking.say(wire, 1)
+        assert await talking.heard.get() == response(1)
+        talking.say(wire, 2, 3)
+        wire.hurry()
+        assert talking.num_written == (3 if kind == "native" else 1), "in this turn"
+        talking.say(wire, 4)
+        for sequence in (2, 3, 4):
+            assert await talking.heard.get() == response(sequence)
+
+    with_server(kind, echo, scenario)
+
+
+@both
 def test_what_is_said_arrives_in_order_and_so_does_what_is_answered(kind: str) -> None:
     async def scenario(wire: Wire, talking: Talking) -> None:
         talking.say(wire, *range(1, 200))  # Before there is a connection.
