@@ -173,7 +173,7 @@ class Clients:
         )
         frontend = next(self._frontends)
         for _ in range(CALLS_MAX):
-            began_at = time.monotonic()
+            served.last_at, began_at = None, time.monotonic()
             try:
                 await frontend.generate(request, partial(_hear, served, began_at))
             except UnbrokenError as error:

@@ -17,11 +17,11 @@ from hpack import Decoder, Encoder
 from typing_extensions import override
 
 from unbroken.config import split_address
-from unbroken.errors import UnbrokenError
+from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation_stream import Piece
 from unbroken.history import History
 from unbroken.http2 import frames
-from unbroken.http2.frames import FrameType, Setting
+from unbroken.http2.frames import ErrorCode, FrameType, Setting
 from unbroken.http2.headers import Fields
 from unbroken.http2.messages import PREFIX, MessageReader, metadata, text_of
 from unbroken.http2.rules import next_frame
@@ -54,7 +54,7 @@ async def raw_calls(address: str) -> AsyncGenerator["RawCalls"]:
 
 
 class Recording:
-    """What a call brought and when; it is looked at when nothing is measured any more."""
+    """What a call brought and when; it is looked at when the call is over."""
 
     def __init__(self) -> None:
         self._came: list[tuple[float, pb.GenerateResponse]] = []
@@ -88,18 +88,23 @@ class RawCalls(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     async def generate(
-        self, request: pb.GenerateRequest, each: Callable[[pb.GenerateResponse], None]
+        self,
+        request: pb.GenerateRequest,
+        each: Callable[[pb.GenerateResponse], None],
+        *,
+        timeout_s: int | None = None,
     ) -> None:
         """Ask, and tell `each` message as it comes. Raises `UnbrokenError`."""
         transport = self._transport
         if transport is None:
-            raise ConnectionResetError("the frontend closed the connection")
+            raise _lost("the frontend closed the connection")
+        fields = _FIELDS if timeout_s is None else (*_FIELDS, (b"grpc-timeout", b"%dS" % timeout_s))
         stream_id, self._next_stream_id = self._next_stream_id, self._next_stream_id + 2
         call = self._calls[stream_id] = _Call(each)
         message = request.SerializeToString()
         # Of one frame: a prompt of a benchmark is short, and the server's windows are not.
         transport.write(
-            frames.headers(stream_id, self._encoder.encode(_FIELDS), ends=False)
+            frames.headers(stream_id, self._encoder.encode(fields), ends=False)
             + frames.frame(
                 FrameType.DATA,
                 frames.END_STREAM,
@@ -107,7 +112,11 @@ class RawCalls(asyncio.Protocol):
                 PREFIX.pack(0, len(message)) + message,
             )
         )
-        await call.ended
+        try:
+            await call.ended
+        finally:
+            if self._calls.pop(stream_id, None) is not None:  # Whoever waited does so no more.
+                self._write(frames.reset(stream_id, ErrorCode.CANCEL))
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -132,22 +141,25 @@ class RawCalls(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         for call in self._calls.values():
-            call.end_with(ConnectionResetError(f"the connection was lost: {exc}"))
+            call.end_with(_lost(f"the connection was lost: {exc}"))
         self._calls.clear()
 
     def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         match kind:
             case FrameType.DATA:
-                self._calls[stream_id].feed(payload)
+                if (call := self._calls.get(stream_id)) is not None:
+                    call.feed(payload)
             case FrameType.HEADERS:
                 # Every block has to be decoded: it changes the table of those that follow.
                 fields = self._decoder.decode(payload, raw=True)
                 if flags & frames.END_STREAM:
                     # An answer that is all trailers has the status of HTTP among them.
                     trailers = [(bytes(k), bytes(v)) for k, v in fields if not k.startswith(b":")]
-                    self._calls.pop(stream_id).end(trailers)
+                    if (call := self._calls.pop(stream_id, None)) is not None:
+                        call.end(trailers)
             case FrameType.RST_STREAM:
-                self._calls.pop(stream_id).end_with(ConnectionResetError("the stream was reset"))
+                if (call := self._calls.pop(stream_id, None)) is not None:
+                    call.end_with(_lost("the stream was reset"))
             case FrameType.SETTINGS if not flags & frames.ACK:
                 self._write(frames.frame(FrameType.SETTINGS, frames.ACK, 0))
             case FrameType.PING if not flags & frames.ACK:
@@ -174,6 +186,7 @@ class _Call:
 
     def end(self, fields: Fields) -> None:
         """With its trailers."""
+        self._body.finish()
         own = dict(fields)
         code = _CODES[int(own[b"grpc-status"])]
         if code is grpc.StatusCode.OK:
@@ -185,6 +198,10 @@ class _Call:
         error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, detail)
         self.end_with(from_rpc_error(error))
 
-    def end_with(self, error: OSError | UnbrokenError) -> None:
+    def end_with(self, error: UnbrokenError) -> None:
         if not self.ended.done():
             self.ended.set_exception(error)
+
+
+def _lost(detail: str) -> UnbrokenError:
+    return UnbrokenError(Reason.UNREACHABLE, detail)

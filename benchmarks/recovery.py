@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,14 +29,14 @@ from unbroken.history import History
 from unbroken.mesh import LocalMesh, Target
 from unbroken.realtime import is_allowed
 from unbroken.request import request_to_proto
-from unbroken.v1 import inference_service_pb2 as pb
 
 STEP_S = 0.010
 NUM_STREAMS = 40
 MAX_TOKENS = 150
 PROBE_INTERVAL_S = 0.020
-STREAM_S_MAX = 60.0
-PROBE_S_MAX = 10.0
+STREAM_S_MAX = 60
+PROBE_TOKENS = 3
+PROBE_S_MAX = 10
 GAP_P50_MAX_S = 0.015
 """With a real-time priority,"""
 GAP_P50_DEFAULT_MAX_S = 0.025
@@ -176,19 +177,24 @@ async def _trial(
 
 
 async def _streams(client: RawCalls) -> list[History]:
-    recordings = [Recording() for _ in range(NUM_STREAMS)]
-    async with asyncio.timeout(STREAM_S_MAX):
-        await asyncio.gather(
-            *(
-                client.generate(_request(f"stream {index}", MAX_TOKENS), recording.add)
-                for index, recording in enumerate(recordings)
-            )
+    return await asyncio.gather(
+        *(
+            _read(client, f"stream {index}", MAX_TOKENS, STREAM_S_MAX)
+            for index in range(NUM_STREAMS)
         )
-    return [recording.history() for recording in recordings]
+    )
 
 
-def _request(prompt: str, max_tokens: int) -> pb.GenerateRequest:
-    return request_to_proto(prompt, None, None, {"max_tokens": max_tokens, "temperature": 0.0})
+async def _read(client: RawCalls, prompt: str, max_tokens: int, timeout_s: int) -> History:
+    recording = Recording()
+    request = request_to_proto(
+        prompt,
+        None,
+        None,
+        {"max_tokens": max_tokens, "temperature": 0.0, "request_id": str(uuid.uuid4())},
+    )
+    await client.generate(request, recording.add, timeout_s=timeout_s)
+    return recording.history()
 
 
 async def _probe(client: RawCalls, totals: Totals) -> None:
@@ -197,10 +203,11 @@ async def _probe(client: RawCalls, totals: Totals) -> None:
         due = time.monotonic() + PROBE_INTERVAL_S
         totals.probes += 1
         try:
-            async with asyncio.timeout(PROBE_S_MAX):
-                await client.generate(_request("probe", 3), lambda _: None)
-        except (UnbrokenError, OSError):  # A TimeoutError is an OSError.
+            seen = await _read(client, "probe", PROBE_TOKENS, PROBE_S_MAX)
+        except UnbrokenError:
             totals.probes_failed += 1
+        else:
+            totals.probes_failed += seen.finished is None or seen.num_tokens != PROBE_TOKENS
         await asyncio.sleep(max(0.0, due - time.monotonic()))
 
 

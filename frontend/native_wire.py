@@ -1,7 +1,8 @@
 """A Relay call over our own HTTP/2: what a step brings is read, told and answered in one turn.
 
 It is gRPC, so whatever serves RelayService can be at the other end; docs/decisions/relay-hop.md
-says what it saves. Requests that are made in one turn of the loop leave in one write.
+says what it saves. Requests that are made in one turn of the loop leave in one write, or, if they
+are many, in a few (docs/decisions/moves.md).
 """
 
 import asyncio
@@ -22,6 +23,9 @@ from unbroken.v1 import relay_service_pb2 as pb
 PATH: Final = "/unbroken.v1.RelayService/Relay"
 CONNECT_S_MAX: Final = 1.0
 """As for the channels of grpcio (`unbroken.transport`)."""
+FIRST_HURRY: Final = 5
+"""Requests that leave before the turn ends; then twice as many, and so on, so that writes are few
+however many streams move at once."""
 WRITE_BUFFER_HIGH: Final = 256 * 1024
 """Bytes that wait in the socket before the talker is asked for nothing more."""
 UNSENT_BYTES_MAX: Final = 32 * 1024 * 1024
@@ -50,6 +54,7 @@ class NativeWire(asyncio.Protocol, Wire):
         self._is_scheduled = False
         self._is_paused = False
         """The socket takes nothing more for now."""
+        self._next_hurry = FIRST_HURRY
 
     @override
     async def converse(self) -> None:
@@ -71,8 +76,10 @@ class NativeWire(asyncio.Protocol, Wire):
             self._loop.call_soon(self._flush)
 
     @override
-    def hurry(self) -> None:
-        self._write_out()  # No more than that: who says so is in the middle of something.
+    def hurry(self, num_waiting: int) -> None:
+        if num_waiting >= self._next_hurry:
+            self._next_hurry *= 2
+            self._write_out()  # No more than that: who says so is in the middle of something.
 
     # What the transport says.
 
@@ -118,6 +125,7 @@ class NativeWire(asyncio.Protocol, Wire):
     def _flush(self) -> None:
         """Write what there is to say, and see whether it is read."""
         self._is_scheduled = False
+        self._next_hurry = FIRST_HURRY
         self._write_out()
         transport = self._transport
         if transport is None or transport.is_closing():

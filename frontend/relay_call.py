@@ -47,8 +47,6 @@ PROTOCOL_VERSION: Final = 1
 SLOT_MAX: Final = 2**32 - 1
 CANCELS_MAX: Final = 1024
 """Names of cancelled requests that wait to be told; what is not told ends after its grace time."""
-STARTS_A_WRITE: Final = 5
-"""When many streams move at once: the sidecar and its engine begin with some while others come."""
 COMMANDS_BYTES_MAX: Final = 1024 * 1024
 """A message of commands is not filled beyond this, so that it stays far below any limit."""
 STEPS_APART_MAX: Final = 4
@@ -336,8 +334,7 @@ class RelayCall(Talker):
         )
         self._sit(seat, vocab_size)
         self._enqueue(request)
-        if len(self._commands) >= STARTS_A_WRITE:
-            self._wire.hurry()
+        self._wire.hurry(len(self._commands))
         return slot
 
     def adopt(

@@ -49,8 +49,8 @@ class Wire(Protocol):
         """There is something to write. Cheap, and harmless when repeated."""
         ...
 
-    def hurry(self) -> None:
-        """There is so much to write that others could begin with it before the turn ends.
+    def hurry(self, num_waiting: int) -> None:
+        """So many requests wait: perhaps others could begin with some before the turn ends.
 
         Nobody is told of anything before the call returns. After `wake`.
         """
@@ -73,7 +73,7 @@ class GrpcioWire(Wire):
         self._has_work.set()
 
     @override
-    def hurry(self) -> None:
+    def hurry(self, num_waiting: int) -> None:
         """Nothing more: its task writes when this turn is over."""
 
     @override

@@ -331,14 +331,15 @@ async def serve(config: SidecarConfig) -> int:
     with tempfile.TemporaryDirectory(prefix="unbroken-") as directory:
         sidecar = Sidecar(config, engine_of(config, Path(directory)))
         heed(lambda _: sidecar.tell_drain(drain.Signalled()))
-        try:
-            await first_of(sidecar.start(), sidecar.hurry_wanted.wait())
-            if not sidecar.hurry_wanted.is_set():
-                async with watched_loop(), collected_in_quiet(lambda: sidecar.hub.num_left == 0):
-                    await first_of(sidecar.wait(), sidecar.stop_wanted.wait())
-            sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
-        finally:
-            await sidecar.stop()
+        async with watched_loop():
+            try:
+                await first_of(sidecar.start(), sidecar.hurry_wanted.wait())
+                if not sidecar.hurry_wanted.is_set():
+                    async with collected_in_quiet(lambda: sidecar.hub.num_left == 0):
+                        await first_of(sidecar.wait(), sidecar.stop_wanted.wait())
+                sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
+            finally:
+                await sidecar.stop()
     heed_no_more()
     return sidecar.drain.exit_status
 

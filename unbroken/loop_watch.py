@@ -9,95 +9,106 @@ waited inside of a system call.
 """
 
 import asyncio
+import os
 import resource
 import sys
 import threading
 import time
-import traceback
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from unbroken import log
 
 LATE_S: Final = 1.0
 """A loop that is later than this is told of."""
 _TICK_S: Final = 0.25
+_LOOKS: Final = 4
+"""In the time by which a loop has to be late."""
 _FRAMES_MAX: Final = 12
-_SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
+_SCHEDSTAT: Final = "/proc/thread-self/schedstat"
 """Of Linux: nanoseconds on a core, nanoseconds in line for one, turns."""
 
 _log = log.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What the calling thread has had since it began."""
-
-    cpu_s: float
-    in_line_s: float
-    """Ready to run, without a core; 0 where the kernel does not tell."""
-    disk_faults: int
-
-    @classmethod
-    def now(cls) -> Self:
-        had = resource.getrusage(resource.RUSAGE_THREAD)
-        in_line_ns = 0
-        with suppress(OSError, ValueError, IndexError):
-            in_line_ns = int(_SCHEDSTAT.read_text().split()[1])
-        return cls(had.ru_utime + had.ru_stime, in_line_ns / 1e9, had.ru_majflt)
-
-    def since(self, begin: "Usage") -> dict[str, float]:
-        return {
-            "cpu_s": round(self.cpu_s - begin.cpu_s, 3),
-            "in_line_s": round(self.in_line_s - begin.in_line_s, 3),
-            "disk_faults": self.disk_faults - begin.disk_faults,
-        }
-
-
 @asynccontextmanager
 async def watched_loop(*, late_s: float = LATE_S) -> AsyncGenerator[None]:
     """Within, a running loop that is more than `late_s` late is told of in the log."""
-    watch = _Watch(late_s)
+    accounts = _Accounts()
+    watch = _Watch(late_s, accounts)
     thread = threading.Thread(target=watch.look, name="loop watch", daemon=True)
     thread.start()
     ticking = asyncio.create_task(watch.tick(), name="loop watch")
     try:
         yield
     finally:
-        ticking.cancel()
-        await asyncio.gather(ticking, return_exceptions=True)
         watch.stopped.set()
+        ticking.cancel()
         thread.join()
+        accounts.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Usage:
+    """What a thread has had since it began."""
+
+    cpu_s: float
+    disk_faults: int
+    in_line_s: float | None
+    """Ready to run, without a core; None where the kernel does not tell."""
+
+
+class _Accounts:
+    """The kernel's, of the thread that opens them."""
+
+    def __init__(self) -> None:
+        self._schedstat: int | None = None
+        with suppress(OSError):
+            self._schedstat = os.open(_SCHEDSTAT, os.O_RDONLY | os.O_CLOEXEC)
+
+    def now(self) -> _Usage:
+        """To be called in that thread."""
+        had = resource.getrusage(resource.RUSAGE_THREAD)
+        in_line_s = None
+        if self._schedstat is not None:
+            with suppress(OSError):
+                in_line_s = int(os.pread(self._schedstat, 100, 0).split()[1]) / 1e9
+        return _Usage(had.ru_utime + had.ru_stime, had.ru_majflt, in_line_s)
+
+    def close(self) -> None:
+        if self._schedstat is not None:
+            os.close(self._schedstat)
+            self._schedstat = None
 
 
 class _Watch:
     """Of the thread that makes it."""
 
-    def __init__(self, late_s: float) -> None:
+    def __init__(self, late_s: float, accounts: _Accounts) -> None:
         self.stopped = threading.Event()
+        self._accounts = accounts
         self._late_s = late_s
         self._thread_id = threading.get_ident()
         self._ticked_at = time.monotonic()
 
     async def tick(self) -> None:
         """In the loop: show that it runs."""
-        while True:
-            had = Usage.now()
+        while not self.stopped.is_set():
+            before = self._accounts.now()
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
             late_s = now - self._ticked_at - _TICK_S
             self._ticked_at = now
             if late_s > self._late_s:
-                had_meanwhile = Usage.now().since(had)
-                _log.warning("event loop stood still", late_s=round(late_s, 3), **had_meanwhile)
+                had = _difference(before, self._accounts.now())
+                _log.warning("event loop stood still", late_s=round(late_s, 3), **had)
 
     def look(self) -> None:
         """In a thread: tell where the loop stands, once each time."""
         told_of = 0.0
-        while not self.stopped.wait(self._late_s / 2):
+        while not self.stopped.wait(self._late_s / _LOOKS):
             ticked_at = self._ticked_at
             if ticked_at == told_of or time.monotonic() - ticked_at < _TICK_S + self._late_s:
                 continue
@@ -105,11 +116,21 @@ class _Watch:
             _log.warning("event loop stands still", at=self._place())
 
     def _place(self) -> list[str]:
-        """Where the loop's thread is, innermost last."""
+        """Where the loop's thread is, innermost first. Reads no file: memory may be short."""
         frame = sys._current_frames().get(self._thread_id)  # pyright: ignore[reportPrivateUsage]
-        if frame is None:
-            return []
-        return [
-            f"{one.filename}:{one.lineno} {one.name}"
-            for one in traceback.extract_stack(frame, limit=_FRAMES_MAX)
-        ]
+        places: list[str] = []
+        while frame is not None and len(places) < _FRAMES_MAX:
+            code = frame.f_code
+            places.append(f"{code.co_filename}:{frame.f_lineno} {code.co_name}")
+            frame = frame.f_back
+        return places
+
+
+def _difference(before: _Usage, after: _Usage) -> dict[str, float]:
+    had: dict[str, float] = {
+        "cpu_s": round(after.cpu_s - before.cpu_s, 3),
+        "disk_faults": after.disk_faults - before.disk_faults,
+    }
+    if before.in_line_s is not None and after.in_line_s is not None:
+        had["in_line_s"] = round(after.in_line_s - before.in_line_s, 3)
+    return had

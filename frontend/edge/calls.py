@@ -42,6 +42,22 @@ Open: TypeAlias = Callable[[bytes, float | None, Callable[[], None]], Awaitable[
 _log = log.get_logger(__name__)
 
 
+class Deadline:
+    """Until when the client of a call waits."""
+
+    __slots__ = ("_at", "_clock")
+
+    def __init__(self, request: Request, clock: Callable[[], float]) -> None:
+        """Raises `Refused`."""
+        wait_s = timeout_s(request)
+        self._clock = clock
+        self._at = None if wait_s is None else clock() + wait_s
+
+    def remaining_s(self) -> float | None:
+        """0 if it has passed; None if he did not say."""
+        return None if self._at is None else max(0.0, self._at - self._clock())
+
+
 class OneMessage:
     """The only message of a request, of which the server holds no more than it may."""
 
@@ -92,7 +108,7 @@ class StreamingCall:
         "_answers_resume",
         "_bodies",
         "_body",
-        "_deadline_at",
+        "_deadline",
         "_http_stream",
         "_is_leaving",
         "_open",
@@ -122,8 +138,7 @@ class StreamingCall:
         self._open = open_reader
         self._answers_resume = answers_resume
         self._path = request.path.decode()
-        wait_s = timeout_s(request)
-        self._deadline_at = None if wait_s is None else server.clock() + wait_s
+        self._deadline = Deadline(request, server.clock)
         self._body = OneMessage(server, client, stream_id, request)
         self._task: asyncio.Task[None] | None = None
         self._reader: Reading | None = None
@@ -145,12 +160,9 @@ class StreamingCall:
             self._task = asyncio.create_task(self._begin(message))
 
     async def _begin(self, message: bytes) -> None:
-        remaining_s = None
-        if self._deadline_at is not None:
-            remaining_s = max(0.0, self._deadline_at - self._server.clock())
         connection, stream_id = self.client.connection, self.stream_id
         try:
-            reader = await self._open(message, remaining_s, self._wake)
+            reader = await self._open(message, self._deadline.remaining_s(), self._wake)
         except DecodeError as error:
             self._end(status.undecodable(message, error))
         except Exception as error:

@@ -14,7 +14,7 @@ import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import Default
 
-from frontend.edge.calls import ANSWER_FIELDS, OneMessage
+from frontend.edge.calls import ANSWER_FIELDS, Deadline, OneMessage
 from unbroken import status
 from unbroken.http2.headers import Request
 from unbroken.http2.messages import (
@@ -25,7 +25,6 @@ from unbroken.http2.messages import (
     fields_of,
     metadata,
     passing_fields_of,
-    timeout_s,
     trailers,
 )
 
@@ -58,8 +57,7 @@ class ForwardedCall:
         self._channel = cast("Any", channel)
         self.path, method = _known(request.path, server.services)
         self._metadata = tuple(metadata(request.fields))
-        wait_s = timeout_s(request)
-        self._deadline_at = None if wait_s is None else server.clock() + wait_s
+        self._deadline = Deadline(request, server.clock)
         self._has_room = asyncio.Event()
         self._call: _Call | None = None
         self._task: asyncio.Task[None] | None = None
@@ -67,6 +65,7 @@ class ForwardedCall:
         self._message: OneMessage | None = None
         self._due: asyncio.TimerHandle | None = None
         """Of the message, which may never come."""
+        wait_s = self._deadline.remaining_s()
         if method.client_streaming:
             call = self._channel.stream_stream(self.path)(timeout=wait_s, metadata=self._metadata)
             self._upload = Upload(server, client, stream_id, request, call)
@@ -85,13 +84,8 @@ class ForwardedCall:
             if message is not None:
                 self._message = None
                 self._wait_no_more()
-                method = self._channel.unary_stream(self.path)
-                self._begin(method(message, timeout=self._remaining_s(), metadata=self._metadata))
-
-    def _remaining_s(self) -> float | None:
-        if self._deadline_at is None:
-            return None
-        return max(0.0, self._deadline_at - self._server.clock())
+                method, wait_s = self._channel.unary_stream(self.path), self._deadline.remaining_s()
+                self._begin(method(message, timeout=wait_s, metadata=self._metadata))
 
     def _too_late(self) -> None:
         self.refuse(Refused(Code.DEADLINE_EXCEEDED, "Deadline Exceeded"))

@@ -35,6 +35,7 @@ from unbroken import discovery, log, metrics, tether
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS
 from unbroken.health import HealthServicer
+from unbroken.loop_watch import watched_loop
 from unbroken.probes import Probes
 from unbroken.restart import RestartPolicy, Restarts
 from unbroken.scratch import Scratch
@@ -75,7 +76,8 @@ async def serve(config: FrontendConfig, argv: Sequence[str]) -> int:
         heed(lambda _: parent.asked_to_stop())
         try:
             await parent.start()
-            return await parent.run()
+            async with watched_loop():
+                return await parent.run()
         finally:
             await parent.close()
             heed_no_more()

@@ -9,7 +9,7 @@ import pytest
 
 from frontend.failure_detector import Liveness
 from frontend.links import STEADY_S
-from frontend.relay_call import STARTS_A_WRITE
+from frontend.native_wire import FIRST_HURRY
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.worlds import World, read, read_some, run, world
 from unbroken.chaos.proxy import Proxy
@@ -182,13 +182,14 @@ def test_slots_ascend_and_are_never_used_again() -> None:
 
 
 def test_an_engine_can_begin_with_some_streams_while_others_are_still_being_moved() -> None:
-    num_streams = 2 * STARTS_A_WRITE + 1
+    num_streams = 3 * FIRST_HURRY + 1
 
     async def scenario() -> None:
-        dying, surviving = FakeSidecar("w1"), FakeSidecar("w2")
+        # Slow enough that no stream ends before there is another sidecar.
+        dying, surviving = FakeSidecar("w1", step_s=0.05), FakeSidecar("w2")
         async with world(dying, relay="native") as it:
             streams = [
-                it.client.generate(token_ids=[*PROMPT, index], max_tokens=50, temperature=0)
+                it.client.generate(token_ids=[*PROMPT, index], max_tokens=200, temperature=0)
                 for index in range(num_streams)
             ]
             begun = await asyncio.gather(*(read_some(one, 5) for one in streams))
@@ -198,8 +199,8 @@ def test_an_engine_can_begin_with_some_streams_while_others_are_still_being_move
             rest = await asyncio.gather(*(read(one) for one in streams))
             for index, (pieces, (ids, _)) in enumerate(zip(begun, rest, strict=True)):
                 first = [i for piece in pieces for i in piece.token_ids]
-                assert [*first, *ids] == reference((*PROMPT, index), 50)
-            assert surviving.batches == [STARTS_A_WRITE, STARTS_A_WRITE]
+                assert [*first, *ids] == reference((*PROMPT, index), 200)
+            assert surviving.batches == [FIRST_HURRY, 2 * FIRST_HURRY]
             assert len(surviving.starts) == num_streams
 
     run(scenario())

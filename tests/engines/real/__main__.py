@@ -52,6 +52,7 @@ from tests.engines.real.llama_native import LLAMA_NATIVE
 from tests.engines.real.subject import Real
 from tests.support.environments import NotInstalledError
 from unbroken.errors import UnbrokenError
+from unbroken.realtime import is_allowed
 
 PARTS: Final = ("conformance", "deaths", "native", "stops", "matrix", "pressure", "other")
 HURTS: Final = ("server killed", "core killed", "worker killed", "core stopped", "told to stop")
@@ -112,6 +113,7 @@ def main() -> None:
             setup = Setup(binaries, Path(scratch) / "model", logs, arguments.write)
             model.make(setup.model)
             figures["engine"] = f"vllm {vllm.version_of(binaries)}, CPU"
+            figures["has_realtime_priority"] = is_allowed(units.REALTIME_PRIORITY)
             for part in parts:
                 is_ok, told = _part(part, setup, arguments.hurts.split(","), arguments.stops)
                 oks.append(is_ok)

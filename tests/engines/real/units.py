@@ -124,11 +124,14 @@ async def running(
 @contextmanager
 def _before_others(priority: int) -> Generator[None]:
     """Clients are not to be what is late."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     run_before_others(priority)
     try:
         yield
     finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        for thread in Path("/proc/self/task").iterdir():  # Those that were begun meanwhile too.
+            with suppress(ProcessLookupError):
+                os.sched_setscheduler(int(thread.name), policy, parameters)
 
 
 async def _stop(processes: Mapping[str, asyncio.subprocess.Process]) -> None:
