@@ -108,6 +108,8 @@ class Hub(EngineListener):
         """Called when the engine comes or goes."""
         self.on_over: list[Callable[[], None]] = []
         """Called while it drains, when an attempt may have been the last one left."""
+        self.on_step: list[Callable[[], None]] = []
+        """Called while it drains, when the engine has taken a step."""
         self._engine = engine
         self._orphan_grace_s = orphan_grace_s
         self._deadline_margin_s = deadline_margin_s
@@ -495,6 +497,9 @@ class Hub(EngineListener):
                 link.load(frame.load)
         for events in frame.kv_events:
             self._kv_events(events)
+        if attempts and self.is_draining:
+            for callback in self.on_step:
+                callback()
         if recovered is not None:
             _log.warning("engine goes on", stalled_s=round(recovered.stalled_s, 3))
             self._say_serving()

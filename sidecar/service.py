@@ -43,6 +43,8 @@ RELAY_SERVICE = "unbroken.v1.RelayService"
 SIDECAR_SERVICE = "unbroken.v1.SidecarService"
 FLUSH_TIMEOUT_S = 1.0
 """How long frontends may take to read where their streams were cut."""
+STEP_S_MAX = 0.25
+"""How long a step of the engine may take to its end before streams are handed over all the same."""
 
 _log = log.get_logger(__name__)
 
@@ -185,9 +187,11 @@ class Sidecar:
 
     async def stop(self) -> None:
         """Hand over what still runs, have it read, end the engine, leave the mesh."""
+        hurry = asyncio.create_task(self.hurry_wanted.wait(), name="hurry")
+        step = asyncio.create_task(self._end_of_step(), name="end of step")
+        await asyncio.wait((step, hurry), return_when=asyncio.FIRST_COMPLETED)
         self.hub.drain()
         self._set_health()
-        hurry = asyncio.create_task(self.hurry_wanted.wait(), name="hurry")
         flush = asyncio.create_task(self._flush(), name="flush")
         await asyncio.wait((flush, hurry), return_when=asyncio.FIRST_COMPLETED)
         stop_engine = asyncio.create_task(self._engine.stop(), name="stop engine")
@@ -195,7 +199,7 @@ class Sidecar:
         if not stop_engine.done():
             self._engine.kill()
         await stop_engine
-        tasks: list[asyncio.Task[Any]] = [hurry, flush, *self._tasks]
+        tasks: list[asyncio.Task[Any]] = [hurry, step, flush, *self._tasks]
         for task in tasks:
             task.cancel()
         if self._engine_task is not None:
@@ -209,6 +213,22 @@ class Sidecar:
             await asyncio.to_thread(self._metrics_server.close)
         _log.info("sidecar stopped")
 
+    async def _end_of_step(self) -> None:
+        """Wait until the engine has done what it computes, if it computes anything.
+
+        Cut in the middle of a step, a stream stands still for the rest of a step that is thrown
+        away, for the rest of the one that its next worker is at, and for its own; cut at the end,
+        for two of them.
+        """
+        if not self.hub.num_running or self.hub.watchdog.is_stalled:
+            return
+        ended = asyncio.Event()
+        self.hub.drain(STEP_S_MAX)
+        self.hub.on_step.append(ended.set)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STEP_S_MAX):
+                await ended.wait()
+
     def _obey(self, commands: Sequence[drain.Command]) -> None:
         for command in commands:
             match command:
@@ -218,7 +238,7 @@ class Sidecar:
                     self._set_health()
                 case drain.HandOver():
                     _log.info("streams are handed over", num_attempts=self.hub.num_left)
-                    self.hub.drain()
+                    self.hub.drain(STEP_S_MAX)  # `stop` does it, at the end of a step.
                     self._set_health()
                 case drain.Stop():
                     self.stop_wanted.set()
