@@ -497,7 +497,7 @@ class Hub(EngineListener):
                 link.load(frame.load)
         for events in frame.kv_events:
             self._kv_events(events)
-        if attempts and self.is_draining:
+        if self.is_draining and (attempts or not self.num_left):
             for callback in self.on_step:
                 callback()
         if recovered is not None:
@@ -646,6 +646,11 @@ class Hub(EngineListener):
         for attempt in left.values():
             self.num_handed_over += attempt.given_up is None and attempt.slot not in self._probes
             self._give_up(attempt, FailureKind.DRAIN, "the worker drains")
+
+    @property
+    def has_handed_over(self) -> bool:
+        """Whether nothing runs here for anybody any more."""
+        return self._has_handed_over
 
     def accounted_blocks(self) -> int:
         """KV blocks of what runs, by the sidecar's own account."""

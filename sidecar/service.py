@@ -100,6 +100,7 @@ class Sidecar:
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: Registration[worker_pb2.WorkerRecord] | None = None
         self._engine_task: asyncio.Task[None] | None = None
+        self._handing_over: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
@@ -187,11 +188,8 @@ class Sidecar:
 
     async def stop(self) -> None:
         """Hand over what still runs, have it read, end the engine, leave the mesh."""
+        await self.hand_over()
         hurry = asyncio.create_task(self.hurry_wanted.wait(), name="hurry")
-        step = asyncio.create_task(self._end_of_step(), name="end of step")
-        await asyncio.wait((step, hurry), return_when=asyncio.FIRST_COMPLETED)
-        self.hub.drain()
-        self._set_health()
         flush = asyncio.create_task(self._flush(), name="flush")
         await asyncio.wait((flush, hurry), return_when=asyncio.FIRST_COMPLETED)
         stop_engine = asyncio.create_task(self._engine.stop(), name="stop engine")
@@ -199,7 +197,7 @@ class Sidecar:
         if not stop_engine.done():
             self._engine.kill()
         await stop_engine
-        tasks: list[asyncio.Task[Any]] = [hurry, step, flush, *self._tasks]
+        tasks: list[asyncio.Task[Any]] = [hurry, flush, *self._tasks]
         for task in tasks:
             task.cancel()
         if self._engine_task is not None:
@@ -213,21 +211,31 @@ class Sidecar:
             await asyncio.to_thread(self._metrics_server.close)
         _log.info("sidecar stopped")
 
-    async def _end_of_step(self) -> None:
-        """Wait until the engine has done what it computes, if it computes anything.
+    async def hand_over(self) -> None:
+        """Have frontends take what still runs, as soon as the engine's step ends. Idempotent."""
+        await self._begin_hand_over()
 
-        Cut in the middle of a step, a stream stands still for the rest of a step that is thrown
+    def _begin_hand_over(self) -> "asyncio.Task[None]":
+        if self._handing_over is None:
+            self._handing_over = asyncio.create_task(self._hand_over(), name="hand over")
+        return self._handing_over
+
+    async def _hand_over(self) -> None:
+        """Cut in the middle of a step, a stream stands still for the rest of a step that is thrown
         away, for the rest of the one that its next worker is at, and for its own; cut at the end,
         for two of them.
         """
-        if not self.hub.num_running or self.hub.watchdog.is_stalled:
-            return
-        ended = asyncio.Event()
-        self.hub.drain(STEP_S_MAX)
-        self.hub.on_step.append(ended.set)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STEP_S_MAX):
-                await ended.wait()
+        if self.hub.num_left and self.hub.up is not None and not self.hub.watchdog.is_stalled:
+            if not self.hub.is_draining:
+                self.hub.drain(STEP_S_MAX)
+                self._set_health()
+            ended = asyncio.Event()
+            self.hub.on_step.append(ended.set)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STEP_S_MAX):
+                    await first_of(ended.wait(), self.hurry_wanted.wait())
+        self.hub.drain()
+        self._set_health()
 
     def _obey(self, commands: Sequence[drain.Command]) -> None:
         for command in commands:
@@ -238,8 +246,7 @@ class Sidecar:
                     self._set_health()
                 case drain.HandOver():
                     _log.info("streams are handed over", num_attempts=self.hub.num_left)
-                    self.hub.drain(STEP_S_MAX)  # `stop` does it, at the end of a step.
-                    self._set_health()
+                    self._begin_hand_over()
                 case drain.Stop():
                     self.stop_wanted.set()
                 case drain.Hurry():
@@ -357,6 +364,7 @@ async def serve(config: SidecarConfig) -> int:
                 if not sidecar.hurry_wanted.is_set():
                     async with collected_in_quiet(lambda: sidecar.hub.num_left == 0):
                         await first_of(sidecar.wait(), sidecar.stop_wanted.wait())
+                        await sidecar.hand_over()
                 sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
             finally:
                 await sidecar.stop()
