@@ -23,7 +23,7 @@ from unbroken.history import History
 from unbroken.http2 import frames
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
 from unbroken.http2.headers import Fields
-from unbroken.http2.messages import PREFIX, MessageReader, metadata, text_of
+from unbroken.http2.messages import PREFIX, MessageReader, Refused, metadata, text_of
 from unbroken.http2.rules import next_frame
 from unbroken.status import from_rpc_error
 from unbroken.v1 import inference_service_pb2 as pb
@@ -186,7 +186,11 @@ class _Call:
 
     def end(self, fields: Fields) -> None:
         """With its trailers."""
-        self._body.finish()
+        try:
+            self._body.finish()
+        except Refused as error:
+            self.end_with(_lost(error.detail))
+            return
         own = dict(fields)
         code = _CODES[int(own[b"grpc-status"])]
         if code is grpc.StatusCode.OK:
