@@ -217,15 +217,23 @@ class Sidecar:
 
     def _begin_hand_over(self) -> "asyncio.Task[None]":
         if self._handing_over is None:
+            if not self._computes:
+                self.hub.drain()  # Whoever asked has not been answered yet.
             self._handing_over = asyncio.create_task(self._hand_over(), name="hand over")
         return self._handing_over
+
+    @property
+    def _computes(self) -> bool:
+        """Whether the engine is at a step of something that somebody waits for."""
+        hub = self.hub
+        return hub.num_left > 0 and hub.up is not None and not hub.watchdog.is_stalled
 
     async def _hand_over(self) -> None:
         """Cut in the middle of a step, a stream stands still for the rest of a step that is thrown
         away, for the rest of the one that its next worker is at, and for its own; cut at the end,
         for two of them.
         """
-        if self.hub.num_left and self.hub.up is not None and not self.hub.watchdog.is_stalled:
+        if self._computes:
             if not self.hub.is_draining:
                 self.hub.drain(STEP_S_MAX)
                 self._set_health()
