@@ -70,7 +70,7 @@ class Admin(SidecarServiceServicer):
                 changed.clear()
                 response = self._response()
                 news = (response.num_attempts, response.num_handed_over, self._hub.hand_over_at)
-                if news != told or response.phase == pb.DRAIN_PHASE_STOPPING:
+                if news != told or self._drain.phase is Phase.STOPPING:
                     told = news
                     yield response
                 if response.phase == pb.DRAIN_PHASE_STOPPING:
@@ -122,8 +122,7 @@ class Admin(SidecarServiceServicer):
         )
 
     def _response(self) -> pb.DrainResponse:
-        hub = self._hub
-        is_stopping = self._drain.phase is Phase.STOPPING and hub.has_handed_over
+        hub, is_stopping = self._hub, self._drain.phase is Phase.STOPPING
         response = pb.DrainResponse(
             phase=pb.DRAIN_PHASE_STOPPING if is_stopping else pb.DRAIN_PHASE_FINISHING,
             num_attempts=hub.num_left,

@@ -108,8 +108,6 @@ class Hub(EngineListener):
         """Called when the engine comes or goes."""
         self.on_over: list[Callable[[], None]] = []
         """Called while it drains, when an attempt may have been the last one left."""
-        self.on_step: list[Callable[[], None]] = []
-        """Called while it drains, when the engine has taken a step."""
         self._engine = engine
         self._orphan_grace_s = orphan_grace_s
         self._deadline_margin_s = deadline_margin_s
@@ -497,9 +495,6 @@ class Hub(EngineListener):
                 link.load(frame.load)
         for events in frame.kv_events:
             self._kv_events(events)
-        if self.is_draining and (attempts or not self.num_left):
-            for callback in self.on_step:
-                callback()
         if recovered is not None:
             _log.warning("engine goes on", stalled_s=round(recovered.stalled_s, 3))
             self._say_serving()
@@ -646,11 +641,6 @@ class Hub(EngineListener):
         for attempt in left.values():
             self.num_handed_over += attempt.given_up is None and attempt.slot not in self._probes
             self._give_up(attempt, FailureKind.DRAIN, "the worker drains")
-
-    @property
-    def has_handed_over(self) -> bool:
-        """Whether nothing runs here for anybody any more."""
-        return self._has_handed_over
 
     def accounted_blocks(self) -> int:
         """KV blocks of what runs, by the sidecar's own account."""

@@ -43,8 +43,6 @@ RELAY_SERVICE = "unbroken.v1.RelayService"
 SIDECAR_SERVICE = "unbroken.v1.SidecarService"
 FLUSH_TIMEOUT_S = 1.0
 """How long frontends may take to read where their streams were cut."""
-STEP_S_MAX = 0.25
-"""How long a step of the engine may take to its end before streams are handed over all the same."""
 
 _log = log.get_logger(__name__)
 
@@ -100,7 +98,6 @@ class Sidecar:
         self._metrics_server: metrics.MetricsServer | None = None
         self._registration: Registration[worker_pb2.WorkerRecord] | None = None
         self._engine_task: asyncio.Task[None] | None = None
-        self._handing_over: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
@@ -188,7 +185,8 @@ class Sidecar:
 
     async def stop(self) -> None:
         """Hand over what still runs, have it read, end the engine, leave the mesh."""
-        await self.hand_over()
+        self.hub.drain()
+        self._set_health()
         hurry = asyncio.create_task(self.hurry_wanted.wait(), name="hurry")
         flush = asyncio.create_task(self._flush(), name="flush")
         await asyncio.wait((flush, hurry), return_when=asyncio.FIRST_COMPLETED)
@@ -211,40 +209,6 @@ class Sidecar:
             await asyncio.to_thread(self._metrics_server.close)
         _log.info("sidecar stopped")
 
-    async def hand_over(self) -> None:
-        """Have frontends take what still runs, as soon as the engine's step ends. Idempotent."""
-        await self._begin_hand_over()
-
-    def _begin_hand_over(self) -> "asyncio.Task[None]":
-        if self._handing_over is None:
-            if not self._computes:
-                self.hub.drain()  # Whoever asked has not been answered yet.
-            self._handing_over = asyncio.create_task(self._hand_over(), name="hand over")
-        return self._handing_over
-
-    @property
-    def _computes(self) -> bool:
-        """Whether the engine is at a step of something that somebody waits for."""
-        hub = self.hub
-        return hub.num_left > 0 and hub.up is not None and not hub.watchdog.is_stalled
-
-    async def _hand_over(self) -> None:
-        """Cut in the middle of a step, a stream stands still for the rest of a step that is thrown
-        away, for the rest of the one that its next worker is at, and for its own; cut at the end,
-        for two of them.
-        """
-        if self._computes:
-            if not self.hub.is_draining:
-                self.hub.drain(STEP_S_MAX)
-                self._set_health()
-            ended = asyncio.Event()
-            self.hub.on_step.append(ended.set)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STEP_S_MAX):
-                    await first_of(ended.wait(), self.hurry_wanted.wait())
-        self.hub.drain()
-        self._set_health()
-
     def _obey(self, commands: Sequence[drain.Command]) -> None:
         for command in commands:
             match command:
@@ -254,7 +218,8 @@ class Sidecar:
                     self._set_health()
                 case drain.HandOver():
                     _log.info("streams are handed over", num_attempts=self.hub.num_left)
-                    self._begin_hand_over()
+                    self.hub.drain()
+                    self._set_health()
                 case drain.Stop():
                     self.stop_wanted.set()
                 case drain.Hurry():
@@ -372,7 +337,6 @@ async def serve(config: SidecarConfig) -> int:
                 if not sidecar.hurry_wanted.is_set():
                     async with collected_in_quiet(lambda: sidecar.hub.num_left == 0):
                         await first_of(sidecar.wait(), sidecar.stop_wanted.wait())
-                        await sidecar.hand_over()
                 sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
             finally:
                 await sidecar.stop()

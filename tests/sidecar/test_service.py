@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from sidecar.engines.base import EngineDown
 from sidecar.engines.kinds import launch_of
-from sidecar.service import RELAY_SERVICE, SIDECAR_SERVICE, STEP_S_MAX
+from sidecar.service import RELAY_SERVICE, SIDECAR_SERVICE
 from tests.sidecar.fakes import engine_up
 from tests.sidecar.processes import until
 from tests.sidecar.worlds import config_of, connected, run, running, scripted
@@ -139,41 +139,6 @@ def test_sigterm_hands_every_stream_over_exactly(tmp_path: Path) -> None:
                 assert any(verdict.is_draining for verdict in client.verdicts)
             assert await world.exit_status() == 0
             assert await world.discovery.snapshot(WORKERS) == {}
-
-    run(scenario)
-
-
-def test_streams_are_handed_over_at_the_end_of_a_step_not_in_the_middle(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        step_ms = 150
-        assert step_ms / 1e3 < STEP_S_MAX
-        async with running(tmp_path, f"--engine-options=--step-base-ms {step_ms}") as world:
-            await world.member(lambda record: record.engine_pgid)
-            async with connected(world) as client:
-                slots = await client.start(5)
-                await client.until(lambda: all(len(client.tokens.get(s, [])) > 2 for s in slots))
-                told_at = {slot: len(client.tokens[slot]) for slot in slots}
-                world.process.terminate()
-                await client.until(lambda: len(client.ended) == 5)
-                assert {e.failure for e in client.ended.values()} == {worker_pb2.FAILURE_KIND_DRAIN}
-                assert all(client.ended[slot].end_offset > told_at[slot] for slot in slots)
-            assert await world.exit_status() == 0
-
-    run(scenario)
-
-
-def test_an_engine_whose_steps_are_long_is_not_waited_for(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with running(tmp_path, "--engine-options=--step-base-ms 2000") as world:
-            await world.member(lambda record: record.engine_pgid)
-            async with connected(world) as client:
-                slots = await client.start(5)
-                await client.until(lambda: all(client.tokens.get(slot) for slot in slots))
-                told_at = {slot: len(client.tokens[slot]) for slot in slots}
-                world.process.terminate()
-                await client.until(lambda: len(client.ended) == 5)
-                assert {e.failure for e in client.ended.values()} == {worker_pb2.FAILURE_KIND_DRAIN}
-                assert {e.slot: e.end_offset for e in client.ended.values()} == told_at
 
     run(scenario)
 
