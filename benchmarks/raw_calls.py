@@ -1,4 +1,4 @@
-"""A client of InferenceService.Generate that costs a fifth of grpc.aio's, over our own frames.
+"""A client of InferenceService.Generate that costs less than grpc.aio's, over our own frames.
 
 What a benchmark measures of a server has its own client's work in it where both share two cores.
 One connection, many calls; it trusts the server, and takes whatever is sent: its windows are as
