@@ -21,6 +21,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation_stream import Piece
 from unbroken.history import History
 from unbroken.http2 import frames
+from unbroken.http2.call import STATUS_DETAILS
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
 from unbroken.http2.headers import Fields
 from unbroken.http2.messages import PREFIX, MessageReader, Refused, metadata, text_of
@@ -38,7 +39,6 @@ _FIELDS: Final = (
     (b"te", b"trailers"),
     (b"content-type", b"application/grpc"),
 )
-_DETAILS: Final = frozenset({b"grpc-status-details-bin", b"grpc-retry-pushback-ms"})
 
 
 @asynccontextmanager
@@ -197,7 +197,7 @@ class _Call:
             if not self.ended.done():
                 self.ended.set_result(None)
             return
-        trailers = grpc.aio.Metadata(*metadata(fields, also=_DETAILS))
+        trailers = grpc.aio.Metadata(*metadata(fields, also=STATUS_DETAILS))
         detail = text_of(own.get(b"grpc-message", b""))
         error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, detail)
         self.end_with(from_rpc_error(error))

@@ -311,7 +311,7 @@ class Call:
             self._end(Code.UNKNOWN, "the answer ended without a status")
             return
         detail = text_of(own.get(b"grpc-message", b""))
-        self._end(int(status), detail, tuple(metadata(fields, also=_STATUS_DETAILS)))
+        self._end(int(status), detail, tuple(metadata(fields, also=STATUS_DETAILS)))
 
     def _window_update(self, stream_id: int, payload: bytes) -> None:
         need_length(len(payload) == 4)
@@ -431,7 +431,7 @@ class Call:
             self._events.append(Ended(code, detail, trailers))
 
 
-_STATUS_DETAILS: Final = frozenset({b"grpc-status-details-bin", b"grpc-retry-pushback-ms"})
+STATUS_DETAILS: Final = frozenset({b"grpc-status-details-bin", b"grpc-retry-pushback-ms"})
 """What of gRPC's own fields says more of a status."""
 
 # https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md, "Errors"
