@@ -1,18 +1,27 @@
 """When a worker that is to stop tells its frontends, hands its streams over, and stops.
 
-    SERVING ──asked, or a signal──▶ FINISHING ──nothing left, or the budget is over──▶ STOPPING
-       │                                                                                  ▲
-       └────── asked to hand over at once, a second signal, an engine that is lost ───────┘
+    SERVING ──asked, or a signal──▶ FINISHING ──the budget is over──▶ LAST_STEP ──▶ STOPPING
+       │                               │                                  ▲  the step ends ▲
+       │                               └───────────── nothing left ───────┼────────────────┤
+       ├────────────────────── asked to hand over at once ────────────────┘                │
+       └────────────────── a second signal, an engine that is lost ────────────────────────┘
 
 A drain never becomes less urgent: who asks again can only have streams handed over earlier. The
 first signal asks as the configuration says, the second one means: at once.
+
+Streams are handed over at the end of a step of the engine. One that is cut in the middle stands
+still for the rest of a step that is thrown away, for the rest of the one that its next worker is
+at, and for its own; one that is cut at the end, for the last two.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum, StrEnum, auto
-from typing import TypeAlias, assert_never
+from typing import Final, TypeAlias, assert_never
+
+STEP_S_MAX: Final = 0.25
+"""How long the engine's step may take to its end before streams are handed over all the same."""
 
 
 class Policy(StrEnum):
@@ -21,7 +30,7 @@ class Policy(StrEnum):
     FINISH = "finish"
     """They go on to their end, however long that takes."""
     HAND_OVER = "hand_over"
-    """They go on at other workers, at once."""
+    """They go on at other workers, from the end of the step that the engine is at."""
     BUDGET = "budget"
     """They go on here until the budget is over, then elsewhere."""
 
@@ -32,6 +41,8 @@ class Phase(Enum):
     SERVING = auto()
     FINISHING = auto()
     """It takes nothing new, and what runs goes on."""
+    LAST_STEP = auto()
+    """What runs is handed over when the engine's step ends."""
     STOPPING = auto()
     """Nothing runs here any more; the engine is stopped."""
 
@@ -90,6 +101,13 @@ class Seen:
     num_left: int
     """Attempts that somebody waits for."""
     is_engine_up: bool
+    is_stalled: bool = False
+    """The engine makes no progress: nobody knows when its step ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A step of the engine brought tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +115,7 @@ class Failed:
     """The sidecar cannot go on: its engine is given up, or another process took its id."""
 
 
-Event: TypeAlias = Asked | Signalled | Seen | Failed
+Event: TypeAlias = Asked | Signalled | Seen | Stepped | Failed
 
 
 # Commands.
@@ -137,7 +155,7 @@ class Drain:
         self.phase = Phase.SERVING
         self.exit_status = ExitStatus.DRAINED
         self._plan = plan
-        self._hand_over_at = math.inf
+        self._due_at = math.inf
         self._num_signals = 0
         self._had_engine = False  # Since the drain began.
 
@@ -151,8 +169,10 @@ class Drain:
                 if self._num_signals == 1:
                     return self._ask(self._plan, now)
                 return self._hurry() if self._num_signals == 2 else []
-            case Seen(num_left=num_left, is_engine_up=is_engine_up):
-                return self._look(num_left, is_engine_up)
+            case Seen():
+                return self._look(event)
+            case Stepped():
+                return self._stop() if self.phase is Phase.LAST_STEP else []
             case Failed():
                 return self._stop(ExitStatus.FAILED)
             case _:
@@ -160,33 +180,40 @@ class Drain:
 
     def deadline(self) -> float | None:
         """When `handle_timeout` is due if nothing happens before."""
-        if self.phase is not Phase.FINISHING or math.isinf(self._hand_over_at):
-            return None
-        return self._hand_over_at
+        is_limited = self.phase in (Phase.FINISHING, Phase.LAST_STEP)
+        return self._due_at if is_limited and math.isfinite(self._due_at) else None
 
     def handle_timeout(self, now: float) -> Sequence[Command]:
-        """The budget may be over."""
+        """The budget may be over, or the step too long."""
         deadline = self.deadline()
-        return self._stop() if deadline is not None and now >= deadline else []
+        if deadline is None or now < deadline:
+            return []
+        return self._stop() if self.phase is Phase.LAST_STEP else self._await_step(now)
 
     def _ask(self, plan: Plan, now: float) -> Sequence[Command]:
-        if self.phase is Phase.STOPPING:
+        if self.phase in (Phase.LAST_STEP, Phase.STOPPING):
             return []
         hand_over_at = plan.hand_over_at(now)
         if hand_over_at <= now:
-            return self._stop()
-        if self.phase is Phase.FINISHING and hand_over_at >= self._hand_over_at:
+            return self._await_step(now)
+        if self.phase is Phase.FINISHING and hand_over_at >= self._due_at:
             return []
-        self.phase, self._hand_over_at = Phase.FINISHING, hand_over_at
+        self.phase, self._due_at = Phase.FINISHING, hand_over_at
         return [Announce(None if math.isinf(hand_over_at) else hand_over_at - now)]
 
-    def _look(self, num_left: int, is_engine_up: bool) -> Sequence[Command]:
-        if self.phase is not Phase.FINISHING:
+    def _await_step(self, now: float) -> Sequence[Command]:
+        self.phase, self._due_at = Phase.LAST_STEP, now + STEP_S_MAX
+        return [Announce(STEP_S_MAX)]
+
+    def _look(self, seen: Seen) -> Sequence[Command]:
+        if self.phase not in (Phase.FINISHING, Phase.LAST_STEP):
             return []
-        if self._had_engine and not is_engine_up:  # Another life of it would get no work.
+        if self._had_engine and not seen.is_engine_up:  # Another life of it would get no work.
             return self._stop(ExitStatus.FAILED)
-        self._had_engine = is_engine_up
-        return [] if num_left else self._stop()
+        self._had_engine = seen.is_engine_up
+        no_step = not seen.is_engine_up or seen.is_stalled
+        is_over = not seen.num_left or (self.phase is Phase.LAST_STEP and no_step)
+        return self._stop() if is_over else []
 
     def _stop(self, status: ExitStatus = ExitStatus.DRAINED) -> Sequence[Command]:
         if self.phase is Phase.STOPPING:

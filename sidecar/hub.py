@@ -108,6 +108,8 @@ class Hub(EngineListener):
         """Called when the engine comes or goes."""
         self.on_over: list[Callable[[], None]] = []
         """Called while it drains, when an attempt may have been the last one left."""
+        self.on_step: list[Callable[[], None]] = []
+        """Called while it drains, when a step of the engine has brought tokens."""
         self._engine = engine
         self._orphan_grace_s = orphan_grace_s
         self._deadline_margin_s = deadline_margin_s
@@ -498,6 +500,9 @@ class Hub(EngineListener):
         if recovered is not None:
             _log.warning("engine goes on", stalled_s=round(recovered.stalled_s, 3))
             self._say_serving()
+        if self.is_draining and attempts:
+            for callback in self.on_step:
+                callback()
 
     @override
     def on_refused(self, refused: attempt_pb2.AttemptRefused) -> None:

@@ -154,6 +154,7 @@ class Sidecar:
         await server.start()
         self.hub.on_change.append(self._changed.set)
         self.hub.on_over.append(self._over.set)
+        self.hub.on_step.append(self._stepped)
         self._registration = await self._discovery.register(WORKERS, self._record())
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
         self._tasks = [
@@ -209,6 +210,9 @@ class Sidecar:
             await asyncio.to_thread(self._metrics_server.close)
         _log.info("sidecar stopped")
 
+    def _stepped(self) -> None:
+        self._obey(self.drain.handle(drain.Stepped(), self._clock()))
+
     def _obey(self, commands: Sequence[drain.Command]) -> None:
         for command in commands:
             match command:
@@ -228,7 +232,10 @@ class Sidecar:
                     assert_never(command)
 
     def _seen(self) -> drain.Seen:
-        return drain.Seen(self.hub.num_left, is_engine_up=self.hub.up is not None)
+        hub = self.hub
+        return drain.Seen(
+            hub.num_left, is_engine_up=hub.up is not None, is_stalled=hub.watchdog.is_stalled
+        )
 
     async def _follow_drain(self) -> None:
         """See attempts come to their end, and the budget too."""

@@ -193,9 +193,12 @@ class DrainNotes:
         now = time.monotonic()
         if progress.phase != sidecar_pb.DRAIN_PHASE_FINISHING or now < self._due_at:
             return
+        left_s = progress.budget_left.ToMilliseconds() / 1000
+        is_limited = progress.HasField("budget_left")
+        if is_limited and left_s < _DRAIN_NOTE_INTERVAL_S:
+            return  # It is over before anybody has read it.
         self._due_at = now + _DRAIN_NOTE_INTERVAL_S
-        left = f", {progress.budget_left.ToMilliseconds() / 1000:.1f} s left"
-        until = left if progress.HasField("budget_left") else ""
+        until = f", {left_s:.1f} s left" if is_limited else ""
         note(f"{self._worker_id} drains: {progress.num_attempts} streams run{until}")
 
 

@@ -1,7 +1,7 @@
 """Drain, as an operator calls it, in this process with an engine that does what it is told."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from sidecar import drain
 from sidecar.drain import Phase
 from sidecar.service import Sidecar
 from tests.sidecar.fakes import Frontend, engine_up
@@ -18,7 +19,7 @@ from tests.sidecar.worlds import run, scripted
 from unbroken.errors import Reason
 from unbroken.status import from_rpc_error
 from unbroken.transport import open_channel
-from unbroken.v1 import attempt_pb2, generation_pb2
+from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import sidecar_service_pb2 as pb
 from unbroken.v1.sidecar_service_pb2_grpc import SidecarServiceStub
 
@@ -42,6 +43,16 @@ class World:
             slot=slot, finish_reason=generation_pb2.FINISH_REASON_LENGTH
         )
         self.sidecar.hub.on_frame(attempt_pb2.StepFrame(ended=[ended]))
+
+    def step(self, tokens: Mapping[int, int]) -> None:
+        """The engine brings the next token of each of these attempts."""
+        running = self.sidecar.hub.ledger.running
+        frame = attempt_pb2.StepFrame(
+            slots=list(tokens),
+            offsets=[running[slot].end_offset for slot in tokens],
+            token_ids=list(tokens.values()),
+        )
+        self.sidecar.hub.on_frame(frame)
 
 
 @asynccontextmanager
@@ -96,8 +107,34 @@ def test_a_budget_is_told_and_kept(tmp_path: Path) -> None:
             call = world.stub.Drain(request)
             first = await heard(call)
             assert 0 < first.budget_left.ToMilliseconds() <= 200
-            assert await heard(call) == pb.DrainResponse(phase=STOPPING, num_handed_over=2)
+            while (last := await heard(call)).phase == FINISHING:
+                assert last.num_attempts == 2
+            assert last == pb.DrainResponse(phase=STOPPING, num_handed_over=2)
             assert loop.time() - began_at >= 0.2
+
+    run(scenario)
+
+
+def test_streams_are_handed_over_at_the_end_of_the_step_that_the_engine_is_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drain, "STEP_S_MAX", 60.0)
+
+    async def scenario() -> None:
+        async with streaming(tmp_path) as world:
+            world.step({1: 5, 2: 6})
+            call = world.stub.Drain(pb.DrainRequest(policy=pb.DRAIN_POLICY_HAND_OVER))
+            first = await heard(call)
+            assert (first.phase, first.num_attempts) == (FINISHING, 2)
+            world.frontend.read()
+            assert world.frontend.ended == {}
+            world.step({1: 7, 2: 8})
+            assert await heard(call) == pb.DrainResponse(phase=STOPPING, num_handed_over=2)
+            world.frontend.read()
+            assert world.frontend.tokens == {1: [5, 7], 2: [6, 8]}
+            assert {e.failure for e in world.frontend.ended.values()} == {
+                worker_pb2.FAILURE_KIND_DRAIN
+            }
 
     run(scenario)
 
@@ -108,9 +145,10 @@ def test_a_second_call_makes_it_urgent_and_both_hear_of_the_end(tmp_path: Path) 
             first = world.stub.Drain(pb.DrainRequest(policy=pb.DRAIN_POLICY_FINISH))
             await heard(first)
             second = world.stub.Drain(pb.DrainRequest(policy=pb.DRAIN_POLICY_HAND_OVER))
-            expected = pb.DrainResponse(phase=STOPPING, num_handed_over=2)
-            assert await heard(second) == expected
-            assert await heard(first) == expected
+            for call in (second, first):
+                while (last := await heard(call)).phase == FINISHING:  # The engine is at a step.
+                    assert last.num_attempts == 2
+                assert last == pb.DrainResponse(phase=STOPPING, num_handed_over=2)
 
     run(scenario)
 

@@ -3,6 +3,7 @@
 import pytest
 
 from sidecar.drain import (
+    STEP_S_MAX,
     Announce,
     Asked,
     Command,
@@ -17,12 +18,14 @@ from sidecar.drain import (
     Policy,
     Seen,
     Signalled,
+    Stepped,
     Stop,
 )
 
 FINISH = Plan(Policy.FINISH, 0)
 HAND_OVER = Plan(Policy.HAND_OVER, 0)
 ENDING = [HandOver(), Stop()]
+LAST_STEP = Announce(STEP_S_MAX)
 BUSY = Seen(3, is_engine_up=True)
 IDLE = Seen(0, is_engine_up=True)
 
@@ -53,11 +56,37 @@ def test_streams_finish_however_long_they_take() -> None:
     assert drain.exit_status is ExitStatus.DRAINED
 
 
-def test_streams_are_handed_over_at_once() -> None:
+def test_streams_are_handed_over_when_the_step_of_the_engine_ends() -> None:
     drain, said = after(HAND_OVER, Signalled(), BUSY)
-    assert said == ENDING
+    assert said == [LAST_STEP]
+    assert drain.phase is Phase.LAST_STEP
+    assert drain.handle(Stepped(), 100.1) == ENDING
     assert drain.phase is Phase.STOPPING
     assert drain.exit_status is ExitStatus.DRAINED
+    assert drain.handle(Stepped(), 100.2) == []
+
+
+def test_a_long_step_is_not_waited_for() -> None:
+    drain, _ = after(HAND_OVER, Signalled(), BUSY)
+    assert drain.deadline() == 100 + STEP_S_MAX
+    assert drain.handle_timeout(100 + STEP_S_MAX - 0.01) == []
+    assert drain.handle_timeout(100 + STEP_S_MAX) == ENDING
+    assert drain.deadline() is None
+    assert drain.exit_status is ExitStatus.DRAINED
+
+
+@pytest.mark.parametrize(
+    "seen", [Seen(3, is_engine_up=True, is_stalled=True), Seen(3, is_engine_up=False), IDLE]
+)
+def test_no_step_is_waited_for_that_will_not_end(seen: Seen) -> None:
+    _, said = after(HAND_OVER, Signalled(), seen)
+    assert said == [LAST_STEP, *ENDING]
+
+
+def test_a_step_ends_nothing_that_may_go_on() -> None:
+    drain, said = after(budget(5), Stepped(), Signalled(), BUSY, Stepped(), BUSY)
+    assert said == [Announce(5)]
+    assert drain.phase is Phase.FINISHING
 
 
 def test_what_is_left_at_the_end_of_the_budget_is_handed_over() -> None:
@@ -65,7 +94,8 @@ def test_what_is_left_at_the_end_of_the_budget_is_handed_over() -> None:
     assert said == [Announce(5)]
     assert drain.deadline() == 105
     assert drain.handle_timeout(104.9) == []
-    assert drain.handle_timeout(105) == ENDING
+    assert drain.handle_timeout(105) == [LAST_STEP]
+    assert drain.handle(Stepped(), 105.1) == ENDING
     assert drain.deadline() is None
     assert drain.exit_status is ExitStatus.DRAINED
 
@@ -88,7 +118,7 @@ def test_an_engine_that_has_yet_to_start_is_not_waited_for_and_no_failure() -> N
     assert drain.exit_status is ExitStatus.DRAINED
 
 
-@pytest.mark.parametrize("plan", [FINISH, budget(5)])
+@pytest.mark.parametrize("plan", [FINISH, budget(5), HAND_OVER])
 def test_a_second_signal_means_at_once(plan: Plan) -> None:
     drain, _ = after(plan, Signalled(), BUSY)
     assert drain.handle(Signalled(), 101) == [*ENDING, Hurry()]
@@ -97,7 +127,7 @@ def test_a_second_signal_means_at_once(plan: Plan) -> None:
 
 
 def test_a_second_signal_while_the_engine_stops_kills_it() -> None:
-    drain, _ = after(HAND_OVER, Signalled())
+    drain, _ = after(HAND_OVER, Signalled(), IDLE)
     assert drain.handle(Signalled(), 101) == [Hurry()]
     assert drain.exit_status is ExitStatus.CUT_SHORT
 
@@ -117,12 +147,17 @@ def test_a_drain_becomes_more_urgent_and_never_less() -> None:
     assert drain.deadline() == 109
     assert drain.handle(Asked(budget(2)), 102) == [Announce(2)]
     assert drain.deadline() == 104
-    assert drain.handle(Asked(HAND_OVER), 103) == ENDING
-    assert drain.handle(Asked(HAND_OVER), 103) == []
+    assert drain.handle(Asked(HAND_OVER), 103) == [LAST_STEP]
+    assert drain.handle(Asked(HAND_OVER), 103.1) == []
+    assert drain.handle(Asked(budget(2)), 103.1) == []
+    assert drain.deadline() == 103 + STEP_S_MAX
 
 
-def test_an_engine_that_is_lost_in_a_drain_is_not_waited_for_and_told_by_the_exit_status() -> None:
-    drain, _ = after(FINISH, Signalled(), BUSY)
+@pytest.mark.parametrize("plan", [FINISH, HAND_OVER])
+def test_an_engine_that_is_lost_in_a_drain_is_not_waited_for_and_told_by_the_exit_status(
+    plan: Plan,
+) -> None:
+    drain, _ = after(plan, Signalled(), BUSY)
     assert drain.handle(Seen(0, is_engine_up=False), 101) == ENDING
     assert drain.exit_status is ExitStatus.FAILED
     assert drain.handle(Signalled(), 102) == [Hurry()]
@@ -136,7 +171,7 @@ def test_a_sidecar_that_cannot_go_on_hands_over_what_can_be_saved_and_fails() ->
 
 
 def test_an_engine_that_ends_because_it_is_stopped_has_not_failed() -> None:
-    drain, _ = after(HAND_OVER, Signalled(), BUSY)
+    drain, _ = after(HAND_OVER, Signalled(), BUSY, Stepped())
     assert drain.handle(Seen(0, is_engine_up=False), 101) == []
     assert drain.handle(Failed(), 101) == []
     assert drain.exit_status is ExitStatus.DRAINED

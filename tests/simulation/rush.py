@@ -401,11 +401,9 @@ class LeavingWorker:
         self._is_look_planned = False
         process.is_draining = True
         process.hub.on_over.append(self._look_soon)
-        self._obey(self._drain.handle(worker_drain.Asked(plan), self._world.now))
+        process.hub.on_step.append(self._stepped)
+        self._handle(worker_drain.Asked(plan))
         self._look_soon()
-        due = self._drain.deadline()
-        if due is not None:
-            self._world.at(due, self._time_is_up)
         if plan.policy is not Policy.FINISH:
             self._world.after(plan.budget_s + CLOSE_S_MAX, self.finish)
 
@@ -423,12 +421,24 @@ class LeavingWorker:
         self._is_look_planned = False
         if self._process.is_alive:
             hub = self._process.hub
-            seen = worker_drain.Seen(hub.num_left, is_engine_up=hub.up is not None)
-            self._obey(self._drain.handle(seen, self._world.now))
+            self._handle(
+                worker_drain.Seen(
+                    hub.num_left,
+                    is_engine_up=hub.up is not None,
+                    is_stalled=hub.watchdog.is_stalled,
+                )
+            )
+
+    def _stepped(self) -> None:
+        self._handle(worker_drain.Stepped())
 
     def _time_is_up(self) -> None:
         if self._process.is_alive:
             self._obey(self._drain.handle_timeout(self._world.now))
+            self._look_soon()
+
+    def _handle(self, event: worker_drain.Event) -> None:
+        self._obey(self._drain.handle(event, self._world.now))
 
     def _obey(self, commands: Sequence[worker_drain.Command]) -> None:
         process, world = self._process, self._world
@@ -451,6 +461,9 @@ class LeavingWorker:
                     assert_never(command)
         if process.is_alive:
             self._rush.pump(process)
+        due = self._drain.deadline()
+        if due is not None:
+            world.at(due, self._time_is_up)
 
     def _exit(self) -> None:
         if self._process.is_alive:
