@@ -11,8 +11,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Final, cast
 
-import grpc
-import grpc.aio
 from hpack import Decoder, Encoder
 from typing_extensions import override
 
@@ -21,16 +19,15 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation_stream import Piece
 from unbroken.history import History
 from unbroken.http2 import frames
-from unbroken.http2.call import STATUS_DETAILS
+from unbroken.http2.call import Ended
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
 from unbroken.http2.headers import Fields
-from unbroken.http2.messages import PREFIX, MessageReader, Refused, metadata, text_of
+from unbroken.http2.messages import PREFIX, MessageReader, Refused
 from unbroken.http2.rules import next_frame
-from unbroken.status import from_rpc_error
+from unbroken.status import from_rpc_error, rpc_error
 from unbroken.v1 import inference_service_pb2 as pb
 
 MESSAGE_BYTES_MAX: Final = 16 * 1024 * 1024
-_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 _FIELDS: Final = (
     (b":method", b"POST"),
     (b":scheme", b"http"),
@@ -191,16 +188,11 @@ class _Call:
         except Refused as error:
             self.end_with(_lost(error.detail))
             return
-        own = dict(fields)
-        code = _CODES[int(own[b"grpc-status"])]
-        if code is grpc.StatusCode.OK:
-            if not self.ended.done():
-                self.ended.set_result(None)
-            return
-        trailers = grpc.aio.Metadata(*metadata(fields, also=STATUS_DETAILS))
-        detail = text_of(own.get(b"grpc-message", b""))
-        error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, detail)
-        self.end_with(from_rpc_error(error))
+        ended = Ended.by_server(fields)
+        if ended.code:
+            self.end_with(from_rpc_error(rpc_error(ended.code, ended.detail, ended.trailers)))
+        elif not self.ended.done():
+            self.ended.set_result(None)
 
     def end_with(self, error: UnbrokenError) -> None:
         if not self.ended.done():

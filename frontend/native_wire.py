@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 from typing_extensions import override
@@ -18,6 +17,7 @@ from frontend.relay_wire import Talker, Wire
 from unbroken.config import split_address
 from unbroken.http2.call import Call, CallLimits, Ended, Event, MessageReceived
 from unbroken.http2.messages import Code
+from unbroken.status import rpc_error
 from unbroken.v1 import relay_service_pb2 as pb
 
 PATH: Final = "/unbroken.v1.RelayService/Relay"
@@ -65,7 +65,7 @@ class NativeWire(asyncio.Protocol, Wire):
             await self._loop.create_future()
         except (OSError, ValueError) as error:  # A TimeoutError is an OSError.
             detail = f"expected to connect to {self._address}: {str(error) or 'timeout'}"
-            self._talker.closed(_status(Ended(Code.UNAVAILABLE, detail)))
+            self._talker.closed(_error_of(Ended(Code.UNAVAILABLE, detail)))
         finally:
             self._hang_up()
 
@@ -162,7 +162,7 @@ class NativeWire(asyncio.Protocol, Wire):
                         response = None
                     self._talker.receive(response)
                 case Ended():
-                    self._talker.closed(_status(event) if event.code else None)
+                    self._talker.closed(_error_of(event) if event.code else None)
 
     def _lost(self, detail: str) -> None:
         if self._call is not None:
@@ -198,13 +198,5 @@ class NativeWire(asyncio.Protocol, Wire):
             transport.close()
 
 
-_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
-
-
-def _status(ended: Ended) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(
-        _CODES.get(ended.code, grpc.StatusCode.UNKNOWN),
-        grpc.aio.Metadata(),
-        grpc.aio.Metadata(*ended.trailers),
-        ended.detail,
-    )
+def _error_of(ended: Ended) -> grpc.aio.AioRpcError:
+    return rpc_error(ended.code, ended.detail, ended.trailers)

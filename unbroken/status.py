@@ -8,7 +8,7 @@ thresholds. docs/ERRORS.md is the callers' page.
 
 import math
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from inspect import isasyncgenfunction, iscoroutinefunction
 from types import MappingProxyType
@@ -63,6 +63,8 @@ CODES: Final[Mapping[Reason, grpc.StatusCode]] = MappingProxyType(
         Reason.INTERNAL: grpc.StatusCode.INTERNAL,
     }
 )
+
+_CODES_BY_NUMBER: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 MIGRATABLE: Final = frozenset(
     {
@@ -196,6 +198,21 @@ def undecodable(data: bytes, error: DecodeError) -> UnbrokenError:
     """A caller sent bytes that are no message."""
     detail = f"expected a message, got {len(data)} bytes that are none: {error}"
     return UnbrokenError(Reason.PROTOCOL_VIOLATION, detail)
+
+
+def rpc_error(
+    code: int, detail: str, trailers: Iterable[tuple[str, str | bytes]]
+) -> grpc.aio.AioRpcError:
+    """The failure of a call that was not grpc.aio's own, as grpc.aio would have raised it.
+
+    `code` is gRPC's number of the status; one that it does not know is UNKNOWN.
+    """
+    return grpc.aio.AioRpcError(
+        _CODES_BY_NUMBER.get(code, grpc.StatusCode.UNKNOWN),
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(*trailers),
+        detail,
+    )
 
 
 def from_rpc_error(error: grpc.RpcError) -> UnbrokenError:

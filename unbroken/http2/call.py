@@ -45,6 +45,8 @@ from unbroken.http2.rules import (
 
 STREAM_ID: Final = 1
 """The only one that there is."""
+_STATUS_DETAILS: Final = frozenset({b"grpc-status-details-bin", b"grpc-retry-pushback-ms"})
+"""What of gRPC's own fields says more of a status."""
 _LIVENESS_PING: Final = b"unbroken"
 _DATA_EARNS: Final = 4.0
 
@@ -88,6 +90,16 @@ class Ended:
     detail: str
     trailers: Sequence[tuple[str, str | bytes]] = ()
     """Metadata that came with it."""
+
+    @classmethod
+    def by_server(cls, trailers: Fields) -> "Ended":
+        """The server's own last word."""
+        own = dict(reversed(trailers))
+        status = own.get(b"grpc-status", b"")
+        if not status.isdigit() or len(status) > 9:
+            return cls(Code.UNKNOWN, "the answer ended without a status")
+        detail = text_of(own.get(b"grpc-message", b""))
+        return cls(int(status), detail, tuple(metadata(trailers, also=_STATUS_DETAILS)))
 
 
 Event: TypeAlias = MessageReceived | Ended
@@ -284,7 +296,7 @@ class Call:
             if not ends:
                 raise Fault(ErrorCode.PROTOCOL_ERROR, "expected an end with the trailers")
             self._body.finish()
-            self._end_with(fields)
+            self._end_with(Ended.by_server(fields))
             return
         status, fields = check_answer(fields)
         if 100 <= status < 200 and not ends:
@@ -298,20 +310,10 @@ class Call:
                 Code.UNKNOWN, f"expected an answer of gRPC, got {bytes(content_type[:80])!r}"
             )
         if ends:
-            self._end_with(fields)
+            self._end_with(Ended.by_server(fields))
             return
         encoding = next((value for name, value in fields if name == b"grpc-encoding"), None)
         self._body = MessageReader(encoding, self._limits.message_bytes_max)
-
-    def _end_with(self, fields: Fields) -> None:
-        """The server's own last word."""
-        own = dict(reversed(fields))
-        status = own.get(b"grpc-status", b"")
-        if not status.isdigit() or len(status) > 9:
-            self._end(Code.UNKNOWN, "the answer ended without a status")
-            return
-        detail = text_of(own.get(b"grpc-message", b""))
-        self._end(int(status), detail, tuple(metadata(fields, also=STATUS_DETAILS)))
 
     def _window_update(self, stream_id: int, payload: bytes) -> None:
         need_length(len(payload) == 4)
@@ -423,16 +425,14 @@ class Call:
             return []
         return self.closed("no answer to a ping")
 
-    def _end(
-        self, code: int, detail: str, trailers: Sequence[tuple[str, str | bytes]] = ()
-    ) -> None:
+    def _end(self, code: int, detail: str) -> None:
+        self._end_with(Ended(code, detail))
+
+    def _end_with(self, ended: Ended) -> None:
         if not self.is_over:
             self.is_over = True
-            self._events.append(Ended(code, detail, trailers))
+            self._events.append(ended)
 
-
-STATUS_DETAILS: Final = frozenset({b"grpc-status-details-bin", b"grpc-retry-pushback-ms"})
-"""What of gRPC's own fields says more of a status."""
 
 # https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md, "Errors"
 _STATUS_OF_RESET: Final = {
