@@ -94,8 +94,8 @@ storm: .venv/.dev ## A worker dies with 200 long streams: what it does to the ot
 rollout-proof: .venv/.dev ## A rolling restart of 4 workers and 2 frontends under 200 streams that are longer than it
 	$(BIN)/python -m benchmarks.rollout
 
-bench-overload: .venv/.dev ## Ten times more work than workers can do: who gets in, who is told to come back, who comes back (SHORT=1: less; FRONTENDS="2 5")
-	$(BIN)/python -m benchmarks.overload $(if $(SHORT),--short) $(if $(FRONTENDS),--frontends $(FRONTENDS))
+bench-overload: .venv/.dev ## Ten times more work than workers can do: who gets in, who is told to come back, who comes back (SHORT=1: less; FRONTENDS="2 5"; PRIORITY=0: no real-time priority)
+	$(BIN)/python -m benchmarks.overload $(if $(SHORT),--short) $(if $(FRONTENDS),--frontends $(FRONTENDS)) $(if $(PRIORITY),--realtime-priority $(PRIORITY))
 
 frontend-loss: .venv/.dev ## The same when its frontend is killed, with 40 and with 500 streams
 	$(BIN)/python -m benchmarks.frontend_loss

@@ -15,8 +15,10 @@ Shown, with each number of frontends:
   tokens: their p99 is at most 1.5 times that at 0.9 of the capacity;
 - goodput is at least 95 % of the highest seen at any load;
 - by the engines' own reports, no worker ever has more queued than the threshold and one batch;
-- refusals take at most 5 ms (p99); beside it stands how long frontends waited for a core each time
-  that they wanted one, and how late the clients' own event loop was, which is in what they measure;
+- refusals take at most 5 ms (p99), with the real-time priority that frontends and sidecars have
+  where it is allowed: engines and clients compute on the same cores. Beside it stands how long
+  frontends waited for a core each time that they wanted one, and how late the clients' own event
+  loop was, which is in what they measure;
 - everybody is served, and refusals are at most 20 % more than those that were refused once;
 - a worker dies in the middle of such a pulse, and comes back: goodput is what it was before within
   the stated time after that;
@@ -24,7 +26,7 @@ Shown, with each number of frontends:
   three others, which ask for half of theirs, by no more than 25 % of what it is when all together
   ask for 0.9 of the capacity; a refused one's wait counts.
 
-    python -m benchmarks.overload [--short]
+    python -m benchmarks.overload [--short] [--realtime-priority 0]
 """
 
 import argparse
@@ -51,6 +53,7 @@ from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
 from unbroken.mesh import LocalMesh
+from unbroken.realtime import is_allowed
 from unbroken.v1 import generation_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 
@@ -60,6 +63,7 @@ PREFILL_TOKENS_PER_S = 8_000
 BATCH = 1024
 PROMPT = 512
 OUTPUT = 8
+REALTIME_PRIORITY = 20
 THRESHOLD = 1024
 """Prompt tokens that a worker may have queued."""
 WAIT_S = 0.25
@@ -213,17 +217,25 @@ def main() -> None:
     parser.add_argument(
         "--loads-only", action="store_true", help="no death, no greedy tenant: nothing is proved"
     )
+    parser.add_argument(
+        "--realtime-priority",
+        type=int,
+        default=REALTIME_PRIORITY if is_allowed(REALTIME_PRIORITY) else 0,
+        help="of frontends and sidecars; 0: none",
+    )
     arguments = parser.parse_args()
+    priority = arguments.realtime_priority
     numbers = arguments.frontends or ([2] if arguments.short else [2, 3])
     levels = {0.9: 10.0, 2.0: 4.0, 10.0: 2.0} if arguments.short else LEVELS
     figures: dict[str, dict[str, object]] = {}
     for number in numbers:
-        measuring = loads_only(number, levels) if arguments.loads_only else measured(number, levels)
-        figures[f"frontends_{number}"] = uvloop.run(measuring)
+        measure = loads_only if arguments.loads_only else measured
+        figures[f"frontends_{number}"] = uvloop.run(measure(number, levels, priority))
         print(number, json.dumps(figures[f"frontends_{number}"]), file=sys.stderr)  # noqa: T201
     is_ok = all(bool(one["ok"]) for one in figures.values())
     summary: dict[str, object] = {
         "ok": is_ok,
+        "has_realtime_priority": priority > 0,
         "capacity_requests_per_s": round(CAPACITY, 1),
         "threshold_tokens": THRESHOLD,
         "batch_tokens": BATCH,
@@ -236,9 +248,12 @@ def main() -> None:
 # What happens.
 
 
-async def measured(num_frontends: int, levels: dict[float, float]) -> dict[str, object]:
+async def measured(
+    num_frontends: int, levels: dict[float, float], priority: int
+) -> dict[str, object]:
     """All loads on one mesh, and tenants on another, whose lines are as long as by default."""
-    async with _mesh(num_frontends, "--queue-wait-s-max", str(WAIT_S)) as (mesh, clients, watched):
+    line = ("--queue-wait-s-max", str(WAIT_S))
+    async with _mesh(num_frontends, priority, *line) as (mesh, clients, watched):
         await pulse(clients, watched, 0.5, 2.0)  # So that engines have been measured.
         loads = {
             level: await pulse(clients, watched, level, duration_s)
@@ -246,15 +261,18 @@ async def measured(num_frontends: int, levels: dict[float, float]) -> dict[str, 
         }
         death = await pulse_with_death(mesh, clients, watched)
         refused = await _refused_by_sidecars(mesh)
-    async with _mesh(num_frontends) as (_, clients, watched):
+    async with _mesh(num_frontends, priority) as (_, clients, watched):
         await pulse(clients, watched, 0.5, 2.0)
         tenants = await fairness(clients, watched)
     return figures_of(loads, tenants, death) | {"placements_refused": refused}
 
 
-async def loads_only(num_frontends: int, levels: dict[float, float]) -> dict[str, object]:
+async def loads_only(
+    num_frontends: int, levels: dict[float, float], priority: int
+) -> dict[str, object]:
     """The loads alone, to look at them more often."""
-    async with _mesh(num_frontends, "--queue-wait-s-max", str(WAIT_S)) as (_, clients, watched):
+    line = ("--queue-wait-s-max", str(WAIT_S))
+    async with _mesh(num_frontends, priority, *line) as (_, clients, watched):
         await pulse(clients, watched, 0.5, 2.0)
         loads = {
             level: await pulse(clients, watched, level, duration_s)
@@ -265,20 +283,23 @@ async def loads_only(num_frontends: int, levels: dict[float, float]) -> dict[str
 
 @asynccontextmanager
 async def _mesh(
-    num_frontends: int, *frontend_flags: str
+    num_frontends: int, priority: int, *frontend_flags: str
 ) -> AsyncGenerator[tuple[LocalMesh, Clients, Client]]:
     """A mesh, its clients, and one that watches it."""
     options = (
         f"--step-base-ms {STEP_BASE_S * 1000:g} --prefill-tokens-per-s {PREFILL_TOKENS_PER_S} "
         f"--prefill-tokens-max {BATCH} --kv-blocks 65536 --context-length 4096"
     )
+    before_others = ("--realtime-priority", str(priority))
     with tempfile.TemporaryDirectory() as directory:
         mesh = LocalMesh(
             Path(directory),
             num_workers=NUM_WORKERS,
             num_frontends=num_frontends,
             engine_options=options,
+            sidecar_flags=before_others,
             frontend_flags=[
+                *before_others,
                 *("--metrics-listen", "127.0.0.1:0"),
                 *("--busy-prefill-tokens", str(THRESHOLD)),
                 *frontend_flags,
