@@ -15,10 +15,9 @@ Shown, with each number of frontends:
   tokens: their p99 is at most 1.5 times that at 0.9 of the capacity;
 - goodput is at least 95 % of the highest seen at any load;
 - by the engines' own reports, no worker ever has more queued than the threshold and one batch;
-- refusals take at most 5 ms (p99), with the real-time priority that frontends and sidecars have
-  where it is allowed: engines and clients compute on the same cores. Beside it stands how long
-  frontends waited for a core each time that they wanted one, and how late the clients' own event
-  loop was, which is in what they measure;
+- refusals take at most 5 ms (p99); all but engines have a real-time priority where it is allowed,
+  as all share the cores. Beside it stands how long frontends waited for a core each time that they
+  wanted one, and how late the clients' own event loop was, which is in what they measure;
 - everybody is served, and refusals are at most 20 % more than those that were refused once;
 - a worker dies in the middle of such a pulse, and comes back: goodput is what it was before within
   the stated time after that;
@@ -47,13 +46,13 @@ from random import Random
 
 import uvloop
 
+from benchmarks.before_others import allowed_priority, before_others
 from benchmarks.core_time import CoreTime, Lateness
 from benchmarks.raw_calls import RawCalls, raw_calls
 from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
 from unbroken.mesh import LocalMesh
-from unbroken.realtime import is_allowed
 from unbroken.v1 import generation_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 
@@ -63,7 +62,6 @@ PREFILL_TOKENS_PER_S = 8_000
 BATCH = 1024
 PROMPT = 512
 OUTPUT = 8
-REALTIME_PRIORITY = 20
 THRESHOLD = 1024
 """Prompt tokens that a worker may have queued."""
 WAIT_S = 0.25
@@ -220,8 +218,8 @@ def main() -> None:
     parser.add_argument(
         "--realtime-priority",
         type=int,
-        default=REALTIME_PRIORITY if is_allowed(REALTIME_PRIORITY) else 0,
-        help="of frontends and sidecars; 0: none",
+        default=allowed_priority(),
+        help="of all but engines; 0: none",
     )
     arguments = parser.parse_args()
     priority = arguments.realtime_priority
@@ -290,16 +288,16 @@ async def _mesh(
         f"--step-base-ms {STEP_BASE_S * 1000:g} --prefill-tokens-per-s {PREFILL_TOKENS_PER_S} "
         f"--prefill-tokens-max {BATCH} --kv-blocks 65536 --context-length 4096"
     )
-    before_others = ("--realtime-priority", str(priority))
-    with tempfile.TemporaryDirectory() as directory:
+    flags = ("--realtime-priority", str(priority))
+    with tempfile.TemporaryDirectory() as directory, before_others(priority):
         mesh = LocalMesh(
             Path(directory),
             num_workers=NUM_WORKERS,
             num_frontends=num_frontends,
             engine_options=options,
-            sidecar_flags=before_others,
+            sidecar_flags=flags,
             frontend_flags=[
-                *before_others,
+                *flags,
                 *("--metrics-listen", "127.0.0.1:0"),
                 *("--busy-prefill-tokens", str(THRESHOLD)),
                 *frontend_flags,

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks.before_others import REALTIME_PRIORITY
 from benchmarks.raw_calls import RawCalls, Recording, raw_calls
 from unbroken.errors import UnbrokenError
 from unbroken.garbage import collected_in_quiet
@@ -41,7 +42,6 @@ GAP_P50_MAX_S = 0.015
 """With a real-time priority,"""
 GAP_P50_DEFAULT_MAX_S = 0.025
 """and without, where frontend, sidecars, engines and clients share two cores."""
-REALTIME_PRIORITY = 20
 GAP_MAX_S = 0.060
 
 

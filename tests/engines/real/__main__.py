@@ -36,6 +36,7 @@ from typing import Final
 
 import uvloop
 
+from benchmarks.before_others import allowed_priority
 from sidecar.engines import continuation_key, load_tap
 from tests.engines.real import (
     deaths,
@@ -52,7 +53,6 @@ from tests.engines.real.llama_native import LLAMA_NATIVE
 from tests.engines.real.subject import Real
 from tests.support.environments import NotInstalledError
 from unbroken.errors import UnbrokenError
-from unbroken.realtime import is_allowed
 
 PARTS: Final = ("conformance", "deaths", "native", "stops", "matrix", "pressure", "other")
 HURTS: Final = ("server killed", "core killed", "worker killed", "core stopped", "told to stop")
@@ -113,7 +113,7 @@ def main() -> None:
             setup = Setup(binaries, Path(scratch) / "model", logs, arguments.write)
             model.make(setup.model)
             figures["engine"] = f"vllm {vllm.version_of(binaries)}, CPU"
-            figures["has_realtime_priority"] = is_allowed(units.REALTIME_PRIORITY)
+            figures["has_realtime_priority"] = allowed_priority() > 0
             for part in parts:
                 is_ok, told = _part(part, setup, arguments.hurts.split(","), arguments.stops)
                 oks.append(is_ok)

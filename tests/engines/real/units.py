@@ -4,19 +4,19 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from benchmarks.before_others import allowed_priority, before_others
 from tests.engines.real.servers import tail
 from unbroken import tether
 from unbroken.client import Client
 from unbroken.loop_watch import watched_loop
 from unbroken.mesh import LocalMesh
-from unbroken.realtime import is_allowed, run_before_others
 from unbroken.v1 import admin_service_pb2 as admin_pb
 from unbroken.v1 import worker_pb2
 
@@ -24,7 +24,6 @@ SETTINGS: Final[Mapping[str, str]] = MappingProxyType({
     "UNBROKEN_SIDECAR_ENGINE_IS_INVARIANT": "true",  # It is, in float32 on a CPU.
     "UNBROKEN_SIDECAR_ENGINE_START_TIMEOUT_S": "900",
 })  # fmt: skip
-REALTIME_PRIORITY: Final = 20
 """Of all but the engines, if it is allowed. Two vLLM on two cores let others wait for seconds, by
 the kernel's own account (`event loop stood still`, in_line_s); a frontend that does not answer for
 so long is lost to its clients, as it should be, and nothing of it is what is to be shown here."""
@@ -88,14 +87,14 @@ async def running(
     frontend_flags: Sequence[str] = (),
 ) -> AsyncGenerator[Units, None]:
     """`unbroken run -- COMMAND` for each name, and a frontend before them; not ready yet."""
-    priority = REALTIME_PRIORITY if is_allowed(REALTIME_PRIORITY) else 0
+    priority = allowed_priority()
     # Who kills engines on purpose is not to be told that a request kills engines.
     always = ("--query-deaths-max", "1000", "--realtime-priority", str(priority))
     mesh = LocalMesh(
         directory / "mesh", num_workers=0, engine=None, frontend_flags=[*always, *frontend_flags]
     )
     async with AsyncExitStack() as stack:
-        stack.enter_context(_before_others(priority))
+        stack.enter_context(before_others(priority))
         await stack.enter_async_context(mesh)
         client = await stack.enter_async_context(Client(mesh.frontend_address))
         units = Units(mesh, client, directory)
@@ -119,19 +118,6 @@ async def running(
                 )
         async with watched_loop():  # What it says of a frontend, it may be to blame for itself.
             yield units
-
-
-@contextmanager
-def _before_others(priority: int) -> Generator[None]:
-    """Clients are not to be what is late."""
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    run_before_others(priority)
-    try:
-        yield
-    finally:
-        for thread in Path("/proc/self/task").iterdir():  # Those that were begun meanwhile too.
-            with suppress(ProcessLookupError):
-                os.sched_setscheduler(int(thread.name), policy, parameters)
 
 
 async def _stop(processes: Mapping[str, asyncio.subprocess.Process]) -> None:
