@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from unbroken.realtime import is_allowed, run_before_others
+from unbroken.realtime import is_allowed
 
 REALTIME_PRIORITY: Final = 20
 
@@ -23,11 +23,20 @@ def allowed_priority() -> int:
 @contextmanager
 def before_others(priority: int) -> Generator[None]:
     """This process has it meanwhile, and what it starts; engines are given back theirs."""
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    run_before_others(priority)
+    if not priority:
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    _give(os.SCHED_RR, os.sched_param(priority))
     try:
         yield
     finally:
-        for thread in Path("/proc/self/task").iterdir():  # Those that were begun meanwhile too.
-            with suppress(ProcessLookupError):
-                os.sched_setscheduler(int(thread.name), policy, parameters)
+        _give(*before)
+
+
+def _give(policy: int, parameters: os.sched_param) -> None:
+    """To this thread first, whose children are like it, and to all that there are."""
+    os.sched_setscheduler(0, policy, parameters)
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):
+            os.sched_setscheduler(int(thread.name), policy, parameters)

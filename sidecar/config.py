@@ -86,7 +86,7 @@ class SidecarConfig(ProcessConfig):
     retention_s: float = Field(300.0, ge=0, le=86400)
     """How long the tokens of an attempt that ended are kept."""
     drain_policy: Policy = Policy.HAND_OVER
-    """What becomes of running streams after SIGTERM: they end here, move at once, or at budget."""
+    """What becomes of streams after SIGTERM: they end here, move after a step, or at budget."""
     drain_budget_s: float = Field(30.0, ge=0, le=86400)
     """With drain policy budget: how long streams run on before they move to other workers."""
 

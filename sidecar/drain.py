@@ -1,10 +1,12 @@
 """When a worker that is to stop tells its frontends, hands its streams over, and stops.
 
-    SERVING ──asked, or a signal──▶ FINISHING ──the budget is over──▶ LAST_STEP ──▶ STOPPING
-       │                               │                                  ▲  the step ends ▲
-       │                               └───────────── nothing left ───────┼────────────────┤
-       ├────────────────────── asked to hand over at once ────────────────┘                │
-       └────────────────── a second signal, an engine that is lost ────────────────────────┘
+    SERVING ──asked, or a signal──▶ FINISHING ──the budget ends──▶ LAST_STEP ──▶ STOPPING
+       │                               │                               ▲            ▲
+       ├──── asked to hand over ───────┼───────────────────────────────┘            │
+       │                               └── nothing left, an engine that is lost ────┤
+       └── a second signal, a sidecar that cannot go on ────────────────────────────┘
+
+LAST_STEP ends with the step, or after STEP_S_MAX, or when no step will end.
 
 A drain never becomes less urgent: who asks again can only have streams handed over earlier. The
 first signal asks as the configuration says, the second one means: at once.
@@ -96,7 +98,7 @@ class Signalled:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What runs at present; the shell looks after each command and whenever an attempt is over."""
+    """What runs at present; the shell looks when it was asked and whenever an attempt is over."""
 
     num_left: int
     """Attempts that somebody waits for."""
@@ -107,7 +109,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """A step of the engine brought tokens."""
+    """The engine brought tokens: as a rule, all those of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,40 +182,47 @@ class Drain:
 
     def deadline(self) -> float | None:
         """When `handle_timeout` is due if nothing happens before."""
-        is_limited = self.phase in (Phase.FINISHING, Phase.LAST_STEP)
-        return self._due_at if is_limited and math.isfinite(self._due_at) else None
+        match self.phase:
+            case Phase.FINISHING if math.isfinite(self._due_at):
+                return self._due_at - STEP_S_MAX
+            case Phase.LAST_STEP:
+                return self._due_at
+            case _:
+                return None
 
     def handle_timeout(self, now: float) -> Sequence[Command]:
-        """The budget may be over, or the step too long."""
+        """The budget may be nearly over, or the step too long."""
         deadline = self.deadline()
         if deadline is None or now < deadline:
             return []
-        return self._stop() if self.phase is Phase.LAST_STEP else self._await_step(now)
+        if self.phase is Phase.FINISHING and now < self._due_at:
+            self.phase = Phase.LAST_STEP  # As announced: the step is within the budget.
+            return []
+        return self._stop()
 
     def _ask(self, plan: Plan, now: float) -> Sequence[Command]:
         if self.phase in (Phase.LAST_STEP, Phase.STOPPING):
             return []
         hand_over_at = plan.hand_over_at(now)
         if hand_over_at <= now:
-            return self._await_step(now)
+            self.phase, self._due_at = Phase.LAST_STEP, min(self._due_at, now + STEP_S_MAX)
+            return [Announce(self._due_at - now)]
         if self.phase is Phase.FINISHING and hand_over_at >= self._due_at:
             return []
         self.phase, self._due_at = Phase.FINISHING, hand_over_at
         return [Announce(None if math.isinf(hand_over_at) else hand_over_at - now)]
 
-    def _await_step(self, now: float) -> Sequence[Command]:
-        self.phase, self._due_at = Phase.LAST_STEP, now + STEP_S_MAX
-        return [Announce(STEP_S_MAX)]
-
     def _look(self, seen: Seen) -> Sequence[Command]:
         if self.phase not in (Phase.FINISHING, Phase.LAST_STEP):
             return []
-        if self._had_engine and not seen.is_engine_up:  # Another life of it would get no work.
-            return self._stop(ExitStatus.FAILED)
+        is_lost = self._had_engine and not seen.is_engine_up
         self._had_engine = seen.is_engine_up
-        no_step = not seen.is_engine_up or seen.is_stalled
-        is_over = not seen.num_left or (self.phase is Phase.LAST_STEP and no_step)
-        return self._stop() if is_over else []
+        if self.phase is Phase.LAST_STEP:  # Of an engine that is to stop, only its step is wanted.
+            has_step = seen.is_engine_up and not seen.is_stalled and seen.num_left
+            return [] if has_step else self._stop()
+        if is_lost:  # Another life of it would get no work.
+            return self._stop(ExitStatus.FAILED)
+        return [] if seen.num_left else self._stop()
 
     def _stop(self, status: ExitStatus = ExitStatus.DRAINED) -> Sequence[Command]:
         if self.phase is Phase.STOPPING:

@@ -109,7 +109,7 @@ class Hub(EngineListener):
         self.on_over: list[Callable[[], None]] = []
         """Called while it drains, when an attempt may have been the last one left."""
         self.on_step: list[Callable[[], None]] = []
-        """Called while it drains, when a step of the engine has brought tokens."""
+        """Called while it drains, when the engine has brought tokens."""
         self._engine = engine
         self._orphan_grace_s = orphan_grace_s
         self._deadline_margin_s = deadline_margin_s

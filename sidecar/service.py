@@ -211,6 +211,12 @@ class Sidecar:
         _log.info("sidecar stopped")
 
     def _stepped(self) -> None:
+        if self.drain.phase is drain.Phase.LAST_STEP:
+            # Not from within a frame: the end of a stream may be read next, and engines are told
+            # nothing while they tell.
+            asyncio.get_running_loop().call_soon(self._last_step_over)
+
+    def _last_step_over(self) -> None:
         self._obey(self.drain.handle(drain.Stepped(), self._clock()))
 
     def _obey(self, commands: Sequence[drain.Command]) -> None:
@@ -344,8 +350,8 @@ async def serve(config: SidecarConfig) -> int:
                 if not sidecar.hurry_wanted.is_set():
                     async with collected_in_quiet(lambda: sidecar.hub.num_left == 0):
                         await first_of(sidecar.wait(), sidecar.stop_wanted.wait())
-                sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
             finally:
+                sidecar.tell_drain(drain.Failed())  # Nothing new if it was asked to stop.
                 await sidecar.stop()
     heed_no_more()
     return sidecar.drain.exit_status

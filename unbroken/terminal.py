@@ -25,6 +25,7 @@ from unbroken.v1 import sidecar_service_pb2 as sidecar_pb
 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _DRAIN_NOTE_INTERVAL_S: Final = 1.0
+_DRAIN_NOTED_S_MIN: Final = 0.3
 
 
 class Output(StrEnum):
@@ -195,7 +196,7 @@ class DrainNotes:
             return
         left_s = progress.budget_left.ToMilliseconds() / 1000
         is_limited = progress.HasField("budget_left")
-        if is_limited and left_s < _DRAIN_NOTE_INTERVAL_S:
+        if is_limited and left_s < _DRAIN_NOTED_S_MIN:
             return  # It is over before anybody has read it.
         self._due_at = now + _DRAIN_NOTE_INTERVAL_S
         until = f", {left_s:.1f} s left" if is_limited else ""

@@ -399,6 +399,7 @@ class LeavingWorker:
         self._plan = plan
         self._drain = worker_drain.Drain(plan)
         self._is_look_planned = False
+        self._planned_at: float | None = None
         process.is_draining = True
         process.hub.on_over.append(self._look_soon)
         process.hub.on_step.append(self._stepped)
@@ -430,7 +431,12 @@ class LeavingWorker:
             )
 
     def _stepped(self) -> None:
-        self._handle(worker_drain.Stepped())
+        if self._drain.phase is worker_drain.Phase.LAST_STEP:
+            self._world.after(0.0, self._last_step_over)
+
+    def _last_step_over(self) -> None:
+        if self._process.is_alive:
+            self._handle(worker_drain.Stepped())
 
     def _time_is_up(self) -> None:
         if self._process.is_alive:
@@ -462,8 +468,9 @@ class LeavingWorker:
         if process.is_alive:
             self._rush.pump(process)
         due = self._drain.deadline()
-        if due is not None:
-            world.at(due, self._time_is_up)
+        if due is not None and due != self._planned_at:
+            self._planned_at = due
+            world.at(max(due, world.now), self._time_is_up)
 
     def _exit(self) -> None:
         if self._process.is_alive:

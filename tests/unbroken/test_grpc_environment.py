@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 IMPORTED = """
 import importlib, os, sys
 
@@ -33,5 +35,7 @@ importlib.import_module(sys.argv[1])
 def test_no_handlers_of_grpc_run_in_children(module: str) -> None:
     command = [sys.executable, "-c", IMPORTED, module]
     environment = {"PATH": "/usr/bin:/bin"}  # Nothing from whoever runs the tests.
-    seen = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    seen = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT
+    )
     assert seen.stdout == "0\n"

@@ -24,9 +24,6 @@ SETTINGS: Final[Mapping[str, str]] = MappingProxyType({
     "UNBROKEN_SIDECAR_ENGINE_IS_INVARIANT": "true",  # It is, in float32 on a CPU.
     "UNBROKEN_SIDECAR_ENGINE_START_TIMEOUT_S": "900",
 })  # fmt: skip
-"""Of all but the engines, if it is allowed. Two vLLM on two cores let others wait for seconds, by
-the kernel's own account (`event loop stood still`, in_line_s); a frontend that does not answer for
-so long is lost to its clients, as it should be, and nothing of it is what is to be shown here."""
 _POLL_S: Final = 0.1
 _STOP_S: Final = 20.0
 
@@ -87,6 +84,9 @@ async def running(
     frontend_flags: Sequence[str] = (),
 ) -> AsyncGenerator[Units, None]:
     """`unbroken run -- COMMAND` for each name, and a frontend before them; not ready yet."""
+    # Two vLLM on two cores let others wait for seconds, by the kernel's own account (`event loop
+    # stood still`, in_line_s). A frontend that does not answer for so long is lost to its clients,
+    # as it should be, and nothing of it is what is to be shown here.
     priority = allowed_priority()
     # Who kills engines on purpose is not to be told that a request kills engines.
     always = ("--query-deaths-max", "1000", "--realtime-priority", str(priority))
