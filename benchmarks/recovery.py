@@ -4,7 +4,8 @@ Two simulated workers at 10 ms a token, whose prefill takes no time worth speaki
 them, SIGKILL of one, many trials. The gap is the time between the last token before the kill and
 the first after it, less one step. Meanwhile new requests keep coming; none may fail. Usage must be
 that of an undisturbed run. All of it twice: as things are by default, and with frontend and
-sidecars at a real-time priority, which this user has to be allowed (--realtime-priority).
+sidecars at a real-time priority (--realtime-priority), which this user has to be allowed; clients
+have it then, too, as what is late is not to be them.
 
     python -m benchmarks.recovery [--trials 20] [--what engine|sidecar|host]
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks.before_others import REALTIME_PRIORITY
+from benchmarks.before_others import REALTIME_PRIORITY, before_others
 from benchmarks.raw_calls import RawCalls, Recording, raw_calls
 from unbroken.errors import UnbrokenError
 from unbroken.garbage import collected_in_quiet
@@ -117,7 +118,7 @@ async def _measure(trials: int, what: Target, priority: int) -> Totals:
     options = (
         f"--step-base-ms {STEP_S * 1e3:g} --prefill-tokens-per-s 1e9 --prefill-tokens-max 8192"
     )
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, before_others(priority):
         flags = ["--realtime-priority", str(priority)]
         mesh = LocalMesh(
             Path(directory),
