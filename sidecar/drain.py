@@ -182,23 +182,18 @@ class Drain:
 
     def deadline(self) -> float | None:
         """When `handle_timeout` is due if nothing happens before."""
-        match self.phase:
-            case Phase.FINISHING if math.isfinite(self._due_at):
-                return self._due_at - STEP_S_MAX
-            case Phase.LAST_STEP:
-                return self._due_at
-            case _:
-                return None
+        is_limited = self.phase in (Phase.FINISHING, Phase.LAST_STEP)
+        return self._due_at if is_limited and math.isfinite(self._due_at) else None
 
     def handle_timeout(self, now: float) -> Sequence[Command]:
-        """The budget may be nearly over, or the step too long."""
+        """The budget may be over, or the step too long."""
         deadline = self.deadline()
         if deadline is None or now < deadline:
             return []
-        if self.phase is Phase.FINISHING and now < self._due_at:
-            self.phase = Phase.LAST_STEP  # As announced: the step is within the budget.
-            return []
-        return self._stop()
+        if self.phase is Phase.LAST_STEP:
+            return self._stop()
+        self.phase, self._due_at = Phase.LAST_STEP, now + STEP_S_MAX
+        return []  # That the time is over has been announced.
 
     def _ask(self, plan: Plan, now: float) -> Sequence[Command]:
         if self.phase in (Phase.LAST_STEP, Phase.STOPPING):
