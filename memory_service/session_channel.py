@@ -35,7 +35,7 @@ from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.memory import channel, checksums, keys
 from unbroken.memory.channel import ChannelClosed
 from unbroken.memory.checksums import Algorithm
-from unbroken.memory.rows import columns_of
+from unbroken.memory.rows import Rows
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -682,14 +682,14 @@ class Connection:
             return _reply(pinned=wire.Pinned(freed_slab_ids=freed))
         owner.on_due(pin.expires_at)
         # At once, from what each block has ready: this is the hottest path there is.
-        rows = [block.row for block in pin.blocks]
+        rows = b"".join([block.row for block in pin.blocks])
         response = wire.SessionResponse()
         pinned = response.pinned  # Filled in place: a message that is passed on is copied.
         pinned.pin_id = pin.pin_id
         if get.in_rows:
-            pinned.rows = b"".join(rows)
+            pinned.rows = rows
         else:
-            _write_columns(pinned, rows)
+            _write_columns(pinned, Rows(rows))
         if new:
             pinned.new_slabs.extend(map(labels.slab_to_proto, new))
         if freed:
@@ -765,13 +765,13 @@ def _failed(error: UnbrokenError) -> Answer:
     return wire.SessionResponse(error=told), (), ()
 
 
-def _write_columns(pinned: wire.Pinned, rows: Sequence[bytes]) -> None:
-    slab_ids, sums, slots, generations, tokens, algorithms = columns_of(rows)
-    pinned.slab_ids.extend(slab_ids)
-    pinned.slots.extend(slots)
-    pinned.generations.extend(generations)
-    pinned.checksums.extend(sums)
-    pinned.num_tokens.extend(tokens)
+def _write_columns(pinned: wire.Pinned, rows: Rows) -> None:
+    pinned.slab_ids.extend(rows.slab_ids)
+    pinned.slots.extend(rows.slots)
+    pinned.generations.extend(rows.generations)
+    pinned.checksums.extend(rows.checksums)
+    pinned.num_tokens.extend(rows.num_tokens)
+    algorithms = rows.algorithms
     if set(algorithms) != _ALL_XXH3:
         pinned.checksum_algorithms.extend(map(pb.ChecksumAlgorithm.ValueType, algorithms))
 

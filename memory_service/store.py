@@ -25,7 +25,7 @@ from memory_service.accounts import HOST, Device
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory.checksums import Algorithm
 from unbroken.memory.records import RECORD_BYTES, Record, RecordState
-from unbroken.memory.rows import ROW
+from unbroken.memory.rows import Row
 
 
 class SlabState(IntEnum):
@@ -53,14 +53,14 @@ class Block:
     """What its readers are told."""
 
     def __post_init__(self) -> None:
-        self.row = ROW.pack(
+        self.row = Row(
             self.slab.slab_id,
             self.checksum,
             self.slot,
             self.generation,
             self.num_tokens,
             self.algorithm,
-        )
+        ).to_bytes()
 
 
 @dataclass(slots=True, eq=False)

@@ -21,7 +21,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.memory import channel, checksums, records
 from unbroken.memory.checksums import Algorithm
 from unbroken.memory.client import MemoryClient, SegmentClass
-from unbroken.memory.rows import rows_of
+from unbroken.memory.rows import Rows
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
 
@@ -124,7 +124,8 @@ def test_rows_and_columns_tell_the_same(service: Inside) -> None:
         columns, rows = answers
         assert not columns.rows
         assert not rows.slab_ids
-        assert rows_of(rows.rows) == [
+        told = Rows(rows.rows)
+        assert [told[index] for index in range(len(told))] == [
             (slab, checksum, slot, generation, 16, Algorithm.XXH3)
             for slab, checksum, slot, generation in zip(
                 columns.slab_ids,

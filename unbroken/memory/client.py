@@ -40,7 +40,7 @@ from unbroken.memory.mapped import (
     map_segment,
 )
 from unbroken.memory.pinned import Pinned, located
-from unbroken.memory.rows import Row, rows_of
+from unbroken.memory.rows import Rows, rows_of
 from unbroken.memory.writer import BlockWriter, SlabWriter
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
@@ -51,7 +51,7 @@ OWED_MAX = 64
 """Pins that are released before their answers are received."""
 CALL_TIMEOUT_S = 30.0
 """A service that takes longer is taken for dead; sealing, which reads everything, has no limit."""
-AWAKE_S = 50e-6
+AWAKE_S = 100e-6
 """So long an answer is waited for without sleep: most come by then, and waking up takes as long."""
 ATTEMPTS_MAX = 5
 """A call that so many connections ended over is not made again: it may be what ends them."""
@@ -311,13 +311,15 @@ class MemoryClient:
         each with its checksum, such as on a GPU. Blocks beyond those in 250 slabs that this process
         has not mapped yet are left out; ask again for them.
         """
-        get = wire.GetBlocks(keys=b"".join(keys), in_rows=True)
+        request = wire.SessionRequest()
+        get = request.get  # Filled in place: a message that is passed on is copied.
+        get.keys, get.in_rows = b"".join(keys), True
         get.ttl.FromMilliseconds(round(ttl_s * 1000))
         with self.lock:
             if self._leaving:
                 self._sweep()
             begun = time.monotonic()
-            response, fds = self._call(wire.SessionRequest(get=get))
+            response, fds = self._call(request)
             life = self.num_lives  # Before another call: that may begin the next one.
             pinned = response.pinned
             self._map_new(pinned.new_slabs, fds)
@@ -325,8 +327,8 @@ class MemoryClient:
             if pinned.freed_slab_ids:
                 self._let_go(pinned.freed_slab_ids)
             if checked and (num_intact := found.num_intact()) < len(found.rows):
-                slab_id, _, slot, generation, _, _ = found.rows[num_intact]
-                self._report(slab_id, slot, generation)
+                row = found.rows[num_intact]
+                self._report(row.slab_id, row.slot, row.generation)
                 found = found.first(num_intact)
             return Pinned(self, pinned.pin_id, life, found, begun + ttl_s)
 
@@ -605,16 +607,16 @@ def _high(sock: socket.socket) -> socket.socket:
     return socket.socket(fileno=fd)
 
 
-def _rows(pinned: wire.Pinned) -> Sequence[Row]:
+def _rows(pinned: wire.Pinned) -> Rows:
     """Of each block; of an older service, which knows only columns, made of these."""
     try:
         if pinned.rows:
-            return rows_of(pinned.rows)
+            return Rows(pinned.rows)
         slab_ids = pinned.slab_ids[:]
         algorithms = pinned.checksum_algorithms[:] or [0] * len(slab_ids)
         sums, generations = pinned.checksums[:], pinned.generations[:]
         columns = (slab_ids, sums, pinned.slots[:], generations, pinned.num_tokens[:], algorithms)
-        return list(zip(*columns, strict=True))
+        return rows_of(zip(*columns, strict=True))
     except ValueError as error:
         raise UnbrokenError(Reason.PROTOCOL_VIOLATION, f"{error}") from error
 

@@ -1,7 +1,7 @@
 """Blocks that are pinned, where they lie in this process's memory."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, Self
 from unbroken.memory import checksums
 from unbroken.memory.checksums import Algorithm
 from unbroken.memory.mapped import ReaderSlab
-from unbroken.memory.rows import Row
+from unbroken.memory.rows import Row, Rows
 
 
 class StoredBlock(NamedTuple):
@@ -100,30 +100,31 @@ class Located:
 
     __slots__ = ("_views", "rows")
 
-    def __init__(self, rows: Sequence[Row], views: Mapping[int, tuple[memoryview, int]]) -> None:
+    def __init__(self, rows: Rows, views: Mapping[int, tuple[memoryview, int]]) -> None:
         """`views` has the memory of each slab, and the size of its blocks."""
         self.rows = rows
         self._views = views
 
     def first(self, number: int) -> "Located":
         """So many of them, or all."""
-        return self if number >= len(self.rows) else Located(self.rows[:number], self._views)
+        if number >= len(self.rows):
+            return self
+        return Located(self.rows.first(number), self._views)
 
     def blocks(self) -> Iterator[StoredBlock]:
         """All, in order."""
         # By columns, and no loop of our own where none is needed: this is a hot path.
-        if not self.rows:
-            return iter(())
-        slab_ids, sums, slots, _, tokens, algorithms = zip(*self.rows, strict=True)
-        places = zip(slots, map(self._views.__getitem__, slab_ids), strict=True)
+        rows = self.rows
+        places = zip(rows.slots, map(self._views.__getitem__, rows.slab_ids), strict=True)
         datas = [view[slot * size : (slot + 1) * size] for slot, (view, size) in places]
-        known = map(_ALGORITHMS.__getitem__, algorithms)
-        return map(_stored, zip(datas, tokens, sums, known, strict=True))
+        known = map(_ALGORITHMS.__getitem__, rows.algorithms)
+        return map(_stored, zip(datas, rows.num_tokens, rows.checksums, known, strict=True))
 
     def block(self, row: Row) -> StoredBlock:
         """One of them."""
-        (block,) = Located([row], self._views).blocks()
-        return block
+        view, size = self._views[row.slab_id]
+        data = view[row.slot * size : (row.slot + 1) * size]
+        return StoredBlock(data, row.num_tokens, row.checksum, _ALGORITHMS[row.algorithm])
 
     def num_intact(self) -> int:
         """How many of the first match their checksums."""
@@ -133,17 +134,15 @@ class Located:
         return len(self.rows)
 
 
-NOTHING = Located((), {})
+NOTHING = Located(Rows(), {})
 _ALGORITHMS = {0: Algorithm.XXH3} | {int(one): one for one in Algorithm}
 """By the contract's number."""
 
 
-def located(rows: Sequence[Row], slab_of: Callable[[int], ReaderSlab | None]) -> Located:
+def located(rows: Rows, slab_of: Callable[[int], ReaderSlab | None]) -> Located:
     """The first of them that this process can read, and can compare with their checksums."""
     views: dict[int, tuple[memoryview, int]] = {}
-    if not rows:
-        return NOTHING
-    slab_ids, _, _, _, _, algorithms = zip(*rows, strict=True)
+    slab_ids, algorithms = rows.slab_ids, rows.algorithms
     readable = len(rows)
     for slab_id in dict.fromkeys(slab_ids):
         slab = slab_of(slab_id)
