@@ -324,8 +324,10 @@ class _Line(Generic[K]):
         """Priorities in which somebody waits, the highest first."""
         return sorted({p for one in self.tenants.values() for p in one.lines}, reverse=True)
 
-    def first(self) -> _Entry[K] | None:
-        """Who has the next turn."""
+    def first(self, is_able: Callable[[K, str], bool] | None = None) -> _Entry[K] | None:
+        """Who has the next turn; of those that are able to have one, if there are others of the
+        same priority.
+        """
         for priority in self.levels():
             found = [
                 (max(tenant.start, self.virtual_now), tenant.start, entry)
@@ -333,7 +335,10 @@ class _Line(Generic[K]):
                 if (entry := tenant.first(priority)) is not None
             ]
             if found:
-                return min(found)[2]  # Of equal turns, whoever had his last one before.
+                if is_able is not None:
+                    found = [one for one in found if is_able(one[2].key, one[2].arrival.tenant)]
+                # Of equal turns, whoever had his last one before.
+                return min(found)[2] if found else None
         return None
 
     def put(self, entry: _Entry[K]) -> None:
@@ -501,10 +506,16 @@ class AdmissionQueue(Generic[K]):
         line = self._lines.get(model)
         return line is not None and line.num_waiting > len(line.aside)
 
-    def first(self, model: str) -> tuple[K, str] | None:
-        """Who has the next turn, and of which tenant he is."""
+    def first(
+        self, model: str, is_able: Callable[[K, str], bool] | None = None
+    ) -> tuple[K, str] | None:
+        """Who has the next turn, and of which tenant he is.
+
+        With `is_able`, of the first of each tenant who are: the others keep their turns. None of a
+        lower priority goes before them.
+        """
         line = self._lines.get(model)
-        entry = line.first() if line is not None else None
+        entry = line.first(is_able) if line is not None else None
         return None if entry is None else (entry.key, entry.arrival.tenant)
 
     def has_several_tenants(self, model: str) -> bool:
@@ -614,12 +625,14 @@ class AdmissionQueue(Generic[K]):
         self._enter(line, key, arrival, since=since, is_first=is_first)
         line.let_in(-arrival.num_tokens, now)
 
-    def next(self, model: str, now: float) -> K | None:
-        """Whose turn it is, now that a worker of the model has room. He is `settled` after it, or
-        `passed_over`, or removed.
+    def next(
+        self, model: str, now: float, is_able: Callable[[K, str], bool] | None = None
+    ) -> K | None:
+        """Whose turn it is (`first`), now that a worker of the model has room. He is `settled`
+        after it, or `passed_over`, or removed.
         """
         line = self._lines.get(model)
-        entry = line.first() if line is not None else None
+        entry = line.first(is_able) if line is not None else None
         if line is None or entry is None:
             return None
         self._drop(line, entry)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from frontend.dispatch import Choice
 
 
+PASSING_A_WORKER = 2
+"""Tenants of which one is tried between two news of busy workers, for each worker."""
+
+
 @dataclass(slots=True)
 class Standing:
     """Where a request stands with the waiting room."""
@@ -72,7 +76,8 @@ class WaitingRoom:
         self._alarm = Alarm(on_expiry, clock, call_later)
         self._deference = Alarm(on_turn, clock, call_later)
         self._computing = Counter[tuple[str, str]]()  # Requests by model and tenant.
-        self._has_passed: set[tuple[str, str]] = set()  # Tenants, since the last news of workers.
+        self._has_passed: dict[str, set[str]] = {}
+        """By model: tenants, since the last news of workers."""
         self._newly_aside: set[str] = set()
         """Models of which some stand aside since `looked`."""
         self._free: dict[str, set[Life]] = {}
@@ -176,36 +181,43 @@ class WaitingRoom:
             now = self._clock()
             if not self.has_room(model):
                 self.queue.no_room(model)
-                if not self._may_pass(model):
-                    continue
+                choice = self._next_to_pass(model, now)
             elif (
                 may_go_at := self.queue.may_go_at(model, now)
             ) > now and not self._has_few_of_first(model):
                 self._deference.set(may_go_at)  # Who has waited longer elsewhere goes before.
                 continue
-            return self.queue.next(model, now)
+            else:
+                choice = self.queue.next(model, now)
+            if choice is not None:
+                return choice
         return None
 
-    def _may_pass(self, model: str) -> bool:
-        """Whether the next one is tried although all workers are busy: its tenant has fewer
-        prompts with them than there are, as far as is known here, and sidecars keep their last
-        batch for such. With twice as many it was tried six times as often, mostly in vain, and who
-        was told to wait waited for longer than he had been told.
+    def _next_to_pass(self, model: str, now: float) -> "Choice | None":
+        """Who is tried although all workers are busy: the first of a tenant that has fewer prompts
+        with them than there are, as far as is known here. Sidecars keep their last batch for such.
+        With twice as many it was tried six times as often, mostly in vain, and who was told to wait
+        waited for longer than he had been told.
+
+        Who cannot be tried keeps nobody: a flood often has the next turn, and no room.
         """
-        first = self.queue.first(model)
-        if first is None:
-            return False
-        key, tenant = first
-        standing = key.waits_as
-        name = model, tenant
-        if standing is None or standing.num_choices > 1:
-            return False  # What a sidecar refuses in part is not to be refused.
         num_workers = sum(1 for _ in self._views_of(model))
-        if self._computing[name] >= num_workers or name in self._has_passed:
-            return False
-        self._has_passed.add(name)
-        standing.may_pass = True
-        return True
+        passed = self._has_passed.setdefault(model, set())
+
+        def is_able(choice: "Choice", tenant: str) -> bool:
+            standing = choice.waits_as
+            if standing is None or standing.num_choices > 1:
+                return False  # What a sidecar refuses in part is not to be refused.
+            return self._computing[model, tenant] < num_workers and tenant not in passed
+
+        if len(passed) >= PASSING_A_WORKER * num_workers:
+            return None
+        choice = self.queue.next(model, now, is_able)
+        standing = choice.waits_as if choice is not None else None
+        if standing is not None:
+            passed.add(standing.arrival.tenant)
+            standing.may_pass = True
+        return choice
 
     def _has_few_of_first(self, model: str) -> bool:
         """Whether whoever has the next turn is of a tenant that has fewer prompts with workers than

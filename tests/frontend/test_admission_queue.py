@@ -109,6 +109,28 @@ def test_a_tenant_that_comes_late_is_not_behind_all_of_another() -> None:
     assert "one" in (line.next(), line.next())
 
 
+def test_who_cannot_have_a_turn_keeps_it_and_keeps_nobody_of_his_priority() -> None:
+    line = Line()
+    for name, tenant, priority in (
+        ("flood0", "flood", 0),
+        ("flood1", "flood", 0),
+        ("one", "one", 0),
+        ("less", "less", -1),
+    ):
+        line.offer(name, tenant=tenant, priority=priority)
+
+    def is_able(_: str, tenant: str) -> bool:
+        return tenant != "flood"
+
+    queue = line.queue
+    assert queue.first(MODEL) == ("flood0", "flood")
+    assert queue.first(MODEL, is_able) == ("one", "one")
+    assert queue.next(MODEL, line.now, is_able) == "one"
+    queue.settled("one", line.now)
+    assert queue.next(MODEL, line.now, is_able) is None, "the flood goes before lower priorities"
+    assert line.order() == ["flood0", "flood1", "less"]
+
+
 def test_who_was_idle_has_laid_up_no_credit() -> None:
     line = Line(requests_max=100)
     line.offer("early", tenant="idle")

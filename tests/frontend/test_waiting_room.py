@@ -423,6 +423,28 @@ def test_a_tenant_with_nothing_at_any_worker_is_tried_once_for_each_news_of_them
     run(scenario())
 
 
+def test_a_tenant_is_tried_though_another_that_cannot_be_has_the_next_turn() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            sidecar.full_with = 101
+            await test_shedding.report(it, sidecar, used=0, queued=101)
+            flood = await line_up(it, ["f0", "f1"], tenant="flood")
+            await sidecar.until(lambda: sidecar.num_turned_away == 1)
+            (one,) = await line_up(it, ["one"], tenant="one")
+            await sidecar.until(lambda: sidecar.num_turned_away == 2)
+            (two,) = await line_up(it, ["two"], tenant="two")
+            await asyncio.sleep(0.05)
+            assert sidecar.num_turned_away == 2, "two for each worker, until there is news"
+            await report(it, sidecar, used=0, queued=0)
+            await sidecar.until(lambda: len(sidecar.starts) == 4)
+            while sidecar.step():
+                pass
+            await asyncio.gather(one, two, *flood)
+
+    run(scenario())
+
+
 def test_what_waits_here_is_told_and_what_waits_elsewhere_counts() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1")

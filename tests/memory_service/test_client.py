@@ -100,7 +100,7 @@ def test_a_pin_of_before_a_restart_is_not_taken_for_one_of_after_it(tmp_path: Pa
 def test_a_block_whose_checksum_nobody_here_can_compute_is_a_miss(tmp_path: Path) -> None:
     data = b"a" * PAGE + b"b" * PAGE
     pinned = two_blocks(checksums.compute(data[:PAGE]), checksums.compute(data[PAGE:]))
-    cases: list[tuple[list[int], int]] = [([], 2), ([1, 99], 1), ([99, 1], 0)]
+    cases: list[tuple[list[int], int]] = [([], 2), ([1, 99], 1), ([1, -1], 1), ([99, 1], 0)]
     service = Scripted(tmp_path / "session.sock")
     with service.running(), MemoryClient(tmp_path / "session.sock") as client:
         for algorithms, number in cases:

@@ -15,6 +15,7 @@ from frontend.admission_queue import AdmissionQueue, Arrival, Limit, QueueLimits
 from frontend.busy import Shedder
 from frontend.placement import Need, WorkerView, choose
 from frontend.stream import Life
+from frontend.waiting_room import PASSING_A_WORKER
 from sidecar.admission import Admission, Told
 from tests.support.streams import NATIVE
 from tests.support.world import World
@@ -176,24 +177,29 @@ class Frontend:
         for job, _, refusal in self.queue.expired(self.world.now, lambda _: 20_000.0):
             self.send_away(job, refusal)
         while (first := self.queue.first(MODEL)) is not None:
-            tenant = first[1]
             if self.has_room():
                 due = self.queue.may_go_at(MODEL, self.world.now)
-                has_few = self.computing[tenant] < NUM_WORKERS
+                has_few = self.computing[first[1]] < NUM_WORKERS
                 is_modest = has_few and self.queue.has_several_tenants(MODEL)
                 if due > self.world.now and not is_modest:
                     self.world.at(due, self.give_turns)
                     return
+                job = self.queue.next(MODEL, self.world.now)
             else:
                 self.queue.no_room(MODEL)
-                has_many = self.computing[tenant] >= NUM_WORKERS
-                if has_many or tenant in self.tried:
+                if len(self.tried) >= PASSING_A_WORKER * NUM_WORKERS:
                     return
-                self.tried.add(tenant)
-            job = self.queue.next(MODEL, self.world.now)
-            assert job is not None
+                job = self.queue.next(MODEL, self.world.now, self.may_pass)
+                if job is not None:
+                    self.tried.add(job.tenant)
+            if job is None:
+                return
             self.queue.settled(job, self.world.now)
             self.place(job)
+
+    def may_pass(self, _: Job, tenant: str) -> bool:
+        """Whether the first of a tenant is tried although all workers are busy."""
+        return self.computing[tenant] < NUM_WORKERS and tenant not in self.tried
 
     def place(self, job: Job) -> None:
         view = choose(

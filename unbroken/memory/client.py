@@ -20,6 +20,7 @@ import mmap
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -41,6 +42,7 @@ from unbroken.memory.mapped import (
 )
 from unbroken.memory.pinned import Pinned, located
 from unbroken.memory.rows import Rows, rows_of
+from unbroken.memory.waiting import Waiting
 from unbroken.memory.writer import BlockWriter, SlabWriter
 from unbroken.v1 import memory_pb2 as pb
 from unbroken.v1 import memory_session_pb2 as wire
@@ -52,7 +54,7 @@ OWED_MAX = 64
 CALL_TIMEOUT_S = 30.0
 """A service that takes longer is taken for dead; sealing, which reads everything, has no limit."""
 AWAKE_S = 100e-6
-"""So long an answer is waited for without sleep: most come by then, and waking up takes as long."""
+"""So long an answer is waited for without sleep at most: most come by then."""
 ATTEMPTS_MAX = 5
 """A call that so many connections ended over is not made again: it may be what ends them."""
 MAPPED_MAX = 2000
@@ -119,6 +121,8 @@ class MemoryClient:
         """All that are mapped, owned or attached."""
         self._releases_silently = False
         """The service need not answer to releases of pins."""
+        self._waiting = defaultdict[str | None, Waiting](lambda: Waiting(AWAKE_S))
+        """By kind of call: how its answer is waited for."""
         self._num_owed = 0
         """Answers that have yet to be received, before that of the next call."""
         self.num_lives = 0
@@ -488,10 +492,14 @@ class MemoryClient:
         assert self._sock is not None, "it is open"
         if timeout_s != CALL_TIMEOUT_S:
             channel.set_timeout(self._sock, timeout_s)
+        waiting = self._waiting[request.WhichOneof("kind")]
+        awake_s = waiting.begin()
+        begun = time.perf_counter()
         channel.send(self._sock, request)
         self._take_owed()
-        channel.look_out(self._sock, AWAKE_S)
+        channel.look_out(self._sock, awake_s)
         answer = channel.receive(self._sock, wire.SessionResponse)
+        waiting.ended(time.perf_counter() - begun)
         if timeout_s != CALL_TIMEOUT_S:
             channel.set_timeout(self._sock, CALL_TIMEOUT_S)
         return answer
@@ -613,7 +621,10 @@ def _rows(pinned: wire.Pinned) -> Rows:
         if pinned.rows:
             return Rows(pinned.rows)
         slab_ids = pinned.slab_ids[:]
-        algorithms = pinned.checksum_algorithms[:] or [0] * len(slab_ids)
+        # Whatever number it is, nobody here knows it.
+        algorithms = [one & 0xFFFF_FFFF for one in pinned.checksum_algorithms] or [0] * len(
+            slab_ids
+        )
         sums, generations = pinned.checksums[:], pinned.generations[:]
         columns = (slab_ids, sums, pinned.slots[:], generations, pinned.num_tokens[:], algorithms)
         return rows_of(zip(*columns, strict=True))

@@ -142,7 +142,7 @@ _ALGORITHMS = {0: Algorithm.XXH3} | {int(one): one for one in Algorithm}
 def located(rows: Rows, slab_of: Callable[[int], ReaderSlab | None]) -> Located:
     """The first of them that this process can read, and can compare with their checksums."""
     views: dict[int, tuple[memoryview, int]] = {}
-    slab_ids, algorithms = rows.slab_ids, rows.algorithms
+    slab_ids, slots, algorithms = rows.slab_ids, rows.slots, rows.algorithms
     readable = len(rows)
     for slab_id in dict.fromkeys(slab_ids):
         slab = slab_of(slab_id)
@@ -150,6 +150,11 @@ def located(rows: Rows, slab_of: Callable[[int], ReaderSlab | None]) -> Located:
             readable = slab_ids.index(slab_id)
             break
         views[slab_id] = (memoryview(slab.mapping).toreadonly(), slab.block_bytes)
+    num_slots = {slab_id: len(view) // size for slab_id, (view, size) in views.items()}
+    if num_slots and max(slots) >= min(num_slots.values()):  # Of another slab, or beyond its end.
+        places = zip(slots, slab_ids[:readable], strict=False)
+        beyond = (index for index, (slot, of) in enumerate(places) if slot >= num_slots[of])
+        readable = next(beyond, readable)
     for number in set(algorithms) - _ALGORITHMS.keys():
         readable = min(readable, algorithms.index(number))
     return Located(rows, views).first(readable)

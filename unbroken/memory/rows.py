@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
-ROW = struct.Struct("<QQIIII")
-_LONGS, _WORDS = ROW.size // 8, ROW.size // 4
+_ROW = struct.Struct("<QQIIII")
+_LONGS, _WORDS = _ROW.size // 8, _ROW.size // 4
+"""A row is 4 numbers of 8 bytes, of which slab and checksum are the first two; or 8 of 4 bytes, of
+which the others are the last four."""
 assert sys.byteorder == "little", "columns are read in the machine's order, which is the rows'"
 
 
@@ -27,31 +29,31 @@ class Row(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """Its 32 bytes."""
-        return ROW.pack(*self)
+        return _ROW.pack(*self)
 
 
 class Rows:
-    """Rows one after the other; no number of them is made before somebody looks at it."""
+    """Rows one after the other. Each column is made when it is asked for, and each time."""
 
     __slots__ = ("_data",)
 
     def __init__(self, data: bytes | memoryview = b"") -> None:
         """Raises ValueError if there is half a one."""
         self._data = memoryview(data)
-        if len(self._data) % ROW.size:
-            raise ValueError(f"expected rows of {ROW.size} bytes, got {len(self._data)}")
+        if len(self._data) % _ROW.size:
+            raise ValueError(f"expected rows of {_ROW.size} bytes, got {len(self._data)}")
 
     def __len__(self) -> int:
-        return len(self._data) // ROW.size
+        return len(self._data) // _ROW.size
 
     def __getitem__(self, index: int) -> Row:
         """Raises IndexError."""
         number = range(len(self))[index]
-        return Row(*ROW.unpack_from(self._data, number * ROW.size))
+        return Row(*_ROW.unpack_from(self._data, number * _ROW.size))
 
     def first(self, number: int) -> Self:
         """So many of them, or all."""
-        return type(self)(self._data[: number * ROW.size])
+        return type(self)(self._data[: number * _ROW.size])
 
     @property
     def slab_ids(self) -> list[int]:
@@ -79,8 +81,8 @@ class Rows:
 
 
 def rows_of(rows: Iterable[Sequence[int]]) -> Rows:
-    """The same of their numbers. Raises ValueError if one is none of a row."""
+    """Rows made of their numbers. Raises ValueError if one does not fit."""
     try:
-        return Rows(b"".join([ROW.pack(*row) for row in rows]))
+        return Rows(b"".join([_ROW.pack(*row) for row in rows]))
     except struct.error as error:
         raise ValueError(f"expected the numbers of rows: {error}") from error
