@@ -301,11 +301,14 @@ class _Line(Generic[K]):
             tenant = self.tenants[name] = _Tenant(start=self.virtual_now)
         return tenant
 
-    def charge(self, arrival: Arrival) -> None:
-        """It is let in."""
+    def charge(self, arrival: Arrival, *, before: _Entry[K] | None = None) -> None:
+        """It is let in; before that one, if it had no turn yet: then virtual time stands still for
+        those who have, or a turn out of order would wipe out what they had more than others.
+        """
         tenant = self.tenant(arrival.tenant)
         tenant.start = max(tenant.start, self.virtual_now)
-        self.virtual_now = tenant.start
+        passed = tenant if before is None else self.tenants[before.arrival.tenant]
+        self.virtual_now = max(self.virtual_now, min(tenant.start, passed.start))
         tenant.start += arrival.num_tokens
 
     def refund(self, arrival: Arrival) -> None:
@@ -635,9 +638,10 @@ class AdmissionQueue(Generic[K]):
         entry = line.first(is_able) if line is not None else None
         if line is None or entry is None:
             return None
+        before = line.first() if is_able is not None else None
         self._drop(line, entry)
         self._called[entry.key] = entry
-        line.charge(entry.arrival)
+        line.charge(entry.arrival, before=before)
         line.let_in(entry.arrival.num_tokens, now)
         if not line.num_waiting:
             line.deference.no_room()

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from frontend.dispatch import Choice
 
 
-PASSING_A_WORKER = 2
-"""Tenants of which one is tried between two news of busy workers, for each worker."""
+PASSING_MAX = 4
+"""Tenants of which one is tried between two news of busy workers."""
+TRIED_MAX = 1000
+"""Tenants that are remembered to have been tried before others."""
 
 
 @dataclass(slots=True)
@@ -78,6 +80,8 @@ class WaitingRoom:
         self._computing = Counter[tuple[str, str]]()  # Requests by model and tenant.
         self._has_passed: dict[str, set[str]] = {}
         """By model: tenants, since the last news of workers."""
+        self._tried: dict[str, set[str]] = {}
+        """By model: tenants of which one was tried before others that have yet to be."""
         self._newly_aside: set[str] = set()
         """Models of which some stand aside since `looked`."""
         self._free: dict[str, set[Life]] = {}
@@ -188,6 +192,7 @@ class WaitingRoom:
                 self._deference.set(may_go_at)  # Who has waited longer elsewhere goes before.
                 continue
             else:
+                self._tried.pop(model, None)
                 choice = self.queue.next(model, now)
             if choice is not None:
                 return choice
@@ -199,23 +204,35 @@ class WaitingRoom:
         With twice as many it was tried six times as often, mostly in vain, and who was told to wait
         waited for longer than he had been told.
 
-        Who cannot be tried keeps nobody: a flood often has the next turn, and no room.
+        Who cannot be tried keeps nobody: a flood often has the next turn, and no room. Nor does who
+        was tried in vain: all have been before he is again.
         """
-        num_workers = sum(1 for _ in self._views_of(model))
         passed = self._has_passed.setdefault(model, set())
+        tried = self._tried.setdefault(model, set())
+        if len(passed) >= PASSING_MAX:
+            return None
+        views = list(self._views_of(model))
+        batch = max((view.prefill_tokens_max for view in views), default=0)
 
         def is_able(choice: "Choice", tenant: str) -> bool:
             standing = choice.waits_as
             if standing is None or standing.num_choices > 1:
                 return False  # What a sidecar refuses in part is not to be refused.
-            return self._computing[model, tenant] < num_workers and tenant not in passed
+            if batch and standing.arrival.num_tokens >= batch:
+                return False  # It takes more than what is kept.
+            return self._computing[model, tenant] < len(views) and tenant not in passed
 
-        if len(passed) >= PASSING_A_WORKER * num_workers:
-            return None
-        choice = self.queue.next(model, now, is_able)
+        choice = self.queue.next(
+            model, now, lambda choice, tenant: tenant not in tried and is_able(choice, tenant)
+        )
+        if choice is None or len(tried) >= TRIED_MAX:
+            tried.clear()
+        if choice is None:
+            choice = self.queue.next(model, now, is_able)
         standing = choice.waits_as if choice is not None else None
         if standing is not None:
             passed.add(standing.arrival.tenant)
+            tried.add(standing.arrival.tenant)
             standing.may_pass = True
         return choice
 
@@ -241,7 +258,7 @@ class WaitingRoom:
         """A worker told its load. Reports come often, and to try all who stand aside takes some 0.1
         ms for each: they have a turn again when a worker is free that was busy.
         """
-        self._has_passed.clear()
+        self._has_passed.pop(view.model, None)
         free = self._free.get(view.model)
         if free is not None and view.life not in free and not self._shedder.is_busy(view):
             self.changed()

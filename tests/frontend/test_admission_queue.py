@@ -131,6 +131,32 @@ def test_who_cannot_have_a_turn_keeps_it_and_keeps_nobody_of_his_priority() -> N
     assert line.order() == ["flood0", "flood1", "less"]
 
 
+def test_a_turn_out_of_order_that_came_to_nothing_changes_nobodys_turn() -> None:
+    def standing() -> Line:
+        line = Line(requests_max=1000, tokens_max=10_000_000, wait_s_max=10_000.0)
+        line.queue.let_in(line.arrival("before", 100_000, tenant="big"), line.now)
+        for index in range(150):
+            line.offer(f"small{index}", 1000, tenant="small", patience_s=10_000.0)
+        for index in range(2):
+            line.offer(f"big{index}", 100_000, tenant="big", patience_s=10_000.0)
+        return line
+
+    line = standing()
+    expected = line.order()
+    assert expected.index("big0") >= 100, "it had so much before"
+    line = standing()
+    for _ in range(3):
+        name = line.queue.next(MODEL, line.now, lambda _, tenant: tenant == "big")
+        assert name is not None
+        line.queue.settled(name, line.now)
+        again = line.arrival(name, 100_000, tenant="big", patience_s=10_000.0)
+        line.queue.come_back(name, again, line.now, since=line.now)
+    order = line.order()
+    assert [name.startswith("big") for name in order] == [
+        name.startswith("big") for name in expected
+    ]
+
+
 def test_who_was_idle_has_laid_up_no_credit() -> None:
     line = Line(requests_max=100)
     line.offer("early", tenant="idle")

@@ -7,6 +7,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from frontend.waiting_room import PASSING_MAX
 from tests.frontend import test_shedding
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.refusals import refused
@@ -430,17 +431,22 @@ def test_a_tenant_is_tried_though_another_that_cannot_be_has_the_next_turn() -> 
             sidecar.full_with = 101
             await test_shedding.report(it, sidecar, used=0, queued=101)
             flood = await line_up(it, ["f0", "f1"], tenant="flood")
-            await sidecar.until(lambda: sidecar.num_turned_away == 1)
-            (one,) = await line_up(it, ["one"], tenant="one")
-            await sidecar.until(lambda: sidecar.num_turned_away == 2)
-            (two,) = await line_up(it, ["two"], tenant="two")
+            await sidecar.until(lambda: sidecar.num_turned_away >= 1)
+            others: list[Reading] = []
+            for number in range(2, PASSING_MAX + 1):
+                others += await line_up(it, [f"t{number}"], tenant=f"t{number}")
+                await sidecar.until(lambda number=number: sidecar.num_turned_away >= number)
+            others += await line_up(it, ["last"], tenant="last")
             await asyncio.sleep(0.05)
-            assert sidecar.num_turned_away == 2, "two for each worker, until there is news"
+            assert sidecar.num_turned_away == PASSING_MAX, "so many until there is news"
+            sidecar.full_with = None
+            await test_shedding.report(it, sidecar, used=0, queued=101)
+            await sidecar.until(lambda: "last" in begun(sidecar))
             await report(it, sidecar, used=0, queued=0)
-            await sidecar.until(lambda: len(sidecar.starts) == 4)
+            await sidecar.until(lambda: len(sidecar.starts) == PASSING_MAX + 2)
             while sidecar.step():
                 pass
-            await asyncio.gather(one, two, *flood)
+            await asyncio.gather(*others, *flood)
 
     run(scenario())
 

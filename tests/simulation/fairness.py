@@ -15,7 +15,7 @@ from frontend.admission_queue import AdmissionQueue, Arrival, Limit, QueueLimits
 from frontend.busy import Shedder
 from frontend.placement import Need, WorkerView, choose
 from frontend.stream import Life
-from frontend.waiting_room import PASSING_A_WORKER
+from frontend.waiting_room import PASSING_MAX
 from sidecar.admission import Admission, Told
 from tests.support.streams import NATIVE
 from tests.support.world import World
@@ -148,6 +148,8 @@ class Frontend:
         self.computing = Counter[str]()
         self.tried: set[str] = set()
         """Tenants of which one was tried since the last news, though all workers are busy."""
+        self.tried_before: set[str] = set()
+        """Tenants of which one was tried before others that have yet to be."""
 
     def arrive(self, job: Job) -> None:
         job.called_at = self.world.now
@@ -184,14 +186,19 @@ class Frontend:
                 if due > self.world.now and not is_modest:
                     self.world.at(due, self.give_turns)
                     return
+                self.tried_before.clear()
                 job = self.queue.next(MODEL, self.world.now)
             else:
                 self.queue.no_room(MODEL)
-                if len(self.tried) >= PASSING_A_WORKER * NUM_WORKERS:
+                if len(self.tried) >= PASSING_MAX:
                     return
-                job = self.queue.next(MODEL, self.world.now, self.may_pass)
+                job = self.queue.next(MODEL, self.world.now, self.may_pass_first)
+                if job is None:
+                    self.tried_before.clear()
+                    job = self.queue.next(MODEL, self.world.now, self.may_pass)
                 if job is not None:
                     self.tried.add(job.tenant)
+                    self.tried_before.add(job.tenant)
             if job is None:
                 return
             self.queue.settled(job, self.world.now)
@@ -200,6 +207,10 @@ class Frontend:
     def may_pass(self, _: Job, tenant: str) -> bool:
         """Whether the first of a tenant is tried although all workers are busy."""
         return self.computing[tenant] < NUM_WORKERS and tenant not in self.tried
+
+    def may_pass_first(self, job: Job, tenant: str) -> bool:
+        """Whether that is so, and it was not tried before others were."""
+        return tenant not in self.tried_before and self.may_pass(job, tenant)
 
     def place(self, job: Job) -> None:
         view = choose(

@@ -73,4 +73,5 @@ class Waiting:
 
     @property
     def _is_faster_awake(self) -> bool:
-        return self._usual[True] < self._usual[False]
+        # Who stays awake in vain, since answers come later, has nothing of it.
+        return self._usual[True] < min(self._usual[False], self._awake_s_max)
