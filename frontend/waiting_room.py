@@ -204,8 +204,9 @@ class WaitingRoom:
         With twice as many it was tried six times as often, mostly in vain, and who was told to wait
         waited for longer than he had been told.
 
-        Who cannot be tried keeps nobody: a flood often has the next turn, and no room. Nor does who
-        was tried in vain: all have been before he is again.
+        A tenant that has too many there keeps nobody: a flood often has the next turn, and no room.
+        Nor does one that was tried in vain: all have been before it is again. But who can only have
+        room that is there, and has the next turn, is not overtaken, or others would take it.
         """
         passed = self._has_passed.setdefault(model, set())
         tried = self._tried.setdefault(model, set())
@@ -214,14 +215,19 @@ class WaitingRoom:
         views = list(self._views_of(model))
         batch = max((view.prefill_tokens_max for view in views), default=0)
 
-        def is_able(choice: "Choice", tenant: str) -> bool:
+        def needs_room(choice: "Choice") -> bool:
             standing = choice.waits_as
             if standing is None or standing.num_choices > 1:
-                return False  # What a sidecar refuses in part is not to be refused.
-            if batch and standing.arrival.num_tokens >= batch:
-                return False  # It takes more than what is kept.
-            return self._computing[model, tenant] < len(views) and tenant not in passed
+                return True  # What a sidecar refuses in part is not to be refused.
+            return 0 < batch <= standing.arrival.num_tokens  # It takes more than what is kept.
 
+        def is_able(choice: "Choice", tenant: str) -> bool:
+            has_few = self._computing[model, tenant] < len(views)
+            return has_few and tenant not in passed and not needs_room(choice)
+
+        first = self.queue.first(model)
+        if first is None or needs_room(first[0]):
+            return None
         choice = self.queue.next(
             model, now, lambda choice, tenant: tenant not in tried and is_able(choice, tenant)
         )

@@ -451,6 +451,24 @@ def test_a_tenant_is_tried_though_another_that_cannot_be_has_the_next_turn() -> 
     run(scenario())
 
 
+def test_who_needs_room_for_several_choices_is_not_overtaken() -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with world(sidecar, busy_prefill_tokens=100) as it:
+            await test_shedding.report(it, sidecar, used=0, queued=101)
+            several = await line_up(it, ["several"], tenant="several", num_choices=2)
+            other = await line_up(it, ["other"], tenant="other")
+            await asyncio.sleep(0.05)
+            assert not sidecar.starts, "its room would be taken"
+            await report(it, sidecar, used=0, queued=0)
+            await sidecar.until(lambda: len(sidecar.starts) == 3)
+            while sidecar.step():
+                pass
+            await asyncio.gather(*several, *other)
+
+    run(scenario())
+
+
 def test_what_waits_here_is_told_and_what_waits_elsewhere_counts() -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1")
