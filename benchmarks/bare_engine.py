@@ -19,8 +19,8 @@ import uvloop
 from typing_extensions import override
 
 from benchmarks.stamps import NUM_IDS, stamp
-from frontend.edge.calls import ANSWER_FIELDS
 from frontend.edge.encoding import varint
+from unbroken.edge.requests import ANSWER_FIELDS
 from unbroken.http2.connection import Connection, DataReceived, Over, RequestReceived, StreamLost
 from unbroken.http2.limits import EdgeLimits
 from unbroken.http2.messages import Code, trailers

@@ -28,8 +28,8 @@ import uvloop
 from typing_extensions import override
 
 from benchmarks.stamps import CpuClock, age_s, stamp
-from frontend.edge.calls import ANSWER_FIELDS
 from unbroken.config import split_address
+from unbroken.edge.requests import ANSWER_FIELDS
 from unbroken.http2.call import Call, CallLimits, MessageReceived
 from unbroken.http2.connection import Connection, DataReceived, RequestReceived
 from unbroken.http2.limits import EdgeLimits

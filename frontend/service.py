@@ -18,7 +18,7 @@ from frontend.config import FrontendConfig
 from frontend.dispatch import Choice, Dispatcher
 from frontend.drain import Drain, ExitStatus
 from frontend.draining import Draining, Leaving
-from frontend.edge.native import NativeEdge
+from frontend.edge.calls import InferenceCalls
 from frontend.failure_detector import DetectorLimits
 from frontend.gateway import Gateway, GatewayLimits, Inference
 from frontend.grpcio_edge import GrpcioEdge
@@ -43,6 +43,7 @@ from frontend.thresholds import MeshThresholds
 from unbroken import discovery, log, metrics, orca
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, Discovery, Registration
+from unbroken.edge.native import NativeEdge
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
 from unbroken.health import ALSO_SERVED, add_health
@@ -283,7 +284,7 @@ class Frontend(Leaving):
         if config.edge == "native":
             self.edge = NativeEdge.before(
                 self._server,
-                served,
+                InferenceCalls(served).by_path,
                 config.edge_limits,
                 counted,
                 services=(INFERENCE_SERVICE, ADMIN_SERVICE, *ALSO_SERVED),

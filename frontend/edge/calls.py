@@ -6,35 +6,31 @@ becomes one larger message, and is bounded by the window of the worker.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, TypeAlias
+from weakref import WeakKeyDictionary
 
 from google.protobuf.message import DecodeError
 
 from frontend import summaries
 from frontend.convoy import Ride
 from frontend.edge import encoding
+from frontend.edge.encoding import TokenBodies, TokenFields
+from frontend.gateway import Inference
 from frontend.reading import Output, Reading
 from unbroken import log, status
+from unbroken.edge.requests import ANSWER_FIELDS, Deadline, OneMessage, last_fields, refuse
+from unbroken.edge.server import Answer, ClientConnection, EdgeServer
 from unbroken.errors import UnbrokenError
 from unbroken.http2.connection import HttpStream
 from unbroken.http2.frames import ErrorCode
-from unbroken.http2.headers import Fields, Request
-from unbroken.http2.messages import (
-    Code,
-    MessageReader,
-    Refused,
-    fields_of,
-    passing_fields_of,
-    timeout_s,
-    trailers,
-)
+from unbroken.http2.headers import Request
+from unbroken.http2.messages import Refused, fields_of
+from unbroken.tokenizer import Tokenizer
 from unbroken.v1 import inference_service_pb2 as pb
 
-if TYPE_CHECKING:
-    from frontend.edge.server import ClientConnection, EdgeServer
-
-ANSWER_FIELDS: Final[Fields] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+GENERATE: Final = b"/unbroken.v1.InferenceService/Generate"
+RESUME: Final = b"/unbroken.v1.InferenceService/Resume"
 
 Open: TypeAlias = Callable[[bytes, float | None, Callable[[], None]], Awaitable[Reading]]
 """Leads from a request, the time its client waits, and whom to tell of news to a reader."""
@@ -42,63 +38,57 @@ Open: TypeAlias = Callable[[bytes, float | None, Callable[[], None]], Awaitable[
 _log = log.get_logger(__name__)
 
 
-class Deadline:
-    """Until when the client of a call waits."""
+class InferenceCalls:
+    """Generate and Resume, with a gateway behind them."""
 
-    __slots__ = ("_at", "_clock")
+    def __init__(self, gateway: Inference) -> None:
+        self._gateway = gateway
+        self._bodies: WeakKeyDictionary[Tokenizer, Mapping[bool, TokenBodies]] = WeakKeyDictionary()
 
-    def __init__(self, request: Request, clock: Callable[[], float]) -> None:
-        """Raises `Refused`."""
-        wait_s = timeout_s(request)
-        self._clock = clock
-        self._at = None if wait_s is None else clock() + wait_s
+    @property
+    def by_path(self) -> Mapping[bytes, Answer]:
+        """What answers each."""
+        return {
+            GENERATE: self._answering(self._generate, answers_resume=False),
+            RESUME: self._answering(self._resume, answers_resume=True),
+        }
 
-    def remaining_s(self) -> float | None:
-        """0 if it has passed; None if he did not say."""
-        return None if self._at is None else max(0.0, self._at - self._clock())
+    def _answering(self, open_reader: Open, *, answers_resume: bool) -> Answer:
+        def answer(
+            server: EdgeServer, client: ClientConnection, stream_id: int, request: Request
+        ) -> StreamingCall:
+            return StreamingCall(
+                server,
+                client,
+                stream_id,
+                request,
+                open_reader,
+                self._bodies_of,
+                answers_resume=answers_resume,
+            )
 
+        return answer
 
-class OneMessage:
-    """The only message of a request, of which the server holds no more than it may."""
+    def _generate(
+        self, message: bytes, remaining_s: float | None, on_news: Callable[[], None]
+    ) -> Awaitable[Reading]:
+        request = pb.GenerateRequest.FromString(message)
+        return self._gateway.generate(request, remaining_s, on_news)
 
-    __slots__ = ("_body", "_client", "_message", "_num_held", "_server", "_stream_id")
+    def _resume(
+        self, message: bytes, remaining_s: float | None, on_news: Callable[[], None]
+    ) -> Awaitable[Reading]:
+        request = pb.ResumeRequest.FromString(message)
+        return self._gateway.resume(request, remaining_s, on_news)
 
-    def __init__(
-        self, server: "EdgeServer", client: "ClientConnection", stream_id: int, request: Request
-    ) -> None:
-        """The client has to bring it to an end in time."""
-        client.connection.expect_end(stream_id, server.clock())
-        self._server = server
-        self._client = client
-        self._stream_id = stream_id
-        self._body = MessageReader(request.get(b"grpc-encoding"), server.limits.request_bytes_max)
-        self._message: bytes | None = None
-        self._num_held = 0
-
-    def feed(self, data: bytes, *, ends: bool) -> bytes | None:
-        """The message, once it has come and nothing more can. Raises `Refused`."""
-        for message in self._body.feed(data):
-            if self._message is not None:
-                raise Refused(Code.INTERNAL, "expected one message, got another")
-            self._message = message
-        num_held = self._body.num_held + len(self._message or b"")
-        if not self._server.hold(num_held - self._num_held):
-            raise Refused(Code.RESOURCE_EXHAUSTED, "too many requests are coming in at once")
-        self._num_held = num_held
-        self._client.connection.consumed(self._stream_id, len(data))
-        if not ends:
-            return None
-        self._body.finish()
-        if self._message is None:
-            raise Refused(Code.INTERNAL, "expected one message, got none")
-        self.let_go()
-        message, self._message = self._message, None
-        return message
-
-    def let_go(self) -> None:
-        """It is no longer held here. Idempotent."""
-        self._server.hold(-self._num_held)
-        self._num_held = 0
+    def _bodies_of(self, tokenizer: Tokenizer, answers_resume: bool) -> TokenBodies:
+        """What all calls share that read tokens of this vocabulary."""
+        made = self._bodies.get(tokenizer)
+        if made is None:
+            fields = TokenFields(tokenizer.texts)
+            made = {kind: TokenBodies(fields, answers_resume=kind) for kind in (False, True)}
+            self._bodies[tokenizer] = made
+        return made[answers_resume]
 
 
 class StreamingCall:
@@ -107,6 +97,7 @@ class StreamingCall:
     __slots__ = (
         "_answers_resume",
         "_bodies",
+        "_bodies_of",
         "_body",
         "_deadline",
         "_http_stream",
@@ -123,11 +114,12 @@ class StreamingCall:
 
     def __init__(
         self,
-        server: "EdgeServer",
-        client: "ClientConnection",
+        server: EdgeServer,
+        client: ClientConnection,
         stream_id: int,
         request: Request,
         open_reader: Open,
+        bodies_of: Callable[[Tokenizer, bool], TokenBodies],
         *,
         answers_resume: bool,
     ) -> None:
@@ -136,6 +128,7 @@ class StreamingCall:
         self.stream_id = stream_id
         self._server = server
         self._open = open_reader
+        self._bodies_of = bodies_of
         self._answers_resume = answers_resume
         self._path = request.path.decode()
         self._deadline = Deadline(request, server.clock)
@@ -171,9 +164,7 @@ class StreamingCall:
             self._reader = reader
             self._http_stream = connection.stream(stream_id)
             if reader.tokenizer is not None:
-                self._bodies = self._server.bodies(
-                    reader.tokenizer, answers_resume=self._answers_resume
-                )
+                self._bodies = self._bodies_of(reader.tokenizer, self._answers_resume)
             fields = [*ANSWER_FIELDS, *fields_of(tuple(reader.initial_metadata))]
             connection.send_headers(stream_id, fields)
             self._wake()
@@ -259,19 +250,13 @@ class StreamingCall:
     def refuse(self, refused: Refused) -> None:
         """The protocol does not allow the request."""
         self._body.let_go()
-        fields = [*ANSWER_FIELDS, *trailers(refused.code, refused.detail, refused.fields)]
-        self.client.connection.send_headers(self.stream_id, fields, ends=True)
+        refuse(self.client, self.stream_id, refused)
         self._forget()
 
     def _end(self, error: UnbrokenError | None) -> None:
         """The last word."""
         connection, stream_id = self.client.connection, self.stream_id
-        if error is None:
-            fields = trailers(Code.OK, "")
-        else:
-            code, detail, more = status.trailing(error)
-            fields = trailers(code, detail, passing_fields_of(more))
-        fields += passing_fields_of(self._server.trailers())
+        fields = last_fields(self._server, error)
         if self._reader is None:
             connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
         else:

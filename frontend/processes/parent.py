@@ -26,7 +26,6 @@ from typing_extensions import override
 
 from frontend.config import FrontendConfig
 from frontend.drain import ExitStatus
-from frontend.edge.server import BACKLOG
 from frontend.metrics import ParentMetrics
 from frontend.processes.child import DRAINS, READY, TAKEN_AT_ONCE, Place
 from frontend.processes.siblings import Siblings, ask_metrics, families_of, socket_of
@@ -34,6 +33,7 @@ from frontend.processes.sums import Sums
 from unbroken import discovery, log, metrics, tether
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS
+from unbroken.edge.server import BACKLOG
 from unbroken.health import HealthServicer
 from unbroken.loop_watch import watched_loop
 from unbroken.probes import Probes

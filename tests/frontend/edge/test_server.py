@@ -17,7 +17,6 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from frontend.edge.server import IGNORED_BYTES_MAX
 from frontend.service import Frontend
 from tests.frontend.edge.peer import REQUEST, data, setting
 from tests.frontend.edge.raw import RawClient, connect
@@ -25,6 +24,7 @@ from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.test_operators import tokens
 from tests.frontend.worlds import failure_of, read, read_some, run, world
 from unbroken.client import Client
+from unbroken.edge.server import IGNORED_BYTES_MAX
 from unbroken.errors import Reason
 from unbroken.http2 import frames
 from unbroken.http2.frames import ErrorCode, FrameType, Setting

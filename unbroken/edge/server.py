@@ -1,7 +1,7 @@
-"""The native edge as a server: sockets, and whose bytes go where.
+"""Sockets, and whose bytes go where.
 
-    Generate, Resume ──▶ StreamingCall ──▶ gateway
-    all else         ──▶ ForwardedCall ──▶ the gRPC server behind
+    methods of its own ──▶ whatever call their owner makes of them
+    all else           ──▶ ForwardedCall ──▶ the gRPC server behind
 
 What happened in one engine step is written in one pass: calls that have news are collected, pumped
 once, and each connection that they touched is written to once.
@@ -11,20 +11,16 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Final, Protocol, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Collection, Mapping
+from typing import Final, Protocol, TypeAlias, cast
 
 import grpc.aio
 from typing_extensions import override
 
-from frontend.edge.calls import ANSWER_FIELDS, StreamingCall
-from frontend.edge.encoding import TokenBodies, TokenFields
-from frontend.edge.forwarding import ForwardedCall
-from frontend.gateway import Inference
-from frontend.reading import Reading
 from unbroken import log
 from unbroken.config import split_address
+from unbroken.edge.forwarding import ForwardedCall
+from unbroken.edge.requests import ANSWER_FIELDS, refuse
 from unbroken.http2.connection import (
     Connection,
     DataReceived,
@@ -36,17 +32,14 @@ from unbroken.http2.connection import (
     Writable,
 )
 from unbroken.http2.frames import ErrorCode
+from unbroken.http2.headers import Request
 from unbroken.http2.limits import EdgeLimits
 from unbroken.http2.messages import Code, Refused, http_status, trailers
 from unbroken.status import Trailers
-from unbroken.tokenizer import Tokenizer
-from unbroken.v1 import inference_service_pb2 as pb
 
-GENERATE: Final = b"/unbroken.v1.InferenceService/Generate"
-RESUME: Final = b"/unbroken.v1.InferenceService/Resume"
 BACKLOG: Final = 1024
 WRITE_BUFFER_HIGH: Final = 256 * 1024
-"""Bytes that wait in a socket before nothing more is taken from ledgers."""
+"""Bytes that wait in a socket before nothing more is taken from calls."""
 CLOSE_S: Final = 1.0
 """How long a client may take to read the last that it was told."""
 IGNORED_BYTES_MAX: Final = 16 << 20
@@ -91,12 +84,33 @@ class Call(Protocol):
         ...
 
 
+class OwnCall(Call, Protocol):
+    """A call that is answered here. It enters itself in `EdgeServer.awake` when it has news."""
+
+    @property
+    def client(self) -> "ClientConnection":
+        """Whose it is."""
+        ...
+
+    def pump(self, now: float) -> None:
+        """Send what is new, as far as it can leave."""
+        ...
+
+    def crashed(self, error: Exception) -> None:
+        """A bug of this call was met. Raises nothing."""
+        ...
+
+
+Answer: TypeAlias = Callable[["EdgeServer", "ClientConnection", int, Request], OwnCall]
+"""Begins a call on the stream of that number; raises `Refused`."""
+
+
 class EdgeServer:
     """All connections of clients."""
 
     def __init__(
         self,
-        gateway: Inference,
+        own: Mapping[bytes, Answer],
         behind: grpc.aio.Channel,
         limits: EdgeLimits,
         observer: EdgeObserver,
@@ -106,7 +120,8 @@ class EdgeServer:
         trailers: Callable[[], Trailers] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`behind` leads to the server of `services`; the own calls end with `trailers`."""
+        """`own` has what answers each path here; `behind` leads to the server of `services` for all
+        others. Calls end with `trailers`."""
         self.trailers = trailers
         self.limits = limits
         self.observer = observer
@@ -117,16 +132,15 @@ class EdgeServer:
         self.leaving: set[ClientConnection] = set()
         """Those that are told no more."""
         self.is_stopping = False
-        self._gateway = gateway
+        self._own = own
         self._behind = behind
         self._tls = tls
         self.num_held = 0
         """Bytes of requests that have come in part."""
-        self.awake: dict[StreamingCall, None] = {}
+        self.awake: dict[OwnCall, None] = {}
         """Calls that have news."""
         self._touched: dict[ClientConnection, None] = {}
         self.is_scheduled = False
-        self._bodies: WeakKeyDictionary[Tokenizer, Mapping[bool, TokenBodies]] = WeakKeyDictionary()
         self._server: asyncio.Server | None = None
 
     async def start(self, address: str) -> str:
@@ -196,36 +210,10 @@ class EdgeServer:
     def call(self, client: "ClientConnection", event: RequestReceived) -> Call:
         """What is to happen on a new stream. Raises `Refused`."""
         request = event.request
-        if request.path == GENERATE:
-            return StreamingCall(
-                self, client, event.stream_id, request, self._generate, answers_resume=False
-            )
-        if request.path == RESUME:
-            return StreamingCall(
-                self, client, event.stream_id, request, self._resume, answers_resume=True
-            )
+        answer = self._own.get(request.path)
+        if answer is not None:
+            return answer(self, client, event.stream_id, request)
         return ForwardedCall(self, client, event.stream_id, request, self._behind)
-
-    def _generate(
-        self, message: bytes, remaining_s: float | None, on_news: Callable[[], None]
-    ) -> Awaitable[Reading]:
-        request = pb.GenerateRequest.FromString(message)
-        return self._gateway.generate(request, remaining_s, on_news)
-
-    def _resume(
-        self, message: bytes, remaining_s: float | None, on_news: Callable[[], None]
-    ) -> Awaitable[Reading]:
-        request = pb.ResumeRequest.FromString(message)
-        return self._gateway.resume(request, remaining_s, on_news)
-
-    def bodies(self, tokenizer: Tokenizer, *, answers_resume: bool) -> TokenBodies:
-        """What all calls share that read tokens of this vocabulary."""
-        made = self._bodies.get(tokenizer)
-        if made is None:
-            fields = TokenFields(tokenizer.texts)
-            made = {kind: TokenBodies(fields, answers_resume=kind) for kind in (False, True)}
-            self._bodies[tokenizer] = made
-        return made[answers_resume]
 
     def hold(self, num_bytes: int) -> bool:
         """Hold so much more of unfinished requests, or less; False if that is too much."""
@@ -478,8 +466,7 @@ class ClientConnection(asyncio.Protocol):
         try:
             call = self._server.call(self, event)
         except Refused as refused:
-            fields = trailers(refused.code, refused.detail, refused.fields)
-            self.connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
+            refuse(self, stream_id, refused)
             return
         self.calls[stream_id] = call
         if event.ends:

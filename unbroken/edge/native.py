@@ -1,13 +1,12 @@
-"""The native edge as a whole: one port for all, with the gRPC server behind it."""
+"""The edge as a whole: one port for all, with the gRPC server behind it."""
 
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import grpc.aio
 
-from frontend.edge.server import ClientConnection, EdgeObserver, EdgeServer
-from frontend.edge.tls import server_context
-from frontend.gateway import Inference
+from unbroken.edge.server import Answer, ClientConnection, EdgeObserver, EdgeServer
+from unbroken.edge.tls import server_context
 from unbroken.http2.limits import EdgeLimits
 from unbroken.scratch import Scratch
 from unbroken.status import Trailers
@@ -15,7 +14,7 @@ from unbroken.transport import TlsFiles, listen_locally, open_channel
 
 
 class NativeEdge:
-    """Serves Generate and Resume itself, and all other calls through a gRPC server."""
+    """Answers some methods itself, and all others through a gRPC server."""
 
     def __init__(self, server: EdgeServer, channel: grpc.aio.Channel, scratch: Scratch) -> None:
         self._server = server
@@ -26,7 +25,7 @@ class NativeEdge:
     def before(
         cls,
         server: grpc.aio.Server,
-        gateway: Inference,
+        own: Mapping[bytes, Answer],
         limits: EdgeLimits,
         observer: EdgeObserver,
         *,
@@ -44,7 +43,7 @@ class NativeEdge:
         scratch = Scratch("unbroken-edge-")
         channel = open_channel(listen_locally(server, scratch.path / "grpc.sock"))
         edge = EdgeServer(
-            gateway,
+            own,
             channel,
             limits,
             observer,

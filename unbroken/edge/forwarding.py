@@ -14,8 +14,8 @@ import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import Default
 
-from frontend.edge.calls import ANSWER_FIELDS, Deadline, OneMessage
 from unbroken import status
+from unbroken.edge.requests import ANSWER_FIELDS, Deadline, OneMessage, refuse
 from unbroken.http2.headers import Request
 from unbroken.http2.messages import (
     PREFIX,
@@ -29,7 +29,7 @@ from unbroken.http2.messages import (
 )
 
 if TYPE_CHECKING:
-    from frontend.edge.server import ClientConnection, EdgeServer
+    from unbroken.edge.server import ClientConnection, EdgeServer
 
     _Upload: TypeAlias = grpc.aio.StreamStreamCall[bytes, bytes]
     _Call: TypeAlias = _Upload | grpc.aio.UnaryStreamCall[bytes, bytes]
@@ -101,8 +101,7 @@ class ForwardedCall:
 
     def refuse(self, refused: Refused) -> None:
         """The protocol does not allow the request."""
-        fields = trailers(refused.code, refused.detail, refused.fields)
-        self.client.connection.send_headers(self.stream_id, [*ANSWER_FIELDS, *fields], ends=True)
+        refuse(self.client, self.stream_id, refused)
         self.lost()
 
     def lost(self) -> None:
