@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from frontend.failure_detector import Liveness
 from frontend.outliers import Outliers
+from unbroken.edge.metrics import EdgeMetrics
 from unbroken.errors import Reason
 from unbroken.metrics import SECONDS_BUCKETS, PlainCounter
 from unbroken.outcome import ContinuationClass, FailureKind
@@ -244,21 +245,7 @@ class FrontendMetrics:
             "Models of whose workers so many look bad that ejections are ignored.",
             registry=registry,
         )
-        self._edge_connections = Gauge(
-            f"{_PREFIX}_edge_connections", "Connections of clients, native edge.", registry=registry
-        )
-        self._edge_limits = Counter(
-            f"{_PREFIX}_edge_limits_total",
-            "Times that a client went beyond a limit of the native edge (docs/decisions/edge.md).",
-            ["limit"],
-            registry=registry,
-        )
-        self._edge_failures = Counter(
-            f"{_PREFIX}_edge_connections_failed_total",
-            "Connections that the native edge ended with an error, by its HTTP/2 name.",
-            ["code"],
-            registry=registry,
-        )
+        self.edge = EdgeMetrics(registry, _PREFIX)
         self._workers = Gauge(
             f"{_PREFIX}_workers",
             "Workers, by the failure detector's opinion.",
@@ -324,18 +311,6 @@ class FrontendMetrics:
         self.ended.count(now)
         if reason in MIGRATABLE:
             self.ended_by_fault.count(now)
-
-    def edge_connected(self, num_more: int) -> None:
-        """A connection came (1) or went (-1)."""
-        self._edge_connections.inc(num_more)
-
-    def edge_limit_hit(self, limit: str) -> None:
-        """A client went beyond a limit."""
-        self._edge_limits.labels(limit).inc()
-
-    def edge_connection_failed(self, code: str) -> None:
-        """A connection was ended with an error."""
-        self._edge_failures.labels(code).inc()
 
     def count_delivered(self, num_tokens: int) -> None:
         """Tokens went from a frame to clients."""

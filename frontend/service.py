@@ -286,7 +286,7 @@ class Frontend(Leaving):
                 self._server,
                 InferenceCalls(served).by_path,
                 config.edge_limits,
-                counted,
+                counted.edge,
                 services=(INFERENCE_SERVICE, ADMIN_SERVICE, *ALSO_SERVED),
                 tls=config.tls,
                 trailers=trailers,

@@ -5,8 +5,7 @@ larger frames. What can gather is bounded by the windows of its attempts; a link
 than any sensible windows add up to is given up.
 """
 
-import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
@@ -30,9 +29,12 @@ Attempt: TypeAlias = "ledger.Attempt[Link]"
 
 
 class Link:
-    """What one frontend is to be told. Only `take` and `wait` are for the writer."""
+    """What one frontend is to be told. Only `take` and `written` are for the writer."""
 
-    def __init__(self, hello: pb.RelayHello, now: float) -> None:
+    def __init__(
+        self, hello: pb.RelayHello, now: float, on_news: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_news` is called when there is something to write, or the call is to end."""
         self.frontend_id = hello.frontend_id
         self.life = (hello.incarnation, hello.call_number)
         self.owner = (hello.frontend_id, hello.incarnation)
@@ -57,8 +59,9 @@ class Link:
         self._num_heartbeats = 0
         self._is_heartbeat_due = False
         self._queues: Sequence[pb.QueueReport] = ()  # For that heartbeat.
+        self._has_news = False
         self._is_writing = False
-        self._changed = asyncio.Event()
+        self._on_news = on_news
 
     # What it is to be told.
 
@@ -92,7 +95,7 @@ class Link:
             self._seal()
         if self._queue_bytes + size > WAITING_BYTES_MAX:
             self.close(Reason.OVERLOADED, "the frontend does not read")
-        self._changed.set()
+        self._tell_news()
 
     def end(self, slot: int, ended: attempt_pb2.AttemptEnded, end_offset: int) -> None:
         """An attempt that it reads is over; `ended` is copied."""
@@ -144,34 +147,33 @@ class Link:
         """A sign of life, with what waits at other frontends; one that still waits is enough."""
         self._is_heartbeat_due = True
         self._queues = queues
-        self._changed.set()
+        self._tell_news()
 
     def close(self, reason: Reason, detail: str) -> None:
         """End the call, after what waits has been written. The first reason counts."""
         self.error = self.error or UnbrokenError(reason, detail)
-        self._changed.set()
+        self._tell_news()
 
-    def wake(self) -> None:
-        """Have the writer look whether the call goes on."""
-        self._changed.set()
+    def _tell_news(self) -> None:
+        self._has_news = True
+        self._on_news()
 
     @property
     def is_idle(self) -> bool:
         """Everything has been written."""
-        return not (self._is_writing or self._changed.is_set())
+        return not (self._is_writing or self._has_news)
 
     # For the writer.
 
-    async def wait(self) -> None:
-        """Until there is something to write, or the link is closed. What was taken is written."""
+    def written(self) -> None:
+        """What was taken has left."""
         self._is_writing = False
-        await self._changed.wait()
 
     def take(
         self, heartbeat_interval_s: float, load: worker_pb2.LoadReport | None
     ) -> Sequence[pb.RelayResponse]:
         """All that waits, in order."""
-        self._changed.clear()
+        self._has_news = False
         self._is_writing = True
         self._seal()
         responses, self._queue, self._queue_bytes = self._queue, [], 0

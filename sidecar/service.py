@@ -22,25 +22,37 @@ from sidecar.engines.base import Engine
 from sidecar.engines.kinds import engine_of
 from sidecar.hub import Hub
 from sidecar.ledger import Retention
+from sidecar.link import WAITING_BYTES_MAX
 from sidecar.metrics import HubCollector
 from sidecar.relay import Relay
 from sidecar.watchdog import LOOK_INTERVAL_S, WatchdogPolicy
 from unbroken import discovery, log, metrics, orca
 from unbroken.config import split_address
 from unbroken.discovery import WORKERS, Discovery, Registration
+from unbroken.edge.metrics import EdgeMetrics
+from unbroken.edge.native import NativeEdge
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
-from unbroken.health import HealthServicer, add_health
+from unbroken.health import ALSO_SERVED, HealthServicer, add_health
+from unbroken.http2.limits import EdgeLimits
 from unbroken.loop_watch import watched_loop
 from unbroken.probes import Probes
 from unbroken.signals import heed, heed_no_more
 from unbroken.third_party import orca_pb2_grpc
 from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
-from unbroken.transport import listen, make_server
+from unbroken.transport import MESH_KEEPALIVE, RECEIVE_BYTES_MAX, make_server
 from unbroken.v1 import relay_service_pb2_grpc, sidecar_service_pb2_grpc, worker_pb2
 
 RELAY_SERVICE = "unbroken.v1.RelayService"
 SIDECAR_SERVICE = "unbroken.v1.SidecarService"
+EDGE_LIMITS = EdgeLimits(
+    request_bytes_max=RECEIVE_BYTES_MAX,
+    unsent_bytes_max=WAITING_BYTES_MAX,
+    ping_interval_s=MESH_KEEPALIVE.interval_s,
+    ping_idle_interval_s=MESH_KEEPALIVE.interval_s,
+    ping_timeout_s=MESH_KEEPALIVE.timeout_s,
+)
+"""For frontends: heartbeats notice what hangs, so pings can be rare."""
 FLUSH_TIMEOUT_S = 1.0
 """How long frontends may take to read where their streams were cut."""
 
@@ -93,6 +105,7 @@ class Sidecar:
         self._model = ""
         """Of the engine's latest life."""
         self._server: grpc.aio.Server | None = None
+        self._edge: NativeEdge | None = None
         self._admin: Admin | None = None
         self._health: HealthServicer | None = None
         self._metrics_server: metrics.MetricsServer | None = None
@@ -121,7 +134,7 @@ class Sidecar:
         )
         reporter = orca.LoadReporter(self._load_report, clock=self._clock)
         server = self._server = make_server(trailers=reporter.trailers)
-        relay = Relay(
+        relay = Relay(  # pyright: ignore[reportAbstractUsage] - Calls of Relay end at the edge.
             self.hub,
             self._identity,
             heartbeat_interval_s=config.heartbeat_interval_s,
@@ -147,11 +160,21 @@ class Sidecar:
         for probe in ("startup", "readiness"):
             health.set(probe, is_serving=False)
         self._probes = Probes(health)
-        self.address = listen(server, config.listen)
+        self._edge = NativeEdge.before(
+            server,
+            relay.by_path,
+            EDGE_LIMITS,
+            EdgeMetrics(registry, "unbroken_sidecar"),
+            services=(RELAY_SERVICE, SIDECAR_SERVICE, orca.SERVICE, *ALSO_SERVED),
+            tls=None,
+            trailers=reporter.trailers,
+            clock=self._clock,
+        )
         if config.metrics_listen is not None:
             host, port = split_address(config.metrics_listen)
             self._metrics_server = metrics.serve(registry, host, port, probes=self._probes)
         await server.start()
+        self.address = await self._edge.start(config.listen)
         self.hub.on_change.append(self._changed.set)
         self.hub.on_over.append(self._over.set)
         self.hub.on_step.append(self._stepped)
@@ -204,6 +227,8 @@ class Sidecar:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._registration is not None:
             await self._registration.close()
+        if self._edge is not None:
+            await self._edge.stop()
         if self._server is not None:
             await self._server.stop(None)
         if self._metrics_server is not None:

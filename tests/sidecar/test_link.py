@@ -1,7 +1,5 @@
 """What waits for a frontend: merged, bounded, in order."""
 
-import asyncio
-
 import pytest
 
 from sidecar import link as link_module
@@ -179,24 +177,26 @@ def test_whoever_does_not_read_is_given_up(what: str, monkeypatch: pytest.Monkey
 
 
 def test_a_link_is_idle_once_all_is_written() -> None:
-    async def scenario() -> None:
-        link = opened()
-        waiting = asyncio.create_task(link.wait())
-        await asyncio.sleep(0)
-        assert link.is_idle
-        link.rows([1], [0], [7])
-        link.flush()
-        await waiting
-        assert not link.is_idle
-        link.take(0.25, None)
-        assert not link.is_idle, "taken is not written"
-        waiting = asyncio.create_task(link.wait())
-        await asyncio.sleep(0)
-        assert link.is_idle
-        link.close(Reason.FENCED, "the first reason")
-        link.close(Reason.OVERLOADED, "the second")
-        await waiting
-        assert link.error is not None
-        assert link.error.reason is Reason.FENCED
+    news: list[int] = []
+    hello = pb.RelayHello(frontend_id="f", incarnation=1, call_number=1)
+    link = Link(hello, now=0.0, on_news=lambda: news.append(1))
+    assert link.is_idle
+    link.rows([1], [0], [7])
+    assert not news, "a frame may be closed only when it is whole"
+    link.flush()
+    assert (len(news), link.is_idle) == (1, False)
+    link.take(0.25, None)
+    assert not link.is_idle, "taken is not written"
+    link.written()
+    assert link.is_idle
 
-    asyncio.run(scenario())
+
+def test_the_writer_learns_why_a_call_ends_and_the_first_reason_counts() -> None:
+    news: list[int] = []
+    hello = pb.RelayHello(frontend_id="f", incarnation=1, call_number=1)
+    link = Link(hello, now=0.0, on_news=lambda: news.append(1))
+    link.close(Reason.FENCED, "the first reason")
+    link.close(Reason.OVERLOADED, "the second")
+    assert (bool(news), link.is_idle) == (True, False)
+    assert link.error is not None
+    assert link.error.reason is Reason.FENCED

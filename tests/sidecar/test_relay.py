@@ -1,6 +1,7 @@
 """RelayService on a real port: what frontends may do to it, and what they may not."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ import uvloop
 from sidecar.engines.base import EngineDown
 from sidecar.hub import Hub
 from sidecar.relay import Relay
+from sidecar.service import EDGE_LIMITS, RELAY_SERVICE
 from tests.sidecar.fakes import TOKENIZER, Reader, ScriptedEngine, engine_up, failed, start_of
 from tests.sidecar.processes import until
-from tests.unbroken.servers import serving
+from unbroken.edge.metrics import EdgeMetrics
+from unbroken.edge.native import NativeEdge
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.metrics import new_registry
 from unbroken.outcome import FailureKind
 from unbroken.status import from_rpc_error
-from unbroken.transport import open_channel
+from unbroken.transport import make_server, open_channel
 from unbroken.v1 import attempt_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 from unbroken.v1.relay_service_pb2_grpc import (
@@ -113,13 +117,36 @@ class World:
 
 
 @asynccontextmanager
+async def serving_relay(relay: Relay) -> AsyncGenerator[str, None]:
+    """As a sidecar serves it."""
+    server = make_server()
+    add_RelayServiceServicer_to_server(relay, server)
+    metrics = EdgeMetrics(new_registry(), "test")
+    edge = NativeEdge.before(
+        server,
+        relay.by_path,
+        EDGE_LIMITS,
+        metrics,
+        services=(RELAY_SERVICE,),
+        tls=None,
+        clock=time.monotonic,
+    )
+    await server.start()
+    try:
+        yield await edge.start("127.0.0.1:0")
+    finally:
+        await edge.stop()
+        await server.stop(0)
+
+
+@asynccontextmanager
 async def relaying(
     *, write_max_s: float = LIMIT_S, silence_max_s: float = LIMIT_S, grace_s: float = LIMIT_S
 ) -> AsyncGenerator[World, None]:
     engine = ScriptedEngine()
     hub = Hub(engine, orphan_grace_s=grace_s)
     hub.on_up(engine_up())
-    relay = Relay(
+    relay = Relay(  # pyright: ignore[reportAbstractUsage] - Calls of Relay end at the edge.
         hub,
         IDENTITY,
         heartbeat_interval_s=INTERVAL_S,
@@ -134,9 +161,7 @@ async def relaying(
 
     ticking = asyncio.create_task(tick())
     try:
-        async with serving(
-            lambda server: add_RelayServiceServicer_to_server(relay, server)
-        ) as address:
+        async with serving_relay(relay) as address:
             async with open_channel(address) as channel:
                 yield World(hub, engine, address, channel)
             await until(lambda: not hub.links)

@@ -424,6 +424,7 @@ class Call:
             return
         for response in link.take(0.1, self.process.hub.load):
             self.down.send(self._receive, response)
+        link.written()
         if link.error is not None:
             self.sidecar_loses()
             self.down.send(self.end, FailureKind.FENCED)
