@@ -11,6 +11,7 @@ from sidecar.canary import Canary
 from sidecar.engine_load import EngineLoad
 from sidecar.hub import Hub
 from sidecar.watchdog import Work
+from unbroken.edge.metrics import EdgeMetrics
 from unbroken.v1 import worker_pb2
 
 _PREFIX = "unbroken_sidecar"
@@ -22,6 +23,7 @@ class HubCollector(Collector):
     def __init__(self, hub: Hub, canary: Canary, registry: CollectorRegistry) -> None:
         self._hub = hub
         self._canary = canary
+        self.edge = EdgeMetrics(registry, _PREFIX)
         registry.register(self)
 
     @override

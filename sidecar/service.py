@@ -29,7 +29,6 @@ from sidecar.watchdog import LOOK_INTERVAL_S, WatchdogPolicy
 from unbroken import discovery, log, metrics, orca
 from unbroken.config import split_address
 from unbroken.discovery import WORKERS, Discovery, Registration
-from unbroken.edge.metrics import EdgeMetrics
 from unbroken.edge.native import NativeEdge
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.garbage import collected_in_quiet
@@ -119,7 +118,7 @@ class Sidecar:
         """Serve and join the mesh; the engine starts meanwhile. Raises OSError."""
         config = self._config
         registry = metrics.new_registry()
-        HubCollector(self.hub, self._canary, registry)
+        collector = HubCollector(self.hub, self._canary, registry)
         incarnation = await self._discovery.new_incarnation(WORKERS, config.worker_id)
         self._identity = worker_pb2.WorkerIdentity(
             worker_id=config.worker_id, incarnation=incarnation
@@ -164,7 +163,7 @@ class Sidecar:
             server,
             relay.by_path,
             EDGE_LIMITS,
-            EdgeMetrics(registry, "unbroken_sidecar"),
+            collector.edge,
             services=(RELAY_SERVICE, SIDECAR_SERVICE, orca.SERVICE, *ALSO_SERVED),
             tls=None,
             trailers=reporter.trailers,

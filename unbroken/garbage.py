@@ -8,7 +8,9 @@ cycles end, are collected as ever, in a fraction of a millisecond.
 """
 
 import asyncio
+import functools
 import gc
+import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +22,17 @@ BUSY_INTERVAL_S: Final = 3600.0
 """Between two at most, whatever runs: what is in cycles and old is not to be kept for ever."""
 _LOOK_INTERVAL_S: Final = 1.0
 _NEVER: Final = 2**31 - 1
+
+
+@functools.cache
+def uncollected_in_forks() -> None:
+    """From now on, have no collection begin between a fork and the program that follows it.
+
+    uvloop starts processes so, and runs Python's own hooks in between. What is collected there may
+    wait for a thread that only the parent has: the last object of grpc.aio does, without an end,
+    and the parent waits for the program. Idempotent.
+    """
+    os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 
 
 @asynccontextmanager

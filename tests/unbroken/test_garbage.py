@@ -2,8 +2,11 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import weakref
 
+import pytest
 import uvloop
 
 from unbroken.garbage import collected_in_quiet
@@ -95,3 +98,30 @@ def test_afterwards_all_is_as_before() -> None:
     uvloop.run(scenario())
     assert gc.get_threshold() == before
     assert gc.get_freeze_count() == 0
+
+
+STARTS_A_PROCESS = """
+import asyncio, gc, os, sys, uvloop
+from unbroken.garbage import uncollected_in_forks
+
+if "uncollected" in sys.argv:
+    uncollected_in_forks()
+    uncollected_in_forks()
+os.register_at_fork(after_in_child=lambda: print(gc.isenabled(), flush=True))
+
+async def start():
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    await process.wait()
+
+uvloop.run(start())
+print(gc.isenabled())
+"""
+
+
+@pytest.mark.parametrize(("how", "said"), [("uncollected", ["False", "True"]), ("", ["True"] * 2)])
+def test_nothing_is_collected_between_a_fork_and_the_program_that_follows(
+    how: str, said: list[str]
+) -> None:
+    command = [sys.executable, "-c", STARTS_A_PROCESS, how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+    assert done.stdout.split() == said
