@@ -4,8 +4,8 @@ A sidecar sends one columnar message (RelayResponse with a StepFrame) per engine
 stream, a frontend reads it. Two processes, the same protobuf at both ends, and in between
 
     grpc    a bidirectional stream of grpc.aio
-    mixed   grpc.aio in the sidecar, unbroken/http2/call.py in the frontend, as the mesh has it
-    http2   unbroken/http2/connection.py in the sidecar, and that
+    mixed   grpc.aio in the sidecar, unbroken/http2/call.py in the frontend
+    http2   unbroken/http2/connection.py in the sidecar, and that: as the mesh has it
 
 at so many streams a step. What is left out is what both would need: acknowledgements, heartbeats,
 ledgers. CPU is that of a process per step frame; latency is from the step to the parsed message.
