@@ -19,7 +19,7 @@ demo: .venv/.run ## A worker dies in mid-stream, the text goes on, and equals an
 test: .venv/.dev ## All tests that need no accelerator
 	$(PYTEST)
 
-test-grpcio: .venv/.dev ## What clients see, and all that is hurt, with grpcio at the edge and on the links
+test-grpcio: .venv/.dev ## What clients see, and all that is hurt, with grpcio at frontends' edge and their end of the links
 	UNBROKEN_FRONTEND_EDGE=grpcio UNBROKEN_FRONTEND_RELAY=grpcio $(PYTEST) \
 		tests/frontend tests/integration tests/faults tests/unbroken/test_mesh.py tests/unbroken/test_client.py
 

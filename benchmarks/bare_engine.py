@@ -1,4 +1,4 @@
-"""An engine that serves clients itself over the bare HTTP/2 of frontend/edge: the direct path.
+"""An engine that serves clients itself over the bare HTTP/2 of unbroken/http2: the direct path.
 
     python -m benchmarks.bare_engine --step-ms 20       prints its address
 
@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from benchmarks.stamps import NUM_IDS, stamp
 from frontend.edge.encoding import varint
-from unbroken.edge.requests import ANSWER_FIELDS
+from unbroken.edge.answering import ANSWER_FIELDS
 from unbroken.http2.connection import Connection, DataReceived, Over, RequestReceived, StreamLost
 from unbroken.http2.limits import EdgeLimits
 from unbroken.http2.messages import Code, trailers

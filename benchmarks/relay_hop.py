@@ -29,7 +29,7 @@ from typing_extensions import override
 
 from benchmarks.stamps import CpuClock, age_s, stamp
 from unbroken.config import split_address
-from unbroken.edge.requests import ANSWER_FIELDS
+from unbroken.edge.answering import ANSWER_FIELDS
 from unbroken.http2.call import Call, CallLimits, MessageReceived
 from unbroken.http2.connection import Connection, DataReceived, RequestReceived
 from unbroken.http2.limits import EdgeLimits

@@ -284,7 +284,7 @@ class Frontend(Leaving):
         if config.edge == "native":
             self.edge = NativeEdge.before(
                 self._server,
-                InferenceCalls(served).by_path,
+                InferenceCalls(served).answers,
                 config.edge_limits,
                 counted.edge,
                 services=(INFERENCE_SERVICE, ADMIN_SERVICE, *ALSO_SERVED),

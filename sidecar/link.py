@@ -31,9 +31,7 @@ Attempt: TypeAlias = "ledger.Attempt[Link]"
 class Link:
     """What one frontend is to be told. Only `take` and `written` are for the writer."""
 
-    def __init__(
-        self, hello: pb.RelayHello, now: float, on_news: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, hello: pb.RelayHello, now: float, *, on_news: Callable[[], None]) -> None:
         """`on_news` is called when there is something to write, or the call is to end."""
         self.frontend_id = hello.frontend_id
         self.life = (hello.incarnation, hello.call_number)
@@ -150,7 +148,7 @@ class Link:
         self._tell_news()
 
     def close(self, reason: Reason, detail: str) -> None:
-        """End the call, after what waits has been written. The first reason counts."""
+        """End the call, after what waits, if there is room for it. The first reason counts."""
         self.error = self.error or UnbrokenError(reason, detail)
         self._tell_news()
 

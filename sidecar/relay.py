@@ -8,8 +8,8 @@ own call can suffer.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Final, NoReturn
 
 import grpc.aio
 from google.protobuf.message import DecodeError
@@ -19,7 +19,7 @@ from sidecar.hub import Hub
 from sidecar.link import Link
 from unbroken import status
 from unbroken.discovery import INSTANCE_ID
-from unbroken.edge.requests import ANSWER_FIELDS, Deadline, last_fields, refuse
+from unbroken.edge.answering import ANSWER_FIELDS, Deadline, closing_fields, refuse
 from unbroken.edge.server import WRITE_BUFFER_HIGH, Answer, ClientConnection, EdgeServer
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.http2.headers import Request
@@ -29,7 +29,8 @@ from unbroken.v1 import worker_pb2
 from unbroken.v1.relay_service_pb2_grpc import RelayServiceServicer
 
 PROTOCOL_VERSION: Final = 1
-PATH: Final = "/unbroken.v1.RelayService/Relay"
+RELAY_SERVICE: Final = "unbroken.v1.RelayService"
+PATH: Final = f"/{RELAY_SERVICE}/Relay"
 HELLO_MAX_S: Final = 5.0
 """How long a call may be open without a hello."""
 
@@ -58,14 +59,20 @@ class Relay(RelayServiceServicer):
         self.clock = clock
 
     @property
-    def by_path(self) -> Mapping[bytes, Answer]:
-        """What answers Relay."""
+    def answers(self) -> Mapping[bytes, Answer]:
+        """What answers Relay, by its path."""
         return {PATH.encode(): self._answer}
 
     def _answer(
         self, server: EdgeServer, client: ClientConnection, stream_id: int, request: Request
     ) -> "RelayCall":
         return RelayCall(self, server, client, stream_id, request)
+
+    @override
+    def Relay(
+        self, request_iterator: AsyncIterator[pb.RelayRequest], context: _Context
+    ) -> NoReturn:
+        raise AssertionError("calls of Relay are answered before this server: see `answers`")
 
     @override
     async def GetTokenizer(
@@ -101,14 +108,13 @@ class RelayCall:
         self._unsent: deque[pb.RelayResponse] = deque()
         """Taken from the link, for the windows of the frontend to open."""
         self._stuck_since: float | None = None
-        """When the frontend had last read all that was sent, if it has not now."""
+        """Since when there has been no room; None: there was when it was last looked for."""
         self._has_said_all = False
         self._is_over = False
         loop = asyncio.get_running_loop()
-        self._timers = [loop.call_later(relay.hello_max_s, self._no_hello)]
         wait_s = Deadline(request, server.clock).remaining_s()
-        if wait_s is not None:
-            self._timers.append(loop.call_later(wait_s, self._too_late))
+        self._hello_due = loop.call_later(relay.hello_max_s, self._no_hello)
+        self._due = None if wait_s is None else loop.call_later(wait_s, self._too_late)
 
     # What the frontend says.
 
@@ -168,7 +174,7 @@ class RelayCall:
         link = Link(hello, now, on_news=self._wake)
         verdict = relay.hub.join(link)
         self._link = link
-        self._timers.pop(0).cancel()
+        self._hello_due.cancel()
         connection.send_headers(self.stream_id, ANSWER_FIELDS)
         welcome = pb.RelayWelcome(
             protocol_version=PROTOCOL_VERSION, identity=relay.identity, verdict=verdict
@@ -183,10 +189,7 @@ class RelayCall:
 
     def _wake(self) -> None:
         """There is news: have `pump` called."""
-        server = self._server
-        server.awake[self] = None
-        if not server.is_scheduled:
-            server.schedule()
+        self._server.wake(self)
 
     def writable(self) -> None:
         """There is room for more."""
@@ -246,26 +249,29 @@ class RelayCall:
     def _end(self, error: UnbrokenError | None) -> None:
         """The last word, after what was begun."""
         connection, stream_id = self.client.connection, self.stream_id
-        fields = last_fields(self._server, error)
-        if self._link is None:
-            connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
-        else:
-            connection.end(stream_id, fields)
-        self.lost()
+        try:
+            fields = closing_fields(self._server, error)
+            if self._link is None:
+                connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
+            else:
+                connection.end(stream_id, fields)
+        finally:
+            self.lost()
         self._server.touch(self.client)
 
     def lost(self) -> None:
         """The stream is gone. Idempotent."""
         self._is_over = True
-        for timer in self._timers:
-            timer.cancel()
+        self._hello_due.cancel()
+        if self._due is not None:
+            self._due.cancel()
         self.client.calls.pop(self.stream_id, None)
         self.client.waiting.pop(self, None)
         if self._link is not None:
             self._relay.hub.leave(self._link)
 
     def crashed(self, error: Exception) -> None:
-        """A bug of this call was met. Raises nothing."""
+        """A bug of this call was met."""
         self._end(status.translated(error, PATH))
 
 

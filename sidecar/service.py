@@ -22,9 +22,8 @@ from sidecar.engines.base import Engine
 from sidecar.engines.kinds import engine_of
 from sidecar.hub import Hub
 from sidecar.ledger import Retention
-from sidecar.link import WAITING_BYTES_MAX
 from sidecar.metrics import HubCollector
-from sidecar.relay import Relay
+from sidecar.relay import RELAY_SERVICE, Relay
 from sidecar.watchdog import LOOK_INTERVAL_S, WatchdogPolicy
 from unbroken import discovery, log, metrics, orca
 from unbroken.config import split_address
@@ -42,16 +41,10 @@ from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
 from unbroken.transport import MESH_KEEPALIVE, RECEIVE_BYTES_MAX, make_server
 from unbroken.v1 import relay_service_pb2_grpc, sidecar_service_pb2_grpc, worker_pb2
 
-RELAY_SERVICE = "unbroken.v1.RelayService"
 SIDECAR_SERVICE = "unbroken.v1.SidecarService"
-EDGE_LIMITS = EdgeLimits(
-    request_bytes_max=RECEIVE_BYTES_MAX,
-    unsent_bytes_max=WAITING_BYTES_MAX,
-    ping_interval_s=MESH_KEEPALIVE.interval_s,
-    ping_idle_interval_s=MESH_KEEPALIVE.interval_s,
-    ping_timeout_s=MESH_KEEPALIVE.timeout_s,
-)
-"""For frontends: heartbeats notice what hangs, so pings can be rare."""
+DRAIN_CALL = f"/{SIDECAR_SERVICE}/Drain"
+UNSENT_BYTES_MAX = 64 * 1024 * 1024
+"""In the socket of one frontend: a tokenizer or a step of streams taken over, a few times."""
 FLUSH_TIMEOUT_S = 1.0
 """How long frontends may take to read where their streams were cut."""
 
@@ -133,7 +126,7 @@ class Sidecar:
         )
         reporter = orca.LoadReporter(self._load_report, clock=self._clock)
         server = self._server = make_server(trailers=reporter.trailers)
-        relay = Relay(  # pyright: ignore[reportAbstractUsage] - Calls of Relay end at the edge.
+        relay = Relay(
             self.hub,
             self._identity,
             heartbeat_interval_s=config.heartbeat_interval_s,
@@ -161,8 +154,8 @@ class Sidecar:
         self._probes = Probes(health)
         self._edge = NativeEdge.before(
             server,
-            relay.by_path,
-            EDGE_LIMITS,
+            relay.answers,
+            edge_limits(config.link_write_max_s),
             collector.edge,
             services=(RELAY_SERVICE, SIDECAR_SERVICE, orca.SERVICE, *ALSO_SERVED),
             tls=None,
@@ -218,6 +211,7 @@ class Sidecar:
         if not stop_engine.done():
             self._engine.kill()
         await stop_engine
+        await self._close_connections(hurry)
         tasks: list[asyncio.Task[Any]] = [hurry, flush, *self._tasks]
         for task in tasks:
             task.cancel()
@@ -226,13 +220,21 @@ class Sidecar:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._registration is not None:
             await self._registration.close()
-        if self._edge is not None:
-            await self._edge.stop()
         if self._server is not None:
             await self._server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         _log.info("sidecar stopped")
+
+    async def _close_connections(self, hurry: asyncio.Task[Any]) -> None:
+        """Frontends have a moment to read the last and close, unless it is to be quick."""
+        if self._edge is None:
+            return
+        closing = asyncio.create_task(self._edge.stop(), name="close connections")
+        await asyncio.wait((closing, hurry), return_when=asyncio.FIRST_COMPLETED)
+        for client in list(self._edge.leaving):
+            client.abort()
+        await closing
 
     def _stepped(self) -> None:
         if self.drain.phase is drain.Phase.LAST_STEP:
@@ -336,6 +338,8 @@ class Sidecar:
 
     def _is_idle(self) -> bool:
         is_told = self._admin is None or self._admin.is_idle
+        if self._edge is not None and self._edge.is_called(DRAIN_CALL):
+            is_told = False  # Its last word is on its way through the edge.
         return is_told and all(link.is_idle for link in self.hub.links)
 
     def _load_report(self, now: float) -> OrcaLoadReport:
@@ -357,6 +361,19 @@ class Sidecar:
             engine_pgid=up.process_group if up is not None else 0,
             metrics_address=self._metrics_server.address if self._metrics_server else "",
         )
+
+
+def edge_limits(link_write_max_s: float) -> EdgeLimits:
+    """What callers may do. Heartbeats notice who hangs, and links who does not read: so pings are
+    rare, and streams that stand still are cut later."""
+    return EdgeLimits(
+        request_bytes_max=RECEIVE_BYTES_MAX,
+        unsent_bytes_max=UNSENT_BYTES_MAX,
+        stall_timeout_s=max(EdgeLimits().stall_timeout_s, 2 * link_write_max_s),
+        ping_interval_s=MESH_KEEPALIVE.interval_s,
+        ping_idle_interval_s=MESH_KEEPALIVE.interval_s,
+        ping_timeout_s=MESH_KEEPALIVE.timeout_s,
+    )
 
 
 async def serve(config: SidecarConfig) -> int:

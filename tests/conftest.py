@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from unbroken.garbage import uncollected_in_forks
+from unbroken.garbage import collect_nothing_in_forks
 
 _KINDS = ("passed", "failed", "error", "skipped")
 _began = time.monotonic()
 
-uncollected_in_forks()
+collect_nothing_in_forks()
 
 
 _COMPUTES = Path(__file__).parent / "simulation"

@@ -4,7 +4,8 @@ A full collection looks at every object of a process: 15 ms for those that are t
 start, half a second with tens of thousands of streams. And bursts set it off: of all moments, it
 comes when an engine has died and all its streams move. So what is there after the start is taken
 out of its sight, and full collections wait until nothing runs. Young objects, among which most
-cycles end, are collected as ever, in a fraction of a millisecond.
+cycles end, are collected as ever, in a fraction of a millisecond. And nothing is collected in the
+moment in which a process is being started.
 """
 
 import asyncio
@@ -25,12 +26,13 @@ _NEVER: Final = 2**31 - 1
 
 
 @functools.cache
-def uncollected_in_forks() -> None:
+def collect_nothing_in_forks() -> None:
     """From now on, have no collection begin between a fork and the program that follows it.
 
     uvloop starts processes so, and runs Python's own hooks in between. What is collected there may
     wait for a thread that only the parent has: the last object of grpc.aio does, without an end,
-    and the parent waits for the program. Idempotent.
+    and the parent waits for the program. Idempotent. Not for processes whose forks go on in Python
+    (they would never collect), or that disable collections themselves.
     """
     os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 

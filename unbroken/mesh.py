@@ -33,7 +33,7 @@ from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS, WORKERS
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
-from unbroken.garbage import uncollected_in_forks
+from unbroken.garbage import collect_nothing_in_forks
 from unbroken.restart import RestartPolicy, Restarts
 from unbroken.tls import ClientTls
 from unbroken.v1 import admin_service_pb2 as admin_pb
@@ -409,7 +409,7 @@ class LocalMesh:
         assert self._scratch is not None, "the mesh is started"
         self._ends_told.discard(name)
         path = self.log_directory / f"{name}.log"
-        uncollected_in_forks()
+        collect_nothing_in_forks()
         with path.open("ab") as output:
             self._processes[name] = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),

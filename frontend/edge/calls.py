@@ -19,11 +19,10 @@ from frontend.edge.encoding import TokenBodies, TokenFields
 from frontend.gateway import Inference
 from frontend.reading import Output, Reading
 from unbroken import log, status
-from unbroken.edge.requests import ANSWER_FIELDS, Deadline, OneMessage, last_fields, refuse
+from unbroken.edge.answering import ANSWER_FIELDS, Deadline, OneMessage, closing_fields, refuse
 from unbroken.edge.server import Answer, ClientConnection, EdgeServer
 from unbroken.errors import UnbrokenError
 from unbroken.http2.connection import HttpStream
-from unbroken.http2.frames import ErrorCode
 from unbroken.http2.headers import Request
 from unbroken.http2.messages import Refused, fields_of
 from unbroken.tokenizer import Tokenizer
@@ -46,8 +45,8 @@ class InferenceCalls:
         self._bodies: WeakKeyDictionary[Tokenizer, Mapping[bool, TokenBodies]] = WeakKeyDictionary()
 
     @property
-    def by_path(self) -> Mapping[bytes, Answer]:
-        """What answers each."""
+    def answers(self) -> Mapping[bytes, Answer]:
+        """What answers each, by its path."""
         return {
             GENERATE: self._answering(self._generate, answers_resume=False),
             RESUME: self._answering(self._resume, answers_resume=True),
@@ -256,7 +255,7 @@ class StreamingCall:
     def _end(self, error: UnbrokenError | None) -> None:
         """The last word."""
         connection, stream_id = self.client.connection, self.stream_id
-        fields = last_fields(self._server, error)
+        fields = closing_fields(self._server, error)
         if self._reader is None:
             connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
         else:
@@ -271,12 +270,8 @@ class StreamingCall:
         self._forget()
 
     def crashed(self, error: Exception) -> None:
-        """A bug of this call was met. Raises nothing."""
-        try:
-            self._end(status.translated(error, self._path))
-        except Exception:
-            _log.exception("bug in a call that had one")
-            self.client.connection.reset(self.stream_id, ErrorCode.INTERNAL_ERROR)
+        """A bug of this call was met."""
+        self._end(status.translated(error, self._path))
 
     def _forget(self) -> None:
         self.client.calls.pop(self.stream_id, None)

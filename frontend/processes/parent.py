@@ -34,7 +34,7 @@ from unbroken import discovery, log, metrics, tether
 from unbroken.config import split_address
 from unbroken.discovery import FRONTENDS
 from unbroken.edge.server import BACKLOG
-from unbroken.garbage import uncollected_in_forks
+from unbroken.garbage import collect_nothing_in_forks
 from unbroken.health import HealthServicer
 from unbroken.loop_watch import watched_loop
 from unbroken.probes import Probes
@@ -347,7 +347,7 @@ class Child:
         ours.setblocking(False)
         with theirs:
             place = self._parent.place(self.number, theirs.fileno())
-            uncollected_in_forks()
+            collect_nothing_in_forks()
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._parent.command(place),

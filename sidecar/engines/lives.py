@@ -292,7 +292,7 @@ class Lives(Engine, ABC, Generic[LifeT]):
             listener.on_down(down)
         except Exception:
             _log.exception("bug: on_down failed", incarnation=life.incarnation)
-        # The news leaves, by a thread of gRPC's, before anything else is done: streams stand still.
+        # The news leaves, in a turn of the loop, before anything else is done: streams stand still.
         await asyncio.sleep(_NEWS_S)
         say = _log.info if failure is FailureKind.DRAIN else _log.warning
         say(

@@ -180,7 +180,9 @@ class Frontend(Reader):
         super().__init__()
         self.hub = hub
         self.link = Link(
-            pb.RelayHello(frontend_id=frontend_id, incarnation=life[0], call_number=life[1]), now
+            pb.RelayHello(frontend_id=frontend_id, incarnation=life[0], call_number=life[1]),
+            now,
+            on_news=lambda: None,
         )
         self.welcome = hub.join(self.link)
         self._next_slot = 1

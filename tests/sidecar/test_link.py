@@ -12,7 +12,8 @@ from unbroken.v1 import relay_service_pb2 as pb
 
 
 def opened() -> Link:
-    return Link(pb.RelayHello(frontend_id="f", incarnation=1, call_number=1), now=0.0)
+    hello = pb.RelayHello(frontend_id="f", incarnation=1, call_number=1)
+    return Link(hello, now=0.0, on_news=lambda: None)
 
 
 def read(link: Link, reader: Reader | None = None) -> Reader:

@@ -1,6 +1,7 @@
 """RelayService on a real port: what frontends may do to it, and what they may not."""
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -14,16 +15,22 @@ import uvloop
 
 from sidecar.engines.base import EngineDown
 from sidecar.hub import Hub
-from sidecar.relay import Relay
-from sidecar.service import EDGE_LIMITS, RELAY_SERVICE
+from sidecar.relay import Relay, RelayCall
+from sidecar.service import RELAY_SERVICE, edge_limits
+from tests.frontend.edge.peer import GREETING, REQUEST, data
+from tests.frontend.edge.raw import RawClient, connect
 from tests.sidecar.fakes import TOKENIZER, Reader, ScriptedEngine, engine_up, failed, start_of
 from tests.sidecar.processes import until
+from unbroken.config import split_address
 from unbroken.edge.metrics import EdgeMetrics
 from unbroken.edge.native import NativeEdge
 from unbroken.errors import Reason, UnbrokenError
+from unbroken.http2 import frames
+from unbroken.http2.headers import Fields
+from unbroken.http2.messages import PREFIX
 from unbroken.metrics import new_registry
 from unbroken.outcome import FailureKind
-from unbroken.status import from_rpc_error
+from unbroken.status import Trailers, from_rpc_error
 from unbroken.transport import make_server, open_channel
 from unbroken.v1 import attempt_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
@@ -32,9 +39,22 @@ from unbroken.v1.relay_service_pb2_grpc import (
     add_RelayServiceServicer_to_server,
 )
 
+RELAY: Fields = [
+    (name, b"/unbroken.v1.RelayService/Relay" if name == b":path" else value)
+    for name, value in REQUEST
+]
 IDENTITY = worker_pb2.WorkerIdentity(worker_id="w", incarnation=1000)
 INTERVAL_S = 0.02
 LIMIT_S = 10.0
+
+
+def said(**request: Any) -> bytes:
+    """A message as it lies in a body."""
+    message = pb.RelayRequest(**request).SerializeToString()
+    return PREFIX.pack(0, len(message)) + message
+
+
+HELLO = said(hello=pb.RelayHello(protocol_version=1, frontend_id="f", incarnation=5))
 
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.RelayRequest, pb.RelayResponse]"
 
@@ -117,18 +137,19 @@ class World:
 
 
 @asynccontextmanager
-async def serving_relay(relay: Relay) -> AsyncGenerator[str, None]:
+async def serving_relay(relay: Relay, trailers: Callable[[], Trailers]) -> AsyncGenerator[str]:
     """As a sidecar serves it."""
     server = make_server()
     add_RelayServiceServicer_to_server(relay, server)
     metrics = EdgeMetrics(new_registry(), "test")
     edge = NativeEdge.before(
         server,
-        relay.by_path,
-        EDGE_LIMITS,
+        relay.answers,
+        edge_limits(relay.write_max_s),
         metrics,
         services=(RELAY_SERVICE,),
         tls=None,
+        trailers=trailers,
         clock=time.monotonic,
     )
     await server.start()
@@ -141,17 +162,22 @@ async def serving_relay(relay: Relay) -> AsyncGenerator[str, None]:
 
 @asynccontextmanager
 async def relaying(
-    *, write_max_s: float = LIMIT_S, silence_max_s: float = LIMIT_S, grace_s: float = LIMIT_S
+    *,
+    write_max_s: float = LIMIT_S,
+    silence_max_s: float = LIMIT_S,
+    grace_s: float = LIMIT_S,
+    hello_max_s: float = 0.2,
+    trailers: Callable[[], Trailers] = tuple,
 ) -> AsyncGenerator[World, None]:
     engine = ScriptedEngine()
     hub = Hub(engine, orphan_grace_s=grace_s)
     hub.on_up(engine_up())
-    relay = Relay(  # pyright: ignore[reportAbstractUsage] - Calls of Relay end at the edge.
+    relay = Relay(
         hub,
         IDENTITY,
         heartbeat_interval_s=INTERVAL_S,
         write_max_s=write_max_s,
-        hello_max_s=0.2,
+        hello_max_s=hello_max_s,
     )
 
     async def tick() -> None:
@@ -161,7 +187,7 @@ async def relaying(
 
     ticking = asyncio.create_task(tick())
     try:
-        async with serving_relay(relay) as address:
+        async with serving_relay(relay, trailers) as address:
             async with open_channel(address) as channel:
                 yield World(hub, engine, address, channel)
             await until(lambda: not hub.links)
@@ -551,5 +577,204 @@ def test_what_waits_at_a_frontend_is_told_to_the_others_while_its_call_is_open()
             await other.read_until(
                 lambda: len(other.heartbeats) > seen + 1 and not other.heartbeats[-1].queues
             )
+
+    run(scenario)
+
+
+# One call's bug, or its client's, is not the others' loss.
+
+
+def breaks(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("where", ["heard", "told", "told twice"])
+def test_a_bug_ends_the_call_that_met_it_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        is_broken = False
+        async with relaying(trailers=lambda: breaks() if is_broken else ()) as world:
+            client, other = await world.connect(), await world.connect("other")
+            slot = await world.start(other, 1)
+            (link,) = (link for link in world.hub.links if link.frontend_id == "f")
+            match where:
+                case "heard":
+                    monkeypatch.setattr(world.hub, "ack", breaks)
+                    await client.say(ack=attempt_pb2.AckAttempts(slots=[1], offsets=[1]))
+                case _:
+                    is_broken = where == "told twice"
+                    monkeypatch.setattr(link, "take", breaks)
+                    link.heartbeat()
+            world.step(slot, 7)
+            await other.read_until(lambda: other.tokens.get(1) == [7])
+            error = await client.error()
+            assert error.reason is Reason.INTERNAL
+            assert ("internal error" in error.detail) is (where != "told twice"), error.detail
+            await until(lambda: link not in world.hub.links)
+            is_broken = False
+            await other.read_until(lambda: other.heartbeats)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("ending", "detail"),
+    [
+        (said(hello=pb.RelayHello(protocol_version=1, frontend_id="f")), b"a second"),
+        (PREFIX.pack(0, 3) + b"\xff\xff\xff", b"expected a message"),
+    ],
+)
+def test_nothing_is_obeyed_that_came_with_what_ended_the_call(ending: bytes, detail: bytes) -> None:
+    async def scenario() -> None:
+        async with relaying() as world, connect(world.address) as raw:
+            raw.request(1, RELAY)
+            raw.say(data(1, HELLO + ending + said(start=start_of(1))))
+            fields = await raw.answer(1)
+            assert fields[b"grpc-status"] == b"3", fields
+            assert detail in fields[b"grpc-message"]
+            assert not world.engine.started
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_messages_come_out_however_they_are_cut(size: int) -> None:
+    async def scenario() -> None:
+        async with relaying() as world, connect(world.address) as raw:
+            raw.request(1, RELAY)
+            body = HELLO + said(start=start_of(1))
+            for begin in range(0, len(body), size):
+                raw.say(data(1, body[begin : begin + size]))
+            await until(lambda: bool(world.engine.started))
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("fields", "body", "code", "detail"),
+    [
+        ((), b"", b"3", b"hello"),
+        ((), HELLO_CUT := b"\0\0\0\0\x20half", b"13", b"into a message"),
+        ((), b"\0\0\0\0\0" + HELLO_CUT, b"3", b"hello"),
+        (((b"grpc-timeout", b"soon"),), b"", b"13", b"grpc-timeout"),
+        (((b"grpc-encoding", b"br"),), b"\1\0\0\0\0", b"12", b"gzip"),
+    ],
+)
+def test_what_the_protocol_forbids_is_refused(
+    fields: Fields, body: bytes, code: bytes, detail: bytes
+) -> None:
+    async def scenario() -> None:
+        async with relaying() as world, connect(world.address) as raw:
+            raw.request(1, [*RELAY, *fields])
+            raw.say(data(1, body, ends=True))
+            answer = await raw.answer(1)
+            assert answer[b"grpc-status"] == code, answer
+            assert detail in answer[b"grpc-message"], answer
+
+    run(scenario)
+
+
+def test_half_a_message_after_the_hello_ends_the_call_in_its_trailers() -> None:
+    async def scenario() -> None:
+        async with relaying() as world, connect(world.address) as raw:
+            raw.request(1, RELAY)
+            raw.say(data(1, HELLO + b"\0\0\0\0\x20half", ends=True))
+            answer = await raw.answer(1)
+            assert answer[b"grpc-status"] == b"13", answer
+            assert b"into a message" in answer[b"grpc-message"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("after_hello", [True, False])
+def test_the_deadline_of_a_call_ends_it(after_hello: bool) -> None:
+    async def scenario() -> None:
+        async with relaying(hello_max_s=LIMIT_S) as world, connect(world.address) as raw:
+            raw.request(1, [*RELAY, (b"grpc-timeout", b"100m")])
+            raw.say(data(1, HELLO if after_hello else b""))
+            answer = await raw.answer(1)
+            assert answer[b"grpc-status"] == b"4", answer
+
+    run(scenario)
+
+
+def test_calls_that_are_refused_at_once_leave_no_timer() -> None:
+    async def scenario() -> None:
+        async with relaying(hello_max_s=LIMIT_S) as world, connect(world.address) as raw:
+            raw.request(1, [*RELAY, (b"grpc-timeout", b"soon")])
+            await raw.answer(1)
+        gc.collect()
+        assert not [it for it in gc.get_objects() if isinstance(it, RelayCall)]
+
+    run(scenario)
+
+
+def test_every_call_ends_with_the_load() -> None:
+    async def scenario() -> None:
+        async with (
+            relaying(trailers=lambda: (("load", "1"),)) as world,
+            connect(world.address) as raw,
+        ):
+            raw.request(1, RELAY)
+            raw.say(data(1, HELLO, ends=True))
+            answer = await raw.answer(1)
+            assert (answer[b"grpc-status"], answer[b"load"]) == (b"0", b"1")
+
+    run(scenario)
+
+
+def test_what_gathered_in_a_turn_of_the_loop_leaves_in_one_write() -> None:
+    async def scenario() -> None:
+        async with relaying() as world:
+            client = await world.connect()
+            slot = await world.start(client, 1)
+            for token_id in range(5):
+                world.step(slot, token_id)
+            (link,) = world.hub.links
+            link.heartbeat()
+            frame = await client.read()
+            assert frame is not None
+            assert list(frame.frame.token_ids) == [0, 1, 2, 3, 4]
+            await client.read_until(lambda: client.heartbeats)
+
+    run(scenario)
+
+
+def test_a_frontend_that_stops_reading_for_a_while_now_and_then_is_kept() -> None:
+    async def scenario() -> None:
+        async with relaying(write_max_s=1.5) as world, open_channel(world.address) as channel:
+            slow = await world.connect("slow", channel=channel)
+            slot = await world.start(slow, 1)
+            (link,) = world.hub.links
+            num = 0
+            for _ in range(3):
+                while link.is_idle:  # What gRPC reads ahead it reads all the same.
+                    for _ in range(50):
+                        world.step(slot, *[999] * 10_000)
+                        num += 10_000
+                    await asyncio.sleep(0.1)
+                await asyncio.sleep(0.8)
+                assert not link.is_idle, "there is something that it has not read"
+                await slow.read_until(lambda num=num: len(slow.tokens.get(1, [])) == num)
+
+    run(scenario)
+
+
+def test_who_ends_his_side_with_something_unread_is_gone_at_once() -> None:
+    async def scenario() -> None:
+        async with relaying() as world:
+            reader, writer = await asyncio.open_connection(*split_address(world.address))
+            raw = RawClient(reader, writer)
+            raw.say(GREETING, frames.window_update(0, 2**30))
+            raw.request(1, RELAY)
+            raw.say(frames.window_update(1, 2**30), data(1, HELLO + said(start=start_of(1))))
+            await until(lambda: bool(world.engine.started))
+            (link,) = world.hub.links
+            for _ in range(40):
+                world.step(world.engine.started[-1].slot, *[999] * 100_000)
+                await asyncio.sleep(0)
+            await until(lambda: not link.is_idle)
+            writer.write_eof()  # And nothing is ever read.
+            await until(lambda: not world.hub.links)
+            writer.transport.abort()
 
     run(scenario)

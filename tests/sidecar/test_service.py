@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,6 +20,8 @@ from typing_extensions import override
 from sidecar.engines.base import EngineDown
 from sidecar.engines.kinds import launch_of
 from sidecar.service import RELAY_SERVICE, SIDECAR_SERVICE
+from tests.frontend.edge.peer import REQUEST
+from tests.frontend.edge.raw import connect
 from tests.sidecar.fakes import engine_up
 from tests.sidecar.processes import until
 from tests.sidecar.worlds import config_of, connected, run, running, scripted
@@ -30,6 +33,10 @@ from unbroken.v1 import relay_service_pb2 as pb
 from unbroken.v1 import worker_pb2
 from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
 
+CHECK = [
+    (name, b"/grpc.health.v1.Health/Check" if name == b":path" else value)
+    for name, value in REQUEST
+]
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -168,6 +175,52 @@ def test_an_engine_that_is_given_up_ends_the_sidecar_with_an_error(tmp_path: Pat
     run(scenario)
 
 
+def test_a_port_that_is_taken_ends_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "1") as world:
+            record = await world.member(lambda record: record.engine_pgid)
+            second = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "sidecar", "--worker-id=w2", f"--discovery={tmp_path}/2"),
+                *("--engine=simulated", "--listen", record.address),
+                stderr=asyncio.subprocess.PIPE,
+            )
+            _, told = await second.communicate()
+            assert second.returncode == 1
+            assert b"sidecar cannot start" in told
+            assert b"address already in use" in told.lower()
+
+    run(scenario)
+
+
+def test_a_client_that_does_not_close_holds_nobody_up_for_long(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        for num_signals in (1, 2):
+            async with running(tmp_path / str(num_signals)) as world:
+                record = await world.member(lambda record: record.engine_pgid)
+                async with connect(record.address) as client:
+                    client.request(1, CHECK)  # It never comes to an end.
+                    await client.frame()
+                    for _ in range(num_signals):
+                        world.process.terminate()
+                    await world.exit_status()
+
+    run(scenario)
+
+
+def test_methods_that_nobody_serves_are_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as world:
+            record = await world.member(lambda record: record.engine_pgid)
+            async with open_channel(record.address) as channel:
+                untyped = cast("Any", channel)
+                method = untyped.unary_unary("/unbroken.v1.RelayService/Nothing")
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await method(b"")
+                assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    run(scenario)
+
+
 def test_metrics_have_the_names_that_are_documented(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path, "--metrics-listen=127.0.0.1:0") as world:
@@ -192,6 +245,7 @@ def test_metrics_have_the_names_that_are_documented(tmp_path: Path) -> None:
                 for name in ("engine_failures", "attempts_drained", "attempts_handed_over"):
                     assert float(samples[f"unbroken_sidecar_{name}_total"]) == 0, name
                 assert float(samples["unbroken_sidecar_draining"]) == 0
+                assert float(samples["unbroken_sidecar_edge_connections"]) == 1
                 assert float(samples["unbroken_sidecar_kv_blocks_accounted"]) >= 2
                 ranks = {name.split("{")[0] for name in samples if '{rank="0"}' in name}
                 assert ranks == {

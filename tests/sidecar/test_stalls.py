@@ -297,7 +297,8 @@ def test_an_engine_that_stops_again_and_again_is_given_up(tmp_path: Path) -> Non
             await asyncio.sleep(LOOK_INTERVAL_S)
         await running_engine
         assert (hub.watchdog.num_stalls, hub.num_engine_failures) == (2, 2)
-        assert hub.join(Link(pb.RelayHello(frontend_id="f", incarnation=1), 0)).state == DEAD
+        hello = pb.RelayHello(frontend_id="f", incarnation=1)
+        assert hub.join(Link(hello, 0, on_news=lambda: None)).state == DEAD
 
     run(scenario)
 

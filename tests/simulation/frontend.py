@@ -436,7 +436,7 @@ class Call:
         hello = relay_service_pb2.RelayHello(
             frontend_id=self._frontend.name, incarnation=1, call_number=self._number
         )
-        link = Link(hello, self._world.now)
+        link = Link(hello, self._world.now, on_news=lambda: None)
         try:
             verdict = process.hub.join(link)
         except UnbrokenError:
@@ -1005,7 +1005,7 @@ class Choice:
         hello = relay_service_pb2.RelayHello(
             frontend_id="thief", incarnation=1, call_number=self._world.num_events
         )
-        thief = Link(hello, self._world.now)
+        thief = Link(hello, self._world.now, on_news=lambda: None)
         process.hub.join(thief)
         epoch = self.stream.epoch + 100
         running = [a for a in process.hub.ledger if self._is_mine(a.stream)]

@@ -102,11 +102,11 @@ def test_afterwards_all_is_as_before() -> None:
 
 STARTS_A_PROCESS = """
 import asyncio, gc, os, sys, uvloop
-from unbroken.garbage import uncollected_in_forks
+from unbroken.garbage import collect_nothing_in_forks
 
 if "uncollected" in sys.argv:
-    uncollected_in_forks()
-    uncollected_in_forks()
+    collect_nothing_in_forks()
+    collect_nothing_in_forks()
 os.register_at_fork(after_in_child=lambda: print(gc.isenabled(), flush=True))
 
 async def start():

@@ -27,7 +27,7 @@ from unbroken import tether
 from unbroken.chaos.checker import Asked, Began, Came, Event, Failed, Finished
 from unbroken.client import Client
 from unbroken.errors import UnbrokenError
-from unbroken.garbage import uncollected_in_forks
+from unbroken.garbage import collect_nothing_in_forks
 from unbroken.history import History
 from unbroken.v1 import inference_service_pb2 as pb
 
@@ -91,7 +91,7 @@ class Recorder:
 
     async def start(self) -> None:
         """Start the process."""
-        uncollected_in_forks()
+        collect_nothing_in_forks()
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
             *self._wrap,

@@ -15,7 +15,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import Default
 
 from unbroken import status
-from unbroken.edge.requests import ANSWER_FIELDS, Deadline, OneMessage, refuse
+from unbroken.edge.answering import ANSWER_FIELDS, Deadline, OneMessage, refuse
 from unbroken.http2.headers import Request
 from unbroken.http2.messages import (
     PREFIX,

@@ -8,11 +8,11 @@ class EdgeMetrics:
 
     def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
         self._connections = Gauge(
-            f"{prefix}_edge_connections", "Connections of clients, native edge.", registry=registry
+            f"{prefix}_edge_connections", "Connections open at the native edge.", registry=registry
         )
         self._limits = Counter(
             f"{prefix}_edge_limits_total",
-            "Times that a client went beyond a limit of the native edge (docs/decisions/edge.md).",
+            "Times that a caller went beyond a limit of the native edge (docs/decisions/edge.md).",
             ["limit"],
             registry=registry,
         )

@@ -1,4 +1,7 @@
-"""The edge as a whole: one port for all, with the gRPC server behind it."""
+"""The edge as a whole: one port for all, with the gRPC server behind it.
+
+"Native" as opposed to grpcio's own, which can serve in its place at a frontend.
+"""
 
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -25,7 +28,7 @@ class NativeEdge:
     def before(
         cls,
         server: grpc.aio.Server,
-        own: Mapping[bytes, Answer],
+        answers: Mapping[bytes, Answer],
         limits: EdgeLimits,
         observer: EdgeObserver,
         *,
@@ -43,7 +46,7 @@ class NativeEdge:
         scratch = Scratch("unbroken-edge-")
         channel = open_channel(listen_locally(server, scratch.path / "grpc.sock"))
         edge = EdgeServer(
-            own,
+            answers,
             channel,
             limits,
             observer,
@@ -90,7 +93,7 @@ class NativeEdge:
         self._server.drain()
 
     async def stop(self) -> None:
-        """Close all connections."""
+        """Close all connections. Idempotent."""
         await self._server.stop()
         await self._channel.close()
         self._scratch.close()

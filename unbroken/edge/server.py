@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from unbroken import log
 from unbroken.config import split_address
+from unbroken.edge.answering import ANSWER_FIELDS, refuse
 from unbroken.edge.forwarding import ForwardedCall
-from unbroken.edge.requests import ANSWER_FIELDS, refuse
 from unbroken.http2.connection import (
     Connection,
     DataReceived,
@@ -92,12 +92,17 @@ class OwnCall(Call, Protocol):
         """Whose it is."""
         ...
 
+    @property
+    def stream_id(self) -> int:
+        """Its number on that connection."""
+        ...
+
     def pump(self, now: float) -> None:
         """Send what is new, as far as it can leave."""
         ...
 
     def crashed(self, error: Exception) -> None:
-        """A bug of this call was met. Raises nothing."""
+        """A bug of this call was met: end it. What this raises resets the stream."""
         ...
 
 
@@ -110,7 +115,7 @@ class EdgeServer:
 
     def __init__(
         self,
-        own: Mapping[bytes, Answer],
+        answers: Mapping[bytes, Answer],
         behind: grpc.aio.Channel,
         limits: EdgeLimits,
         observer: EdgeObserver,
@@ -120,8 +125,8 @@ class EdgeServer:
         trailers: Callable[[], Trailers] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`own` has what answers each path here; `behind` leads to the server of `services` for all
-        others. Calls end with `trailers`."""
+        """`answers` has what answers each path here; all others go to the server of `services`,
+        to which `behind` leads. Calls end with `trailers`."""
         self.trailers = trailers
         self.limits = limits
         self.observer = observer
@@ -132,7 +137,7 @@ class EdgeServer:
         self.leaving: set[ClientConnection] = set()
         """Those that are told no more."""
         self.is_stopping = False
-        self._own = own
+        self._answers = answers
         self._behind = behind
         self._tls = tls
         self.num_held = 0
@@ -149,11 +154,14 @@ class EdgeServer:
         loop = asyncio.get_running_loop()
         # Of a name with several addresses the first, so that port 0 means one port.
         (family, _, _, _, where), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        place = str(where[0]), int(where[1])
+        # As gRPC has it, "::" is all addresses of both families.
+        is_dual = place[0] == "::" and socket.has_dualstack_ipv6()
         self._server = await loop.create_server(
             lambda: ClientConnection(self),
-            str(where[0]),
-            port,
-            family=family,
+            sock=socket.create_server(
+                place, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual
+            ),
             backlog=BACKLOG,
             ssl=self._tls,
             ssl_handshake_timeout=None if self._tls is None else self.limits.handshake_timeout_s,
@@ -210,7 +218,7 @@ class EdgeServer:
     def call(self, client: "ClientConnection", event: RequestReceived) -> Call:
         """What is to happen on a new stream. Raises `Refused`."""
         request = event.request
-        answer = self._own.get(request.path)
+        answer = self._answers.get(request.path)
         if answer is not None:
             return answer(self, client, event.stream_id, request)
         return ForwardedCall(self, client, event.stream_id, request, self._behind)
@@ -224,6 +232,12 @@ class EdgeServer:
         return True
 
     # Writing.
+
+    def wake(self, call: OwnCall) -> None:
+        """The call has news: have it pumped."""
+        self.awake[call] = None
+        if not self.is_scheduled:
+            self.schedule()
 
     def touch(self, client: "ClientConnection") -> None:
         """The connection has something to send."""
@@ -247,12 +261,21 @@ class EdgeServer:
             try:
                 call.pump(now)
             except Exception as error:
-                call.crashed(error)  # One call's bug is not the others' loss.
+                _end_crashed(call, error)  # One call's bug is not the others' loss.
             if call.client is not client:
                 client = call.client
                 touched[client] = None
         for client in touched:
             client.write()
+
+
+def _end_crashed(call: OwnCall, error: Exception) -> None:
+    try:
+        call.crashed(error)
+    except Exception:
+        _log.exception("bug in a call that had one")
+        call.client.connection.reset(call.stream_id, ErrorCode.INTERNAL_ERROR)
+        call.lost()
 
 
 class ClientConnection(asyncio.Protocol):
@@ -320,7 +343,13 @@ class ClientConnection(asyncio.Protocol):
 
     @override
     def eof_received(self) -> None:
-        """Closes the transport: who sends no more reads no more."""
+        """Closes the transport: who sends no more reads no more than is on its way."""
+        for call in list(self.calls.values()):
+            call.lost()
+        self.connection.is_over = True
+        transport = self._transport
+        if transport is not None and transport.get_write_buffer_size():
+            self._loop.call_later(CLOSE_S, transport.abort)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:

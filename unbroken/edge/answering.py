@@ -1,4 +1,4 @@
-"""What a call's request is to a server: until when its client waits, and its messages."""
+"""What every call needs that is answered: its deadline, its message, how it is refused and ends."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -27,7 +27,7 @@ def refuse(client: "ClientConnection", stream_id: int, refused: Refused) -> None
     client.connection.send_headers(stream_id, [*ANSWER_FIELDS, *fields], ends=True)
 
 
-def last_fields(server: "EdgeServer", error: UnbrokenError | None) -> Fields:
+def closing_fields(server: "EdgeServer", error: UnbrokenError | None) -> Fields:
     """How a call ends that went well, or failed of `error`."""
     if error is None:
         fields = trailers(Code.OK, "")
