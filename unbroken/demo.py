@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unbroken.chaos.processes import is_alive
 from unbroken.client import Client
 from unbroken.generation_stream import GenerationStream, Piece
 from unbroken.history import History, record
@@ -197,7 +198,7 @@ def _tokens(piece: Piece) -> int:
 async def _until_dead(worker: pb.WorkerRecord) -> None:
     """Wait until no process of the worker is left but zombies; the proof that the kill worked."""
     async with asyncio.timeout(5):
-        while _is_alive(worker.sidecar_pid) or _is_group_alive(worker.engine_pgid):  # noqa: ASYNC110 - The kernel has no event for this.
+        while is_alive(worker.sidecar_pid) or _is_group_alive(worker.engine_pgid):  # noqa: ASYNC110 - The kernel has no event for this.
             await asyncio.sleep(0.001)
 
 
@@ -207,7 +208,7 @@ def _is_group_alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return any(
-        _group_of(int(entry)) == group and _is_alive(int(entry))
+        _group_of(int(entry)) == group and is_alive(int(entry))
         for entry in os.listdir("/proc")
         if entry.isdigit()
     )
@@ -218,12 +219,3 @@ def _group_of(pid: int) -> int | None:
         return os.getpgid(pid)
     except ProcessLookupError:
         return None
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.integration.worlds import World, real_mesh
-from tests.unbroken.pretenders import is_alive
+from unbroken.chaos.processes import is_alive
 from unbroken.history import record
 
 

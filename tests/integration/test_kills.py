@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.readers import Reader, assert_equal
 from tests.integration.worlds import World, real_mesh
-from tests.unbroken.pretenders import is_alive
+from unbroken.chaos.processes import is_alive
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.history import History
 from unbroken.mesh import Target

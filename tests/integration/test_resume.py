@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.plain import Caller, Recording, generate
 from tests.integration.worlds import World, real_mesh
-from tests.unbroken.pretenders import is_alive
+from unbroken.chaos.processes import is_alive
 from unbroken.v1 import generation_pb2, worker_pb2
 from unbroken.v1 import inference_service_pb2 as pb
 

@@ -80,12 +80,3 @@ def install(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (directory / name / "__main__.py").write_text(text)
     monkeypatch.chdir(directory)
     monkeypatch.setenv("PYTHONPATH", f"{directory}:{REPOSITORY}")
-
-
-def is_alive(pid: int) -> bool:
-    """Zombies are dead."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"

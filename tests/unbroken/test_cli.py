@@ -25,6 +25,7 @@ from tests.unbroken.fake_frontend import (
     tokens,
 )
 from unbroken import cli, terminal
+from unbroken.chaos.processes import is_alive
 from unbroken.discovery import FRONTENDS, WORKERS
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
@@ -423,7 +424,7 @@ def test_up_runs_a_mesh_until_a_signal_and_leaves_nothing(
                     await process.stderr.readuntil(b"w2 is started again")
                 process.send_signal(number)
                 assert await process.wait() == 0
-            assert not any(map(pretenders.is_alive, pids))
+            assert not any(map(is_alive, pids))
         finally:
             if process.returncode is None:
                 process.kill()

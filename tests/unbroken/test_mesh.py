@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from tests.unbroken import pretenders
-from tests.unbroken.pretenders import is_alive
+from unbroken.chaos.processes import is_alive
 from unbroken.client import Client
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.mesh import LocalMesh, MeshError, kill_worker
