@@ -19,7 +19,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation_stream import Piece
 from unbroken.history import History
 from unbroken.http2 import frames
-from unbroken.http2.call import Ended
+from unbroken.http2.caller import Status
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
 from unbroken.http2.headers import Fields
 from unbroken.http2.messages import PREFIX, MessageReader, Refused
@@ -188,9 +188,9 @@ class _Call:
         except Refused as error:
             self.end_with(_lost(error.detail))
             return
-        ended = Ended.by_server(fields)
-        if ended.code:
-            self.end_with(from_rpc_error(rpc_error(ended.code, ended.detail, ended.trailers)))
+        status = Status.by_server(fields)
+        if status.code:
+            self.end_with(from_rpc_error(rpc_error(status.code, status.detail, status.trailers)))
         elif not self.ended.done():
             self.ended.set_result(None)
 

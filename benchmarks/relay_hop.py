@@ -4,7 +4,7 @@ A sidecar sends one columnar message (RelayResponse with a StepFrame) per engine
 stream, a frontend reads it. Two processes, the same protobuf at both ends, and in between
 
     grpc    a bidirectional stream of grpc.aio
-    mixed   grpc.aio in the sidecar, unbroken/http2/call.py in the frontend
+    mixed   grpc.aio in the sidecar, unbroken/http2/caller.py in the frontend
     http2   unbroken/http2/connection.py in the sidecar, and that: as the mesh has it
 
 at so many streams a step. What is left out is what both would need: acknowledgements, heartbeats,
@@ -21,16 +21,16 @@ import struct
 import sys
 import time
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Final, cast
 
 import uvloop
 from typing_extensions import override
 
 from benchmarks.stamps import CpuClock, age_s, stamp
-from unbroken.config import split_address
+from unbroken.calls.transport import CallerTransport
 from unbroken.edge.answering import ANSWER_FIELDS
-from unbroken.http2.call import Call, CallLimits, MessageReceived
+from unbroken.http2.caller import CallerLimits, Event, MessageReceived
 from unbroken.http2.connection import Connection, DataReceived, RequestReceived
 from unbroken.http2.limits import EdgeLimits
 from unbroken.transport import listen, make_server, open_channel
@@ -146,27 +146,20 @@ class Seen:
             self.ages_s.append(age_s(ids[0]))
 
 
-class Http2Frontend(asyncio.Protocol):
+class Http2Frontend(CallerTransport):
     """Reads the stream over our HTTP/2, as frontends do."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, address: str, seen: Seen) -> None:
+        super().__init__(address, CallerLimits(), time.monotonic)
         self._seen = seen
-        self._call = Call("/unbroken.v1.RelayService/Relay", "bench", CallLimits(), 0.0)
-        self._transport: asyncio.Transport | None = None
+        call = self._call("/unbroken.v1.RelayService/Relay")
+        self._caller.send(call, pb.RelayRequest().SerializeToString())
 
     @override
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._call.send(pb.RelayRequest().SerializeToString())
-        self._transport.write(self._call.take_outbound())
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        for event in self._call.receive(data, time.monotonic()):
+    def _tell(self, events: Iterable[Event]) -> None:
+        for event in events:
             assert isinstance(event, MessageReceived), event
             self._seen.saw(pb.RelayResponse.FromString(event.message))
-        if self._call.outbound and self._transport is not None:
-            self._transport.write(self._call.take_outbound())
 
 
 async def serve(way: str, rows: int, step_s: float) -> None:
@@ -202,8 +195,7 @@ async def read(way: str, address: str, pid: int, seconds: float) -> Mapping[str,
 
         reading = asyncio.create_task(follow())
     else:
-        host, port = split_address(address)
-        await asyncio.get_running_loop().create_connection(lambda: Http2Frontend(seen), host, port)
+        await Http2Frontend(address, seen).connect()
         reading = asyncio.create_task(asyncio.sleep(WARM_UP_S + seconds + 1))
     await asyncio.sleep(WARM_UP_S)
     seen.is_counting = True

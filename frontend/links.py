@@ -32,7 +32,7 @@ from frontend.relay_wire import GrpcioWire, Talker, Wire
 from frontend.stream import Life
 from unbroken import log
 from unbroken.discovery import WORKERS, Discovery
-from unbroken.http2.call import CallLimits
+from unbroken.http2.caller import CallerLimits
 from unbroken.outcome import FailureKind
 from unbroken.v1 import worker_pb2
 
@@ -45,7 +45,7 @@ KNOWN_MAX: Final = 10_000
 
 RelayKind = Literal["grpcio", "native"]
 """What carries the calls: grpc.aio, or our own HTTP/2."""
-_CALL_LIMITS: Final = CallLimits()
+_CALL_LIMITS: Final = CallerLimits()
 
 _log = log.get_logger(__name__)
 

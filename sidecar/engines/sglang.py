@@ -12,10 +12,8 @@ Written against the protocol and its servicer's source, never run against SGLang
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import grpc.aio
 from google.protobuf.json_format import MessageToDict
 from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb  # pyright: ignore[reportMissingTypeStubs]
-from smg_grpc_proto.generated import sglang_scheduler_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
 from sidecar.engines.adapter import END_REASONS, Call, Delta, Discovered, End, LoadOfRank, Part
@@ -47,9 +45,7 @@ class SglangAdapter(SmgAdapter):
 
     health_timeout_s = 30.0  # Its readiness waits so long for the scheduler.
 
-    @override
-    def _make_stub(self, channel: grpc.aio.Channel) -> object:
-        return sglang_scheduler_pb2_grpc.SglangSchedulerStub(channel)  # pyright: ignore[reportUnknownVariableType]
+    _service = pb.DESCRIPTOR.services_by_name["SglangScheduler"]
 
     @override
     async def _describe(self) -> Discovered:

@@ -5,15 +5,18 @@ of a call, the archive with the tokenizer, and the stream of KV events with load
 """
 
 import asyncio
-import contextlib
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
 from smg_grpc_proto.generated import common_pb2  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
@@ -34,9 +37,9 @@ from sidecar.engines.adapter import (
 )
 from sidecar.engines.model_directory import read_directory
 from sidecar.engines.tokenizer_files import ARCHIVE_BYTES_MAX, BadTokenizer, unpack
+from unbroken.calls.channel import Answers, Channel
 from unbroken.generation import TokenLogprobs
 from unbroken.outcome import FailureKind
-from unbroken.transport import open_channel
 
 _DISCOVER_TIMEOUT_S: Final = 10.0
 _TOKENIZER_TIMEOUT_S: Final = 60.0
@@ -50,19 +53,30 @@ _REJECTED: Final = frozenset(
         grpc.StatusCode.UNIMPLEMENTED,
     }
 )
+_HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 _ON_DEVICE: Final = (0, 1)  # KvCacheTier: not told, or the accelerator's own memory.
 
 
 class SmgAdapter(Adapter):
-    """One channel to one engine. Subclasses have the messages."""
+    """One channel to one engine. Subclasses have the messages.
+
+    The channel is ours: a message through grpc.aio costs most of what a token may.
+    """
 
     health_timeout_s = 10.0
+    _service: ClassVar[ServiceDescriptor]
+    """The protocol."""
 
     def __init__(self, address: str, tokenizer: Path | None = None) -> None:
-        """`tokenizer` is a directory with its files, for engines that hand out none."""
-        self._channel = open_channel(address)
-        self._stub: Any = self._make_stub(self._channel)
-        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        """`tokenizer` is a directory with its files, for engines that hand out none.
+
+        Raises ValueError for an address that is none.
+        """
+        self._channel = Channel(address)
+        self._methods = {
+            name: (f"/{self._service.full_name}/{name}", GetMessageClass(method.output_type))
+            for name, method in self._service.methods_by_name.items()
+        }
         self._tokenizer = tokenizer
         self._has_taps = True
         self._num_ranks = 1
@@ -71,15 +85,11 @@ class SmgAdapter(Adapter):
     # Of each protocol.
 
     @abstractmethod
-    def _make_stub(self, channel: grpc.aio.Channel) -> object:
-        """The package's own stub."""
-
-    @abstractmethod
     async def _describe(self) -> Discovered:
         """Ask what it is. Raises `grpc.aio.AioRpcError`, `BadTokenizer`."""
 
     @abstractmethod
-    def _request(self, call: Call) -> object:
+    def _request(self, call: Call) -> Message:
         """A call in its words."""
 
     @abstractmethod
@@ -107,19 +117,17 @@ class SmgAdapter(Adapter):
 
     @override
     async def generate(self, call: Call) -> AsyncGenerator[Delta]:
-        responses = self._stub.Generate(self._request(call))
         num = 0
         try:
-            # Half a microsecond counts here: `read` is cheaper than the call as an iterator.
-            while (response := await responses.read()) is not grpc.aio.EOF:
-                delta = self._delta(call, response, num)
-                if delta is not None:
-                    num += len(delta.token_ids)
-                    yield delta
+            async with self._answers("Generate", self._request(call)) as answers:
+                # Half a microsecond counts here: `read` is cheaper than an iterator.
+                while (response := await answers.read()) is not None:
+                    delta = self._delta(call, response, num)
+                    if delta is not None:
+                        num += len(delta.token_ids)
+                        yield delta
         except grpc.aio.AioRpcError as error:
             raise failed(error) from error
-        finally:
-            responses.cancel()  # Frees the request at the engine, unless it is over.
 
     @override
     async def check_health(self) -> None:
@@ -133,7 +141,9 @@ class SmgAdapter(Adapter):
     async def _check_serving(self) -> None:
         """The standard service's word, if it is there. Its `Watch` ends at once: it is asked."""
         try:
-            response = await self._health.Check(health_pb2.HealthCheckRequest())
+            response = await self._channel.unary(
+                _HEALTH_CHECK, health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse
+            )
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND):
                 return
@@ -152,30 +162,28 @@ class SmgAdapter(Adapter):
         for cleared in self._cleared():  # What was told is not kept up to date any more.
             yield cleared
         request = common_pb2.SubscribeKvEventsRequest(load_records_before_first_batch=True)
-        batches = self._stub.SubscribeKvEvents(request)
         sequences: dict[int, int] = {}  # By rank.
         try:
-            async for batch in cast(AsyncIterator[common_pb2.KvEventBatch], batches):
-                rank = batch.dp_rank
-                if batch.HasField("load"):
-                    yield load_of_record(rank, batch.load)
-                    if batch.load.load_only:
-                        continue
-                before = sequences.get(rank)
-                if before is not None and batch.sequence_number > before + 1:
-                    return  # Something is missing, so all of it is asked for again.
-                sequences[rank] = batch.sequence_number
-                for event in batch.events:
-                    for tapped in block_events(rank, event):
-                        self._is_cleared = False
-                        yield tapped
+            async with self._answers("SubscribeKvEvents", request) as batches:
+                while (batch := await batches.read()) is not None:
+                    rank = batch.dp_rank
+                    if batch.HasField("load"):
+                        yield load_of_record(rank, batch.load)
+                        if batch.load.load_only:
+                            continue
+                    before = sequences.get(rank)
+                    if before is not None and batch.sequence_number > before + 1:
+                        return  # Something is missing, so all of it is asked for again.
+                    sequences[rank] = batch.sequence_number
+                    for event in batch.events:
+                        for tapped in block_events(rank, event):
+                            self._is_cleared = False
+                            yield tapped
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 self._has_taps = False
                 return
             raise failed(error) from error
-        finally:
-            batches.cancel()
 
     def _cleared(self) -> Sequence[BlocksCleared]:
         """That nothing is reusable, unless nothing was said to be since that was said last."""
@@ -186,19 +194,43 @@ class SmgAdapter(Adapter):
     async def close(self) -> None:
         await self._channel.close()
 
-    async def _ask(self, method: str, request: object) -> Any:
-        return await getattr(self._stub, method)(request, timeout=_DISCOVER_TIMEOUT_S)
+    async def _ask(
+        self, method: str, request: Message, *, timeout_s: float | None = _DISCOVER_TIMEOUT_S
+    ) -> Any:
+        """Raises `grpc.aio.AioRpcError`."""
+        path, response = self._methods[method]
+        return await self._channel.unary(path, request, response, timeout_s=timeout_s)
 
-    async def _ask_load(self, request: object) -> Any:
+    @asynccontextmanager
+    async def _answers(
+        self, method: str, request: Message, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[Answers[Any]]:
+        """A call with more than one. Leaving it frees the request at the engine."""
+        path, response = self._methods[method]
+        answers = await self._channel.stream(path, request, response, timeout_s=timeout_s)
         try:
-            return await self._stub.GetLoads(request, timeout=_LOAD_TIMEOUT_S)
+            yield answers
+        finally:
+            answers.cancel()
+
+    async def _ask_load(self, request: Message) -> Any:
+        try:
+            return await self._ask("GetLoads", request, timeout_s=_LOAD_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise failed(error) from error
 
-    async def _tell_abort(self, request: object) -> None:
+    async def _ask_health(self) -> Any:
+        """The protocol's own word. Raises `Unhealthy`."""
+        try:
+            request = GetMessageClass(self._service.methods_by_name["HealthCheck"].input_type)()
+            return await self._ask("HealthCheck", request, timeout_s=None)
+        except grpc.aio.AioRpcError as error:
+            raise Unhealthy(f"the engine refuses calls: {error.details()}") from error
+
+    async def _tell_abort(self, request: Message) -> None:
         """Closing a call says the same; this one may come to nothing."""
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            await self._stub.Abort(request)
+        with suppress(grpc.aio.AioRpcError):
+            await self._ask("Abort", request, timeout_s=None)
 
     async def _tokenizer_files(self, told_path: str) -> Mapping[str, bytes]:
         """From the operator, the engine, or where the engine has them. Raises `BadTokenizer`."""
@@ -206,14 +238,15 @@ class SmgAdapter(Adapter):
             return await asyncio.to_thread(read_directory, self._tokenizer)
         packed, sha256 = bytearray(), ""
         try:
-            chunks = self._stub.GetTokenizer(
-                common_pb2.GetTokenizerRequest(), timeout=_TOKENIZER_TIMEOUT_S
-            )
-            async for chunk in cast(AsyncIterator[common_pb2.GetTokenizerChunk], chunks):
-                packed += chunk.data
-                sha256 = chunk.sha256 or sha256
-                if len(packed) > ARCHIVE_BYTES_MAX:
-                    raise BadTokenizer(f"expected at most {ARCHIVE_BYTES_MAX} bytes")
+            request = common_pb2.GetTokenizerRequest()
+            async with self._answers(
+                "GetTokenizer", request, timeout_s=_TOKENIZER_TIMEOUT_S
+            ) as chunks:
+                while (chunk := await chunks.read()) is not None:
+                    packed += chunk.data
+                    sha256 = chunk.sha256 or sha256
+                    if len(packed) > ARCHIVE_BYTES_MAX:
+                        raise BadTokenizer(f"expected at most {ARCHIVE_BYTES_MAX} bytes")
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 raise

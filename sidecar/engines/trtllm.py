@@ -12,9 +12,7 @@ Written against the protocol and its servicer's source, never run against Tensor
 from collections.abc import Iterable
 from typing import Final
 
-import grpc.aio
 from smg_grpc_proto.generated import trtllm_service_pb2 as pb  # pyright: ignore[reportMissingTypeStubs]
-from smg_grpc_proto.generated import trtllm_service_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
 from sidecar.engines.adapter import Call, Delta, Discovered, End, Part, Unhealthy
@@ -49,9 +47,7 @@ _BOTH: Final = pb.DisaggregatedParams(
 class TrtllmAdapter(SmgAdapter):
     """One TensorRT-LLM server."""
 
-    @override
-    def _make_stub(self, channel: grpc.aio.Channel) -> object:
-        return trtllm_service_pb2_grpc.TrtllmServiceStub(channel)  # pyright: ignore[reportUnknownVariableType]
+    _service = pb.DESCRIPTOR.services_by_name["TrtllmService"]
 
     @override
     async def _describe(self) -> Discovered:
@@ -141,10 +137,7 @@ class TrtllmAdapter(SmgAdapter):
     @override
     async def check_health(self) -> None:
         await super().check_health()
-        try:
-            health = await self._stub.HealthCheck(pb.HealthCheckRequest())
-        except grpc.aio.AioRpcError as error:
-            raise Unhealthy(f"the engine refuses calls: {error.details()}") from error
+        health: pb.HealthCheckResponse = await self._ask_health()
         if health.status != _HEALTHY:
             raise Unhealthy(f"the engine says: {health.status}")
 

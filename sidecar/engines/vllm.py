@@ -17,9 +17,7 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
-import grpc.aio
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb  # pyright: ignore[reportMissingTypeStubs]
-from smg_grpc_proto.generated import vllm_engine_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from typing_extensions import override
 
 from sidecar.engines import continuation_key, load_tap
@@ -75,9 +73,7 @@ _log = log.get_logger(__name__)
 class VllmAdapter(SmgAdapter):
     """One vLLM server."""
 
-    @override
-    def _make_stub(self, channel: grpc.aio.Channel) -> object:
-        return vllm_engine_pb2_grpc.VllmEngineStub(channel)  # pyright: ignore[reportUnknownVariableType]
+    _service = pb.DESCRIPTOR.services_by_name["VllmEngine"]
 
     @override
     async def _describe(self) -> Discovered:
@@ -172,10 +168,7 @@ class VllmAdapter(SmgAdapter):
     @override
     async def check_health(self) -> None:
         await super().check_health()
-        try:
-            health = await self._stub.HealthCheck(pb.HealthCheckRequest())
-        except grpc.aio.AioRpcError as error:
-            raise Unhealthy(f"the engine refuses calls: {error.details()}") from error
+        health: pb.HealthCheckResponse = await self._ask_health()
         if not health.healthy:
             raise Unhealthy(f"the engine says: {health.message}")
 

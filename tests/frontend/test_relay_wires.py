@@ -16,9 +16,10 @@ from frontend import native_wire
 from frontend.native_wire import NativeWire
 from frontend.relay_wire import GrpcioWire, Talker, Wire
 from tests.frontend.worlds import run
+from unbroken.calls import transport
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.http2 import frames
-from unbroken.http2.call import CallLimits
+from unbroken.http2.caller import CallerLimits
 from unbroken.status import from_rpc_error
 from unbroken.transport import listen, make_server
 from unbroken.v1 import attempt_pb2
@@ -76,7 +77,7 @@ def wire_of(kind: str, address: str, talker: Talker) -> Wire:
     if kind == "grpcio":
         return GrpcioWire(address, talker)
     clock = asyncio.get_running_loop().time
-    return NativeWire(address, talker, limits=CallLimits(), clock=clock)
+    return NativeWire(address, talker, limits=CallerLimits(), clock=clock)
 
 
 @asynccontextmanager
@@ -139,7 +140,7 @@ def test_what_is_hurried_comes_in_its_order_and_natively_leaves_at_once(kind: st
             wire.hurry(len(talking.requests))
         if isinstance(wire, NativeWire):
             assert talking.num_written == last, "in this turn"
-            assert not wire._call.outbound  # pyright: ignore[reportPrivateUsage, reportOptionalMemberAccess]
+            assert not wire._caller.outbound  # pyright: ignore[reportPrivateUsage]
         else:
             assert talking.num_written == 1
         talking.say(wire, last + 1)
@@ -332,6 +333,7 @@ class Clogged(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.num_unread = 0
+        self.is_aborted = False
 
     @override
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
@@ -339,7 +341,11 @@ class Clogged(asyncio.Transport):
 
     @override
     def is_closing(self) -> bool:
-        return False
+        return self.is_aborted
+
+    @override
+    def abort(self) -> None:
+        self.is_aborted = True
 
     @override
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -353,12 +359,13 @@ class Clogged(asyncio.Transport):
 def test_a_sidecar_that_has_everything_answered_and_reads_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native_wire, "UNSENT_BYTES_MAX", 10_000)
+    monkeypatch.setattr(transport, "UNSENT_BYTES_MAX", 10_000)
 
     async def scenario() -> None:
         talking = Talking()
-        wire = NativeWire("there:1", talking, limits=CallLimits(), clock=lambda: 0.0)
-        wire.connection_made(Clogged())
+        wire = NativeWire("there:1", talking, limits=CallerLimits(), clock=lambda: 0.0)
+        clogged = Clogged()
+        wire.connection_made(clogged)
         wire.pause_writing()
         wire.data_received(frames.settings({}))
         ping = frames.ping(b"12345678", is_ack=False)
@@ -368,6 +375,7 @@ def test_a_sidecar_that_has_everything_answered_and_reads_nothing_is_lost(
         error = await talking.over
         assert error is not None
         assert from_rpc_error(error).reason is Reason.UNREACHABLE
+        assert clogged.is_aborted
         wire.connection_lost(None)
 
     run(scenario())

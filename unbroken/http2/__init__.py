@@ -1,7 +1,7 @@
 """HTTP/2 of our own, and gRPC on top of it, so that a message costs tens of microseconds less.
 
     server   bytes ──▶ connection ──▶ events        (`unbroken/edge`: frontends, sidecars)
-    client   bytes ──▶ call ──▶ events              (a link of a frontend)
+    client   bytes ──▶ caller ──▶ events            (`unbroken/calls/`: links, calls to engines)
 
 `frames`, `flow_control`, `allowance`, `headers` and `rules` are what both share; `limits` is what
 a server allows its clients; `messages` is gRPC. None of them does I/O. docs/decisions/edge.md and

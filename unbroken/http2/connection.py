@@ -28,6 +28,10 @@ from unbroken.http2.frames import ErrorCode, FrameType, Setting
 from unbroken.http2.headers import Fields, Malformed, Request, check_request, check_trailers
 from unbroken.http2.limits import EdgeLimits
 from unbroken.http2.rules import (
+    DATA_EARNS,
+    ENCODER_TABLE_BYTES_MAX,
+    LATENESS_S,
+    LIVENESS_PING,
     Fault,
     check_setting,
     error_code,
@@ -40,19 +44,13 @@ from unbroken.http2.rules import (
 
 CLOSED_REMEMBERED: Final = 1024
 """Closed streams of which is known how they ended; frames for older ones are plainly refused."""
-ENCODER_TABLE_BYTES_MAX: Final = 4096
-"""What we keep to compress answers, however much the client would keep."""
 HEADER_LIST_HARD_FACTOR: Final = 4
 """A header list of so many times the limit ends the connection; below, it is `is_too_large`."""
 TOO_LARGE_COSTS: Final = 100.0
 """Control frames that such a header list counts for: it is dear to decode."""
 DRAIN_PING_S: Final = 1.0
 """How long the first GOAWAY waits for its PING, before the second names the last stream."""
-LATENESS_S: Final = 0.1
-"""A timeout that is handled so late proves nothing: this process stood still itself."""
-_DATA_EARNS: Final = 4.0
 _DRAIN_PING: Final = b"draining"
-_LIVENESS_PING: Final = b"unbroken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -572,7 +570,7 @@ class Connection:
             self._serve(stream, now)
 
     def _spend_control(self, now: float, amount: float = 1.0) -> None:
-        self._control.earn(_DATA_EARNS * self._num_data_sent)
+        self._control.earn(DATA_EARNS * self._num_data_sent)
         self._num_data_sent = 0
         if not self._control.spend(now, amount):
             raise Fault(
@@ -844,7 +842,7 @@ class Connection:
     def _due(self, name: str, due: float, now: float) -> None:
         match name:
             case "ping":
-                self.outbound += frames.ping(_LIVENESS_PING, is_ack=False)
+                self.outbound += frames.ping(LIVENESS_PING, is_ack=False)
                 self._pinged_at = now
             case "silent" if now - due > LATENESS_S:
                 self._pinged_at = now - self._limits.ping_timeout_s / 2  # Its answer may be here.

@@ -1,10 +1,17 @@
-"""What either side of an HTTP/2 connection must keep to, and how a breach is told (RFC 9113)."""
+"""What either side of an HTTP/2 connection keeps to, and how a breach is told (RFC 9113)."""
 
 from typing import Final
 
 from unbroken.http2 import frames
 from unbroken.http2.frames import ErrorCode, Setting
 
+DATA_EARNS: Final = 4.0
+"""Frames that bring nothing, for each DATA frame: for its window, and for probes of the line."""
+ENCODER_TABLE_BYTES_MAX: Final = 4096
+"""What we keep to compress headers, however much the peer would keep."""
+LATENESS_S: Final = 0.1
+"""A timeout that is handled so late proves nothing: this process stood still itself."""
+LIVENESS_PING: Final = b"unbroken"
 ERROR_CODES: Final = frozenset(map(int, ErrorCode))
 """Those that are known; others mean INTERNAL_ERROR."""
 

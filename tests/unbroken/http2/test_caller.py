@@ -10,7 +10,7 @@ from hpack import Encoder
 
 from tests.frontend.edge.peer import parse
 from unbroken.http2 import frames
-from unbroken.http2.call import Call, CallLimits, Ended, Event, MessageReceived
+from unbroken.http2.caller import Caller, CallerLimits, Ended, Event, MessageReceived, Status
 from unbroken.http2.connection import Connection, DataReceived, RequestReceived
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
 from unbroken.http2.limits import EdgeLimits
@@ -23,22 +23,25 @@ ANSWER = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 class Server:
     """Says to a call whatever a test wants, and reads what it answers."""
 
-    def __init__(self, limits: CallLimits | None = None, *, greets: bool = True) -> None:
+    def __init__(self, limits: CallerLimits | None = None, *, greets: bool = True) -> None:
         self.now = 0.0
-        self.call = Call(PATH, "there:1", limits or CallLimits(), self.now)
+        self.caller = Caller("there:1", limits or CallerLimits(), self.now)
+        assert self.caller.call(PATH, self.now) == 1
         self.encoder = Encoder()
-        self.hello = self.call.take_outbound()
+        self.hello = self.caller.take_outbound()
         if greets:
             self.say(frames.settings({}))
-            self.call.take_outbound()
+            self.caller.take_outbound()
 
     def say(self, *parts: bytes) -> list[Event]:
         """Bytes in one piece; what came of them."""
-        return self.call.receive(b"".join(parts), self.now)
+        events = self.caller.receive(b"".join(parts), self.now)
+        self.caller.check()
+        return events
 
-    def headers(self, *fields: tuple[bytes, bytes], ends: bool = False) -> bytes:
+    def headers(self, *fields: tuple[bytes, bytes], ends: bool = False, call: int = 1) -> bytes:
         """A header block, compressed."""
-        return frames.headers(1, self.encoder.encode(fields), ends=ends)
+        return frames.headers(call, self.encoder.encode(fields), ends=ends)
 
     def answer(self) -> None:
         """The answer begins."""
@@ -46,7 +49,7 @@ class Server:
 
     def code_of_goaway(self) -> ErrorCode:
         """What the call was ended for, as the server is told."""
-        last = parse(self.call.take_outbound())[-1]
+        last = parse(self.caller.take_outbound())[-1]
         assert last.kind == FrameType.GOAWAY
         return ErrorCode(frames.parse_u32(last.payload, 4))
 
@@ -59,10 +62,11 @@ def message(payload: bytes) -> bytes:
     return PREFIX.pack(0, len(payload)) + payload
 
 
-def only_end(events: Sequence[Event]) -> Ended:
+def only_end(events: Sequence[Event], call: int = 1) -> Status:
     (end,) = events
     assert isinstance(end, Ended)
-    return end
+    assert end.call == call
+    return end.status
 
 
 # With the server that we have.
@@ -72,7 +76,8 @@ def only_end(events: Sequence[Event]) -> Ended:
 def test_messages_pass_both_ways_however_bytes_are_cut_and_windows_set(seed: int) -> None:
     rng = random.Random(seed)
     window = rng.choice([100, 3000, 70_000, 1_000_000])
-    call = Call(PATH, "there:1", CallLimits(window=window), 0.0)
+    caller = Caller("there:1", CallerLimits(window=window), 0.0)
+    call = caller.call(PATH, 0.0)
     limits = EdgeLimits(
         stream_window=rng.choice([100, 3000, 1_000_000]), control_burst=10**7, resets_burst=1
     )
@@ -85,12 +90,12 @@ def test_messages_pass_both_ways_however_bytes_are_cut_and_windows_set(seed: int
     left_up, left_down = list(up), list(down)
     path = b""
     # Until its SETTINGS have come, a client knows of no smaller windows (RFC 9113, section 6.9.2).
-    assert call.receive(server.take_outbound(), 0.0) == []
+    assert caller.receive(server.take_outbound(), 0.0) == []
     for _ in range(10_000):
-        if left_up and call.has_room:
-            call.send(left_up.pop(0))
-        to_server, to_client = call.take_outbound(), server.take_outbound()
-        if not (to_server or to_client or left_up or left_down) and call.is_over:
+        if left_up and caller.has_room(call):
+            caller.send(call, left_up.pop(0))
+        to_server, to_client = caller.take_outbound(), server.take_outbound()
+        if not (to_server or to_client or left_up or left_down) and not caller.num_calls:
             break
         for piece in cut(to_server, rng):
             for event in server.receive(piece, 0.0):
@@ -107,11 +112,11 @@ def test_messages_pass_both_ways_however_bytes_are_cut_and_windows_set(seed: int
                         server.end(1, trailers(Code.OK, ""))
             server.check()
         for piece in cut(to_client, rng):
-            events += call.receive(piece, 0.0)
+            events += caller.receive(piece, 0.0)
     assert path == PATH.encode()
     assert got_up == up
     assert [event.message for event in events if isinstance(event, MessageReceived)] == down
-    assert events[-1] == Ended(0, "")
+    assert events[-1] == Ended(call, Status(0, ""))
 
 
 def cut(given: bytes, rng: random.Random) -> list[bytes]:
@@ -155,13 +160,13 @@ def test_the_servers_status_comes_with_its_detail_and_its_metadata() -> None:
         "grpc-status-details-bin": b"\0\1\2",
         "grpc-retry-pushback-ms": "7",
     }
-    assert server.call.is_over
+    assert not server.caller.num_calls
 
 
 def test_an_answer_of_trailers_alone_is_a_status() -> None:
     server = Server()
     assert only_end(server.say(server.headers(*ANSWER, (b"grpc-status", b"14"), ends=True))) == (
-        Ended(14, "")
+        Status(14, "")
     )
 
 
@@ -198,7 +203,7 @@ def test_a_goaway_ends_a_call_that_is_not_served_and_no_other() -> None:
     server = Server()
     server.answer()
     assert server.say(frames.go_away(1, ErrorCode.NO_ERROR)) == []
-    assert server.say(data(message(b"on"))) == [MessageReceived(b"on")]
+    assert server.say(data(message(b"on"))) == [MessageReceived(1, b"on")]
     assert only_end(server.say(frames.go_away(0, ErrorCode.NO_ERROR))).code == Code.UNAVAILABLE
 
 
@@ -213,17 +218,17 @@ def test_an_end_without_a_status_is_an_error() -> None:
 
 def test_a_lost_connection_ends_the_call_once() -> None:
     server = Server()
-    assert only_end(server.call.closed("gone")) == Ended(Code.UNAVAILABLE, "gone")
-    assert server.call.closed("gone") == []
+    assert only_end(server.caller.closed("gone")) == Status(Code.UNAVAILABLE, "gone")
+    assert server.caller.closed("gone") == []
     assert server.say(data(b"")) == []
 
 
 def test_a_cancelled_call_says_so_and_hears_no_more() -> None:
     server = Server()
-    server.call.cancel()
-    assert server.call.take_outbound() == frames.reset(1, ErrorCode.CANCEL)
-    server.call.cancel()
-    assert server.call.take_outbound() == b""
+    server.caller.cancel(1)
+    assert server.caller.take_outbound() == frames.reset(1, ErrorCode.CANCEL)
+    server.caller.cancel(1)
+    assert server.caller.take_outbound() == b""
     assert server.say(frames.reset(1, ErrorCode.CANCEL)) == []
 
 
@@ -328,17 +333,17 @@ def test_unknown_frames_priorities_and_interim_answers_are_passed_over() -> None
 def test_a_ping_is_answered() -> None:
     server = Server()
     server.say(frames.ping(b"12345678", is_ack=False))
-    assert server.call.take_outbound() == frames.ping(b"12345678", is_ack=True)
+    assert server.caller.take_outbound() == frames.ping(b"12345678", is_ack=True)
 
 
 # What is bounded.
 
 
 def test_more_than_the_window_is_a_breach() -> None:
-    server = Server(CallLimits(window=100))
+    server = Server(CallerLimits(window=100))
     server.answer()
     assert server.say(data(b"\0" + U32.pack(200) + bytes(95))) == []
-    assert server.call.take_outbound() == (frames.window_update(1, 100)), (
+    assert server.caller.take_outbound() == (frames.window_update(1, 100)), (
         "what came was taken, and the connection's window is larger"
     )
     assert only_end(server.say(data(bytes(101)))).code == Code.INTERNAL
@@ -346,10 +351,10 @@ def test_more_than_the_window_is_a_breach() -> None:
 
 
 def test_a_message_beyond_the_limit_ends_the_call() -> None:
-    server = Server(CallLimits(message_bytes_max=10))
+    server = Server(CallerLimits(message_bytes_max=10))
     server.answer()
     assert only_end(server.say(data(b"\0" + U32.pack(11)))).code == Code.RESOURCE_EXHAUSTED
-    assert server.call.take_outbound() == frames.reset(1, ErrorCode.CANCEL)
+    assert server.caller.take_outbound() == frames.reset(1, ErrorCode.CANCEL)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +370,7 @@ def test_a_message_beyond_the_limit_ends_the_call() -> None:
     ids=["ping", "settings", "window_update", "priority", "goaway", "data"],
 )
 def test_a_flood_of_frames_that_bring_nothing_ends_the_call(nothing: bytes) -> None:
-    server = Server(CallLimits(control_burst=100, control_per_s=1.0))
+    server = Server(CallerLimits(control_burst=100, control_per_s=1.0))
     server.answer()
     assert only_end(server.say(nothing * 200)).code == Code.INTERNAL
     assert server.code_of_goaway() == ErrorCode.ENHANCE_YOUR_CALM
@@ -395,16 +400,16 @@ def test_a_header_bomb_is_not_unpacked() -> None:
 
 def test_what_does_not_fit_waits_and_nothing_more_is_asked_for() -> None:
     server = Server()
-    call = server.call
-    call.send(bytes(70_000))
-    sent = sum(len(frame.payload) for frame in parse(call.take_outbound()))
+    caller = server.caller
+    caller.send(1, bytes(70_000))
+    sent = sum(len(frame.payload) for frame in parse(caller.take_outbound()))
     assert sent == frames.WINDOW_DEFAULT
-    assert not call.has_room
+    assert not caller.has_room(1)
     server.say(frames.window_update(0, 10_000), frames.window_update(1, 4470))
-    assert sum(len(frame.payload) for frame in parse(call.take_outbound())) == 70_005 - sent
-    assert not call.has_room, "the stream's window is used up"
+    assert sum(len(frame.payload) for frame in parse(caller.take_outbound())) == 70_005 - sent
+    assert not caller.has_room(1), "the stream's window is used up"
     server.say(frames.settings({Setting.INITIAL_WINDOW_SIZE: 65_536}))
-    assert call.has_room
+    assert caller.has_room(1)
 
 
 # Time.
@@ -412,28 +417,28 @@ def test_what_does_not_fit_waits_and_nothing_more_is_asked_for() -> None:
 
 def test_a_silent_server_is_asked_for_a_sign_of_life_and_lost_without_one() -> None:
     server = Server()
-    call = server.call
-    assert call.deadline() == 10.0
-    assert call.handle_timeout(9.9) == []
-    assert call.take_outbound() == b""
-    assert call.handle_timeout(10.0) == []
-    assert [frame.kind for frame in parse(call.take_outbound())] == [FrameType.PING]
-    assert only_end(call.handle_timeout(12.0)).code == Code.UNAVAILABLE
-    assert call.deadline() is None
+    caller = server.caller
+    assert caller.deadline() == 10.0
+    assert caller.handle_timeout(9.9) == []
+    assert caller.take_outbound() == b""
+    assert caller.handle_timeout(10.0) == []
+    assert [frame.kind for frame in parse(caller.take_outbound())] == [FrameType.PING]
+    assert only_end(caller.handle_timeout(12.0)).code == Code.UNAVAILABLE
+    assert caller.deadline() is None
 
 
 def test_a_server_that_answers_is_not_lost() -> None:
     server = Server()
-    server.call.handle_timeout(10.0)
+    server.caller.handle_timeout(10.0)
     server.now = 11.0
     server.say(frames.ping(b"unbroken", is_ack=True))
-    assert server.call.deadline() == 21.0
+    assert server.caller.deadline() == 21.0
 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_nothing_that_a_server_says_crashes_a_call_or_makes_it_end_twice(seed: int) -> None:
     rng = random.Random(seed)
-    server = Server(CallLimits(control_burst=50, message_bytes_max=1000))
+    server = Server(CallerLimits(control_burst=50, message_bytes_max=1000))
     kinds = [*FrameType, 77]
     events: list[Event] = []
     if rng.random() < 0.7:
@@ -445,7 +450,7 @@ def test_nothing_that_a_server_says_crashes_a_call_or_makes_it_end_twice(seed: i
             payload = message(payload)
         header = U32.pack(len(payload) << 8 | kind) + bytes([rng.choice([0, 1, 4, 5, 8, 0x20])])
         events += server.say(header + U32.pack(rng.choice([0, 1, 1, 1, 3])) + payload)
-        server.call.send(b"x")
+        server.caller.send(1, b"x")
     ends = [event for event in events if isinstance(event, Ended)]
-    assert len(ends) == server.call.is_over
+    assert len(ends) == (not server.caller.num_calls)
     assert not ends or events[-1] is ends[0]

@@ -1,0 +1,6 @@
+"""Calls to servers over our own HTTP/2: what `unbroken/edge` is for servers, for their clients.
+
+`transport` is a socket with a caller (`unbroken/http2/caller.py`) on it; a frontend's Relay calls
+are on one. `channel` is for many calls of the usual kinds to one server, as a sidecar makes them
+to its engine. docs/decisions/relay-hop.md and docs/decisions/engine-adapters.md say what it saves.
+"""
