@@ -129,10 +129,10 @@ class FrontendMetrics:
             ["reason"],
             registry=registry,
         )
-        self.tokens = Counter(
+        self.tokens = PlainCounter(
             f"{_PREFIX}_tokens_received_total",
             "Tokens that workers sent, late and repeated ones included.",
-            registry=registry,
+            registry,
         )
         self.tokens_delivered = PlainCounter(
             f"{_PREFIX}_tokens_delivered_total", "Tokens sent to clients.", registry
@@ -318,7 +318,7 @@ class FrontendMetrics:
 
     def count_tokens(self, num_tokens: int) -> None:
         """A frame came."""
-        self.tokens.inc(num_tokens)
+        self.tokens.value += num_tokens
 
     def suspected(self) -> None:
         """A worker is silent for longer than it was used to be."""

@@ -8,6 +8,7 @@ that breaks the contract loses the call: what it says after the breach is worth 
 """
 
 import asyncio
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
@@ -36,6 +37,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
 from unbroken.holdings import StreamName
 from unbroken.outcome import FailureKind, FinishReason
+from unbroken.recurring import EARLY, Recurring
 from unbroken.status import from_rpc_error
 from unbroken.thresholds import OFF, Thresholds, to_proto
 from unbroken.tokenizer import Tokenizer, asset_from_proto
@@ -273,6 +275,8 @@ class RelayCall(Talker):
         self._reaching: asyncio.Task[None] | None = None
         self.detector = FailureDetector(limits.detector, rhythm, clock())
         """Whether the sidecar lives."""
+        self._beats_at = clock() + self._heartbeat_interval_s
+        self._pulses = Recurring(self._pulse, EARLY * self._heartbeat_interval_s, clock)
 
     @property
     def is_over(self) -> bool:
@@ -426,7 +430,7 @@ class RelayCall(Talker):
 
     async def run(self) -> End:
         """Converse until the call ends."""
-        parts = (self._wire.converse(), self._pulse())
+        parts = (self._wire.converse(), self._pulses.run())
         tasks = [asyncio.create_task(self._guard(part)) for part in parts]
         try:
             return await self._ended
@@ -447,30 +451,26 @@ class RelayCall(Talker):
         _log.exception("bug in a link", **self._names())
         self.end(FailureKind.PROTOCOL, "an internal error of the frontend")
 
-    async def _pulse(self) -> None:
+    def _pulse(self) -> float:
         """Beat, and judge when there may be something to see: a silence is noticed when it is due.
 
         The detector is told when this will look again, so that it knows when all here was late.
         """
-        interval_s, detector, clock = self._heartbeat_interval_s, self.detector, self._clock
-        beats_at = clock() + interval_s
-        while True:
-            now = clock()
-            looks_at = max(now + _LOOK_INTERVAL_S_MIN, min(beats_at, detector.deadline()))
-            detector.expects_to_look(looks_at)
-            await asyncio.sleep(looks_at - now)
-            now = clock()
-            before = detector.liveness
-            death = detector.judge(now)
-            if death is not None:
-                self.end(death.failure, death.detail)
-                return
-            if detector.liveness is not before:
-                self._show_liveness()
-            if now >= beats_at:
-                beats_at = now + interval_s
-                self._is_heartbeat_due = True
-                self._wire.wake()
+        interval_s, detector, now = self._heartbeat_interval_s, self.detector, self._clock()
+        before = detector.liveness
+        death = detector.judge(now)
+        if death is not None:
+            self.end(death.failure, death.detail)
+            return math.inf
+        if detector.liveness is not before:
+            self._show_liveness()
+        if now >= self._beats_at - EARLY * interval_s:
+            self._beats_at = now + interval_s
+            self._is_heartbeat_due = True
+            self._wire.wake()
+        looks_at = max(now + _LOOK_INTERVAL_S_MIN, min(self._beats_at, detector.deadline()))
+        detector.expects_to_look(looks_at)
+        return looks_at
 
     def _show_liveness(self) -> None:
         """The opinion of the failure detector changed."""
@@ -522,6 +522,7 @@ class RelayCall(Talker):
         """A message came, or bytes that are none. Raises nothing."""
         try:
             self._receive(response)
+            self._pulses.ride()
         except _BrokenContract as error:
             _log.warning("sidecar broke the contract", detail=str(error), **self._names())
             self.end(FailureKind.PROTOCOL, str(error))

@@ -4,14 +4,12 @@ A frame is checked whole before any of it counts, so nothing of a broken one rea
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 from sidecar.engines.base import EngineUp
 from sidecar.ledger import Attempt
+from sidecar.rows import ReaderT, Rows
 from unbroken.v1 import attempt_pb2
-
-LinkT = TypeVar("LinkT")
 
 
 class BrokenContract(Exception):  # noqa: N818 - It names what happened.
@@ -19,17 +17,29 @@ class BrokenContract(Exception):  # noqa: N818 - It names what happened.
 
 
 def check(
-    frame: attempt_pb2.StepFrame, running: Mapping[int, Attempt[LinkT]], up: EngineUp
-) -> list[Attempt[LinkT]]:
-    """The attempt of each row. Raises `BrokenContract`. The hot path: every token passes here."""
+    frame: attempt_pb2.StepFrame,
+    running: Mapping[int, Attempt[ReaderT]],
+    up: EngineUp,
+    rows: Rows[ReaderT] | None = None,
+) -> Sequence[Attempt[ReaderT]]:
+    """The attempt of each row: if they are those of `rows`, its own `attempts`.
+
+    Raises `BrokenContract`. The hot path: every token passes here.
+    """
     # Slices are lists, which take half the time to go through.
     slots, offsets, counts = frame.slots[:], frame.offsets[:], frame.token_counts[:]
     token_ids = frame.token_ids[:]
     num_rows, num_tokens = len(slots), len(token_ids)
-    try:
-        attempts = [running[slot] for slot in slots]
-    except KeyError as error:
-        raise BrokenContract(f"expected a slot that runs, got {error}") from None
+    is_known = rows is not None and slots == rows.slots and not (counts or frame.logprobs)
+    known = rows if is_known else None
+    attempts: Sequence[Attempt[ReaderT]]
+    if known is not None:
+        attempts = known.attempts
+    else:
+        try:
+            attempts = [running[slot] for slot in slots]
+        except KeyError as error:
+            raise BrokenContract(f"expected a slot that runs, got {error}") from None
     if len(offsets) != num_rows or (counts and len(counts) != num_rows):
         raise BrokenContract(
             f"expected columns of one length, got {num_rows} slots, {len(offsets)} offsets, "
@@ -44,9 +54,10 @@ def check(
         vocab_size = up.tokenizer.vocab_size
         if (highest := max(token_ids)) >= vocab_size:
             raise BrokenContract(f"expected token ids below {vocab_size}, got {highest}")
-        expected = [attempt.first_offset + len(attempt.token_ids) for attempt in attempts]
-        if counts or expected != offsets or len(set(slots)) != num_rows:
-            _check_offsets(frame, attempts)
+        if known is None or offsets != known.ends:
+            expected = [attempt.end_offset for attempt in attempts]
+            if counts or expected != offsets or len(set(slots)) != num_rows:
+                _check_offsets(frame, attempts)
     if frame.ended or frame.refused or frame.logprobs:
         _check_ends(frame, running)
     for events in frame.kv_events:
@@ -57,7 +68,7 @@ def check(
     return attempts
 
 
-def _check_offsets(frame: attempt_pb2.StepFrame, attempts: list[Attempt[LinkT]]) -> None:
+def _check_offsets(frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt[ReaderT]]) -> None:
     """Rows of several tokens, several rows of a slot, or a gap."""
     ends: dict[int, int] = {}
     counts = frame.token_counts or [1] * len(attempts)
@@ -68,7 +79,7 @@ def _check_offsets(frame: attempt_pb2.StepFrame, attempts: list[Attempt[LinkT]])
         ends[attempt.slot] = offset + count
 
 
-def _check_ends(frame: attempt_pb2.StepFrame, running: Mapping[int, Attempt[LinkT]]) -> None:
+def _check_ends(frame: attempt_pb2.StepFrame, running: Mapping[int, Attempt[ReaderT]]) -> None:
     """What comes beside tokens."""
     num_new = Counter[int]()
     for slot, count in zip(frame.slots, frame.token_counts or [1] * len(frame.slots), strict=True):

@@ -21,6 +21,7 @@ from sidecar.kv_account import num_blocks
 from sidecar.ledger import Fenced, Ledger, Retention
 from sidecar.link import Attempt, Link
 from sidecar.queue_reports import QueueReports
+from sidecar.rows import ROWS_MIN, Rows
 from sidecar.watchdog import Watchdog, WatchdogPolicy
 from unbroken import log
 from unbroken.errors import InvalidField, Reason, UnbrokenError
@@ -110,12 +111,16 @@ class Hub(EngineListener):
         """Called while it drains, when an attempt may have been the last one left."""
         self.on_step: list[Callable[[], None]] = []
         """Called while it drains, when the engine has brought tokens."""
+        self.on_woken: list[Callable[[], None]] = []
+        """Called after each frame: what is nearly due can be done now."""
         self._engine = engine
         self._orphan_grace_s = orphan_grace_s
         self._deadline_margin_s = deadline_margin_s
         self._clock = clock
         self._links: dict[Link, None] = {}  # In the order of their opening.
         self._lives: OrderedDict[str, tuple[int, int]] = OrderedDict()  # Highest, by frontend.
+        self._rows: Rows[Link] | None = None
+        self._slots_seen: list[int] = []  # Of the last frame with tokens that went the long way.
         self._replaying: dict[int, Attempt] = {}  # By engine slot; also such as have ended.
         self._prefilling: dict[int, tuple[int, float]] = {}  # By slot: tokens, and since when.
         self._prefill_tokens = 0  # Of all of them.
@@ -147,7 +152,7 @@ class Hub(EngineListener):
     @property
     def num_relayed(self) -> int:
         """Tokens relayed since the start. From any thread."""
-        of_probes = sum(len(attempt.token_ids) for attempt in list(self._probes.values()))
+        of_probes = sum(attempt.num_produced for attempt in list(self._probes.values()))
         return self.num_tokens - of_probes - self._num_probe_tokens
 
     @property
@@ -479,7 +484,7 @@ class Hub(EngineListener):
         try:
             if self.up is None:
                 raise frames.BrokenContract("expected no frame before the engine is ready")
-            attempts = frames.check(frame, self.ledger.running, self.up)
+            attempts = frames.check(frame, self.ledger.running, self.up, self._rows)
         except frames.BrokenContract as error:
             self._engine.fail(f"{error}")
             return
@@ -503,6 +508,8 @@ class Hub(EngineListener):
         if self.is_draining and attempts:
             for callback in self.on_step:
                 callback()
+        for callback in self.on_woken:
+            callback()
 
     @override
     def on_refused(self, refused: attempt_pb2.AttemptRefused) -> None:
@@ -512,18 +519,22 @@ class Hub(EngineListener):
     def _tokens(self, frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) -> None:
         """The hot path: every token passes here once. `attempts` has one for each row."""
         self.num_tokens += len(frame.token_ids)
+        rows = self._rows
+        if rows is not None and attempts is rows.attempts:
+            rows.step(frame)
+            for link in rows.readers:
+                link.flush()
+            return
+        if rows is not None:
+            rows.part()
+            self._rows = None
         links = {attempt.live_link for attempt in attempts}
         if frame.token_counts:
             _enter_long_rows(frame, attempts)
         else:
-            token_ids = frame.token_ids[:]
-            for attempt, token_id in zip(attempts, token_ids, strict=True):
-                attempt.token_ids.append(token_id)
-            if len(links) > 1:
-                _enter_by_link(frame, attempts, links)
-            elif (link := next(iter(links))) is not None:
-                slots = [attempt.link_slot for attempt in attempts]
-                link.rows(slots, frame.offsets, frame.token_ids)
+            for attempt, token_id in zip(attempts, frame.token_ids[:], strict=True):
+                attempt.entered.append(token_id)
+            _enter_by_link(frame, attempts, links)
         for logprobs in frame.logprobs:
             attempt = self.ledger.running[logprobs.slot]
             if attempt.logprobs is not None:
@@ -535,6 +546,14 @@ class Hub(EngineListener):
         for link in links:  # Only now: a frame that is full is closed by it.
             if link is not None:
                 link.flush()
+        self._look_for_rows(frame, attempts)
+
+    def _look_for_rows(self, frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) -> None:
+        """Who came together twice will do so again."""
+        slots = frame.slots[:] if not (frame.token_counts or frame.logprobs) else []
+        if slots == self._slots_seen and len(slots) >= ROWS_MIN and len(set(slots)) == len(slots):
+            self._rows = Rows(slots, attempts)
+        self._slots_seen = slots
 
     def _ends(self, frame: attempt_pb2.StepFrame) -> None:
         now, running = self._clock(), self.ledger.running
@@ -791,7 +810,7 @@ class Hub(EngineListener):
     def _end(self, attempt: Attempt, ended: attempt_pb2.AttemptEnded, now: float) -> None:
         """The engine has done with an attempt."""
         if self._probes.pop(attempt.slot, None) is not None:
-            self._num_probe_tokens += len(attempt.token_ids)
+            self._num_probe_tokens += attempt.num_produced
             self.ledger.end(attempt, ended, now)
             return
         self._count_fault(ended.failure, now)
@@ -894,7 +913,7 @@ def _enter_long_rows(frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) 
     for attempt, offset, count in rows:
         token_ids = frame.token_ids[begin : begin + count]
         begin += count
-        attempt.token_ids.extend(token_ids)
+        attempt.entered.extend(token_ids)
         if attempt.live_link is not None:
             attempt.live_link.row(attempt.link_slot, offset, token_ids)
 

@@ -17,7 +17,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from unbroken.deadlines import left_for_next_hop
 from unbroken.outcome import FailureKind
@@ -63,6 +63,21 @@ class Replay:
         return max(self.sent, min(end_offset, self.acknowledged + self.window_tokens))
 
 
+class Together(Protocol):
+    """Attempts whose tokens come together (`sidecar/rows.py`)."""
+
+    ends: Sequence[int]
+    """Of each, the offset after its last token."""
+
+    def settle(self) -> None:
+        """Enter what came."""
+        ...
+
+    def part(self) -> None:
+        """Enter what came, and be together no more. Idempotent."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Attempt(Generic[LinkT]):
     """One attempt on this worker."""
@@ -100,7 +115,10 @@ class Attempt(Generic[LinkT]):
     """Encoded log probabilities, one for each token, if they were asked for."""
     logprobs_bytes: int = 0
     replay: Replay | None = None
-    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    entered: "array[int]" = field(default_factory=lambda: array("I"))
+    """Its tokens, but for those that are not entered yet: see `token_ids`."""
+    place: tuple[Together, int] | None = None
+    """With whom its tokens come, if they do, and which of them it is. Other threads read it."""
     orphaned_until: float | None = None
     given_up: tuple[FailureKind, str] | None = None
     """Why the sidecar itself had it aborted."""
@@ -132,16 +150,32 @@ class Attempt(Generic[LinkT]):
         return first_at is not None and reader_at > first_at + _CLOCK_SLACK_S
 
     @property
+    def token_ids(self) -> "array[int]":
+        """What it has produced. Only for the thread of the event loop."""
+        if self.place is not None:
+            self.place[0].settle()
+        return self.entered
+
+    @property
     def end_offset(self) -> int:
         """Offset after the last token produced."""
-        return self.first_offset + len(self.token_ids)
+        place = self.place
+        if place is not None:
+            together, row = place
+            return together.ends[row]
+        return self.first_offset + len(self.entered)
+
+    @property
+    def num_produced(self) -> int:
+        """How many tokens it has produced."""
+        return self.end_offset - self.first_offset
 
     @property
     def num_tokens(self) -> int:
         """Tokens whose keys and values the engine holds: prompt, given and produced output."""
         checkpoint = self.checkpoint
         given = len(checkpoint.prompt_token_ids) + len(checkpoint.output_token_ids)
-        return given + len(self.token_ids)
+        return given + self.num_produced
 
     @property
     def weight(self) -> int:
@@ -174,10 +208,17 @@ class Attempt(Generic[LinkT]):
 
     def follow(self) -> None:
         """Its reader has everything: tokens go to it as they come."""
+        self.part()
         self.replay, self.live_link = None, self.link
+
+    def part(self) -> None:
+        """Its next token does not come with those of others, or not for the same reader."""
+        if self.place is not None:
+            self.place[0].part()
 
     def detach(self) -> None:
         """Nobody reads it."""
+        self.part()
         self.link = self.live_link = self.replay = None
 
 
@@ -278,6 +319,7 @@ class Ledger(Generic[LinkT]):
                 f"got {offset}"
             )
         self._claim(stream, message.epoch)
+        attempt.part()
         attempt.epoch = message.epoch
         attempt.owner = owner
         if message.HasField("orphan_grace"):
@@ -301,6 +343,7 @@ class Ledger(Generic[LinkT]):
 
     def end(self, attempt: Attempt[LinkT], ended: pb.AttemptEnded, now: float) -> None:
         """The attempt is over. `ended` speaks of the engine's slot."""
+        attempt.part()
         del self.running[attempt.slot]
         peers = self._running_by_request[attempt.stream[1]]
         del peers[attempt.slot]

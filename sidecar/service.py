@@ -35,6 +35,7 @@ from unbroken.health import ALSO_SERVED, HealthServicer, add_health
 from unbroken.http2.limits import EdgeLimits
 from unbroken.loop_watch import watched_loop
 from unbroken.probes import Probes
+from unbroken.recurring import EARLY, Recurring
 from unbroken.signals import heed, heed_no_more
 from unbroken.third_party import orca_pb2_grpc
 from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
@@ -170,12 +171,16 @@ class Sidecar:
         self.hub.on_change.append(self._changed.set)
         self.hub.on_over.append(self._over.set)
         self.hub.on_step.append(self._stepped)
+        interval_s = config.heartbeat_interval_s
+        ticks = Recurring(self._tick, EARLY * interval_s, self._clock)
+        looks = Recurring(self._look, EARLY * LOOK_INTERVAL_S, self._clock)
+        self.hub.on_woken += (ticks.ride, looks.ride)
         self._registration = await self._discovery.register(WORKERS, self._record())
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
         self._tasks = [
             asyncio.create_task(self._probes.run(), name="signs of life"),
-            asyncio.create_task(self._tick(), name="heartbeats"),
-            asyncio.create_task(self._watch(), name="watchdog"),
+            asyncio.create_task(ticks.run(), name="heartbeats"),
+            asyncio.create_task(looks.run(), name="watchdog"),
             asyncio.create_task(self._follow_engine(), name="follow engine"),
             asyncio.create_task(self._follow_drain(), name="follow drain"),
         ]
@@ -281,22 +286,14 @@ class Sidecar:
                 async with asyncio.timeout(None if due_at is None else max(0.0, due_at - now)):
                     await self._over.wait()
 
-    async def _tick(self) -> None:
-        interval_s, loop = self._config.heartbeat_interval_s, asyncio.get_running_loop()
-        due = loop.time()
-        while True:
-            self.hub.tick(silence_max_s=self._config.link_silence_max_s)
-            due = max(due + interval_s, loop.time())
-            await asyncio.sleep(due - loop.time())
+    def _tick(self) -> float:
+        self.hub.tick(silence_max_s=self._config.link_silence_max_s)
+        return self._clock() + self._config.heartbeat_interval_s
 
-    async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        due = loop.time()
-        while True:
-            self.hub.watch()
-            self._canary_watch.look()
-            due = max(due + LOOK_INTERVAL_S, loop.time())
-            await asyncio.sleep(due - loop.time())
+    def _look(self) -> float:
+        self.hub.watch()
+        self._canary_watch.look()
+        return self._clock() + LOOK_INTERVAL_S
 
     async def _follow_engine(self) -> None:
         """Health and the record in discovery say what the engine is now."""

@@ -17,8 +17,10 @@ its owner writes it again. docs/decisions/discovery.md says why it is done so.
 
 import asyncio
 import fcntl
+import math
 import os
 import struct
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -41,8 +43,10 @@ from unbroken.discovery import (
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 
 POLL_INTERVAL_S: Final = 0.1
-"""Time between two looks at the directory; one takes some microseconds per instance."""
+"""Time between two looks at the directory; one takes a microsecond or two per instance."""
 
+_STAMP_TICK_S: Final = 0.1
+"""Two changes of a folder within so much may have one stamp: it is that of a coarse clock."""
 _REPAIR_INTERVAL_S: Final = 1.0
 _LOCK_WAIT_S_MAX: Final = 5.0
 _LOCK_RETRY_S: Final = 0.005
@@ -96,7 +100,7 @@ class FileDiscovery:
         try:
             while True:
                 members = reader.read()
-                if members != last:
+                if members is not last:
                     last = members
                     yield members
                 await asyncio.sleep(self._poll_interval_s)
@@ -285,9 +289,27 @@ class _Reader(Generic[RecordT]):
         self._highest: dict[str, int] = {}  # Incarnations only grow, also past a death.
         self._ignored: dict[str, _Stamp] = {}  # Garbage, outdated or dead; dead stays dead.
         self._is_readable = True
+        self._members: Mapping[str, RecordT] = MappingProxyType({})
+        self._folder_stamp: _Stamp | None = None
+        """Of the folder as it was read, if no change of it could have been missed."""
 
     def read(self) -> Mapping[str, RecordT]:
-        """The members now."""
+        """The members now: the same object as before if nothing has changed."""
+        # Files are only ever put in place, so what is in a folder changes with its stamp.
+        stamp = _stamp_at(self._folder)
+        if stamp is None or stamp != self._folder_stamp or not self._are_all_owned:
+            age_s = math.inf if stamp is None else time.time() - stamp[-1] / 1e9
+            self._folder_stamp = stamp if age_s > _STAMP_TICK_S else None
+            members = self._read()
+            if members != self._members:
+                self._members = members
+        return self._members
+
+    @property
+    def _are_all_owned(self) -> bool:
+        return all(_is_owned(seen.fd) for seen in self._seen.values())
+
+    def _read(self) -> Mapping[str, RecordT]:
         try:
             names = [n for n in sorted(os.listdir(self._folder)) if n.endswith(_SUFFIX)]
             self._is_readable = True

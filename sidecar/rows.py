@@ -1,0 +1,110 @@
+"""The attempts of an engine's frames, as long as these stay the same. No I/O.
+
+With hundreds of streams nothing of a stream is in a near cache when its next token comes, so what
+costs is to touch it. While frames have the same rows with one token each, no attempt is touched: a
+step is a column of token ids beside those of the steps before, and is checked and handed on as a
+whole. What an attempt has produced is entered when somebody asks for it, and every `STEPS_MAX`
+steps. Whoever changes for whom a row is, or ends it, lets the rows `part` first.
+
+`frontend/convoy.py` does the like where streams leave the mesh.
+"""
+
+from array import array
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Final, Generic, Protocol, TypeVar, cast
+
+from typing_extensions import override
+
+from sidecar.ledger import Attempt, Together
+from unbroken.v1 import attempt_pb2
+
+ROWS_MIN: Final = 8
+"""Of a frame, for it to be worth it."""
+STEPS_MAX: Final = 32
+"""Tokens of an attempt that are not entered yet, at most."""
+
+
+class Reader(Protocol):
+    """Who is told tokens: a link."""
+
+    def rows(self, slots: Sequence[int], offsets: Sequence[int], token_ids: Sequence[int]) -> None:
+        """A token for each of its attempts."""
+        ...
+
+
+ReaderT = TypeVar("ReaderT", bound=Reader)
+
+
+class Rows(Together, Generic[ReaderT]):
+    """Those of frames with one token for each of the same attempts."""
+
+    def __init__(self, slots: list[int], attempts: Sequence[Attempt[ReaderT]]) -> None:
+        """All must have been told all that came before, and be in no rows."""
+        self.slots = slots
+        """As the engine has them; empty once they have parted."""
+        self.attempts = attempts
+        self.ends = [attempt.end_offset for attempt in attempts]
+        self._steps: list[array[int]] = []
+        """The columns that are not entered yet."""
+        self._readers = _by_reader(attempts)
+        for row, attempt in enumerate(attempts):
+            attempt.place = self, row
+
+    @property
+    def readers(self) -> Sequence[ReaderT]:
+        """Who is told by `step`."""
+        return [reader for reader, _, _ in self._readers]
+
+    def step(self, frame: attempt_pb2.StepFrame) -> None:
+        """Each has one more token, as a frame says that was checked. The hot path."""
+        # Columns of another message are copied much faster than lists, and slices of them are
+        # lists, which take half the time to go through.
+        token_ids = frame.token_ids[:]
+        for reader, slots, of_reader in self._readers:
+            if of_reader is None:
+                reader.rows(slots, frame.offsets, frame.token_ids)
+            else:
+                reader.rows(slots, of_reader(self.ends), of_reader(token_ids))
+        self._steps.append(array("I", token_ids))
+        self.ends = [end + 1 for end in self.ends]
+        if len(self._steps) >= STEPS_MAX:
+            self.settle()
+
+    @override
+    def settle(self) -> None:
+        steps, self._steps = self._steps, []
+        if steps:
+            for attempt, token_ids in zip(self.attempts, zip(*steps, strict=True), strict=True):
+                attempt.entered.extend(token_ids)
+
+    @override
+    def part(self) -> None:
+        self.settle()
+        attempts, self.slots, self.attempts = self.attempts, [], ()
+        for attempt in attempts:
+            attempt.place = None
+
+
+def _by_reader(
+    attempts: Sequence[Attempt[ReaderT]],
+) -> list[tuple[ReaderT, Sequence[int], Callable[[Sequence[int]], Sequence[int]] | None]]:
+    """Who is to be told, with his own handles, and how to take his rows out of a column; None: all
+    are his."""
+    rows: dict[ReaderT, list[int]] = {}
+    for row, attempt in enumerate(attempts):
+        if attempt.live_link is not None:
+            rows.setdefault(attempt.live_link, []).append(row)
+    found: list[tuple[ReaderT, Sequence[int], Callable[[Sequence[int]], Sequence[int]] | None]] = []
+    for reader, mine in rows.items():
+        slots = attempt_pb2.StepFrame(slots=[attempts[row].link_slot for row in mine]).slots
+        found.append((reader, slots, None if len(mine) == len(attempts) else _taking(mine)))
+    return found
+
+
+def _taking(rows: Sequence[int]) -> Callable[[Sequence[int]], Sequence[int]]:
+    """What takes those out of a column."""
+    if len(rows) == 1:
+        (row,) = rows
+        return lambda column: (column[row],)
+    return cast("Callable[[Sequence[int]], Sequence[int]]", itemgetter(*rows))

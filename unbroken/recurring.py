@@ -1,0 +1,62 @@
+"""What is done again and again, and rather beside other work than alone.
+
+A process that wakes every few milliseconds finds its caches cold, and a look that takes 10 µs in a
+busy loop takes 100 then. So whoever was woken by something else lets what is nearly due `ride`.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Final
+
+EARLY: Final = 0.25
+"""Of an interval; by so much may what rides be early."""
+
+
+class Recurring:
+    """Something that is done at `start`, and then whenever it said it wants to be."""
+
+    def __init__(
+        self, work: Callable[[], float], early_s: float, clock: Callable[[], float]
+    ) -> None:
+        """`work` returns when it is due again, by `clock`, in seconds; inf: never."""
+        self._work = work
+        self._early_s = early_s
+        self._clock = clock
+        self._due = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._failed: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        """Do it until cancelled. Raises what `work` raises."""
+        self._failed = asyncio.get_running_loop().create_future()
+        try:
+            self._do()
+            await self._failed
+        finally:
+            self._failed = None
+            self._due = math.inf
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def ride(self) -> None:
+        """Something else is being done: do it now, if it is nearly due. Raises nothing."""
+        if self._clock() >= self._due - self._early_s:
+            self._do()
+
+    def _do(self) -> None:
+        failed = self._failed
+        if failed is None or failed.done():
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            self._due = self._work()
+        except Exception as error:
+            self._due = math.inf
+            failed.set_exception(error)
+            return
+        if self._due < math.inf:
+            wait_s = max(0.0, self._due - self._clock())
+            self._timer = failed.get_loop().call_later(wait_s, self._do)
