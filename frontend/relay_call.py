@@ -254,6 +254,10 @@ class RelayCall(Talker):
         self._seats: dict[int, Seat] = {}
         self._slots_seen: list[int] = []
         self._seats_seen: list[Seat | None] = []
+        self._silent_seen: list[Seat] = []
+        self._streams_seen: list[Stream | None] = []
+        self._epochs_seen: list[int] = []
+        self._owners_seen: list[Owner | None] = []
         """Behind those slots, as long as nobody comes or goes."""
         self._convoy = Convoy()
         self._next_slot = 1
@@ -276,7 +280,7 @@ class RelayCall(Talker):
         self.detector = FailureDetector(limits.detector, rhythm, clock())
         """Whether the sidecar lives."""
         self._beats_at = clock() + self._heartbeat_interval_s
-        self._pulses = Recurring(self._pulse, EARLY * self._heartbeat_interval_s, clock)
+        self._pulses = Recurring(self._pulse, self._heartbeat_interval_s, clock)
 
     @property
     def is_over(self) -> bool:
@@ -796,21 +800,25 @@ class RelayCall(Talker):
         except Exception:
             rows = self._end_convoy(seats)
         self._observer.count_delivered(len(seats) - len(rows))
-        for row in rows:
-            seat, offset, token_id = seats[row], offsets[row], token_ids[row]
-            if seat is None:
-                continue  # Late news of an attempt that is over.
-            if seat.is_silent:
+        if self._silent_seen:
+            for seat in self._silent_seen:
                 self._hear_first(seat, now)
+            self._silent_seen = []
+        # Columns of what is needed, because seats are in no near cache (see `frontend.convoy`).
+        streams, epochs, owners = self._streams_seen, self._epochs_seen, self._owners_seen
+        for row in rows:
+            stream, owner = streams[row], owners[row]
+            if stream is None or owner is None:
+                continue  # Late news of an attempt that is over.
             try:
-                commands = seat.stream.token(seat.epoch, offset, token_id, now)
+                commands = stream.token(epochs[row], offsets[row], token_ids[row], now)
             except Exception:
-                seat.owner.crashed()  # One stream's bug is not the others' loss.
+                owner.crashed()  # One stream's bug is not the others' loss.
                 continue
             if commands:
-                orders.append((seat.owner, commands))
+                orders.append((owner, commands))
             else:
-                seat.owner.wake()
+                owner.wake()
 
     def _rows_of_steps(
         self,
@@ -867,11 +875,11 @@ class RelayCall(Talker):
         if slots != self._slots_seen:
             self._slots_seen = slots
             seats = self._seats_seen = [self._seats.get(slot) for slot in slots]
-            self._convoy.align(
-                slots,
-                [None if seat is None else seat.stream for seat in seats],
-                [0 if seat is None else seat.epoch for seat in seats],
-            )
+            self._silent_seen = [seat for seat in seats if seat is not None and seat.is_silent]
+            self._streams_seen = [None if seat is None else seat.stream for seat in seats]
+            self._epochs_seen = [0 if seat is None else seat.epoch for seat in seats]
+            self._owners_seen = [None if seat is None else seat.owner for seat in seats]
+            self._convoy.align(slots, self._streams_seen, self._epochs_seen)
         return self._seats_seen
 
     def _end_convoy(self, seats: Sequence[Seat | None]) -> Sequence[int]:
@@ -888,7 +896,8 @@ class RelayCall(Talker):
     def _forget_rows(self) -> None:
         """Somebody came or went."""
         self._convoy.forget()
-        self._slots_seen, self._seats_seen = [], []
+        self._slots_seen, self._seats_seen, self._silent_seen = [], [], []
+        self._streams_seen, self._epochs_seen, self._owners_seen = [], [], []
 
     def _rows_of_many(
         self,

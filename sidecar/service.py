@@ -35,7 +35,7 @@ from unbroken.health import ALSO_SERVED, HealthServicer, add_health
 from unbroken.http2.limits import EdgeLimits
 from unbroken.loop_watch import watched_loop
 from unbroken.probes import Probes
-from unbroken.recurring import EARLY, Recurring
+from unbroken.recurring import Recurring
 from unbroken.signals import heed, heed_no_more
 from unbroken.third_party import orca_pb2_grpc
 from unbroken.third_party.orca_load_report_pb2 import OrcaLoadReport
@@ -171,9 +171,8 @@ class Sidecar:
         self.hub.on_change.append(self._changed.set)
         self.hub.on_over.append(self._over.set)
         self.hub.on_step.append(self._stepped)
-        interval_s = config.heartbeat_interval_s
-        ticks = Recurring(self._tick, EARLY * interval_s, self._clock)
-        looks = Recurring(self._look, EARLY * LOOK_INTERVAL_S, self._clock)
+        ticks = Recurring(self._tick, config.heartbeat_interval_s, self._clock)
+        looks = Recurring(self._look, LOOK_INTERVAL_S, self._clock)
         self.hub.on_woken += (ticks.ride, looks.ride)
         self._registration = await self._discovery.register(WORKERS, self._record())
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")

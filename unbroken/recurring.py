@@ -9,19 +9,25 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-EARLY: Final = 0.25
-"""Of an interval; by so much may what rides be early."""
+EARLY: Final = 0.1
+"""Of an interval: so much earlier it may ride,"""
+LATE: Final = 0.2
+"""and so much later, if it did so the last time: something soon wakes the process anyway."""
 
 
 class Recurring:
-    """Something that is done at `start`, and then whenever it said it wants to be."""
+    """Something that is done when it begins to `run`, and then whenever it said that it is due."""
 
     def __init__(
-        self, work: Callable[[], float], early_s: float, clock: Callable[[], float]
+        self, work: Callable[[], float], interval_s: float, clock: Callable[[], float]
     ) -> None:
-        """`work` returns when it is due again, by `clock`, in seconds; inf: never."""
+        """`work` returns when it is due again, by `clock`, in seconds; inf: never.
+
+        That is some `interval_s` later, most often.
+        """
         self._work = work
-        self._early_s = early_s
+        self._early_s = EARLY * interval_s
+        self._late_s = LATE * interval_s
         self._clock = clock
         self._due = math.inf
         self._timer: asyncio.TimerHandle | None = None
@@ -42,9 +48,9 @@ class Recurring:
     def ride(self) -> None:
         """Something else is being done: do it now, if it is nearly due. Raises nothing."""
         if self._clock() >= self._due - self._early_s:
-            self._do()
+            self._do(self._late_s)
 
-    def _do(self) -> None:
+    def _do(self, late_s: float = 0.0) -> None:
         failed = self._failed
         if failed is None or failed.done():
             return
@@ -58,5 +64,5 @@ class Recurring:
             failed.set_exception(error)
             return
         if self._due < math.inf:
-            wait_s = max(0.0, self._due - self._clock())
+            wait_s = max(0.0, self._due - self._clock()) + late_s
             self._timer = failed.get_loop().call_later(wait_s, self._do)
