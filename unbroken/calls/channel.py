@@ -32,6 +32,8 @@ PENDING_BYTES_MAX: Final = 64 * 1024 * 1024
 """Of requests that a server does not read, on a connection; more calls are refused."""
 UNREAD_MAX: Final = 64
 """Messages of a call that wait for their reader, before its server may send a window at most."""
+LARGE_BYTES: Final = 64 * 1024
+"""One message of such a size is as good as so many."""
 LIMITS: Final = CallerLimits(window=256 * 1024)
 
 M = TypeVar("M", bound=Message)
@@ -52,7 +54,7 @@ class Channel:
         self._limits = limits
         self._clock = clock
         self._connections: list[_Connection] = []
-        self._opening: asyncio.Task[Status | None] | None = None
+        self._opening: asyncio.Task[_Connection | Status] | None = None
         self._is_closed = False
 
     async def unary(
@@ -101,21 +103,28 @@ class Channel:
                 raise _error_of(Status(Code.RESOURCE_EXHAUSTED, detail))
             if self._opening is None or self._opening.done():
                 self._opening = asyncio.create_task(self._open(), name="open a connection")
-            unreachable = await asyncio.shield(self._opening)
-            if unreachable is not None:
-                raise _error_of(unreachable)
+            opening = self._opening
+            await asyncio.wait([opening])  # Whoever is cancelled leaves it to the others.
+            if opening.cancelled():
+                continue  # By `close`.
+            opened = opening.result()
+            if isinstance(opened, Status):
+                raise _error_of(opened)
+            if not opened.is_open:
+                detail = f"{self._address} takes connections, and closes them at once"
+                raise _error_of(Status(Code.UNAVAILABLE, detail))
         raise _error_of(Status(Code.CANCELLED, "the channel was closed"))
 
-    async def _open(self) -> Status | None:
+    async def _open(self) -> "_Connection | Status":
         """One more, or why there is none."""
         connection = _Connection(self._address, self._limits, self._clock)
         try:
             await connection.open()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             detail = f"expected to connect to {self._address}: {str(error) or 'timeout'}"
             return Status(Code.UNAVAILABLE, detail)
         self._connections.append(connection)
-        return None
+        return connection
 
 
 class Answers(Generic[M]):
@@ -171,20 +180,19 @@ class Answers(Generic[M]):
 
     def came(self, message: bytes) -> None:
         """One more; the hot path."""
-        self._unread.append(message)
-        if len(self._unread) >= UNREAD_MAX and not self._is_held:
+        unread = self._unread
+        unread.append(message)
+        if (len(unread) >= UNREAD_MAX or len(message) >= LARGE_BYTES) and not self._is_held:
             self._is_held = True
             self._connection.hold(self._call)
-        self._wake()
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     def ended(self, status: Status) -> None:
         """The call is over; said once."""
         self._status = status
         if self._deadline is not None:
             self._deadline.cancel()
-        self._wake()
-
-    def _wake(self) -> None:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
@@ -198,7 +206,7 @@ class _Connection(CallerTransport):
         self._greeted: asyncio.Future[None] = self._loop.create_future()
 
     async def open(self) -> None:
-        """Connect and wait until the server says how much it takes. Raises OSError."""
+        """Connect and wait until the server says how much it takes. Raises OSError, ValueError."""
         try:
             await self.connect()
             async with asyncio.timeout(GREET_S_MAX):
@@ -227,12 +235,13 @@ class _Connection(CallerTransport):
         if num_pending > PENDING_BYTES_MAX:
             detail = f"the server has left {num_pending} bytes unread"
             raise _error_of(Status(Code.RESOURCE_EXHAUSTED, detail))
+        message = request.SerializeToString()
         call = self._call(path, _timeout(timeout_s))
         answers = Answers(self, call, response)
         self._answers[call] = answers  # pyright: ignore[reportArgumentType]
         if timeout_s is not None:
             answers.expire_in(timeout_s)
-        self._caller.send(call, request.SerializeToString(), ends=True)
+        self._caller.send(call, message, ends=True)
         self.wake()
         return answers
 
@@ -285,7 +294,12 @@ class _Connection(CallerTransport):
 
 def _timeout(timeout_s: float | None) -> Fields:
     """What a server is told of the end in time."""
-    return () if timeout_s is None else ((b"grpc-timeout", b"%dm" % math.ceil(timeout_s * 1000)),)
+    if timeout_s is None:
+        return ()
+    timeout_ms = max(0, math.ceil(timeout_s * 1000))
+    if timeout_ms < 10**8:  # gRPC allows eight digits.
+        return ((b"grpc-timeout", b"%dm" % timeout_ms),)
+    return ((b"grpc-timeout", b"%dS" % min(timeout_ms // 1000, 10**8 - 1)),)
 
 
 def _error_of(status: Status) -> grpc.aio.AioRpcError:

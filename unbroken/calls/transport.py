@@ -45,13 +45,17 @@ class CallerTransport(asyncio.Protocol):
 
     async def connect(self) -> None:
         """Open the socket. Raises OSError (a TimeoutError is one), ValueError (`check_address`)."""
-        async with asyncio.timeout(CONNECT_S_MAX):
-            if self._address.startswith(_UNIX):
-                path = self._address.removeprefix(_UNIX)
-                await self._loop.create_unix_connection(lambda: self, path)
-            else:
-                host, port = split_address(self._address)
-                await self._loop.create_connection(lambda: self, host, port)
+        try:
+            async with asyncio.timeout(CONNECT_S_MAX):
+                if self._address.startswith(_UNIX):
+                    path = self._address.removeprefix(_UNIX)
+                    await self._loop.create_unix_connection(lambda: self, path)
+                else:
+                    host, port = split_address(self._address)
+                    await self._loop.create_connection(lambda: self, host, port)
+        except BaseException:
+            self._transport = None  # The loop has closed it; uvloop lets nobody touch it then.
+            raise
 
     def _call(self, path: str, fields: Fields = ()) -> int:
         """Begin a call, while the caller `takes_calls`."""

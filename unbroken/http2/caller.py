@@ -24,7 +24,7 @@ from unbroken.http2 import frames
 from unbroken.http2.allowance import Allowance
 from unbroken.http2.flow_control import ReceiveWindow, SendWindow
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
-from unbroken.http2.headers import Fields, Malformed, check_answer, check_trailers
+from unbroken.http2.headers import Fields, Malformed, check_answer, check_trailers, list_bytes
 from unbroken.http2.messages import (
     ACCEPT_ENCODING,
     PREFIX,
@@ -37,6 +37,7 @@ from unbroken.http2.messages import (
 from unbroken.http2.rules import (
     DATA_EARNS,
     ENCODER_TABLE_BYTES_MAX,
+    HEADER_LIST_HARD_FACTOR,
     LATENESS_S,
     LIVENESS_PING,
     Fault,
@@ -60,7 +61,7 @@ class CallerLimits:
 
     message_bytes_max: int = 16 * 1024 * 1024
     header_list_bytes_max: int = 16 * 1024
-    """Of an answer's headers, and of its trailers, uncompressed."""
+    """Of an answer's headers, and of its trailers, uncompressed; announced."""
     header_frames_max: int = 8
     """HEADERS and CONTINUATION frames of either."""
     window: int = 16 * 1024 * 1024
@@ -166,7 +167,7 @@ class Caller:
         self._authority = authority.encode()
         self._limits = limits
         self._encoder = Encoder()
-        self._decoder = Decoder(limits.header_list_bytes_max)
+        self._decoder = Decoder(HEADER_LIST_HARD_FACTOR * limits.header_list_bytes_max)
         self.outbound = bytearray(frames.PREFACE)
         """What is to be sent; whoever sends it takes it with `take_outbound`."""
         self.outbound += frames.settings(
@@ -216,13 +217,14 @@ class Caller:
             self.is_over
             or self._is_told_to_go
             or len(self._calls) >= self._peer_calls_max
-            or self._last_stream_id + 2 > frames.STREAM_ID_MAX
+            or self._last_stream_id >= frames.STREAM_ID_MAX
         )
 
     @property
     def is_spent(self) -> bool:
         """No call is left, and none can come: the connection is good for nothing."""
-        return not self._calls and self._is_told_to_go
+        is_last = self._is_told_to_go or self._last_stream_id >= frames.STREAM_ID_MAX
+        return is_last and not self._calls
 
     def call(self, path: str, now: float, fields: Fields = ()) -> int:
         """Begin one, while it `takes_calls`; returns what it is called here."""
@@ -334,6 +336,9 @@ class Caller:
                 except Refused as refused:
                     self.outbound += frames.reset(stream_id, ErrorCode.CANCEL)
                     self._end(stream_id, Status(refused.code, refused.detail))
+                except Malformed as error:
+                    self.outbound += frames.reset(stream_id, ErrorCode.PROTOCOL_ERROR)
+                    self._end(stream_id, Status(Code.INTERNAL, f"a malformed answer: {error}"))
         except Fault as fault:
             self.outbound += frames.go_away(0, fault.code, str(fault).encode()[:200])
             self._over(Status(Code.INTERNAL, f"{fault.code.name}: {fault}"))
@@ -423,7 +428,7 @@ class Caller:
         for message in call.body.feed(data):
             self._events.append(MessageReceived(stream_id, message))
         if flags & frames.END_STREAM:
-            self._end(stream_id, Status(Code.UNKNOWN, _NO_STATUS))
+            self._end_by_server(call, Status(Code.UNKNOWN, _NO_STATUS))
         elif call.is_held:
             call.unreturned += size
         elif increment := call.receive.give(size):
@@ -435,7 +440,7 @@ class Caller:
         block.num_frames += 1
         if block.num_frames > limits.header_frames_max:
             raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames of headers")
-        if len(block.data) > limits.header_list_bytes_max:
+        if len(block.data) > HEADER_LIST_HARD_FACTOR * limits.header_list_bytes_max:
             raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many bytes of headers")
         if not flags & frames.END_HEADERS:
             return
@@ -452,18 +457,22 @@ class Caller:
         if call is None:
             self._spend_control(now)
             return
-        try:
-            self._header_section(call, fields, now, ends=block.ends)
-        except Malformed as error:
-            raise Fault(ErrorCode.PROTOCOL_ERROR, str(error)) from error
+        if list_bytes(fields) > limits.header_list_bytes_max:
+            raise Refused(
+                Code.RESOURCE_EXHAUSTED,
+                f"expected up to {limits.header_list_bytes_max} bytes of headers",
+            )
+        self._header_section(call, fields, now, ends=block.ends)
 
     def _header_section(self, call: _Call, fields: Fields, now: float, *, ends: bool) -> None:
         if call.body is not None:
             check_trailers(fields)
             if not ends:
                 raise Fault(ErrorCode.PROTOCOL_ERROR, "expected an end with the trailers")
-            call.body.finish()
-            self._end_by_trailers(call, fields)
+            status = Status.by_server(fields)
+            if not status.code:  # Servers that give up do so in the middle of a message, too.
+                call.body.finish()
+            self._end_by_server(call, status)
             return
         status, fields = check_answer(fields)
         if 100 <= status < 200 and not ends:
@@ -478,7 +487,7 @@ class Caller:
                 Code.UNKNOWN, f"expected an answer of gRPC, got {bytes(content_type[:80])!r}"
             )
         if ends:
-            self._end_by_trailers(call, fields)
+            self._end_by_server(call, Status.by_server(fields))
             return
         encoding = next((value for name, value in fields if name == b"grpc-encoding"), None)
         call.body = MessageReader(encoding, self._limits.message_bytes_max)
@@ -584,10 +593,10 @@ class Caller:
 
     # Ends.
 
-    def _end_by_trailers(self, call: _Call, trailers: Fields) -> None:
+    def _end_by_server(self, call: _Call, status: Status) -> None:
         if not call.has_ended:  # Nobody reads the rest of it (RFC 9113, section 8.1).
             self.outbound += frames.reset(call.stream_id, ErrorCode.CANCEL)
-        self._end(call.stream_id, Status.by_server(trailers))
+        self._end(call.stream_id, status)
 
     def _end(self, stream_id: int, status: Status) -> None:
         if stream_id in self._calls:

@@ -25,11 +25,19 @@ from unbroken.http2 import frames
 from unbroken.http2.allowance import Allowance
 from unbroken.http2.flow_control import ReceiveWindow, SendWindow
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
-from unbroken.http2.headers import Fields, Malformed, Request, check_request, check_trailers
+from unbroken.http2.headers import (
+    Fields,
+    Malformed,
+    Request,
+    check_request,
+    check_trailers,
+    list_bytes,
+)
 from unbroken.http2.limits import EdgeLimits
 from unbroken.http2.rules import (
     DATA_EARNS,
     ENCODER_TABLE_BYTES_MAX,
+    HEADER_LIST_HARD_FACTOR,
     LATENESS_S,
     LIVENESS_PING,
     Fault,
@@ -44,8 +52,6 @@ from unbroken.http2.rules import (
 
 CLOSED_REMEMBERED: Final = 1024
 """Closed streams of which is known how they ended; frames for older ones are plainly refused."""
-HEADER_LIST_HARD_FACTOR: Final = 4
-"""A header list of so many times the limit ends the connection; below, it is `is_too_large`."""
 TOO_LARGE_COSTS: Final = 100.0
 """Control frames that such a header list counts for: it is dear to decode."""
 DRAIN_PING_S: Final = 1.0
@@ -463,8 +469,7 @@ class Connection:
         self._streams[stream_id] = stream
         if ends:
             stream.is_remote_closed = True
-        size = sum(len(name) + len(value) + 32 for name, value in fields)
-        is_too_large = size > limits.header_list_bytes_max
+        is_too_large = list_bytes(fields) > limits.header_list_bytes_max
         if is_too_large:
             self._spend_control(now, TOO_LARGE_COSTS)
             self._events.append(LimitHit("header_bytes"))

@@ -47,9 +47,11 @@ def check_request(given: Fields) -> Request:
             if name not in _PSEUDO or name in pseudo:
                 raise Malformed(f"unexpected or repeated {name[:40]!r}")
             _check_value(name, value)
+            _check_edges(name, value)
             pseudo[name] = value
             continue
         _check_field(name, value)
+        _check_edges(name, value)
         if name == b"content-length":
             if not value.isdigit() or len(value) > 19 or content_length not in (None, int(value)):
                 raise Malformed("a bad or contradicting content-length")
@@ -68,7 +70,10 @@ def check_request(given: Fields) -> Request:
 
 
 def check_answer(given: Fields) -> tuple[int, Fields]:
-    """The status of an answer, and its other fields in their order. Raises `Malformed`."""
+    """The status of an answer, and its other fields in their order. Raises `Malformed`.
+
+    Spaces around values pass, also in trailers: gRPC's own servers send messages as they are.
+    """
     if not given or given[0][0] != b":status":
         raise Malformed("expected :status first")
     status, fields = given[0][1], given[1:]
@@ -86,6 +91,11 @@ def check_trailers(given: Fields) -> None:
         _check_field(name, value)
 
 
+def list_bytes(given: Fields) -> int:
+    """What a header section comes to, as its limit counts it (RFC 9113, section 6.5.2)."""
+    return sum(len(name) + len(value) + 32 for name, value in given)
+
+
 def _check_field(name: bytes, value: bytes) -> None:
     if not _NAME.fullmatch(name):
         raise Malformed(f"a bad field name: {name[:40]!r}")
@@ -95,5 +105,10 @@ def _check_field(name: bytes, value: bytes) -> None:
 
 
 def _check_value(name: bytes, value: bytes) -> None:
-    if _FORBIDDEN_IN_VALUE.search(value) or value != value.strip(b" \t"):
+    if _FORBIDDEN_IN_VALUE.search(value):
         raise Malformed(f"a bad value of {name[:40]!r}")
+
+
+def _check_edges(name: bytes, value: bytes) -> None:
+    if value != value.strip(b" \t"):
+        raise Malformed(f"spaces around the value of {name[:40]!r}")
