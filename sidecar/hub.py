@@ -72,10 +72,11 @@ class Hub(EngineListener):
         deadline_margin_s: float = 0.005,
         retention: Retention | None = None,
         watchdog_policy: WatchdogPolicy | None = None,
+        rows_min: int = ROWS_MIN,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`orphan_grace_s` is for attempts that do not say; `deadline_margin_s` is what the engine
-        lacks of an attempt's time.
+        lacks of an attempt's time; frames with fewer rows than `rows_min` are no `Rows`.
         """
         self.ledger = Ledger[Link](retention)
         self.up: EngineUp | None = None
@@ -120,6 +121,7 @@ class Hub(EngineListener):
         self._links: dict[Link, None] = {}  # In the order of their opening.
         self._lives: OrderedDict[str, tuple[int, int]] = OrderedDict()  # Highest, by frontend.
         self._rows: Rows[Link] | None = None
+        self._rows_min = rows_min
         self._slots_seen: list[int] = []  # Of the last frame with tokens that went the long way.
         self._replaying: dict[int, Attempt] = {}  # By engine slot; also such as have ended.
         self._prefilling: dict[int, tuple[int, float]] = {}  # By slot: tokens, and since when.
@@ -551,9 +553,9 @@ class Hub(EngineListener):
     def _look_for_rows(self, frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) -> None:
         """Who came together twice will do so again."""
         slots = frame.slots[:] if not (frame.token_counts or frame.logprobs) else []
-        if slots == self._slots_seen and len(slots) >= ROWS_MIN and len(set(slots)) == len(slots):
+        is_same, self._slots_seen = slots == self._slots_seen, slots
+        if is_same and len(slots) >= self._rows_min and len(set(slots)) == len(slots):
             self._rows = Rows(slots, attempts)
-        self._slots_seen = slots
 
     def _ends(self, frame: attempt_pb2.StepFrame) -> None:
         now, running = self._clock(), self.ledger.running

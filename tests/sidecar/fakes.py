@@ -240,10 +240,19 @@ class Frontend(Reader):
 class Desk:
     """A hub with its engine, on a clock that a test moves."""
 
-    def __init__(self, *, is_up: bool = True, retention: Retention | None = None) -> None:
+    def __init__(
+        self, *, is_up: bool = True, retention: Retention | None = None, rows_min: int = 1
+    ) -> None:
+        """Tests have few streams, and theirs come in `Rows` too."""
         self.now = 100.0
         self.engine = ScriptedEngine()
-        self.hub = Hub(self.engine, orphan_grace_s=5.0, retention=retention, clock=lambda: self.now)
+        self.hub = Hub(
+            self.engine,
+            orphan_grace_s=5.0,
+            retention=retention,
+            rows_min=rows_min,
+            clock=lambda: self.now,
+        )
         if is_up:
             self.hub.on_up(engine_up())
 

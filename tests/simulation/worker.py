@@ -510,7 +510,11 @@ class Process:
         self.incarnation = incarnation
         self.engine = Engine(world, trouble, personality, pace)
         self.hub = Hub(
-            self.engine, orphan_grace_s=2.0, watchdog_policy=POLICY, clock=lambda: world.now
+            self.engine,
+            orphan_grace_s=2.0,
+            watchdog_policy=POLICY,
+            rows_min=1,
+            clock=lambda: world.now,
         )
         self.engine.hub = self.hub
         self._world = world
