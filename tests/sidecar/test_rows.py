@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from sidecar.rows import STEPS_MAX
-from tests.sidecar.fakes import VOCAB_SIZE, Desk, Frontend
+from tests.sidecar.fakes import VOCAB_SIZE, Desk, Frontend, start_of
 from unbroken.outcome import FailureKind
 from unbroken.v1 import attempt_pb2, generation_pb2
 
@@ -76,6 +76,32 @@ def test_an_attempt_that_is_over_says_no_more_though_the_rows_seem_the_same() ->
     desk.end(_finished(1, 4))
     desk.hub.on_frame(attempt_pb2.StepFrame(slots=[1, 2], offsets=[4, 4], token_ids=[4, 4]))
     assert desk.engine.failures == ["expected a slot that runs, got 1"]
+
+
+def test_a_probe_that_is_over_says_no_more_either() -> None:
+    desk = Desk()
+    frontend = desk.frontend()
+    frontend.start("a")
+    desk.hub.probe(start_of(0, "probe"))
+    for step in range(4):
+        desk.step({1: step, 2: step})
+    desk.end(_finished(2, 4))
+    desk.hub.on_frame(attempt_pb2.StepFrame(slots=[1, 2], offsets=[4, 4], token_ids=[4, 4]))
+    assert desk.engine.failures == ["expected a slot that runs, got 2"]
+
+
+def test_several_rows_of_one_slot_are_not_taken_for_rows_that_stay() -> None:
+    desk = Desk()
+    frontend = desk.frontend()
+    frontend.start("a")
+    for begin in range(0, 12, 3):
+        offsets = [begin, begin + 1, begin + 2]
+        desk.hub.on_frame(
+            attempt_pb2.StepFrame(slots=[1, 1, 1], offsets=offsets, token_ids=offsets)
+        )
+    frontend.read()
+    assert frontend.tokens == {1: list(range(12))}
+    assert desk.engine.failures == []
 
 
 class Play:

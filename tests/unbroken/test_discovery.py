@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from unbroken import discovery
+from unbroken import discovery, file_discovery
 from unbroken.discovery import FRONTENDS, THRESHOLDS, WORKERS
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.file_discovery import FileDiscovery
@@ -363,7 +364,6 @@ def test_updates_never_make_a_member_blink(tmp_path: Path) -> None:
 def test_an_update_between_the_look_and_the_question_is_no_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unbroken import file_discovery
 
     async def scenario() -> None:
         found = FileDiscovery(tmp_path)
@@ -385,6 +385,50 @@ def test_an_update_between_the_look_and_the_question_is_no_death(
         await registration.close()
 
     uvloop.run(scenario())
+
+
+def test_a_folder_without_news_is_not_read_again_and_a_death_in_it_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        folder = tmp_path / "workers"
+        reader = file_discovery._Reader(folder, WORKERS)  # pyright: ignore[reportPrivateUsage]
+        registration = await FileDiscovery(tmp_path).register(WORKERS, worker())
+        os.utime(folder, (1000.0, 1000.0))  # It changed long ago.
+        members = reader.read()
+        assert list(members) == ["w1"]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", _never)
+            assert reader.read() is members
+        await registration.close()
+        os.utime(folder, (1000.0, 1000.0))  # As if it had not removed its file.
+        assert dict(reader.read()) == {}
+        reader.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_changes_in_the_moment_of_a_look_is_seen_by_the_next(tmp_path: Path) -> None:
+    """Both leave the folder with the same stamp, as a coarse clock of the kernel may."""
+
+    async def scenario() -> None:
+        folder = tmp_path / "workers"
+        folder.mkdir()
+        reader = file_discovery._Reader(folder, WORKERS)  # pyright: ignore[reportPrivateUsage]
+        now = time.time() + 1.0
+        os.utime(folder, (now, now))
+        assert dict(reader.read()) == {}
+        registration = await FileDiscovery(tmp_path).register(WORKERS, worker())
+        os.utime(folder, (now, now))
+        assert list(reader.read()) == ["w1"]
+        await registration.close()
+        reader.close()
+
+    asyncio.run(scenario())
+
+
+def _never(*_: object) -> list[str]:
+    raise AssertionError("expected no look into the folder")
 
 
 def test_of_many_registrars_of_one_id_the_highest_incarnation_wins(tmp_path: Path) -> None:
@@ -410,7 +454,6 @@ def test_of_many_registrars_of_one_id_the_highest_incarnation_wins(tmp_path: Pat
 def test_registering_fails_when_the_directory_stays_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unbroken import file_discovery
 
     monkeypatch.setattr(file_discovery, "_LOCK_WAIT_S_MAX", 0.05)
 
