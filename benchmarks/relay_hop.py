@@ -158,8 +158,8 @@ class Http2Frontend(CallerTransport):
     @override
     def _tell(self, events: Iterable[Event]) -> None:
         for event in events:
-            assert isinstance(event, MessageReceived), event
-            self._seen.saw(pb.RelayResponse.FromString(event.message))
+            if isinstance(event, MessageReceived):  # Else the sidecar has ended.
+                self._seen.saw(pb.RelayResponse.FromString(event.message))
 
 
 async def serve(way: str, rows: int, step_s: float) -> None:

@@ -8,15 +8,13 @@ are many, in a few (docs/decisions/moves.md).
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import grpc.aio
 from google.protobuf.message import DecodeError
 from typing_extensions import override
 
 from frontend.relay_wire import Talker, Wire
-from unbroken.calls.transport import WRITE_BUFFER_HIGH, CallerTransport
+from unbroken.calls.transport import WRITE_BUFFER_HIGH, CallerTransport, error_of
 from unbroken.http2.caller import CallerLimits, Ended, Event, MessageReceived, Status
 from unbroken.http2.messages import Code
-from unbroken.status import rpc_error
 from unbroken.v1 import relay_service_pb2 as pb
 
 PATH: Final = "/unbroken.v1.RelayService/Relay"
@@ -46,16 +44,11 @@ class NativeWire(CallerTransport, Wire):
         try:
             await self.connect()
             await self._loop.create_future()
-        except (OSError, ValueError) as error:
-            detail = f"expected to connect to {self._address}: {str(error) or 'timeout'}"
-            self._talker.closed(_error_of(Status(Code.UNAVAILABLE, detail)))
+        except OSError as error:
+            self._talker.closed(error_of(Status(Code.UNAVAILABLE, str(error))))
         finally:
             self._caller.cancel(self._relay)
             self.hang_up()
-
-    @override
-    def wake(self) -> None:
-        super().wake()
 
     @override
     def hurry(self, num_waiting: int) -> None:
@@ -104,8 +97,4 @@ class NativeWire(CallerTransport, Wire):
                         response = None
                     self._talker.receive(response)
                 case Ended(status=status):
-                    self._talker.closed(_error_of(status) if status.code else None)
-
-
-def _error_of(status: Status) -> grpc.aio.AioRpcError:
-    return rpc_error(status.code, status.detail, status.trailers)
+                    self._talker.closed(error_of(status) if status.code else None)

@@ -37,7 +37,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
 from unbroken.holdings import StreamName
 from unbroken.outcome import FailureKind, FinishReason
-from unbroken.recurring import EARLY, Recurring
+from unbroken.recurring import EARLY, LATE, Recurring
 from unbroken.status import from_rpc_error
 from unbroken.thresholds import OFF, Thresholds, to_proto
 from unbroken.tokenizer import Tokenizer, asset_from_proto
@@ -254,11 +254,12 @@ class RelayCall(Talker):
         self._seats: dict[int, Seat] = {}
         self._slots_seen: list[int] = []
         self._seats_seen: list[Seat | None] = []
-        self._silent_seen: list[Seat] = []
+        """Behind those slots, as long as nobody comes or goes."""
         self._streams_seen: list[Stream | None] = []
+        """Columns of what rows need of those seats, which are in no near cache (see
+        `frontend.convoy`): their streams, epochs and owners."""
         self._epochs_seen: list[int] = []
         self._owners_seen: list[Owner | None] = []
-        """Behind those slots, as long as nobody comes or goes."""
         self._convoy = Convoy()
         self._next_slot = 1
         self._num_with_logprobs = 0
@@ -473,7 +474,7 @@ class RelayCall(Talker):
             self._is_heartbeat_due = True
             self._wire.wake()
         looks_at = max(now + _LOOK_INTERVAL_S_MIN, min(self._beats_at, detector.deadline()))
-        detector.expects_to_look(looks_at)
+        detector.expects_to_look(looks_at + LATE * interval_s)
         return looks_at
 
     def _show_liveness(self) -> None:
@@ -526,7 +527,6 @@ class RelayCall(Talker):
         """A message came, or bytes that are none. Raises nothing."""
         try:
             self._receive(response)
-            self._pulses.ride()
         except _BrokenContract as error:
             _log.warning("sidecar broke the contract", detail=str(error), **self._names())
             self.end(FailureKind.PROTOCOL, str(error))
@@ -627,6 +627,7 @@ class RelayCall(Talker):
                     self._receive_adopted(adopted, now)
             case None:
                 pass  # Of a newer contract: MAY be ignored, as its sender knows our version.
+        self._pulses.join()
 
     def _receive_welcome(self, welcome: relay_service_pb2.RelayWelcome) -> None:
         mine, seen = self._worker.record.identity, welcome.identity
@@ -794,17 +795,12 @@ class RelayCall(Talker):
         orders: list[tuple[Owner, Sequence[Command]]],
     ) -> None:
         """The hot path: one token a row, no log probabilities."""
-        seats = self._seats_of(slots)
+        seats = self._seats_of(slots, now)
         try:
             rows = self._convoy.go(offsets, token_ids, now)
         except Exception:
             rows = self._end_convoy(seats)
         self._observer.count_delivered(len(seats) - len(rows))
-        if self._silent_seen:
-            for seat in self._silent_seen:
-                self._hear_first(seat, now)
-            self._silent_seen = []
-        # Columns of what is needed, because seats are in no near cache (see `frontend.convoy`).
         streams, epochs, owners = self._streams_seen, self._epochs_seen, self._owners_seen
         for row in rows:
             stream, owner = streams[row], owners[row]
@@ -870,12 +866,17 @@ class RelayCall(Talker):
                 continue
             seat.owner.wake()
 
-    def _seats_of(self, slots: list[int]) -> list[Seat | None]:
-        """Who is meant by a column of slots; most often it is that of the frame before."""
+    def _seats_of(self, slots: list[int], now: float) -> list[Seat | None]:
+        """Who is meant by a column of slots; most often it is that of the frame before.
+
+        Each of them has a token in this frame.
+        """
         if slots != self._slots_seen:
             self._slots_seen = slots
             seats = self._seats_seen = [self._seats.get(slot) for slot in slots]
-            self._silent_seen = [seat for seat in seats if seat is not None and seat.is_silent]
+            for seat in seats:
+                if seat is not None and seat.is_silent:
+                    self._hear_first(seat, now)
             self._streams_seen = [None if seat is None else seat.stream for seat in seats]
             self._epochs_seen = [0 if seat is None else seat.epoch for seat in seats]
             self._owners_seen = [None if seat is None else seat.owner for seat in seats]
@@ -896,7 +897,7 @@ class RelayCall(Talker):
     def _forget_rows(self) -> None:
         """Somebody came or went."""
         self._convoy.forget()
-        self._slots_seen, self._seats_seen, self._silent_seen = [], [], []
+        self._slots_seen, self._seats_seen = [], []
         self._streams_seen, self._epochs_seen, self._owners_seen = [], [], []
 
     def _rows_of_many(

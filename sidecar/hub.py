@@ -536,7 +536,7 @@ class Hub(EngineListener):
         else:
             for attempt, token_id in zip(attempts, frame.token_ids[:], strict=True):
                 attempt.entered.append(token_id)
-            _enter_by_link(frame, attempts, links)
+            _tell_by_link(frame, attempts, links)
         for logprobs in frame.logprobs:
             attempt = self.ledger.running[logprobs.slot]
             if attempt.logprobs is not None:
@@ -891,10 +891,10 @@ class Hub(EngineListener):
             verdict.drain_budget.FromNanoseconds(round(left_s * 1e9))
 
 
-def _enter_by_link(
+def _tell_by_link(
     frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt], links: Iterable[Link | None]
 ) -> None:
-    """Part rows of one token each by who reads them."""
+    """Tell each reader its rows, of one token each."""
     columns: dict[Link | None, tuple[list[int], list[int], list[int]]]
     columns = {link: ([], [], []) for link in links}
     rows = zip(attempts, frame.offsets[:], frame.token_ids[:], strict=True)

@@ -64,7 +64,7 @@ class Replay:
 
 
 class Together(Protocol):
-    """Attempts whose tokens come together (`sidecar/rows.py`)."""
+    """Attempts whose tokens come together: `sidecar.rows`, which needs this module."""
 
     ends: Sequence[int]
     """Of each, the offset after its last token."""

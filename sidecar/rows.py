@@ -12,7 +12,7 @@ steps. Whoever changes for whom a row is, or ends it, lets the rows `part` first
 from array import array
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Final, Generic, Protocol, TypeVar, cast
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from typing_extensions import override
 
@@ -36,6 +36,16 @@ class Reader(Protocol):
 ReaderT = TypeVar("ReaderT", bound=Reader)
 
 
+class _Share(NamedTuple, Generic[ReaderT]):
+    """What one reader is told of a step."""
+
+    reader: ReaderT
+    slots: Sequence[int]
+    """Its own, of its rows."""
+    take: Callable[[Sequence[int]], Sequence[int]] | None
+    """Takes its rows out of a column; None: all are its own."""
+
+
 class Rows(Together, Generic[ReaderT]):
     """Those of frames with one token for each of the same attempts."""
 
@@ -47,25 +57,28 @@ class Rows(Together, Generic[ReaderT]):
         self.ends = [attempt.end_offset for attempt in attempts]
         self._steps: list[array[int]] = []
         """The columns that are not entered yet."""
-        self._readers = _by_reader(attempts)
+        self._shares = _shares(attempts)
         for row, attempt in enumerate(attempts):
             attempt.place = self, row
 
     @property
     def readers(self) -> Sequence[ReaderT]:
         """Who is told by `step`."""
-        return [reader for reader, _, _ in self._readers]
+        return [share.reader for share in self._shares]
 
     def step(self, frame: attempt_pb2.StepFrame) -> None:
-        """Each has one more token, as a frame says that was checked. The hot path."""
+        """Each has one more token. The frame has passed `frames.check` with these rows.
+
+        The hot path.
+        """
         # Columns of another message are copied much faster than lists, and slices of them are
         # lists, which take half the time to go through.
         token_ids = frame.token_ids[:]
-        for reader, slots, of_reader in self._readers:
-            if of_reader is None:
+        for reader, slots, take in self._shares:
+            if take is None:
                 reader.rows(slots, frame.offsets, frame.token_ids)
             else:
-                reader.rows(slots, of_reader(self.ends), of_reader(token_ids))
+                reader.rows(slots, take(self.ends), take(token_ids))
         self._steps.append(array("I", token_ids))
         self.ends = [end + 1 for end in self.ends]
         if len(self._steps) >= STEPS_MAX:
@@ -86,20 +99,19 @@ class Rows(Together, Generic[ReaderT]):
             attempt.place = None
 
 
-def _by_reader(
-    attempts: Sequence[Attempt[ReaderT]],
-) -> list[tuple[ReaderT, Sequence[int], Callable[[Sequence[int]], Sequence[int]] | None]]:
-    """Who is to be told, with his own handles, and how to take his rows out of a column; None: all
-    are his."""
+def _shares(attempts: Sequence[Attempt[ReaderT]]) -> list[_Share[ReaderT]]:
     rows: dict[ReaderT, list[int]] = {}
     for row, attempt in enumerate(attempts):
         if attempt.live_link is not None:
             rows.setdefault(attempt.live_link, []).append(row)
-    found: list[tuple[ReaderT, Sequence[int], Callable[[Sequence[int]], Sequence[int]] | None]] = []
-    for reader, mine in rows.items():
-        slots = attempt_pb2.StepFrame(slots=[attempts[row].link_slot for row in mine]).slots
-        found.append((reader, slots, None if len(mine) == len(attempts) else _taking(mine)))
-    return found
+    return [
+        _Share(
+            reader,
+            attempt_pb2.StepFrame(slots=[attempts[row].link_slot for row in mine]).slots,
+            None if len(mine) == len(attempts) else _taking(mine),
+        )
+        for reader, mine in rows.items()
+    ]
 
 
 def _taking(rows: Sequence[int]) -> Callable[[Sequence[int]], Sequence[int]]:

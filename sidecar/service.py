@@ -173,7 +173,7 @@ class Sidecar:
         self.hub.on_step.append(self._stepped)
         ticks = Recurring(self._tick, config.heartbeat_interval_s, self._clock)
         looks = Recurring(self._look, LOOK_INTERVAL_S, self._clock)
-        self.hub.on_woken += (ticks.ride, looks.ride)
+        self.hub.on_woken += (ticks.join, looks.join)
         self._registration = await self._discovery.register(WORKERS, self._record())
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
         self._tasks = [

@@ -17,11 +17,10 @@ its owner writes it again. docs/decisions/discovery.md says why it is done so.
 
 import asyncio
 import fcntl
-import math
 import os
 import struct
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,25 +281,36 @@ class _Seen(Generic[RecordT]):
 class _Reader(Generic[RecordT]):
     """Reads one folder again and again, remembering what it saw."""
 
-    def __init__(self, folder: Path, kind: Kind[RecordT]) -> None:
+    def __init__(
+        self, folder: Path, kind: Kind[RecordT], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._folder = folder
         self._kind = kind
+        self._clock = clock
         self._seen: dict[str, _Seen[RecordT]] = {}
         self._highest: dict[str, int] = {}  # Incarnations only grow, also past a death.
         self._ignored: dict[str, _Stamp] = {}  # Garbage, outdated or dead; dead stays dead.
         self._is_readable = True
         self._members: Mapping[str, RecordT] = MappingProxyType({})
-        self._folder_stamp: _Stamp | None = None
-        """Of the folder as it was read, if no change of it could have been missed."""
+        self._stamp: _Stamp | None = None
+        """Of the folder,"""
+        self._stamped_at = 0.0
+        """and when it was first seen."""
+        self._is_read = False
+        """Whether all that has this stamp has been read."""
+        self._is_complete = True
+        """Whether the latest look missed nothing."""
 
     def read(self) -> Mapping[str, RecordT]:
         """The members now: the same object as before if nothing has changed."""
         # Files are only ever put in place, so what is in a folder changes with its stamp.
-        stamp = _stamp_at(self._folder)
-        if stamp is None or stamp != self._folder_stamp or not self._are_all_owned:
-            age_s = math.inf if stamp is None else time.time() - stamp[-1] / 1e9
-            self._folder_stamp = stamp if age_s > _STAMP_TICK_S else None
+        stamp, now = _stamp_at(self._folder), self._clock()
+        if stamp != self._stamp:
+            self._stamp, self._stamped_at, self._is_read = stamp, now, False
+        if not (self._is_read and self._are_all_owned):
             members = self._read()
+            is_settled = now - self._stamped_at >= _STAMP_TICK_S
+            self._is_read = stamp is not None and is_settled and self._is_complete
             if members != self._members:
                 self._members = members
         return self._members
@@ -310,6 +320,7 @@ class _Reader(Generic[RecordT]):
         return all(_is_owned(seen.fd) for seen in self._seen.values())
 
     def _read(self) -> Mapping[str, RecordT]:
+        self._is_complete = True
         try:
             names = [n for n in sorted(os.listdir(self._folder)) if n.endswith(_SUFFIX)]
             self._is_readable = True
@@ -317,6 +328,7 @@ class _Reader(Generic[RecordT]):
             names = []  # Nobody has registered yet, or somebody swept; known owners show by locks.
         except OSError as error:
             names = []
+            self._is_complete = False
             if self._is_readable:
                 _log.warning("discovery not readable", path=str(self._folder), error=str(error))
             self._is_readable = False
@@ -346,6 +358,7 @@ class _Reader(Generic[RecordT]):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
+            self._is_complete = False  # No descriptor is left, perhaps.
             return
         try:
             stamp = _stamp(os.fstat(fd))

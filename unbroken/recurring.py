@@ -1,7 +1,8 @@
 """What is done again and again, and rather beside other work than alone.
 
-A process that wakes every few milliseconds finds its caches cold, and a look that takes 10 µs in a
-busy loop takes 100 then. So whoever was woken by something else lets what is nearly due `ride`.
+A process that wakes every few milliseconds finds its caches cold, and what is small takes many
+times as long as in a busy loop (docs/decisions/relay-hop.md). So whoever was woken by something
+else lets what is nearly due `join` in.
 """
 
 import asyncio
@@ -10,9 +11,10 @@ from collections.abc import Callable
 from typing import Final
 
 EARLY: Final = 0.1
-"""Of an interval: so much earlier it may ride,"""
+"""Of an interval: so much earlier something may join."""
 LATE: Final = 0.2
-"""and so much later, if it did so the last time: something soon wakes the process anyway."""
+"""Of an interval: so much later it is done alone, if it joined the last time. Something soon wakes
+the process anyway."""
 
 
 class Recurring:
@@ -45,7 +47,7 @@ class Recurring:
             if self._timer is not None:
                 self._timer.cancel()
 
-    def ride(self) -> None:
+    def join(self) -> None:
         """Something else is being done: do it now, if it is nearly due. Raises nothing."""
         if self._clock() >= self._due - self._early_s:
             self._do(self._late_s)

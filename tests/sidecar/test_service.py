@@ -22,15 +22,16 @@ from sidecar.engines.kinds import launch_of
 from sidecar.service import RELAY_SERVICE, SIDECAR_SERVICE
 from tests.frontend.edge.peer import REQUEST
 from tests.frontend.edge.raw import connect
-from tests.sidecar.fakes import engine_up
+from tests.sidecar.fakes import Frontend, engine_up
 from tests.sidecar.processes import until
 from tests.sidecar.worlds import config_of, connected, run, running, scripted
 from unbroken.discovery import WORKERS, Discovery, Kind, Registration, Setting
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.outcome import FailureKind
+from unbroken.recurring import EARLY
 from unbroken.transport import open_channel
+from unbroken.v1 import attempt_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
-from unbroken.v1 import worker_pb2
 from unbroken.v1.relay_service_pb2_grpc import RelayServiceStub
 
 CHECK = [
@@ -407,3 +408,34 @@ def test_the_command_of_an_engine_is_made_from_the_settings() -> None:
     found = config_of(engine_socket="e.sock")
     assert launch_of(found, Path("tmp")).command is None
     assert launch_of(found, Path("tmp")).address == "e.sock"
+
+
+def test_heartbeats_and_looks_that_are_nearly_due_come_with_a_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        now = 100.0
+        async with scripted(
+            tmp_path, clock=lambda: now, heartbeat_interval_s=8.0, link_silence_max_s=30.0
+        ) as (sidecar, _, engine):
+            looks: list[float] = []
+            monkeypatch.setattr(sidecar.hub, "watch", lambda: looks.append(now))
+            engine.on_up(engine_up())
+            frontend = Frontend(sidecar.hub, now)
+            await until(lambda: bool(looks))  # The real one wants none yet.
+            frontend.read()
+            num_heartbeats, num_looks = len(frontend.heartbeats), len(looks)
+            now += 8.0 * (1 - EARLY) - 0.1
+            engine.on_frame(attempt_pb2.StepFrame())
+            frontend.read()
+            assert len(frontend.heartbeats) == num_heartbeats, "it is not due for long"
+            assert len(looks) == num_looks + 1
+            now += 0.2
+            engine.on_frame(attempt_pb2.StepFrame())
+            frontend.read()
+            assert len(frontend.heartbeats) == num_heartbeats + 1
+            engine.on_frame(attempt_pb2.StepFrame())
+            frontend.read()
+            assert len(frontend.heartbeats) == num_heartbeats + 1, "once"
+
+    run(scenario)

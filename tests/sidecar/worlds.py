@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -132,11 +133,15 @@ def config_of(**settings: object) -> SidecarConfig:
 
 @asynccontextmanager
 async def scripted(
-    directory: Path, where: Discovery | None = None
+    directory: Path,
+    where: Discovery | None = None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    **settings: object,
 ) -> AsyncGenerator[tuple[Sidecar, ScriptedEngine, EngineListener], None]:
-    config = config_of(worker_id="w1", discovery=directory, engine="simulated")
+    config = config_of(worker_id="w1", discovery=directory, engine="simulated", **settings)
     engine = ScriptedEngine()
-    sidecar = Sidecar(config, engine, where=where)
+    sidecar = Sidecar(config, engine, where=where, clock=clock)
     await sidecar.start()
     try:
         await until(lambda: engine.listener is not None)

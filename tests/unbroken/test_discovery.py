@@ -1,13 +1,13 @@
 """Claims of file discovery, with real owners that are killed and stopped."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -391,12 +391,14 @@ def test_a_folder_without_news_is_not_read_again_and_a_death_in_it_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        folder = tmp_path / "workers"
-        reader = file_discovery._Reader(folder, WORKERS)  # pyright: ignore[reportPrivateUsage]
+        now, folder = 100.0, tmp_path / "workers"
+        reader = file_discovery._Reader(folder, WORKERS, lambda: now)  # pyright: ignore[reportPrivateUsage]
         registration = await FileDiscovery(tmp_path).register(WORKERS, worker())
-        os.utime(folder, (1000.0, 1000.0))  # It changed long ago.
+        os.utime(folder, (1000.0, 1000.0))
         members = reader.read()
         assert list(members) == ["w1"]
+        now += 1.0
+        assert reader.read() is members
         with monkeypatch.context() as patch:
             patch.setattr(os, "listdir", _never)
             assert reader.read() is members
@@ -412,19 +414,43 @@ def test_what_changes_in_the_moment_of_a_look_is_seen_by_the_next(tmp_path: Path
     """Both leave the folder with the same stamp, as a coarse clock of the kernel may."""
 
     async def scenario() -> None:
-        folder = tmp_path / "workers"
+        now, folder = 100.0, tmp_path / "workers"
         folder.mkdir()
-        reader = file_discovery._Reader(folder, WORKERS)  # pyright: ignore[reportPrivateUsage]
-        now = time.time() + 1.0
-        os.utime(folder, (now, now))
+        reader = file_discovery._Reader(folder, WORKERS, lambda: now)  # pyright: ignore[reportPrivateUsage]
+        os.utime(folder, (1000.0, 1000.0))
         assert dict(reader.read()) == {}
         registration = await FileDiscovery(tmp_path).register(WORKERS, worker())
-        os.utime(folder, (now, now))
+        os.utime(folder, (1000.0, 1000.0))
+        now += 1.0
         assert list(reader.read()) == ["w1"]
         await registration.close()
         reader.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("call", ["open", "listdir"])
+def test_a_look_that_failed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    async def scenario() -> None:
+        now, folder = 100.0, tmp_path / "workers"
+        reader = file_discovery._Reader(folder, WORKERS, lambda: now)  # pyright: ignore[reportPrivateUsage]
+        registration = await FileDiscovery(tmp_path).register(WORKERS, worker())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, _fails)
+            assert dict(reader.read()) == {}
+            now += 1.0
+            assert dict(reader.read()) == {}
+        assert list(reader.read()) == ["w1"]
+        await registration.close()
+        reader.close()
+
+    asyncio.run(scenario())
+
+
+def _fails(*_: object) -> int:
+    raise OSError(errno.EMFILE, "too many open files")
 
 
 def _never(*_: object) -> list[str]:

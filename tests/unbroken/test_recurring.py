@@ -9,7 +9,7 @@ import pytest
 from unbroken.recurring import EARLY, LATE, Recurring
 
 INTERVAL_S = 10.0
-"""Longer than a test: what is done again was let ride."""
+"""Longer than a test: what is done again has joined."""
 
 
 class Clock:
@@ -55,16 +55,16 @@ def run(scenario: Callable[[Clock, Work, Recurring], Coroutine[None, None, None]
     asyncio.run(whole())
 
 
-def test_it_is_done_at_once_and_rides_when_it_is_nearly_due() -> None:
+def test_it_is_done_at_once_and_joins_when_it_is_nearly_due() -> None:
     async def scenario(clock: Clock, work: Work, recurring: Recurring) -> None:
         assert work.times == [100.0]
-        recurring.ride()
+        recurring.join()
         clock.now += INTERVAL_S * (1 - EARLY) - 0.01
-        recurring.ride()
+        recurring.join()
         assert len(work.times) == 1, "it is too early"
         clock.now += 0.02
-        recurring.ride()
-        recurring.ride()
+        recurring.join()
+        recurring.join()
         assert work.times[1:] == [clock.now], "once"
 
     run(scenario)
@@ -75,19 +75,19 @@ def test_alone_it_is_done_when_it_is_due() -> None:
         clock.now += INTERVAL_S
         work.interval_s = 0.0
         work.done.clear()
-        recurring.ride()
+        recurring.join()
         for _ in range(3):
             work.done.clear()
-            await work.done.wait()  # The timer's, as nobody rides.
+            await work.done.wait()  # The timer's, as nothing else is done.
 
     run(scenario)
 
 
-def test_what_rode_waits_a_little_for_the_next_ride() -> None:
+def test_what_joined_waits_a_little_to_join_again() -> None:
     async def scenario(clock: Clock, _: Work, recurring: Recurring) -> None:
         loop = asyncio.get_running_loop()
         clock.now += INTERVAL_S
-        recurring.ride()
+        recurring.join()
         timer = recurring._timer  # pyright: ignore[reportPrivateUsage]
         assert timer is not None
         assert timer.when() - loop.time() == pytest.approx(INTERVAL_S * (1 + LATE), abs=1.0)
@@ -104,11 +104,11 @@ def test_a_failure_is_the_runs_and_nobody_elses() -> None:
         await work.done.wait()
         work.error = ValueError("a bug")
         clock.now += INTERVAL_S
-        recurring.ride()
+        recurring.join()
         with pytest.raises(ValueError, match="a bug"):
             await running
         work.error = None
-        recurring.ride()
+        recurring.join()
         assert len(work.times) == 1, "it runs no more"
 
     asyncio.run(scenario())
@@ -118,10 +118,10 @@ def test_who_wants_nothing_more_is_not_called_again() -> None:
     async def scenario(clock: Clock, work: Work, recurring: Recurring) -> None:
         work.interval_s = math.inf
         clock.now += INTERVAL_S
-        recurring.ride()
+        recurring.join()
         assert len(work.times) == 2
         clock.now += 1000 * INTERVAL_S
-        recurring.ride()
+        recurring.join()
         assert len(work.times) == 2
         assert recurring._timer is None  # pyright: ignore[reportPrivateUsage]
 
@@ -141,7 +141,7 @@ def test_nothing_is_left_of_a_run_that_is_over() -> None:
         assert timer is not None
         assert timer.cancelled()
         clock.now += INTERVAL_S
-        recurring.ride()
+        recurring.join()
         assert len(work.times) == 1
 
     asyncio.run(scenario())

@@ -14,15 +14,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Final, Generic, TypeVar
 
-import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from typing_extensions import override
 
-from unbroken.calls.transport import CallerTransport, check_address
+from unbroken.calls.transport import CallerTransport, check_address, error_of
 from unbroken.http2.caller import CallerLimits, Ended, Event, MessageReceived, Status
 from unbroken.http2.headers import Fields
 from unbroken.http2.messages import Code
-from unbroken.status import rpc_error
 
 CONNECTIONS_MAX: Final = 64
 """That are open at once, to a server that takes few calls on each; more calls are refused."""
@@ -66,7 +64,7 @@ class Channel:
             first = await answers.read()
             if first is None or await answers.read() is not None:
                 number = "none" if first is None else "more"
-                raise _error_of(Status(Code.UNIMPLEMENTED, f"expected one message, got {number}"))
+                raise error_of(Status(Code.UNIMPLEMENTED, f"expected one message, got {number}"))
             return first
         finally:
             answers.cancel()
@@ -76,11 +74,16 @@ class Channel:
     ) -> "Answers[M]":
         """A call that is answered by any number. Raises `grpc.aio.AioRpcError`.
 
-        `timeout_s` is for all of it, but for a connection that has to be opened. Whoever does not
-        read it to its end has to `cancel` it.
+        `timeout_s` is for all of it. Whoever does not read it to its end has to `cancel` it.
         """
-        connection = await self._connected()
-        return connection.ask(path, request, response, timeout_s)
+        ends_at = None if timeout_s is None else self._clock() + timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self._connected()
+        except TimeoutError as error:
+            raise error_of(_expired(timeout_s)) from error
+        left_s = None if ends_at is None else ends_at - self._clock()
+        return connection.ask(path, request, response, left_s)
 
     async def close(self) -> None:
         """End all calls and connections. Idempotent."""
@@ -100,7 +103,7 @@ class Channel:
                     return connection
             if len(self._connections) >= CONNECTIONS_MAX:
                 detail = f"the server takes no more calls on {CONNECTIONS_MAX} connections"
-                raise _error_of(Status(Code.RESOURCE_EXHAUSTED, detail))
+                raise error_of(Status(Code.RESOURCE_EXHAUSTED, detail))
             if self._opening is None or self._opening.done():
                 self._opening = asyncio.create_task(self._open(), name="open a connection")
             opening = self._opening
@@ -109,20 +112,19 @@ class Channel:
                 continue  # By `close`.
             opened = opening.result()
             if isinstance(opened, Status):
-                raise _error_of(opened)
+                raise error_of(opened)
             if not opened.is_open:
                 detail = f"{self._address} takes connections, and closes them at once"
-                raise _error_of(Status(Code.UNAVAILABLE, detail))
-        raise _error_of(Status(Code.CANCELLED, "the channel was closed"))
+                raise error_of(Status(Code.UNAVAILABLE, detail))
+        raise error_of(Status(Code.CANCELLED, "the channel was closed"))
 
     async def _open(self) -> "_Connection | Status":
         """One more, or why there is none."""
         connection = _Connection(self._address, self._limits, self._clock)
         try:
             await connection.open()
-        except (OSError, ValueError) as error:
-            detail = f"expected to connect to {self._address}: {str(error) or 'timeout'}"
-            return Status(Code.UNAVAILABLE, detail)
+        except OSError as error:
+            return Status(Code.UNAVAILABLE, str(error))
         self._connections.append(connection)
         return connection
 
@@ -145,7 +147,7 @@ class Answers(Generic[M]):
         while not self._unread:
             if self._status is not None:
                 if self._status.code:
-                    raise _error_of(self._status)
+                    raise error_of(self._status)
                 return None
             self._news = asyncio.get_running_loop().create_future()
             await self._news
@@ -158,7 +160,7 @@ class Answers(Generic[M]):
         except DecodeError as error:
             status = Status(Code.INTERNAL, f"expected another message: {error}")
             self._connection.end(self._call, status)
-            raise _error_of(status) from error
+            raise error_of(status) from error
 
     async def __aiter__(self) -> AsyncIterator[M]:
         while (message := await self.read()) is not None:
@@ -173,9 +175,8 @@ class Answers(Generic[M]):
 
     def expire_in(self, timeout_s: float) -> None:
         """End it unless it ends before."""
-        status = Status(Code.DEADLINE_EXCEEDED, f"no end within {timeout_s:g} s")
         self._deadline = asyncio.get_running_loop().call_later(
-            timeout_s, self._connection.end, self._call, status
+            timeout_s, self._connection.end, self._call, _expired(timeout_s)
         )
 
     def came(self, message: bytes) -> None:
@@ -198,7 +199,7 @@ class Answers(Generic[M]):
 
 
 class _Connection(CallerTransport):
-    """One of them."""
+    """A connection of a channel: which reader each of its calls has."""
 
     def __init__(self, address: str, limits: CallerLimits, clock: Callable[[], float]) -> None:
         super().__init__(address, limits, clock)
@@ -209,13 +210,16 @@ class _Connection(CallerTransport):
         """Connect and wait until the server says how much it takes. Raises OSError, ValueError."""
         try:
             await self.connect()
-            async with asyncio.timeout(GREET_S_MAX):
-                await self._greeted
+            try:
+                async with asyncio.timeout(GREET_S_MAX):
+                    await self._greeted
+            except TimeoutError as error:
+                raise TimeoutError(f"{self._address} says nothing for {GREET_S_MAX:g} s") from error
         except BaseException:
             self.hang_up()
             raise
         if self._caller.is_over:
-            raise ConnectionError("the server does not speak HTTP/2, or closed the connection")
+            raise ConnectionError(f"{self._address} speaks no HTTP/2, or closed the connection")
 
     @property
     def is_open(self) -> bool:
@@ -234,7 +238,7 @@ class _Connection(CallerTransport):
         num_pending = self._caller.num_pending_bytes
         if num_pending > PENDING_BYTES_MAX:
             detail = f"the server has left {num_pending} bytes unread"
-            raise _error_of(Status(Code.RESOURCE_EXHAUSTED, detail))
+            raise error_of(Status(Code.RESOURCE_EXHAUSTED, detail))
         message = request.SerializeToString()
         call = self._call(path, _timeout(timeout_s))
         answers = Answers(self, call, response)
@@ -302,5 +306,5 @@ def _timeout(timeout_s: float | None) -> Fields:
     return ((b"grpc-timeout", b"%dS" % min(timeout_ms // 1000, 10**8 - 1)),)
 
 
-def _error_of(status: Status) -> grpc.aio.AioRpcError:
-    return rpc_error(status.code, status.detail, status.trailers)
+def _expired(timeout_s: float | None) -> Status:
+    return Status(Code.DEADLINE_EXCEEDED, f"no end within {timeout_s:g} s")

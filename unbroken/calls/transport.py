@@ -1,15 +1,17 @@
 """A connection to a gRPC server over our own HTTP/2: its socket, its writes and its time."""
 
 import asyncio
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Final, cast
 
+import grpc.aio
 from typing_extensions import override
 
 from unbroken.config import split_address
-from unbroken.http2.caller import Caller, CallerLimits, Event
+from unbroken.http2.caller import Caller, CallerLimits, Event, Status
 from unbroken.http2.headers import Fields
+from unbroken.status import rpc_error
 
 CONNECT_S_MAX: Final = 1.0
 """As for the channels of grpcio (`unbroken.transport`)."""
@@ -26,7 +28,12 @@ def check_address(address: str) -> None:
         split_address(address)
 
 
-class CallerTransport(asyncio.Protocol):
+def error_of(status: Status) -> grpc.aio.AioRpcError:
+    """How a call ended, as grpc.aio would raise it."""
+    return rpc_error(status.code, status.detail, status.trailers)
+
+
+class CallerTransport(asyncio.Protocol, ABC):
     """One connection; its calls are those of the subclass. What is said in a turn of the loop
     leaves in one write."""
 
@@ -44,7 +51,7 @@ class CallerTransport(asyncio.Protocol):
         """The socket takes nothing more for now."""
 
     async def connect(self) -> None:
-        """Open the socket. Raises OSError (a TimeoutError is one), ValueError (`check_address`)."""
+        """Open the socket. Raises OSError, which says what was expected."""
         try:
             async with asyncio.timeout(CONNECT_S_MAX):
                 if self._address.startswith(_UNIX):
@@ -53,8 +60,11 @@ class CallerTransport(asyncio.Protocol):
                 else:
                     host, port = split_address(self._address)
                     await self._loop.create_connection(lambda: self, host, port)
-        except BaseException:
+        except BaseException as error:
             self._transport = None  # The loop has closed it; uvloop lets nobody touch it then.
+            if isinstance(error, (OSError, ValueError)):  # A TimeoutError is an OSError.
+                detail = f"expected to connect to {self._address}: {str(error) or 'timeout'}"
+                raise ConnectionError(detail) from error
             raise
 
     def _call(self, path: str, fields: Fields = ()) -> int:

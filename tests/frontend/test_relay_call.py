@@ -1,0 +1,127 @@
+"""A Relay call on a clock that a test moves, and a wire that is none."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from random import Random
+
+from typing_extensions import override
+
+from frontend.failure_detector import Rhythm
+from frontend.mesh_view import MeshView
+from frontend.metrics import FrontendMetrics
+from frontend.outliers import OutlierLimits, Outliers
+from frontend.relay_call import (
+    PROTOCOL_VERSION,
+    FrontendIdentity,
+    LinkLimits,
+    RelayCall,
+    TokenizerStore,
+)
+from frontend.relay_wire import Wire
+from tests.frontend.worlds import run
+from unbroken import metrics
+from unbroken.recurring import EARLY
+from unbroken.v1 import attempt_pb2, worker_pb2
+from unbroken.v1 import relay_service_pb2 as pb
+
+IDENTITY = worker_pb2.WorkerIdentity(worker_id="w1", incarnation=1)
+LIMITS = LinkLimits()
+INTERVAL_S = LIMITS.detector.heartbeat_interval_s
+
+
+class NoWire(Wire):
+    """Carries nothing."""
+
+    @override
+    async def converse(self) -> None:
+        await asyncio.Event().wait()
+
+    @override
+    def wake(self) -> None:
+        pass
+
+    @override
+    def hurry(self, num_waiting: int) -> None:
+        pass
+
+
+class Peer:
+    """A call that was welcomed, and what it says when it is asked."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        mesh = MeshView()
+        worker = mesh.discovered(worker_pb2.WorkerRecord(identity=IDENTITY, address="there:1"))
+        self.call = RelayCall(
+            lambda _: NoWire(),
+            worker,
+            mesh,
+            TokenizerStore(mesh, 1.0),
+            FrontendIdentity("f", 1),
+            LIMITS,
+            call_number=1,
+            rhythm=Rhythm(INTERVAL_S),
+            observer=FrontendMetrics(metrics.new_registry()),
+            outliers=Outliers(OutlierLimits(), Random(0)),
+            clock=lambda: self.now,
+        )
+        self._num_frames = 0
+
+    def welcome(self) -> None:
+        verdict = pb.EngineVerdict(state=worker_pb2.ENGINE_STATE_STARTING)
+        welcome = pb.RelayWelcome(
+            protocol_version=PROTOCOL_VERSION, identity=IDENTITY, verdict=verdict
+        )
+        self.call.receive(pb.RelayResponse(welcome=welcome))
+
+    def frame(self) -> None:
+        self._num_frames += 1
+        frame = attempt_pb2.StepFrame(sequence=self._num_frames)
+        self.call.receive(pb.RelayResponse(frame=frame))
+
+    def said(self) -> list[str | None]:
+        """Kinds of what it says now."""
+        kinds: list[str | None] = []
+        while (request := self.call.next_request()) is not None:
+            kinds.append(request.WhichOneof("request"))
+        return kinds
+
+
+def played(scenario: Callable[[Peer], Coroutine[None, None, None]]) -> None:
+    async def whole() -> None:
+        peer = Peer()
+        conversation = asyncio.create_task(peer.call.run())
+        await asyncio.sleep(0)  # It begins, and
+        await asyncio.sleep(0)  # so does its pulse.
+        peer.welcome()
+        assert peer.said() == ["hello"]
+        await scenario(peer)
+        conversation.cancel()
+        await asyncio.gather(conversation, return_exceptions=True)
+
+    run(whole())
+
+
+def test_a_heartbeat_that_is_nearly_due_goes_out_with_a_frame() -> None:
+    async def scenario(peer: Peer) -> None:
+        peer.now += INTERVAL_S * (1 - EARLY) - 0.001
+        peer.frame()
+        assert peer.said() == []
+        peer.now += 0.002
+        peer.frame()
+        assert peer.said() == ["heartbeat"]
+        peer.frame()
+        assert peer.said() == [], "once"
+
+    played(scenario)
+
+
+def test_a_call_that_ended_says_no_more_heartbeats() -> None:
+    async def scenario(peer: Peer) -> None:
+        peer.now += INTERVAL_S
+        peer.call.receive(pb.RelayResponse(frame=attempt_pb2.StepFrame(sequence=99)))
+        assert peer.call.is_over
+        peer.frame()
+        assert peer.said() == []
+
+    played(scenario)
