@@ -796,12 +796,13 @@ class RelayCall(Talker):
     ) -> None:
         """The hot path: one token a row, no log probabilities."""
         seats = self._seats_of(slots, now)
+        # As they are now: whoever is found to be broken below leaves, and they are made anew.
+        streams, epochs, owners = self._streams_seen, self._epochs_seen, self._owners_seen
         try:
             rows = self._convoy.go(offsets, token_ids, now)
         except Exception:
             rows = self._end_convoy(seats)
         self._observer.count_delivered(len(seats) - len(rows))
-        streams, epochs, owners = self._streams_seen, self._epochs_seen, self._owners_seen
         for row in rows:
             stream, owner = streams[row], owners[row]
             if stream is None or owner is None:

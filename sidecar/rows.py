@@ -73,14 +73,14 @@ class Rows(Together, Generic[ReaderT]):
         """
         # Columns of another message are copied much faster than lists, and slices of them are
         # lists, which take half the time to go through.
-        token_ids = frame.token_ids[:]
+        token_ids, offsets = frame.token_ids[:], self.ends
+        self._steps.append(array("I", token_ids))
+        self.ends = [offset + 1 for offset in offsets]
         for reader, slots, take in self._shares:
             if take is None:
                 reader.rows(slots, frame.offsets, frame.token_ids)
             else:
-                reader.rows(slots, take(self.ends), take(token_ids))
-        self._steps.append(array("I", token_ids))
-        self.ends = [end + 1 for end in self.ends]
+                reader.rows(slots, take(offsets), take(token_ids))
         if len(self._steps) >= STEPS_MAX:
             self.settle()
 
@@ -94,7 +94,7 @@ class Rows(Together, Generic[ReaderT]):
     @override
     def part(self) -> None:
         self.settle()
-        attempts, self.slots, self.attempts = self.attempts, [], ()
+        attempts, self.slots, self.attempts, self._shares = self.attempts, [], (), []
         for attempt in attempts:
             attempt.place = None
 

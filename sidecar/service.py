@@ -172,14 +172,13 @@ class Sidecar:
         self.hub.on_over.append(self._over.set)
         self.hub.on_step.append(self._stepped)
         ticks = Recurring(self._tick, config.heartbeat_interval_s, self._clock)
-        looks = Recurring(self._look, LOOK_INTERVAL_S, self._clock)
-        self.hub.on_woken += (ticks.join, looks.join)
+        self.hub.on_woken.append(ticks.join)
         self._registration = await self._discovery.register(WORKERS, self._record())
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
         self._tasks = [
             asyncio.create_task(self._probes.run(), name="signs of life"),
             asyncio.create_task(ticks.run(), name="heartbeats"),
-            asyncio.create_task(looks.run(), name="watchdog"),
+            asyncio.create_task(self._watch(), name="watchdog"),
             asyncio.create_task(self._follow_engine(), name="follow engine"),
             asyncio.create_task(self._follow_drain(), name="follow drain"),
         ]
@@ -289,10 +288,15 @@ class Sidecar:
         self.hub.tick(silence_max_s=self._config.link_silence_max_s)
         return self._clock() + self._config.heartbeat_interval_s
 
-    def _look(self) -> float:
-        self.hub.watch()
-        self._canary_watch.look()
-        return self._clock() + LOOK_INTERVAL_S
+    async def _watch(self) -> None:
+        """Looks join no frame: between two of them, all that has come has to be read."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            self.hub.watch()
+            self._canary_watch.look()
+            due = max(due + LOOK_INTERVAL_S, loop.time())
+            await asyncio.sleep(due - loop.time())
 
     async def _follow_engine(self) -> None:
         """Health and the record in discovery say what the engine is now."""

@@ -59,10 +59,10 @@ class Recurring:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._due = math.inf  # Whatever it does, it is not to join itself.
         try:
             self._due = self._work()
         except Exception as error:
-            self._due = math.inf
             failed.set_exception(error)
             return
         if self._due < math.inf:

@@ -3,9 +3,12 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 from random import Random
+from typing import Any, cast
 
+import pytest
 from typing_extensions import override
 
+from frontend.convoy import Convoy
 from frontend.failure_detector import Rhythm
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
@@ -123,5 +126,73 @@ def test_a_call_that_ended_says_no_more_heartbeats() -> None:
         assert peer.call.is_over
         peer.frame()
         assert peer.said() == []
+
+    played(scenario)
+
+
+class Broken:
+    """The ride of a stream that has a bug."""
+
+    def __init__(self) -> None:
+        self.is_on = True
+
+    def step_out(self) -> None:
+        if self.is_on:
+            self.is_on = False
+            raise ValueError("a bug")
+
+
+class Streaming:
+    """A stream, as far as the hot path needs one; `ride` is looked at after a bug in a convoy."""
+
+    def __init__(self) -> None:
+        self.ride: Broken | None = None
+        self.token_ids: list[int] = []
+
+    def token(self, epoch: int, offset: int, token_id: int, now: float) -> tuple[()]:
+        del epoch, offset, now
+        self.token_ids.append(token_id)
+        return ()
+
+    def is_flowing(self, epoch: int) -> bool:
+        del epoch
+        return False
+
+
+class Owning:
+    """Who has a stream, and leaves the call when it has a bug."""
+
+    def __init__(self, call: RelayCall) -> None:
+        self.stream = Streaming()
+        self._call = call
+        request = pb.RelayRequest(start=attempt_pb2.StartAttempt(epoch=1))
+        self._slot = call.start(
+            cast("Any", self), request, vocab_size=10, wants_logprobs=False, num_prefill_tokens=1
+        )
+
+    def crashed(self) -> None:
+        self._call.abort(self._slot)
+
+    def wake(self) -> None:
+        pass
+
+
+def test_a_bug_of_one_stream_beside_one_of_the_convoy_is_not_the_others_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(peer: Peer) -> None:
+        def fails(*_: object) -> None:
+            raise ValueError("another bug")
+
+        monkeypatch.setattr(Convoy, "go", fails)
+        owners = [Owning(peer.call) for _ in range(4)]
+        owners[1].stream.ride = Broken()
+        frame = attempt_pb2.StepFrame(
+            sequence=1, slots=[1, 2, 3, 4], offsets=[0] * 4, token_ids=[5, 6, 7, 8]
+        )
+        peer.call.receive(pb.RelayResponse(frame=frame))
+        assert not peer.call.is_over
+        others = [owner.stream.token_ids for owner in (owners[0], owners[2], owners[3])]
+        assert others == [[5], [7], [8]]
 
     played(scenario)

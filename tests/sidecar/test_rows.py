@@ -104,6 +104,28 @@ def test_several_rows_of_one_slot_are_not_taken_for_rows_that_stay() -> None:
     assert desk.engine.failures == []
 
 
+def test_a_bug_at_one_reader_leaves_no_gap_between_what_others_were_told_and_the_ledger(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk()
+    first, second = desk.frontend("f"), desk.frontend("g")
+    first.start("a")
+    second.start("b")
+    for step in range(4):
+        desk.step({1: step, 2: step})
+
+    def fails(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(second.link, "rows", fails)
+    with pytest.raises(ValueError, match="a bug"):
+        desk.step({1: 4, 2: 4})
+    desk.down()
+    first.read()  # It checks that the end is where the tokens end.
+    assert first.tokens == {1: [0, 1, 2, 3, 4]}
+    assert first.ended[1].end_offset == 5
+
+
 class Play:
     """The same happens to two hubs; in one, frames with the same rows are taken as a whole."""
 

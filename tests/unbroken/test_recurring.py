@@ -30,12 +30,14 @@ class Work:
         self.interval_s = interval_s
         self.done = asyncio.Event()
         self.error: Exception | None = None
+        self.meanwhile: Callable[[], None] = lambda: None
         self._clock = clock
 
     def __call__(self) -> float:
         if self.error is not None:
             raise self.error
         self.times.append(self._clock())
+        self.meanwhile()
         self.done.set()
         return self._clock() + self.interval_s
 
@@ -91,6 +93,16 @@ def test_what_joined_waits_a_little_to_join_again() -> None:
         timer = recurring._timer  # pyright: ignore[reportPrivateUsage]
         assert timer is not None
         assert timer.when() - loop.time() == pytest.approx(INTERVAL_S * (1 + LATE), abs=1.0)
+
+    run(scenario)
+
+
+def test_what_it_does_cannot_make_it_join_itself() -> None:
+    async def scenario(clock: Clock, work: Work, recurring: Recurring) -> None:
+        work.meanwhile = recurring.join
+        clock.now += INTERVAL_S
+        recurring.join()
+        assert len(work.times) == 2
 
     run(scenario)
 
