@@ -26,6 +26,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
+from operator import mul
 from typing import Final
 
 from unbroken.outcome import FailureKind
@@ -107,8 +108,8 @@ class Rhythm:
     def _derive(self) -> None:
         intervals = self._intervals
         self.mean_s = sum(intervals) / len(intervals)
-        squares = sum([(one - self.mean_s) ** 2 for one in intervals])
-        self.deviation_s = math.sqrt(squares / len(intervals))
+        mean_square = sum(map(mul, intervals, intervals)) / len(intervals)
+        self.deviation_s = math.sqrt(max(0.0, mean_square - self.mean_s**2))
         self.longest_s = max(intervals)
 
 

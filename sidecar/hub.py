@@ -610,11 +610,17 @@ class Hub(EngineListener):
             else:
                 link.heartbeat(self.queues.of_others(link))
 
-    def watch(self) -> None:
-        """See whether the engine makes progress; every `watchdog.LOOK_INTERVAL_S`."""
+    def watch(self, *, judges: bool = True) -> bool:
+        """See whether the engine makes progress; every `watchdog.LOOK_INTERVAL_S`.
+
+        Returns whether that is all; else it is to be called again, to judge what it saw. It
+        `judges` only when all has been read that came since it did so last.
+        """
         now = self._clock()
         if not self.watchdog.look(now):
-            return
+            return True
+        if not judges:
+            return False
         match self.watchdog.judge(now, self.work(now)):
             case watchdog.Stalled(failure=failure, detail=detail):
                 assert self.up is not None, "it is watched while it is up"
@@ -624,6 +630,7 @@ class Hub(EngineListener):
                 self._engine.fail(detail, failure, after_s=stalled_s)
             case _:
                 pass
+        return True
 
     def work(self, now: float) -> watchdog.Work:
         """What the engine has to do: by its own word if that is fresh, else by the ledger."""

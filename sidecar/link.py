@@ -157,6 +157,11 @@ class Link:
         self._on_news()
 
     @property
+    def has_news(self) -> bool:
+        """There is something to be taken."""
+        return self._has_news
+
+    @property
     def is_idle(self) -> bool:
         """Everything has been written."""
         return not (self._is_writing or self._has_news)

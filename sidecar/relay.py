@@ -207,7 +207,8 @@ class RelayCall:
                 self._wake()  # When that has been written.
                 return
             if not unsent:
-                unsent += link.take(self._relay.heartbeat_interval_s, self._relay.hub.load)
+                if link.has_news:
+                    unsent += link.take(self._relay.heartbeat_interval_s, self._relay.hub.load)
                 if not unsent:
                     link.written()
                     break

@@ -105,6 +105,7 @@ class Sidecar:
         self._registration: Registration[worker_pb2.WorkerRecord] | None = None
         self._engine_task: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._looks = Recurring(self._look, LOOK_INTERVAL_S, clock)
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
 
@@ -172,13 +173,13 @@ class Sidecar:
         self.hub.on_over.append(self._over.set)
         self.hub.on_step.append(self._stepped)
         ticks = Recurring(self._tick, config.heartbeat_interval_s, self._clock)
-        self.hub.on_woken.append(ticks.join)
+        self.hub.on_woken += (ticks.join, self._looks.join)
         self._registration = await self._discovery.register(WORKERS, self._record())
         self._engine_task = asyncio.create_task(self._engine.run(self.hub), name="engine")
         self._tasks = [
             asyncio.create_task(self._probes.run(), name="signs of life"),
             asyncio.create_task(ticks.run(), name="heartbeats"),
-            asyncio.create_task(self._watch(), name="watchdog"),
+            asyncio.create_task(self._looks.run(), name="watchdog"),
             asyncio.create_task(self._follow_engine(), name="follow engine"),
             asyncio.create_task(self._follow_drain(), name="follow drain"),
         ]
@@ -288,15 +289,10 @@ class Sidecar:
         self.hub.tick(silence_max_s=self._config.link_silence_max_s)
         return self._clock() + self._config.heartbeat_interval_s
 
-    async def _watch(self) -> None:
-        """Looks join no frame: between two of them, all that has come has to be read."""
-        loop = asyncio.get_running_loop()
-        due = loop.time()
-        while True:
-            self.hub.watch()
-            self._canary_watch.look()
-            due = max(due + LOOK_INTERVAL_S, loop.time())
-            await asyncio.sleep(due - loop.time())
+    def _look(self) -> float:
+        is_all = self.hub.watch(judges=not self._looks.is_joining)  # It may be one of many frames.
+        self._canary_watch.look()
+        return self._clock() + (LOOK_INTERVAL_S if is_all else 0.0)
 
     async def _follow_engine(self) -> None:
         """Health and the record in discovery say what the engine is now."""

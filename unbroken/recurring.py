@@ -31,6 +31,8 @@ class Recurring:
         self._early_s = EARLY * interval_s
         self._late_s = LATE * interval_s
         self._clock = clock
+        self.is_joining = False
+        """While `work` is done: something else is in the middle of what it does."""
         self._due = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._failed: asyncio.Future[None] | None = None
@@ -50,7 +52,9 @@ class Recurring:
     def join(self) -> None:
         """Something else is being done: do it now, if it is nearly due. Raises nothing."""
         if self._clock() >= self._due - self._early_s:
+            self.is_joining = True
             self._do(self._late_s)
+            self.is_joining = False
 
     def _do(self, late_s: float = 0.0) -> None:
         failed = self._failed

@@ -433,3 +433,25 @@ def test_a_heartbeat_that_is_nearly_due_comes_with_a_frame(tmp_path: Path) -> No
             assert len(frontend.heartbeats) == num_heartbeats + 1, "once"
 
     run(scenario)
+
+
+def test_looks_join_frames_and_judge_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        now = 100.0
+        async with scripted(tmp_path, clock=lambda: now) as (sidecar, _, engine):
+            judged: list[bool] = []
+
+            def watch(*, judges: bool = True) -> bool:
+                judged.append(judges)
+                return judges  # Who may not judge sees reason to.
+
+            monkeypatch.setattr(sidecar.hub, "watch", watch)
+            engine.on_up(engine_up())
+            now += 1.0
+            judged.clear()
+            engine.on_frame(attempt_pb2.StepFrame())
+            assert judged == [False]
+            await until(lambda: len(judged) > 1)
+            assert judged[1]
+
+    run(scenario)

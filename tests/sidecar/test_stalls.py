@@ -60,6 +60,25 @@ def test_a_silent_engine_is_reported_at_once_and_ends_no_attempt() -> None:
     desk.check()
 
 
+def test_who_looks_in_the_middle_of_something_judges_nothing_and_wants_to_look_again() -> None:
+    desk = desk_that_promises_frames()
+    frontend = desk.frontend()
+    frontend.start()
+    desk.step({1: 5})
+    assert desk.hub.watch(judges=False), "there is nothing to judge"
+    is_all = True
+    for _ in range(40):
+        desk.now += LOOK_INTERVAL_S
+        is_all = desk.hub.watch(judges=False)
+    assert not is_all
+    assert desk.hub.takes_work
+    assert desk.hub.watch()
+    assert desk.hub.watch()
+    frontend.read()
+    (stalled,) = frontend.verdicts
+    assert (stalled.state, stalled.failure) == (STALLED, HANG)
+
+
 def test_a_stalled_engine_begins_nothing() -> None:
     desk = desk_that_promises_frames()
     frontend = desk.frontend()

@@ -163,6 +163,11 @@ class MessageReader:
 
     def feed(self, data: bytes) -> Sequence[bytes]:
         """The messages that are complete with this data. Raises `Refused`."""
+        if not self._buffer and len(data) >= PREFIX.size:
+            flag, length = PREFIX.unpack_from(data)
+            if not flag and length == len(data) - PREFIX.size:  # Most often: one, and whole.
+                self._check(flag, length)
+                return [data[PREFIX.size :]]
         self._buffer += data
         messages: list[bytes] = []
         at = 0
