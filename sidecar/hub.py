@@ -535,7 +535,7 @@ class Hub(EngineListener):
             _enter_long_rows(frame, attempts)
         else:
             for attempt, token_id in zip(attempts, frame.token_ids[:], strict=True):
-                attempt.entered.append(token_id)
+                attempt.token_ids.append(token_id)
             _tell_by_link(frame, attempts, links)
         for logprobs in frame.logprobs:
             attempt = self.ledger.running[logprobs.slot]
@@ -922,7 +922,7 @@ def _enter_long_rows(frame: attempt_pb2.StepFrame, attempts: Sequence[Attempt]) 
     for attempt, offset, count in rows:
         token_ids = frame.token_ids[begin : begin + count]
         begin += count
-        attempt.entered.extend(token_ids)
+        attempt.token_ids.extend(token_ids)
         if attempt.live_link is not None:
             attempt.live_link.row(attempt.link_slot, offset, token_ids)
 

@@ -74,7 +74,7 @@ class Together(Protocol):
         ...
 
     def part(self) -> None:
-        """Enter what came, and be together no more. Idempotent."""
+        """Be together no more. Idempotent."""
         ...
 
 
@@ -118,7 +118,8 @@ class Attempt(Generic[LinkT]):
     entered: "array[int]" = field(default_factory=lambda: array("I"))
     """Its tokens, but for those that are not entered yet: see `token_ids`."""
     place: tuple[Together, int] | None = None
-    """With whom its tokens come, if they do, and which of them it is. Other threads read it."""
+    """With whom its tokens come, or came as long as they are not entered, and which of them it is.
+    Other threads read it."""
     orphaned_until: float | None = None
     given_up: tuple[FailureKind, str] | None = None
     """Why the sidecar itself had it aborted."""

@@ -4,7 +4,8 @@ With hundreds of streams nothing of a stream is in a near cache when its next to
 costs is to touch it. While frames have the same rows with one token each, no attempt is touched: a
 step is a column of token ids beside those of the steps before, and is checked and handed on as a
 whole. What an attempt has produced is entered when somebody asks for it, and every `STEPS_MAX`
-steps. Whoever changes for whom a row is, or ends it, lets the rows `part` first.
+steps. Whoever changes for whom a row is, or ends it, lets the rows `part` first; what is to be
+entered then waits for who asks, as a death has to be told at once.
 
 `frontend/convoy.py` does the like where streams leave the mesh.
 """
@@ -50,15 +51,18 @@ class Rows(Together, Generic[ReaderT]):
     """Those of frames with one token for each of the same attempts."""
 
     def __init__(self, slots: list[int], attempts: Sequence[Attempt[ReaderT]]) -> None:
-        """All must have been told all that came before, and be in no rows."""
+        """All must have entered all that came before, and be in no rows."""
         self.slots = slots
-        """As the engine has them; empty once they have parted."""
+        """As the engine has them,"""
         self.attempts = attempts
+        """and whose they are; both are empty once they have parted."""
+        self._members = attempts
         self.ends = [attempt.end_offset for attempt in attempts]
         self._steps: list[array[int]] = []
         """The columns that are not entered yet."""
         self._shares = _shares(attempts)
         for row, attempt in enumerate(attempts):
+            assert attempt.place is None, "it has entered all that came before"
             attempt.place = self, row
 
     @property
@@ -88,15 +92,16 @@ class Rows(Together, Generic[ReaderT]):
     def settle(self) -> None:
         steps, self._steps = self._steps, []
         if steps:
-            for attempt, token_ids in zip(self.attempts, zip(*steps, strict=True), strict=True):
+            for attempt, token_ids in zip(self._members, zip(*steps, strict=True), strict=True):
                 attempt.entered.extend(token_ids)
+        if not self.attempts:  # They have parted.
+            for attempt in self._members:
+                attempt.place = None
+            self._members = ()
 
     @override
     def part(self) -> None:
-        self.settle()
-        attempts, self.slots, self.attempts, self._shares = self.attempts, [], (), []
-        for attempt in attempts:
-            attempt.place = None
+        self.slots, self.attempts, self._shares = [], (), []
 
 
 def _shares(attempts: Sequence[Attempt[ReaderT]]) -> list[_Share[ReaderT]]:

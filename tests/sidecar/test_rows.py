@@ -30,6 +30,24 @@ def test_a_step_of_the_same_rows_touches_no_attempt() -> None:
     assert attempts[1].token_ids.tolist() == list(range(100, 110))
 
 
+def test_a_death_is_told_before_anything_is_entered() -> None:
+    desk = Desk()
+    frontend = desk.frontend()
+    for name in "ab":
+        frontend.start(name)
+    attempts = list(desk.hub.ledger)
+    for step in range(10):
+        desk.step({1: step, 2: step})
+    desk.down()
+    frontend.read()
+    assert [frontend.ended[slot].end_offset for slot in (1, 2)] == [10, 10]
+    assert [len(attempt.entered) for attempt in attempts] == [2, 2]
+    assert [attempt.end_offset for attempt in attempts] == [10, 10]
+    assert attempts[0].token_ids.tolist() == list(range(10))
+    assert [len(attempt.entered) for attempt in attempts] == [10, 10]
+    assert [attempt.place for attempt in attempts] == [None, None]
+
+
 def test_what_is_not_entered_is_bounded() -> None:
     desk = Desk()
     frontend = desk.frontend()
