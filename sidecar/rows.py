@@ -61,14 +61,11 @@ class Rows(Together, Generic[ReaderT]):
         self._steps: list[array[int]] = []
         """The columns that are not entered yet."""
         self._shares = _shares(attempts)
+        self.readers = [share.reader for share in self._shares]
+        """Who is told by `step`."""
         for row, attempt in enumerate(attempts):
             assert attempt.place is None, "it has entered all that came before"
             attempt.place = self, row
-
-    @property
-    def readers(self) -> Sequence[ReaderT]:
-        """Who is told by `step`."""
-        return [share.reader for share in self._shares]
 
     def step(self, frame: attempt_pb2.StepFrame) -> None:
         """Each has one more token. The frame has passed `frames.check` with these rows.
@@ -101,7 +98,7 @@ class Rows(Together, Generic[ReaderT]):
 
     @override
     def part(self) -> None:
-        self.slots, self.attempts, self._shares = [], (), []
+        self.slots, self.attempts, self._shares, self.readers = [], (), [], []
 
 
 def _shares(attempts: Sequence[Attempt[ReaderT]]) -> list[_Share[ReaderT]]:
