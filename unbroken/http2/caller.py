@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
-from hpack import Decoder, Encoder, HPACKError
+from hpack import Encoder
 
 from unbroken.http2 import frames
 from unbroken.http2.allowance import Allowance
 from unbroken.http2.flow_control import ReceiveWindow, SendWindow
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
+from unbroken.http2.header_blocks import HeaderBlocks, HeaderSection
 from unbroken.http2.headers import Fields, Malformed, check_answer, check_trailers, list_bytes
 from unbroken.http2.messages import (
     ACCEPT_ENCODING,
@@ -37,7 +38,6 @@ from unbroken.http2.messages import (
 from unbroken.http2.rules import (
     DATA_EARNS,
     ENCODER_TABLE_BYTES_MAX,
-    HEADER_LIST_HARD_FACTOR,
     LATENESS_S,
     LIVENESS_PING,
     Fault,
@@ -150,16 +150,6 @@ class _Call:
         """Bytes that came since it is held."""
 
 
-@dataclass(slots=True)
-class _Block:
-    """A header block that is not complete."""
-
-    stream_id: int
-    ends: bool
-    data: bytearray
-    num_frames: int = 0
-
-
 class Caller:
     """The state of one connection and its calls."""
 
@@ -167,7 +157,6 @@ class Caller:
         self._authority = authority.encode()
         self._limits = limits
         self._encoder = Encoder()
-        self._decoder = Decoder(HEADER_LIST_HARD_FACTOR * limits.header_list_bytes_max)
         self.outbound = bytearray(frames.PREFACE)
         """What is to be sent; whoever sends it takes it with `take_outbound`."""
         self.outbound += frames.settings(
@@ -188,7 +177,9 @@ class Caller:
         self._last_stream_id = -1
         self._is_told_to_go = False
         self._inbound = bytearray()
-        self._block: _Block | None = None
+        self._header_blocks = HeaderBlocks(
+            list_bytes_max=limits.header_list_bytes_max, frames_max=limits.header_frames_max
+        )
         self._peer_calls_max = frames.STREAM_ID_MAX
         self._peer_initial_window = frames.WINDOW_DEFAULT
         self._send = SendWindow(frames.WINDOW_DEFAULT)
@@ -352,10 +343,7 @@ class Caller:
         return self._take_events()
 
     def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes, now: float) -> None:
-        if self._block is not None and (
-            kind != FrameType.CONTINUATION or stream_id != self._block.stream_id
-        ):
-            raise Fault(ErrorCode.PROTOCOL_ERROR, "expected the rest of a header block")
+        self._header_blocks.check_order(kind, stream_id)
         if not self.is_greeted and (kind != FrameType.SETTINGS or flags & frames.ACK):
             raise Fault(ErrorCode.PROTOCOL_ERROR, "expected SETTINGS first")
         match kind:
@@ -363,16 +351,11 @@ class Caller:
                 self._data(flags, stream_id, payload, now)
             case FrameType.HEADERS:
                 self._need_begun(stream_id)
-                fragment = unpadded(flags, payload)
-                if flags & frames.HAS_PRIORITY:
-                    need_length(len(fragment) >= 5)
-                    fragment = fragment[5:]
-                self._block = _Block(stream_id, bool(flags & frames.END_STREAM), bytearray())
-                self._block_grew(self._block, fragment, flags, now)
+                section = self._header_blocks.begin(flags, stream_id, payload, now)
+                self._header_section(section, now)
             case FrameType.CONTINUATION:
-                if self._block is None:
-                    raise Fault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
-                self._block_grew(self._block, payload, flags, now)
+                section = self._header_blocks.go_on(flags, stream_id, payload)
+                self._header_section(section, now)
             case FrameType.WINDOW_UPDATE:
                 self._spend_control(now)
                 self._window_update(stream_id, payload)
@@ -434,48 +417,35 @@ class Caller:
         elif increment := call.receive.give(size):
             self.outbound += frames.window_update(stream_id, increment)
 
-    def _block_grew(self, block: _Block, fragment: bytes, flags: int, now: float) -> None:
-        limits = self._limits
-        block.data += fragment
-        block.num_frames += 1
-        if block.num_frames > limits.header_frames_max:
-            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames of headers")
-        if len(block.data) > HEADER_LIST_HARD_FACTOR * limits.header_list_bytes_max:
-            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many bytes of headers")
-        if not flags & frames.END_HEADERS:
-            return
-        self._block = None
-        try:
-            # An oversized list is one of these errors. What is of no interest is decoded, too: it
-            # changes the table for what follows.
-            fields = [
-                (name, value) for name, value in self._decoder.decode(bytes(block.data), raw=True)
-            ]
-        except (HPACKError, IndexError) as error:
-            raise Fault(ErrorCode.COMPRESSION_ERROR, "a bad or oversized header block") from error
-        call = self._calls.get(block.stream_id)
+    def _header_section(self, section: HeaderSection | None, now: float) -> None:
+        if section is None:
+            return  # Not complete.
+        call = self._calls.get(section.stream_id)
         if call is None:
             self._spend_control(now)
             return
-        if list_bytes(fields) > limits.header_list_bytes_max:
+        if list_bytes(section.fields) > self._limits.header_list_bytes_max:
             raise Refused(
                 Code.RESOURCE_EXHAUSTED,
-                f"expected up to {limits.header_list_bytes_max} bytes of headers",
+                f"expected up to {self._limits.header_list_bytes_max} bytes of headers",
             )
-        self._header_section(call, fields, now, ends=block.ends)
+        if call.body is None:
+            self._answer(call, section, now)
+        else:
+            self._trailers(call, call.body, section)
 
-    def _header_section(self, call: _Call, fields: Fields, now: float, *, ends: bool) -> None:
-        if call.body is not None:
-            check_trailers(fields)
-            if not ends:
-                raise Fault(ErrorCode.PROTOCOL_ERROR, "expected an end with the trailers")
-            status = Status.by_server(fields)
-            if not status.code:  # Servers that give up do so in the middle of a message, too.
-                call.body.finish()
-            self._end_by_server(call, status)
-            return
-        status, fields = check_answer(fields)
-        if 100 <= status < 200 and not ends:
+    def _trailers(self, call: _Call, body: MessageReader, section: HeaderSection) -> None:
+        check_trailers(section.fields)
+        if not section.ends:
+            raise Fault(ErrorCode.PROTOCOL_ERROR, "expected an end with the trailers")
+        status = Status.by_server(section.fields)
+        if not status.code:  # Servers that give up do so in the middle of a message, too.
+            body.finish()
+        self._end_by_server(call, status)
+
+    def _answer(self, call: _Call, section: HeaderSection, now: float) -> None:
+        status, fields = check_answer(section.fields)
+        if 100 <= status < 200 and not section.ends:
             self._spend_control(now)
             return  # Interim; the answer follows.
         content_type = next((value for name, value in fields if name == b"content-type"), b"")
@@ -486,7 +456,7 @@ class Caller:
             raise Refused(
                 Code.UNKNOWN, f"expected an answer of gRPC, got {bytes(content_type[:80])!r}"
             )
-        if ends:
+        if section.ends:
             self._end_by_server(call, Status.by_server(fields))
             return
         encoding = next((value for name, value in fields if name == b"grpc-encoding"), None)

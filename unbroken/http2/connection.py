@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol, TypeAlias
 
-from hpack import Decoder, Encoder, HPACKError, OversizedHeaderListError
+from hpack import Encoder
 
 from unbroken.http2 import frames
 from unbroken.http2.allowance import Allowance
 from unbroken.http2.flow_control import ReceiveWindow, SendWindow
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
+from unbroken.http2.header_blocks import HeaderBlocks, HeaderSection
 from unbroken.http2.headers import (
     Fields,
     Malformed,
@@ -37,7 +38,6 @@ from unbroken.http2.limits import EdgeLimits
 from unbroken.http2.rules import (
     DATA_EARNS,
     ENCODER_TABLE_BYTES_MAX,
-    HEADER_LIST_HARD_FACTOR,
     LATENESS_S,
     LIVENESS_PING,
     Fault,
@@ -172,17 +172,6 @@ class HttpStream:
         return frames.data_header(self.stream_id, 0)[3:]
 
 
-@dataclass(slots=True)
-class _Block:
-    """A header block that is not complete."""
-
-    stream_id: int
-    ends: bool
-    data: bytearray
-    since: float
-    num_frames: int = 1
-
-
 class Connection:
     """The state of one connection."""
 
@@ -207,7 +196,9 @@ class Connection:
         self._streams: dict[int, HttpStream] = {}
         self._closed: OrderedDict[int, _End] = OrderedDict()
         self._last_stream_id = 0
-        self._decoder = Decoder(HEADER_LIST_HARD_FACTOR * limits.header_list_bytes_max)
+        self._header_blocks = HeaderBlocks(
+            list_bytes_max=limits.header_list_bytes_max, frames_max=limits.header_frames_max
+        )
         self._encoder = Encoder()
         self._send = SendWindow(frames.WINDOW_DEFAULT)
         self._receive = ReceiveWindow(max(limits.connection_window, frames.WINDOW_DEFAULT))
@@ -216,7 +207,6 @@ class Connection:
         self._num_preface_left = len(frames.PREFACE)
         self._is_greeted = False
         """Its first SETTINGS came."""
-        self._block: _Block | None = None
         self._began_at = now
         self._heard_at = now
         self._partial_since: float | None = None
@@ -290,10 +280,7 @@ class Connection:
         return len(given)
 
     def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes, now: float) -> None:
-        if self._block is not None and (
-            kind != FrameType.CONTINUATION or stream_id != self._block.stream_id
-        ):
-            raise Fault(ErrorCode.PROTOCOL_ERROR, "expected the rest of a header block")
+        self._header_blocks.check_order(kind, stream_id)
         if not self._is_greeted and (kind != FrameType.SETTINGS or flags & frames.ACK):
             raise Fault(ErrorCode.PROTOCOL_ERROR, "expected SETTINGS first")
         match kind:
@@ -310,7 +297,7 @@ class Connection:
             case FrameType.PING:
                 self._ping(flags, stream_id, payload, now)
             case FrameType.CONTINUATION:
-                self._continuation(flags, stream_id, payload)
+                self._header_section(self._header_blocks.go_on(flags, stream_id, payload))
             case FrameType.GOAWAY:
                 self._spend_control(now)
                 need_connection(stream_id)
@@ -392,48 +379,13 @@ class Connection:
         need_stream(stream_id)
         if stream_id % 2 == 0:
             raise Fault(ErrorCode.PROTOCOL_ERROR, "clients open odd streams")
-        fragment = unpadded(flags, payload)
-        if flags & frames.HAS_PRIORITY:
-            need_length(len(fragment) >= 5)
-            fragment = fragment[5:]
-        self._block = _Block(
-            stream_id, bool(flags & frames.END_STREAM), bytearray(fragment), since=now
-        )
-        self._block_grew(flags)
+        self._header_section(self._header_blocks.begin(flags, stream_id, payload, now))
 
-    def _continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
-        need_stream(stream_id)
-        block = self._block
-        if block is None:
-            raise Fault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
-        block.data += payload
-        block.num_frames += 1
-        self._block_grew(flags)
-
-    def _block_grew(self, flags: int) -> None:
-        block, limits = self._block, self._limits
-        assert block is not None, "called for one"
-        if block.num_frames > limits.header_frames_max:
-            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames of headers", "header_frames")
-        if len(block.data) > HEADER_LIST_HARD_FACTOR * limits.header_list_bytes_max:
-            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many bytes of headers", "header_bytes")
-        if not flags & frames.END_HEADERS:
-            return
-        self._block = None
-        try:
-            fields = [
-                (name, value) for name, value in self._decoder.decode(bytes(block.data), raw=True)
-            ]
-        except OversizedHeaderListError as error:
-            raise Fault(
-                ErrorCode.ENHANCE_YOUR_CALM, "too large a header list", "header_bytes"
-            ) from error
-        except (HPACKError, IndexError) as error:
-            raise Fault(ErrorCode.COMPRESSION_ERROR, "a bad header block") from error
-        self._header_section(block, fields)
-
-    def _header_section(self, block: _Block, fields: Fields) -> None:
-        stream_id, ends, now = block.stream_id, block.ends, block.since
+    def _header_section(self, section: HeaderSection | None) -> None:
+        if section is None:
+            return  # Not complete.
+        stream_id, ends, fields = section.stream_id, section.ends, section.fields
+        now = section.began_at
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._request_trailers(stream, fields, ends=ends)
@@ -823,8 +775,8 @@ class Connection:
             dues.append((self._heard_at + interval_s, "ping"))
         if self._partial_since is not None:
             dues.append((self._partial_since + limits.header_timeout_s, "header"))
-        if self._block is not None:
-            dues.append((self._block.since + limits.header_timeout_s, "header"))
+        if (since := self._header_blocks.open_since) is not None:
+            dues.append((since + limits.header_timeout_s, "header"))
         if self._uploads:
             first = next(iter(self._uploads.values()))
             dues.append((first + limits.request_timeout_s, "request"))

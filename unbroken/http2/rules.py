@@ -7,8 +7,6 @@ from unbroken.http2.frames import ErrorCode, Setting
 
 DATA_EARNS: Final = 4.0
 """Frames that bring nothing, for each DATA frame: for its window, and for probes of the line."""
-HEADER_LIST_HARD_FACTOR: Final = 4
-"""A header list of so many times the limit ends the connection; below, only its request or call."""
 ENCODER_TABLE_BYTES_MAX: Final = 4096
 """What we keep to compress headers, however much the peer would keep."""
 LATENESS_S: Final = 0.1

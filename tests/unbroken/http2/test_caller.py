@@ -819,7 +819,7 @@ def test_a_header_bomb_is_not_unpacked() -> None:
     server = Server()
     bomb = server.encoder.encode([(b"x", b"y" * 4000)]) + b"\xbe" * 10_000
     assert only_end(server.say(frames.headers(1, bomb, ends=False))).code == Code.INTERNAL
-    assert server.code_of_goaway() == ErrorCode.COMPRESSION_ERROR
+    assert server.code_of_goaway() == ErrorCode.ENHANCE_YOUR_CALM
 
 
 def test_what_does_not_fit_waits_and_nothing_more_is_asked_for() -> None:
