@@ -2,14 +2,15 @@
 
 When an engine dies, all its streams stand still until the last of them has left for another one. So
 counts, files and resume tokens have to wait; and then a little longer, because the other sidecar
-and its engine are at work in the milliseconds after, perhaps on the core that we would take.
+and its engine are at work in the milliseconds after, perhaps on the core that we would take. Nor is
+any garbage collected before.
 """
 
 import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from unbroken import log
+from unbroken import garbage, log
 
 AFTER_S: Final = 0.004
 """By then streams are with the other engine, and its step is seldom over."""
@@ -28,6 +29,7 @@ class Afterwards:
         """Do it then."""
         self._left.append(what)
         if self._timer is None:
+            garbage.wait()
             self._timer = asyncio.get_running_loop().call_later(AFTER_S, self.finish)
 
     def finish(self) -> None:
@@ -41,3 +43,4 @@ class Afterwards:
                 what()
             except Exception:
                 _log.exception("bug in what was left for afterwards")
+        garbage.wait_no_more()

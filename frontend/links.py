@@ -218,6 +218,12 @@ class Links:
         link.task.add_done_callback(self._done)
         self._tell_fate(worker_id)  # An earlier life is over.
 
+    def _hurry(self) -> None:
+        """Streams of one link have commands for others, and stand still until those are read."""
+        for link in self._links.values():
+            if link.call is not None:
+                link.call.hurry()
+
     def _tell_fate(self, worker_id: str) -> None:
         for callback in self.on_fate:
             callback(worker_id)
@@ -254,6 +260,7 @@ class Links:
                     observer=self._observer,
                     outliers=self._outliers,
                     on_welcome=partial(self._tell_fate, worker.worker_id),
+                    on_moved=self._hurry,
                     clock=self._clock,
                 )
                 worker.link_state = LinkState.LINK_STATE_CONNECTING

@@ -54,7 +54,11 @@ class NativeWire(CallerTransport, Wire):
     def hurry(self, num_waiting: int) -> None:
         if num_waiting >= self._next_hurry:
             self._next_hurry *= 2
-            self._write_out()  # No more than that: who says so is in the middle of something.
+            self.hurry_all()
+
+    @override
+    def hurry_all(self) -> None:
+        self._write_out()  # No more than that: who says so is in the middle of something.
 
     @override
     def data_received(self, data: bytes) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, Protocol
 from weakref import WeakValueDictionary
 
@@ -217,7 +218,8 @@ class RelayCall(Talker):
 
     `connect` makes the wire of the call.
     `call_number` counts the calls of this life of the frontend to the worker, from 1. `rhythm` is
-    what earlier calls to it have learnt.
+    what earlier calls to it have learnt. `on_moved` is called when the streams of a dead engine, or
+    of the call, have all looked for another worker.
     """
 
     def __init__(
@@ -234,6 +236,7 @@ class RelayCall(Talker):
         observer: LinkObserver,
         outliers: Outliers,
         on_welcome: Callable[[], None] = lambda: None,
+        on_moved: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._wire = connect(self)
@@ -250,6 +253,7 @@ class RelayCall(Talker):
         """A slot, an offset, and when it came: where the next sample of latency begins."""
         self._samples_at = clock()
         self._on_welcome = on_welcome
+        self._on_moved = on_moved
         self._clock = clock
         self._seats: dict[int, Seat] = {}
         self._slots_seen: list[int] = []
@@ -412,6 +416,11 @@ class RelayCall(Talker):
         self._pushed = thresholds, version
         push = relay_service_pb2.PushThresholds(thresholds=to_proto(thresholds), version=version)
         self._enqueue(relay_service_pb2.RelayRequest(thresholds=push))
+
+    def hurry(self) -> None:
+        """Whoever had a command for it in this turn of the loop has given it."""
+        if self._commands and not self._ended.done():
+            self._wire.hurry_all()
 
     def end(self, failure: FailureKind, detail: str, *, is_break: bool = False) -> None:
         """End the call and with it all its attempts. Idempotent.
@@ -753,7 +762,7 @@ class RelayCall(Talker):
         ends = [
             (seat, ended) for ended in frame.ended if (seat := self._leave(ended.slot)) is not None
         ]
-        self._note_death(ends)
+        is_death = self._note_death(ends)
         for seat, ended in ends:
             # Who has said nothing may not have looked, or not have been told yet.
             if seat.expected is not None and not seat.is_silent and _tells_prefill(ended):
@@ -762,7 +771,11 @@ class RelayCall(Talker):
                     cached_tokens=ended.cached_tokens,
                     restored_tokens=ended.restored_tokens,
                 )
-        orders += [(seat.owner, _ended(seat, ended, now)) for seat, ended in ends]
+        # Each is on its way before the next is told. But if there were tokens, ends that came with
+        # the last of them count in what clients are told of those.
+        told = ((seat.owner, _ended(seat, ended, now)) for seat, ended in ends)
+        if orders:
+            orders += told
         for refused in frame.refused:  # Before anybody looks for another worker.
             if refused.HasField("busy"):
                 self._take_holder(refused.busy.load)
@@ -782,9 +795,10 @@ class RelayCall(Talker):
             self._mesh.report_load(self._worker, frame.load, now)
         for events in frame.kv_events:
             report_blocks(self._worker, events)
-        # Only now, so that the ends which came with the last tokens count in what clients are told.
-        for owner, commands in orders:
+        for owner, commands in chain(told, orders):
             owner.obey(commands)
+        if is_death:
+            self._on_moved()
 
     def _rows_of_one(
         self,
@@ -966,17 +980,19 @@ class RelayCall(Talker):
             latency_s = (now - before[2]) / (offset - before[1])
             self._outliers.inter_token(self._worker.worker_id, latency_s, now)
 
-    def _note_death(self, ends: Sequence[tuple[Seat, attempt_pb2.AttemptEnded]]) -> None:
-        """Let nobody be placed on an engine that is gone; the verdict which says so comes later."""
+    def _note_death(self, ends: Sequence[tuple[Seat, attempt_pb2.AttemptEnded]]) -> bool:
+        """Whether the engine is gone. Nobody is placed there then; the verdict comes later."""
         worker = self._worker
-        if any(
+        is_death = any(
             ended.failure == worker_pb2.FAILURE_KIND_CRASH
             and seat.engine_incarnation == worker.engine_incarnation
             for seat, ended in ends
-        ):
+        )
+        if is_death:
             worker.engine_state = EngineState.ENGINE_STATE_DEAD
             worker.detail = "engine dead"
             self._mesh.refresh(worker)
+        return is_death
 
     # Bookkeeping.
 
@@ -1018,6 +1034,7 @@ class RelayCall(Talker):
             except Exception:
                 seat.owner.crashed()
             self._leave(slot)
+        self._on_moved()
 
     def _want_tokenizer(self, fingerprint: str) -> None:
         if self._mesh.tokenizer(fingerprint) is None:

@@ -56,6 +56,10 @@ class Wire(Protocol):
         """
         ...
 
+    def hurry_all(self) -> None:
+        """As `hurry`, whatever waits: nobody has more to add in this turn."""
+        ...
+
 
 Connect: TypeAlias = Callable[[Talker], Wire]
 
@@ -75,6 +79,10 @@ class GrpcioWire(Wire):
     @override
     def hurry(self, num_waiting: int) -> None:
         """Nothing more: its task writes when this turn is over."""
+
+    @override
+    def hurry_all(self) -> None:
+        """Nothing more, as above."""
 
     @override
     async def converse(self) -> None:

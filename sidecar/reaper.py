@@ -17,7 +17,8 @@ file when nothing is left. The lifeline carries nothing and ends when the comman
 
 A process closes its files only after the kernel has freed its memory, and that takes an engine
 milliseconds for each 20 MB. So the command's group has a companion that is small and does nothing
-but hold the lifeline: SIGKILL to the group ends it within a millisecond, and the starter knows.
+but hold the lifeline: SIGKILL to the group ends it within a millisecond, and the starter knows. It
+is `sleep`, whose end takes 0.25 ms; a fork of this process, where there is none, takes 0.6.
 
 A file of its own that imports little, because it has to be up in milliseconds. Linux only.
 """
@@ -31,6 +32,8 @@ import time
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
+_COMPANION_S = str(2**31 - 1)
+"""Longer than any engine lives."""
 _DESCRIPTORS_MAX = 256
 """More than this small process can have inherited."""
 
@@ -102,6 +105,12 @@ def _leave_companion(reaper: int, lifeline: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.001)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == reaper:
+        os.set_inheritable(lifeline, True)
+        try:  # noqa: SIM105 - contextlib takes milliseconds to import.
+            os.execvp("sleep", ["sleep", _COMPANION_S])
+        except OSError:
+            pass  # Then it is us.
     while os.getppid() == reaper:
         signal.sigwait({signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
     os._exit(0)

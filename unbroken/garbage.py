@@ -4,8 +4,8 @@ A full collection looks at every object of a process: 15 ms for those that are t
 start, half a second with tens of thousands of streams. And bursts set it off: of all moments, it
 comes when an engine has died and all its streams move. So what is there after the start is taken
 out of its sight, and full collections wait until nothing runs. Young objects, among which most
-cycles end, are collected as ever, in a fraction of a millisecond. And nothing is collected in the
-moment in which a process is being started.
+cycles end, are collected as ever, in a fraction of a millisecond; but not in the milliseconds in
+which streams move. And nothing is collected in the moment in which a process is being started.
 """
 
 import asyncio
@@ -37,6 +37,25 @@ def collect_nothing_in_forks() -> None:
     os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
 
 
+_is_ours = False
+"""Whether this process is within `collected_in_quiet`."""
+
+
+def wait() -> None:
+    """Collect nothing at all, for a few milliseconds, until `wait_no_more`. Idempotent.
+
+    Of no effect outside of `collected_in_quiet`, which sees to it that it comes to an end.
+    """
+    if _is_ours:
+        gc.disable()
+
+
+def wait_no_more() -> None:
+    """The opposite of `wait`. Idempotent."""
+    if _is_ours:
+        gc.enable()
+
+
 @asynccontextmanager
 async def collected_in_quiet(
     is_idle: Callable[[], bool],
@@ -47,6 +66,7 @@ async def collected_in_quiet(
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[None]:
     """Within, full collections come when `is_idle` says so; for a whole process, once started."""
+    global _is_ours
     young, middle, old = gc.get_threshold()
     gc.collect()
     gc.freeze()
@@ -61,10 +81,13 @@ async def collected_in_quiet(
                 collected_at = clock()
 
     collecting = asyncio.create_task(collect(clock()), name="collect garbage")
+    _is_ours = True
     try:
         yield
     finally:
         collecting.cancel()
         await asyncio.gather(collecting, return_exceptions=True)
+        wait_no_more()
+        _is_ours = False
         gc.set_threshold(young, middle, old)
         gc.unfreeze()

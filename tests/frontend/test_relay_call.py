@@ -47,6 +47,10 @@ class NoWire(Wire):
     def hurry(self, num_waiting: int) -> None:
         pass
 
+    @override
+    def hurry_all(self) -> None:
+        pass
+
 
 class Peer:
     """A call that was welcomed, and what it says when it is asked."""
