@@ -77,6 +77,7 @@ class Ride:
         "bodies",
         "client",
         "http_stream",
+        "is_on",
         "is_ready",
         "row",
         "since",
@@ -102,14 +103,10 @@ class Ride:
         self.since = 0
         """The first step that its stream does not know."""
         self._convoy: Convoy | None = None
+        self.is_on = False
         self.is_ready = is_ready
         stream.ride = self
         http_stream.ride = self
-
-    @property
-    def is_on(self) -> bool:
-        """Whether it goes with a convoy now."""
-        return self._convoy is not None
 
     def num_steps_max(self, now: float) -> int:
         """How many tokens may be told as they come, without anybody looking."""
@@ -122,6 +119,7 @@ class Ride:
     def get_on(self, convoy: "Convoy") -> None:
         """The convoy takes it along."""
         self._convoy = convoy
+        self.is_on = True
 
     def settle(self) -> None:
         """Let the stream and its window know all that was told."""
@@ -135,6 +133,7 @@ class Ride:
                 self.http_stream.send.left -= self.bodies.size(offset, token_ids)
         except Exception:  # A bug. It must not ride on with a gap behind it.
             self._convoy = None
+            self.is_on = False
             convoy.lost(self)
             raise
 
@@ -142,6 +141,7 @@ class Ride:
         """Settle, and go the long way from here on, until all is as usual. Idempotent."""
         self.settle()
         convoy, self._convoy = self._convoy, None
+        self.is_on = False
         if convoy is not None:
             convoy.lost(self)
 

@@ -41,7 +41,7 @@ WORKER_FAULTS: Final = frozenset(
     }
 )
 """How a worker fails by its own fault. Links have a detector of their own."""
-_TAKES_ALL: Final = frozenset({FailureKind.CRASH, FailureKind.STALL})
+TAKES_ALL: Final = frozenset({FailureKind.CRASH, FailureKind.STALL})
 _INCIDENT_S: Final = 1.0
 """Losses of a kind that takes all streams at once, so close together, are one."""
 _OUTCOMES_MAX: Final = 20
@@ -241,7 +241,7 @@ class Outliers:
         if failure not in WORKER_FAULTS:
             return []
         record = self._record(worker_id)
-        if failure in _TAKES_ALL:
+        if failure in TAKES_ALL:
             last, record.incident_at = record.incident_at, now
             if last is not None and now - last < _INCIDENT_S:
                 return []

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from random import SystemRandom
 
 from typing_extensions import override
@@ -29,7 +30,7 @@ from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
 from frontend.operators import ForOperators, Operators
 from frontend.outlier_watch import OutlierWatch
-from frontend.outliers import OutlierLimits, Outliers
+from frontend.outliers import TAKES_ALL, OutlierLimits, Outliers
 from frontend.preemption import PreemptionLimits
 from frontend.processes.child import Family, Place
 from frontend.quarantine import Quarantine
@@ -404,7 +405,9 @@ class Frontend(Leaving):
     def _attempt_ended(self, choice: Choice, life: Life, attempt: Attempt) -> None:
         # An engine that fails at what others failed at has not shown that it is bad.
         is_own_fault = attempt.failure is not FailureKind.ENGINE_ERROR
-        if is_own_fault or not self._quarantine.is_on_file(choice):
+        if attempt.failure in TAKES_ALL:  # Nobody is placed there now, ejected or not.
+            self._quarantine.afterwards.do(partial(self._watch.attempt_ended, life, attempt))
+        elif is_own_fault or not self._quarantine.is_on_file(choice):
             self._watch.attempt_ended(life, attempt)
 
     def _record(self, identity: FrontendIdentity) -> worker_pb2.FrontendRecord:

@@ -485,7 +485,7 @@ class Stream(_Flow):
     @property
     def ledger(self) -> "array[int]":
         """Every token so far, at its offset."""
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.settle()
         return self._ledger
 
@@ -504,7 +504,7 @@ class Stream(_Flow):
     @property
     def num_sent(self) -> int:
         """Tokens that the client was sent."""
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.settle()
         return self._sent
 
@@ -670,7 +670,7 @@ class Stream(_Flow):
         Short for a token that neither begins an attempt nor can end the output; its text can wait
         until it is sent.
         """
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.step_out()
         if (
             epoch != self._flowing
@@ -692,7 +692,7 @@ class Stream(_Flow):
         logprobs: Sequence[TokenLogprobs] = (),
     ) -> Sequence[Command]:
         """The attempt produced tokens, the first of which stands at `offset`."""
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.step_out()
         if (
             epoch == self._flowing
@@ -981,7 +981,7 @@ class Stream(_Flow):
 
     def take(self) -> tuple[Piece, Sequence[Command]]:
         """All output that the client has not been sent; it counts as sent from now on."""
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.step_out()
         self._decode()
         sent = self._sent
@@ -1001,7 +1001,7 @@ class Stream(_Flow):
         None, and nothing is taken, if there is more to it: several tokens, text that was held back
         or is incomplete, log probabilities, or a window that has to move. Then `take` has it.
         """
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.step_out()
         offset, ledger, texts = self._sent, self._ledger, self._texts_apart
         end = offset + 1
@@ -1092,7 +1092,7 @@ class Stream(_Flow):
         Who read before may have gone before all that he took had left, so that its acknowledgement
         was never sent. The window begins where the new reader is, at least.
         """
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.step_out()
         self._decode()  # What has been decoded then is all there is, and is replaced here.
         self._sent, self._unsent_text = num_held, unsent_text
@@ -1283,13 +1283,13 @@ class Stream(_Flow):
 
     def _settle(self) -> None:
         """Write down how far the attempt got, which the short way of `token` leaves out."""
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.settle()
         if self._flowing != _NONE:
             self._said = self._attempts[-1].end_offset = len(self.ledger)
 
     def _flow_no_more(self) -> None:
-        if self.ride is not None:
+        if self.ride is not None and self.ride.is_on:
             self.ride.step_out()
         self._settle()
         self._flowing = _NONE
