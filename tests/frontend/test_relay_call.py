@@ -1,7 +1,7 @@
 """A Relay call on a clock that a test moves, and a wire that is none."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from random import Random
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from frontend.relay_call import (
     TokenizerStore,
 )
 from frontend.relay_wire import Wire
+from frontend.stream import Abort, Command
 from tests.frontend.worlds import run
 from unbroken import metrics
 from unbroken.recurring import EARLY
@@ -70,8 +71,11 @@ class Peer:
             rhythm=Rhythm(INTERVAL_S),
             observer=FrontendMetrics(metrics.new_registry()),
             outliers=Outliers(OutlierLimits(), Random(0)),
+            on_moved=lambda: self.heard.append("moved"),
             clock=lambda: self.now,
         )
+        self.heard: list[str] = []
+        """What those outside of the call were told."""
         self._num_frames = 0
 
     def welcome(self) -> None:
@@ -162,17 +166,24 @@ class Streaming:
         del epoch
         return False
 
+    def ended(self, epoch: int, *_: object, **__: object) -> tuple[Abort, ...]:
+        return (Abort(epoch),)
+
 
 class Owning:
     """Who has a stream, and leaves the call when it has a bug."""
 
     def __init__(self, call: RelayCall) -> None:
         self.stream = Streaming()
+        self.obeyed: list[Command] = []
         self._call = call
         request = pb.RelayRequest(start=attempt_pb2.StartAttempt(epoch=1))
         self._slot = call.start(
             cast("Any", self), request, vocab_size=10, wants_logprobs=False, num_prefill_tokens=1
         )
+
+    def obey(self, commands: Sequence[Command]) -> None:
+        self.obeyed += commands
 
     def crashed(self) -> None:
         self._call.abort(self._slot)
@@ -198,5 +209,24 @@ def test_a_bug_of_one_stream_beside_one_of_the_convoy_is_not_the_others_loss(
         assert not peer.call.is_over
         others = [owner.stream.token_ids for owner in (owners[0], owners[2], owners[3])]
         assert others == [[5], [7], [8]]
+
+    played(scenario)
+
+
+def test_who_moved_is_told_of_as_a_whole_when_the_engine_has_died_and_not_for_an_end() -> None:
+    def ended(slot: int, failure: worker_pb2.FailureKind.ValueType) -> pb.RelayResponse:
+        end = attempt_pb2.AttemptEnded(slot=slot, failure=failure)
+        frame = attempt_pb2.StepFrame(sequence=slot, ended=[end])
+        return pb.RelayResponse(frame=frame)
+
+    async def scenario(peer: Peer) -> None:
+        peer.heard.clear()  # An engine that starts has no streams, either.
+        owners = [Owning(peer.call) for _ in range(2)]
+        peer.call.receive(ended(1, worker_pb2.FAILURE_KIND_UNSPECIFIED))
+        assert owners[0].obeyed == [Abort(1)]
+        assert peer.heard == []
+        peer.call.receive(ended(2, worker_pb2.FAILURE_KIND_CRASH))
+        assert owners[1].obeyed == [Abort(1)]
+        assert peer.heard == ["moved"]
 
     played(scenario)

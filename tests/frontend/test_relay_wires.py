@@ -144,6 +144,11 @@ def test_what_is_hurried_comes_in_its_order_and_natively_leaves_at_once(kind: st
         else:
             assert talking.num_written == 1
         talking.say(wire, last + 1)
+        wire.hurry(len(talking.requests))
+        if isinstance(wire, NativeWire):
+            assert talking.num_written == last, "one alone is in no hurry"
+            wire.hurry_all()
+            assert talking.num_written == last + 1, "unless it is the last"
         for sequence in range(2, last + 2):
             assert await talking.heard.get() == response(sequence)
 

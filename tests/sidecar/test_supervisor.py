@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,28 @@ def test_a_death_is_noticed_at_once() -> None:
         os.kill(process.pid, signal.SIGKILL)
         await process.exited
         assert time.monotonic() - began < 0.25  # Most often 1 ms; this machine is shared.
+        await process.wait_gone()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("has_sleep", [True, False])
+def test_the_death_of_its_group_is_noticed_by_a_companion_that_is_sleep_where_there_is_one(
+    has_sleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = shutil.which("sleep")
+    assert sleep is not None
+    if not has_sleep:
+        monkeypatch.setenv("PATH", "/nowhere")
+
+    async def scenario(alive: Alive) -> None:
+        process = EngineProcess.start((sleep, "1000"))
+        engine, companion = f"{sleep} 1000", f"sleep {2**31 - 1}"
+        await until(lambda: engine in alive() and alive().count(companion) == has_sleep)
+        await until(lambda: len(alive()) == 3)  # And the reaper.
+        assert not process.group_killed.done()
+        os.killpg(process.pid, signal.SIGKILL)
+        await process.group_killed
         await process.wait_gone()
 
     run(scenario)

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import uvloop
 
+from unbroken import garbage
 from unbroken.garbage import collected_in_quiet
 
 TIMEOUT_S = 30
@@ -54,6 +55,34 @@ def test_a_burst_of_objects_brings_no_full_collection() -> None:
     begun = num_full()
     burst()
     assert num_full() > begun, "otherwise it brings one"
+    uvloop.run(scenario())
+
+
+def num_young() -> int:
+    """Collections of young objects so far."""
+    return gc.get_stats()[0]["collections"]
+
+
+def test_nothing_is_collected_while_it_waits_which_ends_with_the_whole() -> None:
+    kept: list[list[int]] = []
+
+    def burst() -> None:
+        kept.extend([index] for index in range(2_000))
+
+    async def scenario() -> None:
+        async with collected_in_quiet(lambda: False):
+            garbage.wait()
+            begun = num_young()
+            burst()
+            assert num_young() == begun
+            garbage.wait_no_more()
+            burst()
+            assert num_young() > begun
+            garbage.wait()
+        assert gc.isenabled()
+        garbage.wait()
+        assert gc.isenabled(), "nobody would end it"
+
     uvloop.run(scenario())
 
 
