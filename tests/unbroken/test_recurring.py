@@ -42,14 +42,20 @@ class Work:
         return self._clock() + self.interval_s
 
 
+async def begun() -> tuple[Clock, Work, Recurring, "asyncio.Task[None]"]:
+    """Some work that was done once, and the run that does it again."""
+    clock = Clock()
+    work = Work(clock)
+    recurring = Recurring(work, INTERVAL_S, clock)
+    running = asyncio.create_task(recurring.run())
+    await work.done.wait()
+    return clock, work, recurring, running
+
+
 def run(scenario: Callable[[Clock, Work, Recurring], Coroutine[None, None, None]]) -> None:
     async def whole() -> None:
-        clock = Clock()
-        work = Work(clock)
-        recurring = Recurring(work, INTERVAL_S, clock)
-        running = asyncio.create_task(recurring.run())
         async with asyncio.timeout(5):
-            await work.done.wait()
+            clock, work, recurring, running = await begun()
             await scenario(clock, work, recurring)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -109,11 +115,7 @@ def test_what_it_does_cannot_make_it_join_itself() -> None:
 
 def test_a_failure_is_the_runs_and_nobody_elses() -> None:
     async def scenario() -> None:
-        clock = Clock()
-        work = Work(clock)
-        recurring = Recurring(work, INTERVAL_S, clock)
-        running = asyncio.create_task(recurring.run())
-        await work.done.wait()
+        clock, work, recurring, running = await begun()
         work.error = ValueError("a bug")
         clock.now += INTERVAL_S
         recurring.join()
@@ -142,11 +144,7 @@ def test_who_wants_nothing_more_is_not_called_again() -> None:
 
 def test_nothing_is_left_of_a_run_that_is_over() -> None:
     async def scenario() -> None:
-        clock = Clock()
-        work = Work(clock)
-        recurring = Recurring(work, INTERVAL_S, clock)
-        running = asyncio.create_task(recurring.run())
-        await work.done.wait()
+        clock, work, recurring, running = await begun()
         timer = recurring._timer  # pyright: ignore[reportPrivateUsage]
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
