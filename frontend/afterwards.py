@@ -29,8 +29,8 @@ class Afterwards:
         """Do it then."""
         self._left.append(what)
         if self._timer is None:
-            garbage.wait()
             self._timer = asyncio.get_running_loop().call_later(AFTER_S, self.finish)
+            garbage.wait()
 
     def finish(self) -> None:
         """Do all of it now. Raises nothing: what others left is done whatever one's bug is."""
@@ -43,4 +43,5 @@ class Afterwards:
                 what()
             except Exception:
                 _log.exception("bug in what was left for afterwards")
-        garbage.wait_no_more()
+        if self._timer is None:  # Else more was left meanwhile.
+            garbage.wait_no_more()

@@ -104,6 +104,7 @@ class Ride:
         """The first step that its stream does not know."""
         self._convoy: Convoy | None = None
         self.is_on = False
+        """It goes with a convoy now; for those who ask with every token."""
         self.is_ready = is_ready
         stream.ride = self
         http_stream.ride = self

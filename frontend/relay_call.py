@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final, Protocol
@@ -418,9 +418,12 @@ class RelayCall(Talker):
         self._enqueue(relay_service_pb2.RelayRequest(thresholds=push))
 
     def hurry(self) -> None:
-        """Whoever had a command for it in this turn of the loop has given it."""
+        """Write what waits, as streams have moved here and no more are about to. Raises nothing."""
         if self._commands and not self._ended.done():
-            self._wire.hurry_all()
+            try:
+                self._wire.hurry_all()
+            except Exception:
+                self._crashed()
 
     def end(self, failure: FailureKind, detail: str, *, is_break: bool = False) -> None:
         """End the call and with it all its attempts. Idempotent.
@@ -749,6 +752,8 @@ class RelayCall(Talker):
             raise _BrokenContract(
                 f"expected token ids below {self._vocab_size}, got {max(token_ids)}"
             )
+        for load in _loads_of(frame):
+            self._take_holder(load)
         orders: list[tuple[Owner, Sequence[Command]]] = []
         if counts or self._num_with_logprobs:
             self._rows_of_many(frame, now, orders)
@@ -771,14 +776,13 @@ class RelayCall(Talker):
                     cached_tokens=ended.cached_tokens,
                     restored_tokens=ended.restored_tokens,
                 )
-        # Each is on its way before the next is told. But if there were tokens, ends that came with
-        # the last of them count in what clients are told of those.
+        # Each is on its way before the next is told. But if tokens asked for something, ends that
+        # came with the last of them count in what clients are told of those.
         told = ((seat.owner, _ended(seat, ended, now)) for seat, ended in ends)
         if orders:
             orders += told
         for refused in frame.refused:  # Before anybody looks for another worker.
             if refused.HasField("busy"):
-                self._take_holder(refused.busy.load)
                 self._mesh.report_busy(self._worker, refused.busy, now)
                 self._observer.shed()
         orders += [
@@ -791,7 +795,6 @@ class RelayCall(Talker):
         if num_rows:
             self._observer.count_tokens(len(token_ids))
         if frame.HasField("load"):
-            self._take_holder(frame.load)
             self._mesh.report_load(self._worker, frame.load, now)
         for events in frame.kv_events:
             report_blocks(self._worker, events)
@@ -981,7 +984,7 @@ class RelayCall(Talker):
             self._outliers.inter_token(self._worker.worker_id, latency_s, now)
 
     def _note_death(self, ends: Sequence[tuple[Seat, attempt_pb2.AttemptEnded]]) -> bool:
-        """Whether the engine is gone. Nobody is placed there then; the verdict comes later."""
+        """Whether the engine is gone: then nobody is placed there. The verdict comes later."""
         worker = self._worker
         is_death = any(
             ended.failure == worker_pb2.FAILURE_KIND_CRASH
@@ -1019,8 +1022,8 @@ class RelayCall(Talker):
 
     def _lose_all(self, failure: FailureKind, detail: str, *, is_break: bool = False) -> None:
         """`is_break`: nothing is known of the worker behind the link."""
-        now = self._clock()
-        for slot in list(self._seats):
+        now, slots = self._clock(), list(self._seats)
+        for slot in slots:
             seat = self._seats.get(slot)
             if seat is None:
                 continue
@@ -1034,7 +1037,8 @@ class RelayCall(Talker):
             except Exception:
                 seat.owner.crashed()
             self._leave(slot)
-        self._on_moved()
+        if slots:
+            self._on_moved()
 
     def _want_tokenizer(self, fingerprint: str) -> None:
         if self._mesh.tokenizer(fingerprint) is None:
@@ -1089,7 +1093,25 @@ def _tells_prefill(ended: attempt_pb2.AttemptEnded) -> bool:
     return bool(ended.prefill_tokens or ended.cached_tokens or ended.restored_tokens)
 
 
+def _loads_of(frame: attempt_pb2.StepFrame) -> Iterator[worker_pb2.LoadReport]:
+    """All that it says of its worker's load."""
+    for refused in frame.refused:
+        if refused.HasField("busy"):
+            yield refused.busy.load
+    if frame.HasField("load"):
+        yield frame.load
+
+
 def _ended(seat: Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence[Command]:
+    """What the stream asks for. Raises nothing: a bug of it ends it, and others are told."""
+    try:
+        return _stream_ended(seat, ended, now)
+    except Exception:
+        seat.owner.crashed()
+        return ()
+
+
+def _stream_ended(seat: Seat, ended: attempt_pb2.AttemptEnded, now: float) -> Sequence[Command]:
     reason = ended.finish_reason
     return seat.owner.stream.ended(
         seat.epoch,

@@ -57,7 +57,7 @@ class Wire(Protocol):
         ...
 
     def hurry_all(self) -> None:
-        """As `hurry`, whatever waits: nobody has more to add in this turn."""
+        """As `hurry`, whatever waits: no more is about to come."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Runs a command and sees to it that nothing of it is left, whoever dies first and however.
 
-    python -I -S reaper.py <pid of the starter> <report> <lifeline> <command> [<argument> ...]
+    python -I -S reaper.py <pid of the starter> <report> <lifeline> <sleep> <command> [<argument>…]
 
     starter ──SIGUSR1──▶ reaper ──SIGTERM──▶ command          (please end)
     starter ──SIGTERM──▶ reaper ──SIGKILL──▶ all that is left (end now)
@@ -18,7 +18,8 @@ file when nothing is left. The lifeline carries nothing and ends when the comman
 A process closes its files only after the kernel has freed its memory, and that takes an engine
 milliseconds for each 20 MB. So the command's group has a companion that is small and does nothing
 but hold the lifeline: SIGKILL to the group ends it within a millisecond, and the starter knows. It
-is `sleep`, whose end takes 0.25 ms; a fork of this process, where there is none, takes 0.6.
+is the given `sleep`, whose end takes 0.25 ms, without what the engine's environment has its loader
+do; or, where there is none, a fork of this process, whose end takes 0.6.
 
 A file of its own that imports little, because it has to be up in milliseconds. Linux only.
 """
@@ -40,7 +41,7 @@ _DESCRIPTORS_MAX = 256
 _SIGNALS = {signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM}
 
 
-def main(starter: int, report: int, lifeline: int, command: list[str]) -> None:
+def main(starter: int, report: int, lifeline: int, sleep: str, command: list[str]) -> None:
     """Run `command` to its end, and everything it started to theirs."""
     os.set_inheritable(report, False)
     os.set_inheritable(lifeline, False)
@@ -53,7 +54,7 @@ def main(starter: int, report: int, lifeline: int, command: list[str]) -> None:
     reaper = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _become(command, reaper, lifeline)
+        _become(command, reaper, lifeline, sleep)
     os.close(lifeline)
     _report(report, pid)
     status = _wait(pid)
@@ -64,14 +65,14 @@ def main(starter: int, report: int, lifeline: int, command: list[str]) -> None:
         _report(report, -signal.SIGKILL)
 
 
-def _become(command: list[str], reaper: int, lifeline: int) -> None:
+def _become(command: list[str], reaper: int, lifeline: int, sleep: str) -> None:
     """In the child: be `command`. This process has one thread, so Python may run after the fork."""
     try:
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != reaper:
             os._exit(1)
-        _leave_companion(reaper, lifeline)
+        _leave_companion(reaper, lifeline, sleep)
         run_as_others()
         for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(ignored_by_python, signal.SIG_DFL)
@@ -89,7 +90,7 @@ def run_as_others() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def _leave_companion(reaper: int, lifeline: int) -> None:
+def _leave_companion(reaper: int, lifeline: int, sleep: str) -> None:
     """Put a process beside us into the group; the reaper adopts it, so no child is left to us."""
     child = os.fork()
     if child != 0:
@@ -108,12 +109,16 @@ def _leave_companion(reaper: int, lifeline: int) -> None:
     if os.getppid() == reaper:
         os.set_inheritable(lifeline, True)
         try:  # noqa: SIM105 - contextlib takes milliseconds to import.
-            os.execvp("sleep", ["sleep", _COMPANION_S])
+            os.execve(sleep, ["sleep", _COMPANION_S], _without_loader())
         except OSError:
             pass  # Then it is us.
     while os.getppid() == reaper:
         signal.sigwait({signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
     os._exit(0)
+
+
+def _without_loader() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("LD_")}
 
 
 def _wait(pid: int) -> int | None:
@@ -178,4 +183,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])

@@ -30,6 +30,8 @@ _OUTPUT_TIMEOUT_S: Final = 0.5
 _LINE_BYTES_MAX: Final = 4000
 """With its prefix it stays below PIPE_BUF, so lines of several writers do not mix."""
 _PREFIX: Final = b"[engine] "
+COMPANION: Final = "/bin/sleep"
+"""What the reaper leaves in the engine's group. Not looked for: an engine's PATH is anybody's."""
 _STDERR: Final = 2
 
 _log = log.get_logger(__name__)
@@ -73,7 +75,7 @@ class EngineProcess:
             self._reaper = subprocess.Popen(
                 [
                     *(sys.executable, "-I", "-S", reaper.__file__),
-                    *(str(os.getpid()), str(report), str(lifeline)),
+                    *(str(os.getpid()), str(report), str(lifeline), COMPANION),
                     *command,
                 ],
                 stdin=subprocess.DEVNULL,

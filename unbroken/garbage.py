@@ -4,8 +4,9 @@ A full collection looks at every object of a process: 15 ms for those that are t
 start, half a second with tens of thousands of streams. And bursts set it off: of all moments, it
 comes when an engine has died and all its streams move. So what is there after the start is taken
 out of its sight, and full collections wait until nothing runs. Young objects, among which most
-cycles end, are collected as ever, in a fraction of a millisecond; but not in the milliseconds in
-which streams move. And nothing is collected in the moment in which a process is being started.
+cycles end, are collected as ever, in a fraction of a millisecond; but not in the milliseconds
+before something urgent has been done, as when streams move. And nothing is collected in the moment
+in which a process is being started.
 """
 
 import asyncio
@@ -42,7 +43,7 @@ _is_ours = False
 
 
 def wait() -> None:
-    """Collect nothing at all, for a few milliseconds, until `wait_no_more`. Idempotent.
+    """Have no collection begin by itself until `wait_no_more`, some milliseconds later. Idempotent.
 
     Of no effect outside of `collected_in_quiet`, which sees to it that it comes to an end.
     """

@@ -1,6 +1,7 @@
 """What a move leaves to be done: when, in which order, and that nothing of it is lost."""
 
 import asyncio
+import gc
 import logging
 from array import array
 from dataclasses import dataclass, field
@@ -17,9 +18,24 @@ from frontend.quarantine import LOOK_INTERVAL_S, Quarantine
 from frontend.query_of_death import Fingerprint, Queries, QueryLimits
 from frontend.stream import Attempt, Life
 from unbroken import metrics
+from unbroken.garbage import collected_in_quiet
 from unbroken.outcome import ContinuationClass, FailureKind
 
 W1, W2, W3 = (Life(f"w{number}", 1) for number in (1, 2, 3))
+
+
+def test_no_garbage_is_collected_before_all_is_done() -> None:
+    async def scenario() -> None:
+        async with collected_in_quiet(lambda: False):
+            afterwards = Afterwards()
+            afterwards.do(lambda: afterwards.do(lambda: None))
+            assert not gc.isenabled()
+            afterwards.finish()
+            assert not gc.isenabled(), "more was left"
+            afterwards.finish()
+            assert gc.isenabled()
+
+    asyncio.run(scenario())
 
 
 def test_things_are_done_together_and_in_order_once_the_turn_is_over() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from frontend.failure_detector import Liveness
 from frontend.links import STEADY_S
-from frontend.native_wire import FIRST_HURRY
+from frontend.native_wire import FIRST_HURRY, NativeWire
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.worlds import World, read, read_some, run, world
 from unbroken.chaos.proxy import Proxy
@@ -361,6 +361,26 @@ def test_streams_leave_an_engine_that_is_dead_or_stalled() -> None:
                 assert it.frontend.mesh.num_ready(MODEL) == 1
                 sidecar.say_state(worker_pb2.ENGINE_STATE_SERVING)
                 await it.until_ready(2)
+
+    run(scenario())
+
+
+def test_what_streams_of_a_dead_engine_ask_of_others_is_written_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hurried: list[NativeWire] = []
+    monkeypatch.setattr(NativeWire, "hurry_all", hurried.append)  # The turn's end writes it, too.
+
+    async def scenario() -> None:
+        async with world(FakeSidecar("w1"), FakeSidecar("w2"), FakeSidecar("w3")) as it:
+            stream = it.client.generate(
+                token_ids=PROMPT, max_tokens=100, temperature=0, request_id="r"
+            )
+            await read_some(stream, 5)
+            assert hurried == []
+            (await it.sidecar_of("r")).say_state(worker_pb2.ENGINE_STATE_DEAD)
+            await read(stream)
+            assert len(set(hurried)) == len(hurried) == 2, "an abort, and what it goes on with"
 
     run(scenario())
 

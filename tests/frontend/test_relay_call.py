@@ -156,6 +156,8 @@ class Streaming:
     def __init__(self) -> None:
         self.ride: Broken | None = None
         self.token_ids: list[int] = []
+        self.has_bug = False
+        self.log: list[str] = []
 
     def token(self, epoch: int, offset: int, token_id: int, now: float) -> tuple[()]:
         del epoch, offset, now
@@ -167,25 +169,31 @@ class Streaming:
         return False
 
     def ended(self, epoch: int, *_: object, **__: object) -> tuple[Abort, ...]:
+        if self.has_bug:
+            raise ValueError("a bug")
+        self.log.append(f"told {epoch}")
         return (Abort(epoch),)
+
+    def lost(self, epoch: int, *_: object) -> tuple[Abort, ...]:
+        return self.ended(epoch)
 
 
 class Owning:
     """Who has a stream, and leaves the call when it has a bug."""
 
-    def __init__(self, call: RelayCall) -> None:
+    def __init__(self, call: RelayCall, epoch: int = 1) -> None:
         self.stream = Streaming()
-        self.obeyed: list[Command] = []
         self._call = call
-        request = pb.RelayRequest(start=attempt_pb2.StartAttempt(epoch=1))
+        request = pb.RelayRequest(start=attempt_pb2.StartAttempt(epoch=epoch))
         self._slot = call.start(
             cast("Any", self), request, vocab_size=10, wants_logprobs=False, num_prefill_tokens=1
         )
 
     def obey(self, commands: Sequence[Command]) -> None:
-        self.obeyed += commands
+        self.stream.log += [f"obeyed {command}" for command in commands]
 
     def crashed(self) -> None:
+        self.stream.log.append("crashed")
         self._call.abort(self._slot)
 
     def wake(self) -> None:
@@ -213,20 +221,84 @@ def test_a_bug_of_one_stream_beside_one_of_the_convoy_is_not_the_others_loss(
     played(scenario)
 
 
-def test_who_moved_is_told_of_as_a_whole_when_the_engine_has_died_and_not_for_an_end() -> None:
-    def ended(slot: int, failure: worker_pb2.FailureKind.ValueType) -> pb.RelayResponse:
-        end = attempt_pb2.AttemptEnded(slot=slot, failure=failure)
-        frame = attempt_pb2.StepFrame(sequence=slot, ended=[end])
-        return pb.RelayResponse(frame=frame)
+CRASH = worker_pb2.FAILURE_KIND_CRASH
 
+
+def ended(
+    *slots: int, failure: worker_pb2.FailureKind.ValueType = CRASH, holder: str = ""
+) -> pb.RelayResponse:
+    frame = attempt_pb2.StepFrame(
+        sequence=1,
+        ended=[attempt_pb2.AttemptEnded(slot=slot, failure=failure) for slot in slots],
+    )
+    if holder:
+        frame.load.kv_holder.address = holder
+    return pb.RelayResponse(frame=frame)
+
+
+def of_three(peer: Peer) -> list[Owning]:
+    """Three streams of a call, by whose epochs they are told apart, and one log."""
+    owners = [Owning(peer.call, epoch) for epoch in (1, 2, 3)]
+    peer.heard.clear()
+    for owner in owners:
+        owner.stream.log = peer.heard
+    return owners
+
+
+def test_when_an_engine_dies_each_stream_goes_before_the_next_is_told_and_all_go_at_once() -> None:
     async def scenario(peer: Peer) -> None:
-        peer.heard.clear()  # An engine that starts has no streams, either.
-        owners = [Owning(peer.call) for _ in range(2)]
-        peer.call.receive(ended(1, worker_pb2.FAILURE_KIND_UNSPECIFIED))
-        assert owners[0].obeyed == [Abort(1)]
+        of_three(peer)
+        peer.call.receive(ended(1, 2, 3))
+        moves = [[f"told {epoch}", f"obeyed {Abort(epoch)}"] for epoch in (1, 2, 3)]
+        assert peer.heard == [*moves[0], *moves[1], *moves[2], "moved"]
+
+    played(scenario)
+
+
+def test_an_attempt_that_ends_while_the_engine_lives_hurries_nobody() -> None:
+    async def scenario(peer: Peer) -> None:
+        of_three(peer)
+        peer.call.receive(ended(2, failure=worker_pb2.FAILURE_KIND_UNSPECIFIED))
+        assert peer.heard == ["told 2", f"obeyed {Abort(2)}"]
+
+    played(scenario)
+
+
+def test_a_lost_call_hurries_others_if_it_had_streams() -> None:
+    async def scenario(peer: Peer) -> None:
+        of_three(peer)
+        peer.call.closed(None)
+        assert peer.heard[-2:] == [f"obeyed {Abort(3)}", "moved"]
+        peer.heard.clear()
+
+    async def without(peer: Peer) -> None:
+        peer.heard.clear()
+        peer.call.closed(None)
         assert peer.heard == []
-        peer.call.receive(ended(2, worker_pb2.FAILURE_KIND_CRASH))
-        assert owners[1].obeyed == [Abort(1)]
-        assert peer.heard == ["moved"]
+
+    played(scenario)
+    played(without)
+
+
+def test_a_bug_of_one_stream_at_the_death_of_its_engine_is_not_the_others_loss() -> None:
+    async def scenario(peer: Peer) -> None:
+        of_three(peer)[1].stream.has_bug = True
+        peer.call.receive(ended(1, 2, 3))
+        assert peer.heard[2:] == ["crashed", "told 3", f"obeyed {Abort(3)}", "moved"]
+        assert not peer.call.is_over
+
+    played(scenario)
+
+
+def test_a_frame_that_breaks_the_contract_ends_no_attempt_that_the_call_does_not_end() -> None:
+    async def scenario(peer: Peer) -> None:
+        of_three(peer)
+        peer.call.receive(ended(1, 2, holder="x" * 10_000))
+        assert peer.call.is_over
+        assert [one for one in peer.heard if one.startswith("told")] == [
+            "told 1",
+            "told 2",
+            "told 3",
+        ]
 
     played(scenario)

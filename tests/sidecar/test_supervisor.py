@@ -2,17 +2,18 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import uvloop
 
+from sidecar import supervisor
 from sidecar.supervisor import EngineProcess
 from tests.sidecar.processes import no_process_left, until
 from unbroken.realtime import is_allowed, is_before_others, run_before_others
@@ -79,20 +80,35 @@ def test_a_death_is_noticed_at_once() -> None:
     run(scenario)
 
 
+def environment_in_group(group: int, command: str) -> bytes:
+    """Of the process that runs `command` there."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # It has ended, or is somebody else's.
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            if os.getpgid(int(process.name)) == group and " ".join(words).strip() == command:
+                return (process / "environ").read_bytes()
+    raise AssertionError(f"nobody runs {command}")
+
+
 @pytest.mark.parametrize("has_sleep", [True, False])
 def test_the_death_of_its_group_is_noticed_by_a_companion_that_is_sleep_where_there_is_one(
-    has_sleep: bool, monkeypatch: pytest.MonkeyPatch
+    has_sleep: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sleep = shutil.which("sleep")
-    assert sleep is not None
     if not has_sleep:
-        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setattr(supervisor, "COMPANION", "/nowhere/sleep")
+    other = tmp_path / "sleep"  # What an engine's environment does to it is not for the companion.
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("LD_PRELOAD", "/nowhere/allocator.so")
+    command, companion = ("/bin/sleep", "1000"), f"sleep {2**31 - 1}"
 
     async def scenario(alive: Alive) -> None:
-        process = EngineProcess.start((sleep, "1000"))
-        engine, companion = f"{sleep} 1000", f"sleep {2**31 - 1}"
-        await until(lambda: engine in alive() and alive().count(companion) == has_sleep)
-        await until(lambda: len(alive()) == 3)  # And the reaper.
+        process = EngineProcess.start(command)
+        await until(lambda: " ".join(command) in alive())
+        await until(lambda: len(alive()) == 3 and alive().count(companion) == has_sleep)
+        if has_sleep:
+            assert b"LD_PRELOAD" not in environment_in_group(process.pid, companion)
         assert not process.group_killed.done()
         os.killpg(process.pid, signal.SIGKILL)
         await process.group_killed
@@ -203,6 +219,7 @@ def parent_of(pid: int) -> int:
 
 STARTER = """
 import asyncio, sys
+from sidecar import supervisor
 from sidecar.supervisor import EngineProcess
 
 async def main():
