@@ -369,10 +369,15 @@ def test_what_streams_of_a_dead_engine_ask_of_others_is_written_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hurried: list[NativeWire] = []
-    monkeypatch.setattr(NativeWire, "hurry_all", hurried.append)  # The turn's end writes it, too.
+
+    def hurry_all(wire: NativeWire) -> None:
+        hurried.append(wire)  # What waits is written at the end of the turn, too.
+
+    monkeypatch.setattr(NativeWire, "hurry_all", hurry_all)
 
     async def scenario() -> None:
-        async with world(FakeSidecar("w1"), FakeSidecar("w2"), FakeSidecar("w3")) as it:
+        sidecars = [FakeSidecar(f"w{number}") for number in (1, 2, 3)]
+        async with world(*sidecars, relay="native") as it:
             stream = it.client.generate(
                 token_ids=PROMPT, max_tokens=100, temperature=0, request_id="r"
             )
