@@ -12,6 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
+from random import random
 from typing import Final, Protocol, TypeAlias, cast
 
 import grpc.aio
@@ -40,6 +41,9 @@ from unbroken.status import Trailers
 BACKLOG: Final = 1024
 WRITE_BUFFER_HIGH: Final = 256 * 1024
 """Bytes that wait in a socket before nothing more is taken from calls."""
+PINGS_SPREAD: Final = 0.5
+"""Of many connections each is asked for a sign of life so much later at most, another time each
+time: those that were once late together would be due together for ever."""
 CLOSE_S: Final = 1.0
 """How long a client may take to read the last that it was told."""
 IGNORED_BYTES_MAX: Final = 16 << 20
@@ -299,6 +303,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._spread = 1 + PINGS_SPREAD * random()
 
     # What the transport says.
 
@@ -435,7 +440,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _keep_time(self) -> None:
         """Have the timer fire when the connection wants it, or before."""
-        self.connection.ping_interval_min_s = self._server.ping_interval_min_s
+        self.connection.ping_interval_min_s = self._spread * self._server.ping_interval_min_s
         due = self.connection.deadline()
         if due is None or (self._timer is not None and due >= self._timer_at):
             return
@@ -446,12 +451,12 @@ class ClientConnection(asyncio.Protocol):
 
     def _look(self) -> None:
         self._timer = None
-        self.connection.ping_interval_min_s = self._server.ping_interval_min_s
         try:
             self._handle(self.connection.handle_timeout(self._server.clock()))
         except Exception:
             self._crashed()
         self.write()
+        self._spread = 1 + PINGS_SPREAD * random()
         self._keep_time()
 
     def _handle(self, events: list[Event]) -> None:

@@ -49,7 +49,7 @@ class EdgeLimits:
     """A connection with streams that was silent for so long is asked for a sign of life."""
     ping_idle_interval_s: float = 10.0
     """So is one without."""
-    pings_per_s_max: float = 2000.0
+    pings_per_s_max: float = 1000.0
     """Of the whole process: with more connections, each is asked less often."""
     ping_timeout_s: float = 1.5
     """How long the answer may take."""
