@@ -269,7 +269,6 @@ def test_a_lost_call_hurries_others_if_it_had_streams() -> None:
         of_three(peer)
         peer.call.closed(None)
         assert peer.heard[-2:] == [f"obeyed {Abort(3)}", "moved"]
-        peer.heard.clear()
 
     async def without(peer: Peer) -> None:
         peer.heard.clear()

@@ -219,7 +219,6 @@ def parent_of(pid: int) -> int:
 
 STARTER = """
 import asyncio, sys
-from sidecar import supervisor
 from sidecar.supervisor import EngineProcess
 
 async def main():
