@@ -13,9 +13,10 @@ Who adopts an attempt reads it from the ledger (`Replay`), under a window of its
 engine's window is as tight as that; from then on tokens go to it as they come.
 """
 
+import heapq
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
@@ -42,6 +43,8 @@ class Fenced(Exception):  # noqa: N818 - It names what happened, as the contract
         self.epoch_known = epoch_known
 
 
+_ALARMS_SPARE = 1024
+"""So many that mean nothing any more may be kept beyond one for each attempt that runs."""
 _CLOCK_SLACK_S = 0.01
 """An engine's deadline may seem a little earlier there than here."""
 
@@ -235,6 +238,51 @@ class Retention:
     """At least 1."""
 
 
+class _Alarms(Generic[LinkT]):
+    """When running attempts are to be looked at: those whose time has not come cost nothing.
+
+    An attempt that has another time by now, or runs no more, is passed over when its alarm rings.
+    """
+
+    def __init__(
+        self,
+        running: Mapping[int, Attempt[LinkT]],
+        time_of: Callable[[Attempt[LinkT]], float | None],
+    ) -> None:
+        self._running = running
+        self._time_of = time_of
+        self._heap: list[tuple[float, int]] = []
+        """Times and slots."""
+
+    def set(self, attempt: Attempt[LinkT]) -> None:
+        """It has a new time, or none."""
+        at = self._time_of(attempt)
+        if at is None:
+            return
+        heapq.heappush(self._heap, (at, attempt.slot))
+        if len(self._heap) > len(self._running) + _ALARMS_SPARE:
+            self._heap = sorted({alarm for alarm in self._heap if self._means(*alarm)})
+
+    def ring(self, now: float) -> Sequence[Attempt[LinkT]]:
+        """Those whose time has come, each once."""
+        heap = self._heap
+        due: dict[int, Attempt[LinkT]] = {}
+        while heap and heap[0][0] <= now:
+            at, slot = heapq.heappop(heap)
+            if self._means(at, slot):
+                due[slot] = self._running[slot]
+        return list(due.values())
+
+    def has(self, attempt: Attempt[LinkT]) -> bool:
+        """Whether its time is known, if it has one."""
+        at = self._time_of(attempt)
+        return at is None or (at, attempt.slot) in self._heap
+
+    def _means(self, at: float, slot: int) -> bool:
+        attempt = self._running.get(slot)
+        return attempt is not None and self._time_of(attempt) == at
+
+
 class Ledger(Generic[LinkT]):
     """All attempts of this worker. Times are monotonic seconds."""
 
@@ -245,6 +293,8 @@ class Ledger(Generic[LinkT]):
         self._running_by_request: dict[str, dict[int, Attempt[LinkT]]] = {}
         """The same by request id, of whichever tenant, and slot."""
         self._by_stream: dict[StreamId, Attempt[LinkT]] = {}
+        self._graces = _Alarms(self.running, lambda attempt: attempt.orphaned_until)
+        self._deadlines = _Alarms(self.running, lambda attempt: attempt.deadline_at)
         self._ended: OrderedDict[int, Attempt[LinkT]] = OrderedDict()
         self._ended_tokens = 0
         self._epochs: OrderedDict[StreamId, int] = OrderedDict()
@@ -297,6 +347,7 @@ class Ledger(Generic[LinkT]):
         self._next_slot += 1
         self.running[attempt.slot] = self._by_stream[stream] = attempt
         self._running_by_request.setdefault(stream[1], {})[attempt.slot] = attempt
+        self._deadlines.set(attempt)
         return attempt, before if before is not None and before.ended is None else None
 
     def adopt(
@@ -326,6 +377,7 @@ class Ledger(Generic[LinkT]):
         if message.HasField("orphan_grace"):
             attempt.orphan_grace_s = message.orphan_grace.ToNanoseconds() / 1e9
         attempt.deadline_at = _deadline_at(message, now)
+        self._deadlines.set(attempt)
         attempt.link, attempt.live_link, attempt.link_slot = link, None, message.slot
         attempt.replay = Replay(offset, offset, message.window_tokens)
         attempt.orphaned_until = None
@@ -363,28 +415,21 @@ class Ledger(Generic[LinkT]):
             attempt.detach()
             if attempt.ended is None:
                 attempt.orphaned_until = now + attempt.orphan_grace_s
+                self._graces.set(attempt)
 
     def expired(self, now: float) -> Sequence[Attempt[LinkT]]:
         """Orphans whose grace is over, each reported once; the caller aborts them."""
         self._forget(now)
-        due = [
-            attempt
-            for attempt in self.running.values()
-            if attempt.orphaned_until is not None and attempt.orphaned_until <= now
-        ]
+        due = self._graces.ring(now)
         for attempt in due:
             attempt.orphaned_until = None
         return due
 
     def overdue(self, now: float) -> Sequence[Attempt[LinkT]]:
-        """Attempts whose reader's time is up, and which the engine lets run on."""
-        return [
-            attempt
-            for attempt in self.running.values()
-            if attempt.deadline_at is not None
-            and attempt.deadline_at <= now
-            and attempt.given_up is None
-        ]
+        """Attempts whose reader's time is up, and which the engine lets run on; each is reported
+        once, and the caller gives it up.
+        """
+        return [attempt for attempt in self._deadlines.ring(now) if attempt.given_up is None]
 
     def __iter__(self) -> Iterator[Attempt[LinkT]]:
         """Running attempts."""
@@ -400,6 +445,8 @@ class Ledger(Generic[LinkT]):
             assert attempt.link is None or attempt.orphaned_until is None, "orphans have no reader"
             live_link = None if attempt.replay is not None else attempt.link
             assert attempt.live_link is live_link, "who reads is sent tokens, or replayed to"
+            assert self._graces.has(attempt), "grace ends"
+            assert attempt.given_up or self._deadlines.has(attempt), "deadlines are met"
         by_request = [one for found in self._running_by_request.values() for one in found.values()]
         assert sorted(one.slot for one in by_request) == sorted(self.running), "requests are known"
         assert all(self._running_by_request.values()), "of requests that are over nothing is left"

@@ -248,6 +248,59 @@ REQUESTS = st.sampled_from("abcdef")
 EPOCHS = st.integers(0, 12)
 
 
+def timed(ledger: Ledger[str], request_id: str, deadline_s: int) -> Attempt[str]:
+    start = start_of(1, request_id, 1)
+    start.deadline.FromSeconds(deadline_s)
+    return enter(ledger, start, orphan_grace_s=0)[0]
+
+
+def test_a_deadline_is_that_of_the_last_reader_and_met_once() -> None:
+    ledger = Ledger[str]()
+    first, second, ended = (timed(ledger, name, 10) for name in "abc")
+    begin(ledger, "without")
+    end(ledger, ended)
+    longer, none = adoption("a"), adoption("b")
+    longer.deadline.FromSeconds(30)
+    ledger.adopt(longer, "g", owner=("g", 1), now=5.0)
+    ledger.adopt(none, "g", owner=("g", 1), now=5.0)
+    ledger.check()
+    assert ledger.overdue(34.9) == []
+    assert ledger.overdue(35.0) == [first]
+    assert ledger.overdue(1e9) == []
+    assert second.deadline_at is None
+
+
+def test_of_two_equal_deadlines_of_an_attempt_one_is_met() -> None:
+    ledger = Ledger[str]()
+    attempt = timed(ledger, "a", 10)
+    again = adoption("a")
+    again.deadline.FromSeconds(10)
+    ledger.adopt(again, "g", owner=("g", 1), now=0.0)
+    assert ledger.overdue(10.0) == [attempt]
+
+
+def test_whoever_was_given_up_is_not_overdue() -> None:
+    ledger = Ledger[str]()
+    timed(ledger, "a", 10).given_up = (FailureKind.PARTITION, "nobody read it")
+    assert ledger.overdue(10.0) == []
+
+
+def test_deadlines_and_graces_that_mean_nothing_are_not_kept_for_ever() -> None:
+    ledger = Ledger[str]()
+    attempt = timed(ledger, "a", 1000)
+    for epoch in range(2, 5000):
+        ledger.orphan([attempt], 0.0)
+        again = adoption("a", epoch)
+        again.deadline.FromSeconds(1000 + epoch)
+        ledger.adopt(again, "g", owner=("g", 1), now=0.0)
+        assert not ledger.expired(1.0)
+        assert not ledger.overdue(1.0)
+    ledger.check()
+    assert len(ledger._deadlines._heap) < 2000  # pyright: ignore[reportPrivateUsage]
+    assert len(ledger._graces._heap) < 2000  # pyright: ignore[reportPrivateUsage]
+    assert ledger.overdue(5999.0) == [attempt]
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Whatever happens in whatever order: epochs only grow, and what runs has an end."""
 
