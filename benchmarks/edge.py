@@ -103,11 +103,15 @@ def stamping_mesh(
     """One frontend, one sidecar, an engine of stamps."""
     socket = directory / "engine.sock"
     engine = f"{sys.executable} -m benchmarks.stamping --socket {socket} --step-ms {step_ms}"
+    stamping = (
+        *("--engine-socket", str(socket), "--engine-command", engine),
+        *("--canary-period-s", "0"),  # No two of its answers are the same.
+    )
     return LocalMesh(
         directory / "mesh",
         num_workers=1,
         engine=None,
-        sidecar_flags=("--engine-socket", str(socket), "--engine-command", engine, *sidecar_flags),
+        sidecar_flags=(*stamping, *sidecar_flags),
         frontend_flags=("--edge", edge, *frontend_flags),
     )
 

@@ -75,7 +75,7 @@ class StampingEngine:
                 start = request.start
                 first = start.checkpoint.first_offset
                 end = first + start.checkpoint.params.stopping.max_tokens
-                self._streams[start.slot] = [first, end, start.window_tokens, first]
+                self._streams[start.slot] = [first, end, start.window_tokens or end, first]
                 if list(start.checkpoint.prompt_token_ids[:1]) == [IDLE_ID]:
                     self._to_be_idle.add(start.slot)
             case "abort":
