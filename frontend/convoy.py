@@ -4,7 +4,7 @@
                           └──▶ the rows of the others, which go the long way
 
 With hundreds of streams nothing of a stream is in a near cache when its next token comes, so what
-costs is to touch it. Here it is not touched: a step is a column of token ids beside the columns of
+costs is to touch it. Here it is not touched: a step is a column of token ids behind the columns of
 the steps before, and is checked and written as a whole. What a stream has to know of it, its ledger
 and what is left of its window, is entered when somebody asks (`Ride.settle`), and every
 `STEPS_MAX` steps.
@@ -15,9 +15,11 @@ near that the next token could meet it. Whoever does anything else with it lets 
 when all is as before it gets on again by itself, with the first frame that finds it so.
 """
 
+import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
+from operator import sub
 from struct import Struct
 from typing import Final, Protocol
 
@@ -31,17 +33,20 @@ from frontend.edge.encoding import (
 )
 from frontend.stream import Stream
 from unbroken.http2.connection import Connection, HttpStream
+from unbroken.http2.frames import HEADER_BYTES
 
 ROWS_MIN = 8
 """Of a frame, for anybody to ride: of fewer it saves nothing, and those who are told by their calls
 are merged for earlier."""
-STEPS_MAX: Final = 64
-"""Tokens of a stream that are not in its ledger yet, at most."""
+STEPS_MAX: Final = 256
+"""Tokens of a stream that are not in its ledger yet, at most. To enter 64 costs hardly less."""
 PAUSE_STEPS: Final = 8
-LOOK_INTERVAL_S: Final = 0.5
 UNWRITTEN_BYTES_MAX: Final = 64 * 1024
 """Who has so much in a connection that is not in its socket yet is behind, and better merges."""
-_STEPS_SPREAD: Final = 32
+_STEPS_SPREAD: Final = 128
+"""Those that got on together are not all looked at together,"""
+_LOOK_STEPS: Final = 4
+"""nor in each step some."""
 _FEW: Final = 8
 """Rows that are taken out of each column one by one; where more go, columns are given up."""
 ODD_FRAMES: Final = 32
@@ -49,7 +54,11 @@ ODD_FRAMES: Final = 32
 frames go by before it rides again. For all others, each who steps out is dear."""
 _NEVER: Final = 1 << 62
 _STEPS_KEPT: Final = 2 * STEPS_MAX
-"""Columns, so that they are thrown away in strides."""
+"""Columns, so that many are thrown away at once."""
+_ROWS_SPARE_MIN: Final = 16
+_ROWS_SPARE_SHARE: Final = 4
+"""Columns have room for a quarter more rows than there are, so that new ones change nothing."""
+_ONE_ON: Final = frozenset((1,))
 
 
 _TAIL: Final = Struct("6s")
@@ -69,16 +78,33 @@ class Client(Protocol):
         ...
 
 
+class Call(Protocol):
+    """Whoever reads a stream for a client."""
+
+    @property
+    def look_interval_s(self) -> float:
+        """How long `is_plain` holds in any case, if nothing happens."""
+        ...
+
+    def is_plain(self, now: float) -> bool:
+        """Whether now, in monotonic seconds, nothing but tokens is to be told."""
+        ...
+
+    def acknowledge(self) -> None:
+        """Tell the worker what the client was sent, if that is nearly due."""
+        ...
+
+
 class Ride:
     """One stream, from where its frames come to where its client reads, while one call reads it."""
 
     __slots__ = (
         "_convoy",
         "bodies",
+        "call",
         "client",
         "http_stream",
         "is_on",
-        "is_ready",
         "row",
         "since",
         "stream",
@@ -91,13 +117,13 @@ class Ride:
         client: Client,
         http_stream: HttpStream,
         bodies: TokenBodies,
-        is_ready: Callable[[float], bool],
+        call: Call,
     ) -> None:
-        """`is_ready` says whether now, in monotonic seconds, its call has nothing else to tell."""
         self.stream = stream
         self.client = client
         self.http_stream = http_stream
         self.bodies = bodies
+        self.call = call
         self.tail = http_stream.data_header_tail
         self.row = 0
         self.since = 0
@@ -105,14 +131,13 @@ class Ride:
         self._convoy: Convoy | None = None
         self.is_on = False
         """It goes with a convoy now; for those who ask with every token."""
-        self.is_ready = is_ready
         stream.ride = self
         http_stream.ride = self
 
     def num_steps_max(self, now: float) -> int:
         """How many tokens may be told as they come, without anybody looking."""
         http_stream = self.http_stream
-        if http_stream.is_closed or http_stream.pending or not self.is_ready(now):
+        if http_stream.is_closed or http_stream.pending or not self.call.is_plain(now):
             return 0
         num_in_window = http_stream.send.left // BODY_BYTES_MAX
         return max(0, min(self.stream.num_plain_max, num_in_window))
@@ -158,18 +183,20 @@ class Ride:
 class _Group:
     """Those that ride to one connection."""
 
-    __slots__ = ("client", "num_rows", "parts", "rides")
+    __slots__ = ("client", "frames", "num_rows", "parts", "rides")
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.num_rows = 0
         self.parts: list[bytes] = []
+        self.frames = b""
+        """What those parts make, a frame for each row."""
         self.rides: list[Ride] = []
 
     @property
     def num_body_bytes(self) -> int:
         """Of what is to be sent, what windows are about."""
-        return sum(map(len, self.parts)) - 9 * self.num_rows
+        return len(self.frames) - HEADER_BYTES * self.num_rows
 
 
 class Convoy:
@@ -196,23 +223,28 @@ class Convoy:
         self._num_frames = 0
         self._others: list[int] = []
         """The rows that do not."""
-        self._steps: list[array[int]] = []
-        """The ids of all rows, ridden or not; the last is that of step `_num_steps - 1`."""
+        self._ids = array("I")
+        """Columns, one after the other, of the ids of all rows, ridden or not, each of so many:"""
+        self._num_in_column = 0
+        self._spare = b""
+        """what a column ends with. The last column is that of step `_num_steps - 1`."""
         self._num_steps = 0
         self._num_until_boarding = 0
         self._is_stale = False
         """What follows is not that of those who ride now."""
         self._due = 0
-        self._looks_at = 0.0
-        """When it is to be seen whether calls have something else to tell: time alone can do it."""
+        self._look_interval_s = math.inf
+        self._asked_at = 0.0
+        self._next_to_ask = 0
+        """The row whose call is asked next whether it has something else to tell."""
         self._mask: list[bool] = []
-        self._ends: array[int] = array("I")
-        """Where the next token of each is to be."""
+        self._offsets: list[int] = []
+        """Of each, that of its last token."""
         # Columns again, in which what is needed lies side by side: the ends of headers of DATA
         # frames, what stands before messages, and where the frames are put.
         self._tails = bytearray()
-        self._bodies: list[TokenBodies] = []
-        self._puts: list[Callable[[bytes], None]] = []
+        self._heads: list[tuple[Sequence[bytes], Sequence[bytes]]] = []
+        self._puts: list[Callable[[Iterable[bytes]], None]] = []
         self._groups: list[_Group] = []
         self._stop_ids: frozenset[int] = frozenset()
         """All ids that end the output of somebody who rides,"""
@@ -229,17 +261,15 @@ class Convoy:
         here = set(slots)
         gone = [row for row, slot in enumerate(self._slots) if slot not in here]
         if len(gone) > _FEW:
-            for ride in self._rides:
-                if ride is not None:
-                    ride.settle()
-            self._steps.clear()  # There is nothing in them that is not known now.
+            self._settle_all(len(self._slots))
         for row in reversed(gone):
             self._drop(row)
         if self._slots != slots[: len(self._slots)]:
             self.stop()  # They come in another order.
             self._slots, self._rides, self._dues, self._boards_at = [], [], [], []
-            self._steps.clear()
         num_new = len(slots) - len(self._slots)
+        if len(slots) > self._num_in_column:
+            self._settle_all(len(slots) + max(_ROWS_SPARE_MIN, len(slots) // _ROWS_SPARE_SHARE))
         self._slots = list(slots)
         self._rides += [None] * num_new
         self._dues += [_NEVER] * num_new
@@ -250,6 +280,7 @@ class Convoy:
                 if ride.stream is not stream:
                     ride.step_out()
         self._streams, self._epochs = list(streams), list(epochs)
+        self._spare = bytes(self._ids.itemsize * (self._num_in_column - len(slots)))
         self._is_stale = True
 
     def forget(self) -> None:
@@ -279,8 +310,16 @@ class Convoy:
         if not num_new:
             return ()
         ride.since = self._num_steps
-        row = ride.row
-        return [column[row] for column in self._steps[-num_new:]]
+        ids, step = self._ids, self._num_in_column
+        return ids[len(ids) - num_new * step + ride.row :: step]
+
+    def _settle_all(self, num_in_column: int) -> None:
+        """Begin with columns of so many anew: there is nothing in the others that is not known."""
+        for ride in self._rides:
+            if ride is not None:
+                ride.settle()
+        self._ids = array("I")
+        self._num_in_column = num_in_column
 
     def _drop(self, row: int) -> None:
         """That row is not in frames any more."""
@@ -289,9 +328,8 @@ class Convoy:
             ride.step_out()
         for rows in (self._slots, self._rides, self._dues, self._boards_at):
             del rows[row]
-        for column in self._steps:
-            if row < len(column):
-                del column[row]
+        del self._ids[row :: self._num_in_column]
+        self._num_in_column -= 1
         for later in self._rides[row:]:
             if later is not None:
                 later.row -= 1
@@ -305,14 +343,14 @@ class Convoy:
         while True:
             if self._is_stale:
                 self._line_up()
-            if not self._ends:
+            if not self._offsets:
                 return self._others
             ids, offsets_here = token_ids, offsets
             if self._others:
                 ids = list(compress(token_ids, self._mask))
                 offsets_here = list(compress(offsets, self._mask))
             if (
-                offsets_here == self._ends.tolist()
+                _ONE_ON.issuperset(map(sub, offsets_here, self._offsets))
                 and (self._stop_ids.isdisjoint(ids) or self._ends_nobody(ids))
                 and self._write(offsets_here, ids)
                 and self._have_room()
@@ -320,17 +358,17 @@ class Convoy:
                 break
             self._put_out_odd(offsets, token_ids)
         for group in self._groups:
-            group.client.connection.send_frames(
-                b"".join(group.parts), group.num_rows, group.num_body_bytes
-            )
-            group.parts.clear()
+            group.client.connection.send_frames(group.frames, group.num_rows, group.num_body_bytes)
+            group.frames = b""
             group.client.touch()
-        self._ends = array("I", [offset + 1 for offset in offsets_here])
-        self._steps.append(array("I", token_ids))
+        self._offsets = offsets_here
+        ids, num_in_column = self._ids, self._num_in_column
+        ids.fromlist(token_ids)
+        ids.frombytes(self._spare)
         self._num_steps += 1
         self.stepped_at = now
-        if len(self._steps) > _STEPS_KEPT:
-            del self._steps[:STEPS_MAX]
+        if len(ids) > _STEPS_KEPT * num_in_column:
+            del ids[: STEPS_MAX * num_in_column]
         return self._others
 
     @property
@@ -341,11 +379,7 @@ class Convoy:
     def _board(self, now: float) -> None:
         """Look at those that are due, and take along those that have become ordinary."""
         num_steps = self._num_steps
-        if now >= self._looks_at:
-            self._looks_at = now + LOOK_INTERVAL_S
-            for ride in self._rides:
-                if ride is not None and not ride.is_ready(now):
-                    ride.step_out()
+        self._ask(now)
         if num_steps >= self._due:
             for row in [row for row, due in enumerate(self._dues) if due <= num_steps]:
                 self._look_at(row, now)
@@ -374,11 +408,27 @@ class Convoy:
                 self._dues[row] = self._due_after(num_steps_max, row)
                 self._is_stale = True
 
+    def _ask(self, now: float) -> None:
+        """Time alone can give a call something to tell: ask each in time, in each step a few."""
+        rides, passed_s = self._rides, now - self._asked_at
+        num_due = len(rides)
+        if passed_s < self._look_interval_s:
+            num_due = int(num_due * passed_s / self._look_interval_s)
+        if not num_due:
+            return
+        self._asked_at = now
+        for row in range(self._next_to_ask, self._next_to_ask + num_due):
+            ride = rides[row % len(rides)]
+            if ride is not None and not ride.call.is_plain(now):
+                ride.step_out()
+        self._next_to_ask = (self._next_to_ask + num_due) % len(rides)
+
     def _look_at(self, row: int, now: float) -> None:
         """It has ridden for as long as it may without that."""
         ride = self._rides[row]
         assert ride is not None, "who rides is due"
         ride.settle()
+        ride.call.acknowledge()
         num_steps_max = ride.num_steps_max(now)
         if num_steps_max:
             self._dues[row] = self._due_after(num_steps_max, row)
@@ -386,8 +436,9 @@ class Convoy:
             ride.step_out()
 
     def _due_after(self, num_steps_max: int, row: int) -> int:
-        """Those that got on together are not all due together."""
-        return self._num_steps + min(num_steps_max, STEPS_MAX - row % _STEPS_SPREAD)
+        """The step in which it is to be looked at."""
+        due = self._num_steps + min(num_steps_max, STEPS_MAX - row % _STEPS_SPREAD)
+        return due - due % _LOOK_STEPS
 
     def _line_up(self) -> None:
         """Lay out what a step needs of all that ride."""
@@ -396,15 +447,14 @@ class Convoy:
         self._mask = [ride is not None for ride in self._rides]
         self._others = [row for row, ride in enumerate(self._rides) if ride is None]
         self._due = min(self._dues, default=_NEVER)
-        self._ends = array(
-            "I", [ride.stream.num_settled + self._num_steps - ride.since for ride in rides]
-        )
+        self._offsets = [self._end_of(ride) - 1 for ride in rides]
+        self._look_interval_s = min((ride.call.look_interval_s for ride in rides), default=math.inf)
         self._stop_columns = [ride.stream.stop_token_ids for ride in rides]
         self._stop_ids = frozenset[int]().union(
             *{id(one): one for one in self._stop_columns}.values()
         )
         groups: dict[Client, _Group] = {}
-        self._tails, self._bodies, self._puts = bytearray(), [], []
+        self._tails, self._heads, self._puts = bytearray(), [], []
         for ride in rides:
             group = groups.get(ride.client)
             if group is None:
@@ -412,11 +462,15 @@ class Convoy:
             group.num_rows += 1
             group.rides.append(ride)
             self._tails += ride.tail
-            self._bodies.append(ride.bodies)
-            self._puts.append(group.parts.append)
+            self._heads.append(ride.bodies.heads)
+            self._puts.append(group.parts.extend)
         self._groups = list(groups.values())
         if not rides:
             self._fields = None
+
+    def _end_of(self, ride: Ride) -> int:
+        """The offset of its next token."""
+        return ride.stream.num_settled + self._num_steps - ride.since
 
     def _ends_nobody(self, token_ids: list[int]) -> bool:
         """Whether ids that end the output of some are only in those of others."""
@@ -430,24 +484,27 @@ class Convoy:
         fields = self._fields
         assert fields is not None, "somebody rides"
         try:
-            for token_id, offset, (tail,), bodies, put in zip(
+            for token_id, offset, (tail,), (lengths, prefixes), put in zip(
                 token_ids,
                 offsets,
                 _TAIL.iter_unpack(self._tails),
-                self._bodies,
+                self._heads,
                 self._puts,
                 strict=True,
             ):
-                if offset < NUM_OFFSETS:
-                    message = OFFSETS[offset] + fields[token_id]
-                else:
-                    message = offset_field(offset) + fields[token_id]
-                size = len(message)
-                put(bodies.lengths[size] + tail + bodies.prefixes[size] + message)
+                place = OFFSETS[offset] if offset < NUM_OFFSETS else offset_field(offset)
+                token = fields[token_id]
+                size = len(place) + len(token)
+                put((lengths[size], tail, prefixes[size], place, token))
         except LookupError:  # It has no text of its own, or a very long one.
-            self._forget_parts()
             return False
-        return True
+        else:
+            for group in self._groups:
+                group.frames = b"".join(group.parts)
+            return True
+        finally:
+            for group in self._groups:
+                group.parts.clear()
 
     def _have_room(self) -> bool:
         """Whether all connections take what was made; where not, nobody rides."""
@@ -462,7 +519,6 @@ class Convoy:
             for ride in group.rides:
                 ride.step_out()
         if full:
-            self._forget_parts()
             self.pause()
         return not full
 
@@ -473,16 +529,11 @@ class Convoy:
         for row, ride in enumerate(self._rides):
             if ride is None:
                 continue
-            expected = ride.stream.num_settled + self._num_steps - ride.since
             token_id = token_ids[row]
             if not fields.has_short(token_id):
                 self._boards_at[row] = self._num_frames + ODD_FRAMES
                 ride.step_out()
-            elif offsets[row] != expected or token_id in ride.stream.stop_token_ids:
+            elif offsets[row] != self._end_of(ride) or token_id in ride.stream.stop_token_ids:
                 ride.step_out()
         if not self._is_stale:
             self.stop()  # Whatever it was, the long way says it.
-
-    def _forget_parts(self) -> None:
-        for group in self._groups:
-            group.parts.clear()

@@ -32,8 +32,10 @@ from unbroken.v1 import inference_service_pb2 as pb
 REQUEST_ID_KEY: Final = "unbroken-request-id"
 CLASS_KEY: Final = "unbroken-continuation-class"
 """Initial metadata of `Generate` and `Resume`."""
-QUICK_S: Final = 1.0
-"""How long tokens of a stream are told singly before it is seen whether its resume token is old."""
+QUICK_S_MAX: Final = 2.0
+"""How long tokens of a stream are told singly before it is seen whether its resume token is old:"""
+_QUICK_SHARE: Final = 1 / 8
+"""a share of what that may be, and no longer, since clocks can be set."""
 
 _log = log.get_logger(__name__)
 
@@ -75,7 +77,12 @@ class Reading(Protocol):
     @property
     def only(self) -> Stream | None: ...
 
+    @property
+    def quick_s(self) -> float: ...
+
     def is_plain(self, now: float, /) -> bool: ...
+
+    def acknowledge(self) -> None: ...
 
     def poll(self) -> Sequence[Output | pb.GenerateResponse]: ...
 
@@ -103,6 +110,8 @@ class Readers:
         self._metrics = metrics
         self._keys = keys
         self._token_lifetime_s = token_lifetime_s
+        self.quick_s = min(QUICK_S_MAX, _QUICK_SHARE * token_lifetime_s)
+        """Seconds in which time alone gives nobody anything to tell."""
         self._clock = clock
         self._time_of_day = time_of_day
         self._keepers: dict[asyncio.Task[None], tuple[Request, float]] = {}
@@ -349,6 +358,11 @@ class Reader:
         """That of which `poll_one` tells, once it may."""
         return self._only
 
+    @property
+    def quick_s(self) -> float:
+        """How long that is not to be asked again, in seconds, if nothing happens."""
+        return self._readers.quick_s
+
     def is_plain(self, now: float, /) -> bool:
         """Whether there is nothing to tell, and nothing but tokens for `poll_one` will come next.
 
@@ -357,6 +371,14 @@ class Reader:
         """
         stream = self._only
         return stream is not None and not self._news.is_set and self._is_plain(stream, now)
+
+    def acknowledge(self) -> None:
+        """Windows move if that is nearly due, after tokens were told without asking."""
+        if self._only is not None and self.is_current:
+            (choice,) = self.request.choices
+            commands = choice.stream.acknowledge()
+            if commands:
+                choice.obey(commands)
 
     def _is_plain(self, stream: Stream, now: float) -> bool:
         news = self._news
@@ -370,7 +392,7 @@ class Reader:
         if now >= self._quick_until:
             if self._tokens.has_newer:
                 return False
-            self._quick_until = now + QUICK_S
+            self._quick_until = now + self.quick_s
         return True
 
     def poll(self) -> list[Output | pb.GenerateResponse]:
@@ -402,7 +424,7 @@ class Reader:
                 self._readers.first_output(self.arrived_at)
             if len(request.choices) == 1:
                 self._only, self._num_moves = stream, stream.num_moves
-                self._quick_until = self._readers.now() + QUICK_S
+                self._quick_until = self._readers.now() + self.quick_s
             piece, commands = stream.take()
             found.append(Output(choice.index, piece, token))
             token = b""

@@ -311,6 +311,8 @@ class Accounts:
 
 _NONE = -1
 """No epoch, no offset."""
+_ACK_EARLY_SHARE = 32
+"""Of the tokens between two acknowledgements, this part may be missing if it is made on the way."""
 _ATTEMPTING = frozenset({State.RUNNING, State.UNLINKED})
 """When there is an attempt that can be lost."""
 _NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN, FailureKind.PREEMPTED})
@@ -1061,6 +1063,10 @@ class Stream(_Flow):
         self._last_token_at = now
         return offset
 
+    def acknowledge(self) -> Sequence[Command]:
+        """Let the worker go on if that is nearly due, so that the ride need not end for it."""
+        return self._ack(self._ack_stride // _ACK_EARLY_SHARE)
+
     # What there is to tell again.
 
     def can_rewind(self, offset: int) -> bool:
@@ -1364,12 +1370,12 @@ class Stream(_Flow):
                 return token_ids[: index + 1]
         return token_ids
 
-    def _ack(self) -> Sequence[Command]:
+    def _ack(self, num_early: int = 0) -> Sequence[Command]:
         """Let the worker go on, in strides: an acknowledgement per token would cost a message."""
         if self.state is not State.RUNNING:
             return ()
         sent = self._sent
-        if sent < self._ack_due:
+        if sent < self._ack_due - num_early:
             return ()
         self._ack_due = sent + self._ack_stride
         return (Ack(self.epoch, sent),)

@@ -6,6 +6,7 @@ becomes one larger message, and is bounded by the window of the worker.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 from weakref import WeakKeyDictionary
@@ -204,7 +205,7 @@ class StreamingCall:
                 self._is_leaving = True
             elif self._ride is None and reader.only is not None:
                 # What comes next will be like this, and need not ask for a turn.
-                self._ride = Ride(reader.only, client, stream, bodies, self._is_plain)
+                self._ride = Ride(reader.only, client, stream, bodies, self)
             return
         stream_id = self.stream_id
         is_held_up = client.is_paused or not connection.has_room(stream_id)
@@ -224,10 +225,24 @@ class StreamingCall:
         if reader.is_over:
             self._end(reader.error)
 
-    def _is_plain(self, now: float) -> bool:
+    # For its ride.
+
+    @property
+    def look_interval_s(self) -> float:
+        """How long `is_plain` holds in any case, if nothing happens."""
+        return math.inf if self._reader is None else self._reader.quick_s
+
+    def is_plain(self, now: float) -> bool:
         """Whether nothing but tokens for `poll_one` is to be sent."""
         reader = self._reader
         return reader is not None and not self._is_leaving and reader.is_plain(now)
+
+    def acknowledge(self) -> None:
+        """Have the worker told what the client was sent, if that is nearly due."""
+        if self._reader is not None:
+            self._reader.acknowledge()
+
+    # What is told.
 
     def _encoded(self, outputs: Sequence[Output | pb.GenerateResponse]) -> bytes:
         """Messages as they lie in the body."""

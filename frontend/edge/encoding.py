@@ -11,6 +11,7 @@ from typing import Final
 from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
+_SIZE_UNKNOWN: Final = 1 << 30
 _OFFSET = b"\x10"
 _RESPONSE = b"\x0a"
 
@@ -46,6 +47,8 @@ class TokenFields(dict[int, bytes]):
         """`texts` has what each id says by itself."""
         super().__init__()
         self._texts = texts
+        self.sizes = [_SIZE_UNKNOWN] * len(texts)
+        """Bytes of what is said of each, once it was asked for."""
 
     def __missing__(self, token_id: int) -> bytes:
         text = self._texts[token_id]
@@ -53,6 +56,7 @@ class TokenFields(dict[int, bytes]):
             raise LookupError(token_id)
         fields = pb.GenerateResponse(token_ids=[token_id], text=text).SerializeToString()
         self[token_id] = fields
+        self.sizes[token_id] = len(fields)
         return fields
 
     def has_short(self, token_id: int) -> bool:
@@ -75,10 +79,9 @@ class TokenBodies:
         self._answers_resume = answers_resume
         self.prefixes = [self._prefix_of(size) for size in range(NUM_SIZES)]
         """What stands before a message of that size."""
-        self.lengths = [
-            (len(prefix) + size).to_bytes(3) for size, prefix in enumerate(self.prefixes)
-        ]
-        """How a DATA frame with it begins."""
+        lengths = [(len(prefix) + size).to_bytes(3) for size, prefix in enumerate(self.prefixes)]
+        self.heads = lengths, self.prefixes
+        """Per size of a message, how a DATA frame with it begins; and those."""
 
     def body(self, offset: int, token_id: int) -> bytes:
         """The message, as it lies in the body. Raises as `TokenFields`."""
@@ -88,18 +91,16 @@ class TokenBodies:
 
     def size(self, offset: int, token_ids: Sequence[int]) -> int:
         """Bytes of the bodies of these tokens, the first of which stands at `offset`."""
-        num_tokens, prefixes = len(token_ids), self.prefixes
-        sizes = list(map(len, map(self.fields.__getitem__, token_ids)))
-        first, last = len(offset_field(offset)), len(offset_field(offset + num_tokens - 1))
-        if first == last:
-            total = sum(sizes) + num_tokens * first
+        sizes = list(map(self.fields.sizes.__getitem__, token_ids))
+        end = offset + len(sizes)
+        place_bytes_max = len(offset_field(end - 1))
+        if place_bytes_max + max(sizes) >= _VARINT_1_MAX:
+            return sum(len(self.body(*one)) for one in enumerate(token_ids, offset))
+        if len(offset_field(offset)) == place_bytes_max:
+            place_bytes = place_bytes_max * len(sizes)
         else:
-            total = sum(sizes) + sum(
-                len(offset_field(one)) for one in range(offset, offset + num_tokens)
-            )
-        if max(sizes) + last < _VARINT_1_MAX:
-            return total + num_tokens * len(prefixes[0])
-        return sum(len(self.body(one, token_id)) for one, token_id in enumerate(token_ids, offset))
+            place_bytes = sum(len(offset_field(one)) for one in range(offset, end))
+        return sum(sizes) + place_bytes + len(sizes) * len(self.prefixes[0])
 
     def _prefix_of(self, size: int) -> bytes:
         prefix = b""

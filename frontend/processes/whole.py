@@ -262,9 +262,17 @@ class PassedOn:
     def only(self) -> None:
         """It tells no token singly."""
 
+    @property
+    def quick_s(self) -> float:
+        """Nothing, therefore,"""
+        return 0.0
+
     def is_plain(self, _now: float, /) -> bool:
-        """So it never is."""
+        """and it never is."""
         return False
+
+    def acknowledge(self) -> None:
+        """Nothing: who polls it does that."""
 
     def poll_one(self, _now: float, /) -> tuple[int, int] | None:
         """None: see `tokenizer`."""

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from frontend import summaries
 from frontend.convoy import (
-    LOOK_INTERVAL_S,
     ODD_FRAMES,
     STEPS_MAX,
     UNWRITTEN_BYTES_MAX,
@@ -19,7 +18,7 @@ from frontend.convoy import (
 )
 from frontend.edge import encoding
 from frontend.edge.encoding import TokenBodies, TokenFields
-from frontend.stream import Command, Limits, Stream
+from frontend.stream import Ack, Command, Limits, Stream
 from tests.frontend.edge.peer import Peer, setting
 from tests.support.streams import W2, A, B, C, place, streaming
 from tests.support.vocabulary import EOS, PIECES, tokenizer
@@ -33,6 +32,7 @@ FIELDS: Final = TokenFields(tokenizer().texts)
 CANCELLED: Final = UnbrokenError(Reason.CANCELLED, "by request")
 CUT: Final = PIECES.index(b"\xc3")
 """Half a character: its text depends on what comes next."""
+LOOK_INTERVAL_S: Final = 0.5
 
 
 @dataclass(eq=False)
@@ -59,8 +59,9 @@ class Reader:
     client: Client
     stream_id: int
     answers_resume: bool = False
-    is_plain: bool = True
+    is_telling_tokens: bool = True
     commands: list[Command] = field(default_factory=list[Command])
+    look_interval_s: float = LOOK_INTERVAL_S
 
     def __post_init__(self) -> None:
         http_stream = self.client.connection.stream(self.stream_id)
@@ -72,12 +73,19 @@ class Reader:
 
     def get_ready(self) -> None:
         self.ride = Ride(
-            self.stream, self.client, self.http_stream, self.bodies, lambda _: self.is_ready
+            self.stream,
+            self.client,
+            self.http_stream,
+            self.bodies,
+            self,
         )
 
-    @property
-    def is_ready(self) -> bool:
-        return self.is_plain and self.leaving is None
+    def is_plain(self, now: float) -> bool:
+        del now
+        return self.is_telling_tokens and self.leaving is None
+
+    def acknowledge(self) -> None:
+        self.commands += self.stream.acknowledge()
 
     def pump(self) -> None:
         """As a call does when there is news."""
@@ -86,7 +94,7 @@ class Reader:
         connection, stream_id = self.client.connection, self.stream_id
         if self.leaving is not None or self.client.is_paused or self.http_stream.is_closed:
             return
-        if self.is_plain and (one := self.stream.take_one()) is not None:
+        if self.is_telling_tokens and (one := self.stream.take_one()) is not None:
             if not connection.send_on(self.http_stream, self.bodies.body(*one), 0.0):
                 self.leaving = ()
             return
@@ -212,7 +220,7 @@ class World:
                     reader.stream.has_output,
                     reader.stream.outcome,
                     [(one.first_offset, one.end_offset) for one in reader.stream.attempts],
-                    reader.commands,
+                    [one for one in reader.commands if not isinstance(one, Ack)],
                     reader.http_stream.send.left,
                     bytes(reader.http_stream.pending),
                 )
@@ -296,8 +304,8 @@ def _do_with_one(world: World, doing: str, number: int) -> None:
             assert reader.stream.num_sent <= len(reader.stream.ledger)
             reader.stream.check()
         case "telling":
-            reader.is_plain = not reader.is_plain
-            if reader.ride is not None and not reader.is_plain:
+            reader.is_telling_tokens = not reader.is_telling_tokens
+            if reader.ride is not None and not reader.is_telling_tokens:
                 reader.ride.step_out()
         case _:
             raise AssertionError(doing)
@@ -323,9 +331,9 @@ def test_whatever_happens_the_client_gets_the_same_bytes_as_by_the_long_way(
     assert worlds[0].standing() == worlds[1].standing()
 
 
-def riding(num_streams: int = 3) -> World:
+def riding(num_streams: int = 3, window: int = 1024) -> World:
     """Streams of which all ride."""
-    world = World(rides=True, num_streams=num_streams, window=1024, max_tokens=100_000)
+    world = World(rides=True, num_streams=num_streams, window=window, max_tokens=100_000)
     world.step([B])
     assert world.num_ridden == num_streams
     return world
@@ -347,6 +355,34 @@ def test_a_stream_is_told_what_rode_at_the_latest_after_so_many_steps() -> None:
         untold = max(untold, step + 3 - min(r.stream.num_settled for r in world.readers))
     assert 10 < untold <= STEPS_MAX
     assert world.readers[0].stream.ledger.tolist() == [A] + [B] * (3 * STEPS_MAX + 1)
+
+
+def test_a_window_moves_in_time_without_ending_the_ride() -> None:
+    world = riding(window=1024)
+    for _ in range(1100):
+        world.step([B])
+        for reader in world.readers:
+            acks = [one.offset for one in reader.commands if isinstance(one, Ack)]
+            num_told = world.offsets[0]
+            assert num_told <= (acks[-1] if acks else 0) + 512, "no later than without a ride"
+            assert acks == sorted(set(acks))
+            assert not acks or acks[-1] <= num_told, "only what the client was sent"
+    assert all(len(reader.commands) == 2 for reader in world.readers), "and hardly more often"
+    assert world.num_ridden == 3 * 1101
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 8, 62])
+def test_a_narrow_window_moves_as_it_would_without_a_ride(window: int) -> None:
+    worlds = [
+        World(rides=rides, num_streams=3, window=window, max_tokens=100_000)
+        for rides in (True, False)
+    ]
+    for _ in range(3 * window):
+        for world in worlds:
+            world.step([B])
+    acks = [[reader.commands for reader in world.readers] for world in worlds]
+    assert acks[0] == acks[1]
+    assert acks[0][0], "there were some"
 
 
 DISTURBANCES: Final[Mapping[str, Callable[[World], object]]] = {
@@ -416,7 +452,7 @@ def test_an_attempt_that_is_over_rides_no_more() -> None:
 
 def test_who_has_something_else_to_tell_is_seen_to_in_time() -> None:
     world = riding()
-    world.readers[1].is_plain = False
+    world.readers[1].is_telling_tokens = False
     while world.now < 1.0 + 2 * LOOK_INTERVAL_S:
         world.step([B])
     rides = [reader.ride for reader in world.readers]

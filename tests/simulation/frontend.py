@@ -805,7 +805,7 @@ class Choice:
         self._is_take_planned = False
         self._pause_s = 0.0
         self._unlinked: machine.Relink | None = None
-        frontend.clients.ride(self.stream, self._is_plain, self._rode)
+        frontend.clients.ride(self.stream, self, self._rode)
 
     def begin(self) -> None:
         """The request was admitted."""
@@ -1582,11 +1582,21 @@ class Choice:
             self._is_take_planned = True
             self._world.after(self._client_pause_s, self._take)
 
-    def _is_plain(self, _now: float) -> bool:
+    @property
+    def look_interval_s(self) -> float:
+        """How long `is_plain` holds in any case, if nothing happens."""
+        return LOOK_INTERVAL_S
+
+    def is_plain(self, now: float) -> bool:
         """Whether its client is to be told nothing but tokens."""
+        del now
         return not (
             self.is_abandoned or self._is_take_planned or self.stream.num_moves != self._num_moves
         )
+
+    def acknowledge(self) -> None:
+        """Have the worker told what the client was sent, if that is nearly due."""
+        self.obey(self.stream.acknowledge())
 
     def _rode(self, piece: machine.Piece) -> None:
         self.witness.received(piece)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from frontend.convoy import Ride
+from frontend.convoy import Call, Ride
 from frontend.edge.encoding import TokenBodies, TokenFields
 from frontend.stream import Piece, Stream
 from tests.frontend.edge.peer import Peer
@@ -35,16 +35,14 @@ class Clients:
     def touch(self) -> None:
         """Nothing: see `deliver`."""
 
-    def ride(
-        self, stream: Stream, is_ready: Callable[[float], bool], hear: Callable[[Piece], None]
-    ) -> Ride:
+    def ride(self, stream: Stream, call: Call, hear: Callable[[Piece], None]) -> Ride:
         """By which a stream's tokens go to its client, who hears them so."""
         stream_id = 2 * len(self._hear) + 1
         self._peer.open(stream_id)
         http_stream = self.connection.stream(stream_id)
         assert http_stream is not None, "it was opened"
         self._hear[stream_id] = hear
-        return Ride(stream, self, http_stream, _BODIES, is_ready)
+        return Ride(stream, self, http_stream, _BODIES, call)
 
     def deliver(self) -> None:
         """What was sent arrives."""

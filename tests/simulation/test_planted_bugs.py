@@ -169,7 +169,7 @@ class AcknowledgesTooMuch(Stream):
     """The window moves although the client has read nothing."""
 
     @override
-    def _ack(self) -> Sequence[Command]:
+    def _ack(self, num_early: int = 0) -> Sequence[Command]:
         return (Ack(self.epoch, len(self.ledger)),) if self.state is State.RUNNING else ()
 
 
@@ -177,7 +177,7 @@ class NeverAcknowledges(Stream):
     """The window does not move."""
 
     @override
-    def _ack(self) -> Sequence[Command]:
+    def _ack(self, num_early: int = 0) -> Sequence[Command]:
         return ()
 
 
