@@ -11,7 +11,8 @@ and what is left of its window, is entered when somebody asks (`Ride.settle`), a
 
 A stream rides while nothing about it is unusual: its client has been sent all that came before, by
 the short way; each token has a text of its own; no stop token, end, acknowledgement or window is so
-near that the next token could meet it. Whoever does anything else with it lets it step out first;
+near that the next token could meet it; but acknowledgements that are nearly due are made on the
+way. Whoever does anything else with it lets it step out first;
 when all is as before it gets on again by itself, with the first frame that finds it so.
 """
 
@@ -39,14 +40,15 @@ ROWS_MIN = 8
 """Of a frame, for anybody to ride: of fewer it saves nothing, and those who are told by their calls
 are merged for earlier."""
 STEPS_MAX: Final = 256
-"""Tokens of a stream that are not in its ledger yet, at most. To enter 64 costs hardly less."""
+"""Tokens of a stream that are not in its ledger yet, at most. To enter 64 costs nearly as much."""
 PAUSE_STEPS: Final = 8
 UNWRITTEN_BYTES_MAX: Final = 64 * 1024
 """Who has so much in a connection that is not in its socket yet is behind, and better merges."""
 _STEPS_SPREAD: Final = 128
-"""Those that got on together are not all looked at together,"""
+"""Those that got on together are looked at in different steps."""
 _LOOK_STEPS: Final = 4
-"""nor in each step some."""
+"""Looks are made in every fourth step, at several streams: who is due is found by going through
+all. Who may ride for fewer is looked at each time."""
 _FEW: Final = 8
 """Rows that are taken out of each column one by one; where more go, columns are given up."""
 ODD_FRAMES: Final = 32
@@ -55,10 +57,15 @@ frames go by before it rides again. For all others, each who steps out is dear."
 _NEVER: Final = 1 << 62
 _STEPS_KEPT: Final = 2 * STEPS_MAX
 """Columns, so that many are thrown away at once."""
+_IDS_KEPT_MAX: Final = 1 << 23
+"""Of all columns together, 32 MiB: above, everybody is told, and columns begin anew. What 10,000
+rows take is below."""
 _ROWS_SPARE_MIN: Final = 16
-_ROWS_SPARE_SHARE: Final = 4
-"""Columns have room for a quarter more rows than there are, so that new ones change nothing."""
+_ROWS_SPARE_SHARE: Final = 0.25
+"""So many more rows than there are have room in a column. For more, everybody is told, and columns
+begin anew."""
 _ONE_ON: Final = frozenset((1,))
+"""How far the offsets of a step are from those of the one before."""
 
 
 _TAIL: Final = Struct("6s")
@@ -83,14 +90,14 @@ class Call(Protocol):
 
     @property
     def look_interval_s(self) -> float:
-        """How long `is_plain` holds in any case, if nothing happens."""
+        """Seconds after which `is_plain` is to be asked again: time alone can change it."""
         ...
 
     def is_plain(self, now: float) -> bool:
         """Whether now, in monotonic seconds, nothing but tokens is to be told."""
         ...
 
-    def acknowledge(self) -> None:
+    def acknowledge_early(self) -> None:
         """Tell the worker what the client was sent, if that is nearly due."""
         ...
 
@@ -224,10 +231,12 @@ class Convoy:
         self._others: list[int] = []
         """The rows that do not."""
         self._ids = array("I")
-        """Columns, one after the other, of the ids of all rows, ridden or not, each of so many:"""
+        """Columns, one after the other: the ids of all rows, ridden or not. The last column is that
+        of step `_num_steps - 1`."""
         self._num_in_column = 0
+        """Rows that have room in one."""
         self._spare = b""
-        """what a column ends with. The last column is that of step `_num_steps - 1`."""
+        """What stands in a column for those that there are not."""
         self._num_steps = 0
         self._num_until_boarding = 0
         self._is_stale = False
@@ -269,7 +278,8 @@ class Convoy:
             self._slots, self._rides, self._dues, self._boards_at = [], [], [], []
         num_new = len(slots) - len(self._slots)
         if len(slots) > self._num_in_column:
-            self._settle_all(len(slots) + max(_ROWS_SPARE_MIN, len(slots) // _ROWS_SPARE_SHARE))
+            num_spare = max(_ROWS_SPARE_MIN, int(_ROWS_SPARE_SHARE * len(slots)))
+            self._settle_all(len(slots) + num_spare)
         self._slots = list(slots)
         self._rides += [None] * num_new
         self._dues += [_NEVER] * num_new
@@ -330,6 +340,8 @@ class Convoy:
             del rows[row]
         del self._ids[row :: self._num_in_column]
         self._num_in_column -= 1
+        if row < self._next_to_ask:
+            self._next_to_ask -= 1
         for later in self._rides[row:]:
             if later is not None:
                 later.row -= 1
@@ -367,9 +379,16 @@ class Convoy:
         ids.frombytes(self._spare)
         self._num_steps += 1
         self.stepped_at = now
-        if len(ids) > _STEPS_KEPT * num_in_column:
+        if len(ids) > _IDS_KEPT_MAX:
+            self._settle_all(num_in_column)
+        elif len(ids) > _STEPS_KEPT * num_in_column:
             del ids[: STEPS_MAX * num_in_column]
         return self._others
+
+    @property
+    def num_ids(self) -> int:
+        """Token ids that are kept for those who ride."""
+        return len(self._ids)
 
     @property
     def num_riding(self) -> int:
@@ -410,13 +429,16 @@ class Convoy:
 
     def _ask(self, now: float) -> None:
         """Time alone can give a call something to tell: ask each in time, in each step a few."""
-        rides, passed_s = self._rides, now - self._asked_at
-        num_due = len(rides)
-        if passed_s < self._look_interval_s:
-            num_due = int(num_due * passed_s / self._look_interval_s)
-        if not num_due:
+        rides, interval_s = self._rides, self._look_interval_s
+        if not rides or math.isinf(interval_s):  # Nobody rides.
+            self._asked_at = now
             return
-        self._asked_at = now
+        num_due = len(rides)
+        if now < self._asked_at + interval_s:
+            num_due = int(num_due * (now - self._asked_at) / interval_s)
+            self._asked_at += interval_s * num_due / len(rides)
+        else:
+            self._asked_at = now
         for row in range(self._next_to_ask, self._next_to_ask + num_due):
             ride = rides[row % len(rides)]
             if ride is not None and not ride.call.is_plain(now):
@@ -428,7 +450,7 @@ class Convoy:
         ride = self._rides[row]
         assert ride is not None, "who rides is due"
         ride.settle()
-        ride.call.acknowledge()
+        ride.call.acknowledge_early()
         num_steps_max = ride.num_steps_max(now)
         if num_steps_max:
             self._dues[row] = self._due_after(num_steps_max, row)

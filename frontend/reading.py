@@ -32,10 +32,10 @@ from unbroken.v1 import inference_service_pb2 as pb
 REQUEST_ID_KEY: Final = "unbroken-request-id"
 CLASS_KEY: Final = "unbroken-continuation-class"
 """Initial metadata of `Generate` and `Resume`."""
-QUICK_S_MAX: Final = 2.0
-"""How long tokens of a stream are told singly before it is seen whether its resume token is old:"""
-_QUICK_SHARE: Final = 1 / 8
-"""a share of what that may be, and no longer, since clocks can be set."""
+LOOK_INTERVAL_S_MAX: Final = 2.0
+"""How long tokens of a stream are told singly until it is seen whether its resume token is old."""
+_LOOK_INTERVAL_SHARE: Final = 1 / 8
+"""The same as a share of how long a resume token can be used, if that is less."""
 
 _log = log.get_logger(__name__)
 
@@ -78,11 +78,11 @@ class Reading(Protocol):
     def only(self) -> Stream | None: ...
 
     @property
-    def quick_s(self) -> float: ...
+    def look_interval_s(self) -> float: ...
 
     def is_plain(self, now: float, /) -> bool: ...
 
-    def acknowledge(self) -> None: ...
+    def acknowledge_early(self) -> None: ...
 
     def poll(self) -> Sequence[Output | pb.GenerateResponse]: ...
 
@@ -110,8 +110,8 @@ class Readers:
         self._metrics = metrics
         self._keys = keys
         self._token_lifetime_s = token_lifetime_s
-        self.quick_s = min(QUICK_S_MAX, _QUICK_SHARE * token_lifetime_s)
-        """Seconds in which time alone gives nobody anything to tell."""
+        self.look_interval_s = min(LOOK_INTERVAL_S_MAX, _LOOK_INTERVAL_SHARE * token_lifetime_s)
+        """Seconds after which it is asked whether time alone gave anybody something to tell."""
         self._clock = clock
         self._time_of_day = time_of_day
         self._keepers: dict[asyncio.Task[None], tuple[Request, float]] = {}
@@ -265,12 +265,12 @@ class Reader:
         "_is_noticed",
         "_is_started",
         "_leaving",
+        "_looks_at",
         "_news",
         "_num_moves",
         "_number",
         "_on_news",
         "_only",
-        "_quick_until",
         "_readers",
         "_tokens",
         "arrived_at",
@@ -305,7 +305,7 @@ class Reader:
         self._only: Stream | None = None
         """The stream of the only choice, once its first output was polled."""
         self._num_moves = 0
-        self._quick_until = 0.0
+        self._looks_at = 0.0
         """When it is to be seen again whether there is more to tell than a token."""
         self._delivered = readers.delivered
         self._tokens = ResumeTokens(readers, request)
@@ -359,9 +359,9 @@ class Reader:
         return self._only
 
     @property
-    def quick_s(self) -> float:
-        """How long that is not to be asked again, in seconds, if nothing happens."""
-        return self._readers.quick_s
+    def look_interval_s(self) -> float:
+        """Seconds after which `is_plain` is to be asked again: resume tokens grow old."""
+        return self._readers.look_interval_s
 
     def is_plain(self, now: float, /) -> bool:
         """Whether there is nothing to tell, and nothing but tokens for `poll_one` will come next.
@@ -372,13 +372,11 @@ class Reader:
         stream = self._only
         return stream is not None and not self._news.is_set and self._is_plain(stream, now)
 
-    def acknowledge(self) -> None:
+    def acknowledge_early(self) -> None:
         """Windows move if that is nearly due, after tokens were told without asking."""
         if self._only is not None and self.is_current:
             (choice,) = self.request.choices
-            commands = choice.stream.acknowledge()
-            if commands:
-                choice.obey(commands)
+            choice.acknowledge_early()
 
     def _is_plain(self, stream: Stream, now: float) -> bool:
         news = self._news
@@ -389,10 +387,10 @@ class Reader:
             or news.is_to_be_polled
         ):
             return False
-        if now >= self._quick_until:
+        if now >= self._looks_at:
             if self._tokens.has_newer:
                 return False
-            self._quick_until = now + self.quick_s
+            self._looks_at = now + self.look_interval_s
         return True
 
     def poll(self) -> list[Output | pb.GenerateResponse]:
@@ -424,7 +422,7 @@ class Reader:
                 self._readers.first_output(self.arrived_at)
             if len(request.choices) == 1:
                 self._only, self._num_moves = stream, stream.num_moves
-                self._quick_until = self._readers.now() + self.quick_s
+                self._looks_at = self._readers.now() + self.look_interval_s
             piece, commands = stream.take()
             found.append(Output(choice.index, piece, token))
             token = b""

@@ -311,8 +311,8 @@ class Accounts:
 
 _NONE = -1
 """No epoch, no offset."""
-_ACK_EARLY_SHARE = 32
-"""Of the tokens between two acknowledgements, this part may be missing if it is made on the way."""
+_ACK_EARLY_SHARE = 1 / 32
+"""Of the tokens between two acknowledgements: so many may be missing if one is made on the way."""
 _ATTEMPTING = frozenset({State.RUNNING, State.UNLINKED})
 """When there is an attempt that can be lost."""
 _NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN, FailureKind.PREEMPTED})
@@ -1063,9 +1063,9 @@ class Stream(_Flow):
         self._last_token_at = now
         return offset
 
-    def acknowledge(self) -> Sequence[Command]:
+    def acknowledge_early(self) -> Sequence[Command]:
         """Let the worker go on if that is nearly due, so that the ride need not end for it."""
-        return self._ack(self._ack_stride // _ACK_EARLY_SHARE)
+        return self._ack(int(_ACK_EARLY_SHARE * self._ack_stride))
 
     # What there is to tell again.
 

@@ -43,8 +43,6 @@ class Fenced(Exception):  # noqa: N818 - It names what happened, as the contract
         self.epoch_known = epoch_known
 
 
-_ALARMS_SPARE = 1024
-"""So many that mean nothing any more may be kept beyond one for each attempt that runs."""
 _CLOCK_SLACK_S = 0.01
 """An engine's deadline may seem a little earlier there than here."""
 
@@ -238,6 +236,10 @@ class Retention:
     """At least 1."""
 
 
+_ALARMS_SPARE = 1024
+"""So many that mean nothing any more may be kept beyond one for each attempt that runs."""
+
+
 class _Alarms(Generic[LinkT]):
     """When running attempts are to be looked at: those whose time has not come cost nothing.
 
@@ -274,7 +276,7 @@ class _Alarms(Generic[LinkT]):
         return list(due.values())
 
     def has(self, attempt: Attempt[LinkT]) -> bool:
-        """Whether its time is known, if it has one."""
+        """Whether its time is known, if it has one. For `Ledger.check`; it takes long."""
         at = self._time_of(attempt)
         return at is None or (at, attempt.slot) in self._heap
 

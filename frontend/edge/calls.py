@@ -229,18 +229,18 @@ class StreamingCall:
 
     @property
     def look_interval_s(self) -> float:
-        """How long `is_plain` holds in any case, if nothing happens."""
-        return math.inf if self._reader is None else self._reader.quick_s
+        """Seconds after which `is_plain` is to be asked again."""
+        return math.inf if self._reader is None else self._reader.look_interval_s
 
     def is_plain(self, now: float) -> bool:
         """Whether nothing but tokens for `poll_one` is to be sent."""
         reader = self._reader
         return reader is not None and not self._is_leaving and reader.is_plain(now)
 
-    def acknowledge(self) -> None:
+    def acknowledge_early(self) -> None:
         """Have the worker told what the client was sent, if that is nearly due."""
         if self._reader is not None:
-            self._reader.acknowledge()
+            self._reader.acknowledge_early()
 
     # What is told.
 

@@ -263,15 +263,15 @@ class PassedOn:
         """It tells no token singly."""
 
     @property
-    def quick_s(self) -> float:
-        """Nothing, therefore,"""
+    def look_interval_s(self) -> float:
+        """Of no meaning: it is never plain."""
         return 0.0
 
     def is_plain(self, _now: float, /) -> bool:
-        """and it never is."""
+        """So it never is."""
         return False
 
-    def acknowledge(self) -> None:
+    def acknowledge_early(self) -> None:
         """Nothing: who polls it does that."""
 
     def poll_one(self, _now: float, /) -> tuple[int, int] | None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frontend import convoy as convoy_module
 from frontend import summaries
 from frontend.convoy import (
     ODD_FRAMES,
@@ -19,7 +21,9 @@ from frontend.convoy import (
 from frontend.edge import encoding
 from frontend.edge.encoding import TokenBodies, TokenFields
 from frontend.stream import Ack, Command, Limits, Stream
+from tests.frontend import worlds
 from tests.frontend.edge.peer import Peer, setting
+from tests.frontend.fakes import FakeSidecar
 from tests.support.streams import W2, A, B, C, place, streaming
 from tests.support.vocabulary import EOS, PIECES, tokenizer
 from unbroken.errors import Reason, UnbrokenError
@@ -62,6 +66,8 @@ class Reader:
     is_telling_tokens: bool = True
     commands: list[Command] = field(default_factory=list[Command])
     look_interval_s: float = LOOK_INTERVAL_S
+    asked_at: list[float] = field(default_factory=list[float])
+    """When it was, whether it has anything but tokens to tell."""
 
     def __post_init__(self) -> None:
         http_stream = self.client.connection.stream(self.stream_id)
@@ -81,11 +87,11 @@ class Reader:
         )
 
     def is_plain(self, now: float) -> bool:
-        del now
+        self.asked_at.append(now)
         return self.is_telling_tokens and self.leaving is None
 
-    def acknowledge(self) -> None:
-        self.commands += self.stream.acknowledge()
+    def acknowledge_early(self) -> None:
+        self.commands += self.stream.acknowledge_early()
 
     def pump(self) -> None:
         """As a call does when there is news."""
@@ -157,14 +163,14 @@ class World:
         self.offsets.append(1)
         reader.pump()
 
-    def step(self, token_ids: Sequence[int], skew: int | None = None) -> None:
+    def step(self, token_ids: Sequence[int], skew: int | None = None, skewed_by: int = 1) -> None:
         """One step of all streams that are there; of one the offset may be wrong."""
         rows = [n for n in range(len(self.readers)) if n not in self.absent]
         if self.is_turned:
             rows.reverse()
         if not rows:
             return
-        offsets = [self.offsets[n] + (n == skew) for n in rows]
+        offsets = [self.offsets[n] + (skewed_by if n == skew else 0) for n in rows]
         ids = [token_ids[n % len(token_ids)] for n in rows]
         self.now += 0.02
         if rows != self._aligned:
@@ -239,6 +245,7 @@ doings = st.one_of(
     st.tuples(st.just("steps"), plain_ids),
     st.tuples(st.just("steps"), plain_ids),
     st.tuples(st.just("skew"), which),
+    st.tuples(st.just("repeat"), which),
     st.tuples(st.just("turn"), st.none()),
     st.tuples(st.just("join"), st.none()),
     st.tuples(st.just("absent"), which),
@@ -290,6 +297,8 @@ def _do_with_one(world: World, doing: str, number: int) -> None:
     match doing:
         case "skew":
             world.step([A], number)
+        case "repeat":
+            world.step([A], number, -1)
         case "absent":
             world.absent.add(number)
         case "back":
@@ -451,12 +460,43 @@ def test_an_attempt_that_is_over_rides_no_more() -> None:
 
 
 def test_who_has_something_else_to_tell_is_seen_to_in_time() -> None:
-    world = riding()
-    world.readers[1].is_telling_tokens = False
-    while world.now < 1.0 + 2 * LOOK_INTERVAL_S:
+    world = riding(20)
+    while world.now < 1.0 + 6 * LOOK_INTERVAL_S:
+        world.step([B])
+    for reader in world.readers:
+        assert max(b - a for a, b in pairwise(reader.asked_at)) <= 1.1 * LOOK_INTERVAL_S
+    times = [at for reader in world.readers for at in reader.asked_at[1:]]
+    assert max(map(times.count, times)) <= 2, "not all at once"
+    world.readers[7].is_telling_tokens = False
+    since = world.now
+    while world.now < since + 1.1 * LOOK_INTERVAL_S:
         world.step([B])
     rides = [reader.ride for reader in world.readers]
-    assert [ride is not None and ride.is_on for ride in rides] == [True, False, True]
+    assert [n for n, ride in enumerate(rides) if ride is None or not ride.is_on] == [7]
+
+
+def test_whoever_comes_and_goes_keeps_nobody_from_being_asked() -> None:
+    world = riding(60)
+    for step in range(100):
+        if step < 50:
+            world.absent.add(step)
+            world.join()
+        world.step([B])
+    for reader in world.readers[50:60]:
+        assert max(b - a for a, b in pairwise(reader.asked_at)) <= 1.25 * LOOK_INTERVAL_S
+
+
+def test_columns_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = riding(3)
+    for _ in range(3 * STEPS_MAX):
+        world.step([B])
+        assert world.convoy.num_ids <= 2 * STEPS_MAX * (3 + 16)
+    monkeypatch.setattr(convoy_module, "_IDS_KEPT_MAX", 100)
+    for _ in range(50):
+        world.step([B])
+        assert world.convoy.num_ids <= 100
+    assert world.num_ridden == 3 * (3 * STEPS_MAX + 51)
+    assert world.readers[0].stream.ledger.tolist() == [A] + [B] * (3 * STEPS_MAX + 51)
 
 
 def test_a_connection_is_not_sent_more_than_its_window() -> None:
@@ -529,3 +569,35 @@ def test_rows_in_another_order_are_those_of_the_same_streams() -> None:
     assert world.num_ridden == 4 + 4 + 3 + 3
     ledgers = [reader.stream.ledger.tolist() for reader in world.readers]
     assert ledgers == [[A, B, A, B, A], [A, B, B], [A, B, B, A, B], [A, B, A, B, B]]
+
+
+def test_in_a_frontend_windows_move_and_nobody_steps_out_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left: list[Ride] = []
+    acknowledged: list[Ack] = []
+    step_out, acknowledge_early = Ride.step_out, Stream.acknowledge_early
+
+    def leave(ride: Ride) -> None:
+        left.extend([ride] * ride.is_on)
+        step_out(ride)
+
+    def acknowledge(stream: Stream) -> Sequence[Command]:
+        commands = acknowledge_early(stream)
+        acknowledged.extend(one for one in commands if isinstance(one, Ack))
+        return commands
+
+    monkeypatch.setattr(Ride, "step_out", leave)
+    monkeypatch.setattr(Stream, "acknowledge_early", acknowledge)
+
+    async def scenario() -> None:
+        async with worlds.world(
+            FakeSidecar("w1", step_s=0.001), edge="native", window_tokens=512
+        ) as it:
+            call = it.client.generate(token_ids=[5, 6], temperature=0, max_tokens=1500)
+            ids, _ = await worlds.read(call)
+            assert len(ids) == 1500
+
+    worlds.run(scenario())
+    assert len(acknowledged) >= 4, "most were made on the way"
+    assert len(left) <= 3, "for its end, and to look after its resume token"

@@ -1,10 +1,13 @@
 """What the ledger remembers, and what it refuses."""
 
+import random
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from sidecar import ledger as ledgers
 from sidecar.kv_account import num_blocks
 from sidecar.ledger import Attempt, Fenced, Ledger, Replay, Retention
 from tests.sidecar.fakes import failed, start_of
@@ -285,7 +288,57 @@ def test_whoever_was_given_up_is_not_overdue() -> None:
     assert ledger.overdue(10.0) == []
 
 
-def test_deadlines_and_graces_that_mean_nothing_are_not_kept_for_ever() -> None:
+def test_whatever_becomes_of_attempts_they_are_told_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledgers, "_ALARMS_SPARE", 3)
+    for seed in range(100):
+        play_with_time(random.Random(seed))
+
+
+def play_with_time(chance: random.Random) -> None:
+    """Attempts come, go, lose and find readers; who is due is compared with a look at all."""
+    ledger, now = Ledger[str](), 0.0
+    for epoch in range(1, 61):
+        now += chance.choice([0.0, 0.5, 3.0, 20.0])
+        running = list(ledger)
+        doing = chance.choice(["begin", "begin", "orphan", "adopt", "adopt", "end"])
+        deadline_s = chance.choice([None, 1, 5, 5, 20])
+        if doing == "begin":
+            start = start_of(1, chance.choice("abcdefgh"), epoch)
+            if deadline_s is not None:
+                start.deadline.FromSeconds(deadline_s)
+            ledger.begin(
+                start,
+                "f",
+                owner=("f", 1),
+                orphan_grace_s=chance.choice([0.0, 1.0, 5.0]),
+                engine_incarnation=1,
+                now=now,
+            )
+        elif doing == "orphan":
+            ledger.orphan(chance.sample(running, chance.randint(0, len(running))), now)
+        elif doing == "adopt" and running:
+            message = adoption(chance.choice(running).stream[1], epoch)
+            if deadline_s is not None:
+                message.deadline.FromSeconds(deadline_s)
+            ledger.adopt(message, "g", owner=("g", 1), now=now)
+        elif running:
+            end(ledger, chance.choice(running), now)
+        overdue = [one for one in ledger if is_past(one.deadline_at, now) and not one.given_up]
+        expired = [one for one in ledger if is_past(one.orphaned_until, now)]
+        for due, told in ((overdue, ledger.overdue(now)), (expired, ledger.expired(now))):
+            assert sorted(one.slot for one in told) == [one.slot for one in due]
+            for attempt in told:
+                attempt.given_up = (FailureKind.DRAIN, "it is time")
+        ledger.check()
+
+
+def is_past(at: float | None, now: float) -> bool:
+    return at is not None and at <= now
+
+
+def test_times_that_mean_nothing_are_not_kept_for_ever() -> None:
     ledger = Ledger[str]()
     attempt = timed(ledger, "a", 1000)
     for epoch in range(2, 5000):

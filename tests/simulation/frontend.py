@@ -1584,7 +1584,7 @@ class Choice:
 
     @property
     def look_interval_s(self) -> float:
-        """How long `is_plain` holds in any case, if nothing happens."""
+        """Seconds after which `is_plain` is to be asked again."""
         return LOOK_INTERVAL_S
 
     def is_plain(self, now: float) -> bool:
@@ -1594,9 +1594,9 @@ class Choice:
             self.is_abandoned or self._is_take_planned or self.stream.num_moves != self._num_moves
         )
 
-    def acknowledge(self) -> None:
+    def acknowledge_early(self) -> None:
         """Have the worker told what the client was sent, if that is nearly due."""
-        self.obey(self.stream.acknowledge())
+        self.obey(self.stream.acknowledge_early())
 
     def _rode(self, piece: machine.Piece) -> None:
         self.witness.received(piece)

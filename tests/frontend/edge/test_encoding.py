@@ -1,5 +1,6 @@
 """What is encoded by hand is what protobuf writes."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,3 +62,11 @@ def test_the_size_of_many_is_that_of_each(
     token_ids = [number % len(texts) for number in range(num_tokens)]
     size = sum(len(bodies.body(at, one)) for at, one in enumerate(token_ids, offset))
     assert bodies.size(offset, token_ids) == size
+
+
+@pytest.mark.parametrize("answers_resume", [False, True])
+@pytest.mark.parametrize("length", range(112, 128))
+def test_the_size_is_right_where_its_own_field_grows(length: int, *, answers_resume: bool) -> None:
+    bodies = TokenBodies(TokenFields(["a" * length]), answers_resume=answers_resume)
+    size = len(bodies.body(5, 0)) + len(bodies.body(6, 0))
+    assert bodies.size(5, [0, 0]) == size
