@@ -37,6 +37,12 @@ CANCELLED: Final = UnbrokenError(Reason.CANCELLED, "by request")
 CUT: Final = PIECES.index(b"\xc3")
 """Half a character: its text depends on what comes next."""
 LOOK_INTERVAL_S: Final = 0.5
+ACKS_EARLY_MIN: Final = 64
+"""Tokens of a window from which on acknowledgements may be made on the way, before they are due."""
+
+
+def is_ack(command: Command) -> bool:
+    return isinstance(command, Ack)
 
 
 @dataclass(eq=False)
@@ -139,6 +145,7 @@ class World:
         """The last row comes first."""
         self.now = 1.0
         self._limits = Limits(window_tokens=window)
+        self.acks_early = window >= ACKS_EARLY_MIN
         self._max_tokens = max_tokens
         self._aligned: list[int] = []
         for _ in range(num_streams):
@@ -226,7 +233,7 @@ class World:
                     reader.stream.has_output,
                     reader.stream.outcome,
                     [(one.first_offset, one.end_offset) for one in reader.stream.attempts],
-                    [one for one in reader.commands if not isinstance(one, Ack)],
+                    [one for one in reader.commands if not (self.acks_early and is_ack(one))],
                     reader.http_stream.send.left,
                     bytes(reader.http_stream.pending),
                 )
