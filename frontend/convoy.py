@@ -21,7 +21,6 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from operator import sub
-from struct import Struct
 from typing import Final, Protocol
 
 from frontend.edge.encoding import (
@@ -66,9 +65,6 @@ _ROWS_SPARE_SHARE: Final = 0.25
 begin anew."""
 _ONE_ON: Final = frozenset((1,))
 """How far the offsets of a step are from those of the one before."""
-
-
-_TAIL: Final = Struct("6s")
 
 
 class Client(Protocol):
@@ -251,7 +247,7 @@ class Convoy:
         """Of each, that of its last token."""
         # Columns again, in which what is needed lies side by side: the ends of headers of DATA
         # frames, what stands before messages, and where the frames are put.
-        self._tails = bytearray()
+        self._tails: list[bytes] = []
         self._heads: list[tuple[Sequence[bytes], Sequence[bytes]]] = []
         self._puts: list[Callable[[Iterable[bytes]], None]] = []
         self._groups: list[_Group] = []
@@ -476,14 +472,14 @@ class Convoy:
             *{id(one): one for one in self._stop_columns}.values()
         )
         groups: dict[Client, _Group] = {}
-        self._tails, self._heads, self._puts = bytearray(), [], []
+        self._tails, self._heads, self._puts = [], [], []
         for ride in rides:
             group = groups.get(ride.client)
             if group is None:
                 group = groups[ride.client] = _Group(ride.client)
             group.num_rows += 1
             group.rides.append(ride)
-            self._tails += ride.tail
+            self._tails.append(ride.tail)
             self._heads.append(ride.bodies.heads)
             self._puts.append(group.parts.extend)
         self._groups = list(groups.values())
@@ -505,17 +501,13 @@ class Convoy:
         """Make a DATA frame for each; False if one is not to be made this way."""
         fields = self._fields
         assert fields is not None, "somebody rides"
+        made = fields.made
         try:
-            for token_id, offset, (tail,), (lengths, prefixes), put in zip(
-                token_ids,
-                offsets,
-                _TAIL.iter_unpack(self._tails),
-                self._heads,
-                self._puts,
-                strict=True,
+            for token_id, offset, tail, (lengths, prefixes), put in zip(
+                token_ids, offsets, self._tails, self._heads, self._puts, strict=True
             ):
                 place = OFFSETS[offset] if offset < NUM_OFFSETS else offset_field(offset)
-                token = fields[token_id]
+                token = made[token_id] or fields.make(token_id)
                 size = len(place) + len(token)
                 put((lengths[size], tail, prefixes[size], place, token))
         except LookupError:  # It has no text of its own, or a very long one.

@@ -38,6 +38,8 @@ class NativeWire(CallerTransport, Wire):
         self._talker = talker
         self._relay = self._call(PATH)
         self._next_hurry = FIRST_HURRY
+        self._is_blocked = False
+        """The windows of the call took nothing more when something was last to be written."""
 
     @override
     async def converse(self) -> None:
@@ -62,9 +64,8 @@ class NativeWire(CallerTransport, Wire):
 
     @override
     def data_received(self, data: bytes) -> None:
-        had_room = self._caller.has_room(self._relay)
         super().data_received(data)
-        if not had_room:
+        if self._is_blocked:
             self._flush()
 
     @override
@@ -85,6 +86,7 @@ class NativeWire(CallerTransport, Wire):
         ):
             caller.send(self._relay, request.SerializeToString())
             talker.written(request)
+        self._is_blocked = not caller.has_room(self._relay)
         is_more_to_say = len(caller.outbound) >= WRITE_BUFFER_HIGH
         super()._write_out()
         if is_more_to_say and not self._is_paused:

@@ -8,7 +8,6 @@ A probe is a stream like any other, on the link that serves all: it tests what r
 Nobody is billed for it, and it is in no account of requests.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, assert_never
@@ -26,6 +25,7 @@ from unbroken.checkpoint import Checkpoint, checkpoint_to_proto
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import GenerationParams, SamplingParams, StopConditions
 from unbroken.outcome import ContinuationPolicy, FailureKind
+from unbroken.recurring import nap
 from unbroken.v1 import relay_service_pb2
 
 COMPARE_INTERVAL_S: Final = 1.0
@@ -66,7 +66,7 @@ class OutlierWatch:
     async def run(self) -> None:
         """Compare workers and probe ejected ones, for ever."""
         while True:
-            await asyncio.sleep(COMPARE_INTERVAL_S)
+            await nap(COMPARE_INTERVAL_S)
             self._obey(self._decisions.handle_timeout(self._clock()))
             self._show()
 

@@ -38,7 +38,7 @@ from unbroken.errors import Reason, UnbrokenError
 from unbroken.generation import TokenLogprobs, logprobs_from_proto
 from unbroken.holdings import StreamName
 from unbroken.outcome import FailureKind, FinishReason
-from unbroken.recurring import EARLY, LATE, Recurring
+from unbroken.recurring import EARLY, LATE, TIMER_S_MIN, Recurring
 from unbroken.status import from_rpc_error
 from unbroken.thresholds import OFF, Thresholds, to_proto
 from unbroken.tokenizer import Tokenizer, asset_from_proto
@@ -63,8 +63,6 @@ BACKLOG_TOKENS_MAX: Final = 64
 EXPIRED_EARLY_S_MAX: Final = 1.1
 """So long before the deadline that it was told a sidecar may say that it has passed: the largest
 margin there is, and what clocks may differ over the time of a stream."""
-_LOOK_INTERVAL_S_MIN: Final = 0.001
-"""A loop's timer may be early by a fraction of this."""
 
 _log = log.get_logger(__name__)
 
@@ -485,7 +483,7 @@ class RelayCall(Talker):
             self._beats_at = now + interval_s
             self._is_heartbeat_due = True
             self._wire.wake()
-        looks_at = max(now + _LOOK_INTERVAL_S_MIN, min(self._beats_at, detector.deadline()))
+        looks_at = max(now + TIMER_S_MIN, min(self._beats_at, detector.deadline()))
         detector.expects_to_look(looks_at + LATE * interval_s)
         return looks_at
 
@@ -754,8 +752,11 @@ class RelayCall(Talker):
             raise _BrokenContract(
                 f"expected token ids below {self._vocab_size}, got {max(token_ids)}"
             )
-        for load in _loads_of(frame):
-            self._take_holder(load)
+        # Most often there are tokens and nothing else. All else is code that is in no near cache.
+        has_more = bool(frame.ended or frame.refused or frame.kv_events or frame.HasField("load"))
+        if has_more:
+            for load in _loads_of(frame):
+                self._take_holder(load)
         orders: list[tuple[Owner, Sequence[Command]]] = []
         if counts or self._num_with_logprobs:
             self._rows_of_many(frame, slots, offsets, token_ids, now, orders)
@@ -763,6 +764,23 @@ class RelayCall(Talker):
             self._rows_of_steps(slots, offsets, token_ids, now, orders)
         elif num_rows:
             self._rows_of_one(slots, offsets, token_ids, now, orders)
+        if num_rows:
+            self._observer.count_tokens(len(token_ids))
+            if now >= self._samples_at:
+                self._sample(slots[0], offsets[0], now)
+        if has_more:
+            self._receive_rest(frame, now, orders)
+        else:
+            for owner, commands in orders:
+                owner.obey(commands)
+
+    def _receive_rest(
+        self,
+        frame: attempt_pb2.StepFrame,
+        now: float,
+        orders: list[tuple[Owner, Sequence[Command]]],
+    ) -> None:
+        """What a frame says beside its rows, for which there are `orders`, and obey it all."""
         ends = [
             (seat, ended) for ended in frame.ended if (seat := self._leave(ended.slot)) is not None
         ]
@@ -789,10 +807,6 @@ class RelayCall(Talker):
             for refused in frame.refused
             if (seat := self._leave(refused.slot)) is not None
         ]
-        if num_rows and now >= self._samples_at:
-            self._sample(slots[0], offsets[0], now)
-        if num_rows:
-            self._observer.count_tokens(len(token_ids))
         if frame.HasField("load"):
             self._mesh.report_load(self._worker, frame.load, now)
         for events in frame.kv_events:

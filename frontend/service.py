@@ -54,7 +54,7 @@ from unbroken.probes import Probes
 from unbroken.signals import heed, heed_no_more
 from unbroken.status import Trailers
 from unbroken.thresholds import Thresholds
-from unbroken.transport import Keepalive, listen, make_server
+from unbroken.transport import MESH_KEEPALIVE, Keepalive, listen, make_server
 from unbroken.v1 import admin_service_pb2_grpc, inference_service_pb2_grpc, worker_pb2
 
 INFERENCE_SERVICE = "unbroken.v1.InferenceService"
@@ -240,10 +240,10 @@ class Frontend(Leaving):
             outliers=outliers,
             workers_by_liveness=self._links.num_workers_by_liveness,
         )
-        self._server = make_server(
-            keepalive=Keepalive(config.client_ping_interval_s, config.client_ping_timeout_s),
-            trailers=trailers,
-        )
+        keepalive = Keepalive(config.client_ping_interval_s, config.client_ping_timeout_s)
+        if config.edge == "native":
+            keepalive = MESH_KEEPALIVE  # Its only client is this process.
+        self._server = make_server(keepalive=keepalive, trailers=trailers)
         served: Inference = self._gateway
         self.draining = Draining(
             Drain(config.shutdown_grace_s),

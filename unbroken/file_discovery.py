@@ -40,6 +40,7 @@ from unbroken.discovery import (
     next_incarnation,
 )
 from unbroken.errors import InvalidField, Reason, UnbrokenError
+from unbroken.recurring import nap
 
 POLL_INTERVAL_S: Final = 0.1
 """Time between two looks at the directory; one takes a microsecond or two per instance."""
@@ -102,7 +103,7 @@ class FileDiscovery:
                 if members is not last:
                     last = members
                     yield members
-                await asyncio.sleep(self._poll_interval_s)
+                await nap(self._poll_interval_s)
         finally:
             reader.close()
 
@@ -145,7 +146,7 @@ class FileDiscovery:
                 if last is None or record.version > last.version:
                     last = record
                     yield record
-            await asyncio.sleep(self._poll_interval_s)
+            await nap(self._poll_interval_s)
 
 
 def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT:
@@ -252,7 +253,7 @@ class _FileRegistration(Generic[RecordT]):
     async def _keep(self) -> None:
         """Write the record again whenever somebody has removed it."""
         while True:
-            await asyncio.sleep(_REPAIR_INTERVAL_S)
+            await nap(_REPAIR_INTERVAL_S)
             if _stamp_at(self._path) == _stamp(os.fstat(self._fd)):
                 continue
             try:

@@ -18,6 +18,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
+from unbroken.recurring import nap
+
 IDLE_INTERVAL_S: Final = 10.0
 """Between two full collections while nothing runs."""
 BUSY_INTERVAL_S: Final = 3600.0
@@ -75,7 +77,7 @@ async def collected_in_quiet(
 
     async def collect(collected_at: float) -> None:
         while True:
-            await asyncio.sleep(look_interval_s)
+            await nap(look_interval_s)
             interval_s = idle_interval_s if is_idle() else busy_interval_s
             if clock() - collected_at >= interval_s:
                 gc.collect()

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from unbroken import log
+from unbroken.recurring import LATE, nap
 
 LATE_S: Final = 1.0
 """A loop that is later than this is told of."""
 _TICK_S: Final = 0.25
+_TICK_S_MAX: Final = (1 + LATE) * _TICK_S
 _LOOKS: Final = 4
 """In the time by which a loop has to be late."""
 _FRAMES_MAX: Final = 12
@@ -97,9 +99,9 @@ class _Watch:
         """In the loop: show that it runs."""
         while not self.stopped.is_set():
             before = self._accounts.now()
-            await asyncio.sleep(_TICK_S)
+            await nap(_TICK_S)
             now = time.monotonic()
-            late_s = now - self._ticked_at - _TICK_S
+            late_s = now - self._ticked_at - _TICK_S_MAX
             self._ticked_at = now
             if late_s > self._late_s:
                 had = _difference(before, self._accounts.now())
@@ -110,7 +112,7 @@ class _Watch:
         told_of = 0.0
         while not self.stopped.wait(self._late_s / _LOOKS):
             ticked_at = self._ticked_at
-            if ticked_at == told_of or time.monotonic() - ticked_at < _TICK_S + self._late_s:
+            if ticked_at == told_of or time.monotonic() - ticked_at < _TICK_S_MAX + self._late_s:
                 continue
             told_of = ticked_at
             _log.warning("event loop stands still", at=self._place())

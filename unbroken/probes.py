@@ -8,7 +8,6 @@ Otherwise 503, and 404 for a model that was never served here. They say what grp
 under the names startup, readiness, model/MODEL and liveness.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -16,6 +15,7 @@ from urllib.parse import unquote
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from unbroken.health import HealthServicer
+from unbroken.recurring import nap
 
 BEAT_S: Final = 0.5
 """Between two signs of life of the event loop."""
@@ -40,7 +40,7 @@ class Probes:
         """Show that the event loop turns, for ever."""
         while True:
             self.beat()
-            await asyncio.sleep(BEAT_S)
+            await nap(BEAT_S)
 
     def beat(self) -> None:
         """The event loop turns."""

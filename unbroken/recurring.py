@@ -2,19 +2,26 @@
 
 A process that wakes every few milliseconds finds its caches cold, and what is small takes many
 times as long as in a busy loop (docs/decisions/relay-hop.md). So whoever was woken by something
-else lets what is nearly due `join` in.
+else lets what is nearly due `join` in, or, when its own work is done, ends `naps`.
 """
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from typing import Final
+from weakref import WeakKeyDictionary
 
 EARLY: Final = 0.1
 """Of an interval: so much earlier something may join."""
 LATE: Final = 0.2
 """Of an interval: so much later it is done alone, if it joined the last time. Something soon wakes
 the process anyway."""
+
+
+TIMER_S_MIN: Final = 0.001
+"""A loop's timer may be early by a fraction of this. Whoever finds that it is too early waits for
+so much more, or it would be woken again at once, and again."""
 
 
 class Recurring:
@@ -72,3 +79,62 @@ class Recurring:
         if self._due < math.inf:
             wait_s = max(0.0, self._due - self._clock()) + late_s
             self._timer = failed.get_loop().call_later(wait_s, self._do)
+
+
+class Naps:
+    """Sleeps of one event loop that end beside other work, if there is some around their time."""
+
+    def __init__(self) -> None:
+        self._early_ats: dict[asyncio.Future[None], float] = {}
+        """Of each that sleeps, when it may be woken."""
+        self._next_at = math.inf
+        """The first of those, or before."""
+        self._ended_at = -math.inf
+
+    async def sleep(self, seconds: float) -> None:
+        """As `asyncio.sleep`, if nobody `end`s naps; else up to `EARLY` of it shorter, or `LATE`
+        longer."""
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        future = loop.create_future()
+        is_busy = now - self._ended_at < seconds
+        timer = loop.call_later(seconds * (1 + LATE) if is_busy else seconds, _wake, future)
+        early_at = self._early_ats[future] = now + seconds * (1 - EARLY)
+        self._next_at = min(self._next_at, early_at)
+        try:
+            await future
+        finally:
+            timer.cancel()
+            del self._early_ats[future]
+
+    def end(self) -> None:
+        """Something else has been done: let those wake whose time has nearly come. Cheap."""
+        now = self._ended_at = time.monotonic()
+        if now < self._next_at:
+            return
+        for future, early_at in self._early_ats.items():
+            if now >= early_at:
+                _wake(future)
+        asleep = (at for future, at in self._early_ats.items() if not future.done())
+        self._next_at = min(asleep, default=math.inf)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+_naps: WeakKeyDictionary[asyncio.AbstractEventLoop, Naps] = WeakKeyDictionary()
+
+
+def naps() -> Naps:
+    """Those of the running event loop."""
+    loop = asyncio.get_running_loop()
+    found = _naps.get(loop)
+    if found is None:
+        found = _naps[loop] = Naps()
+    return found
+
+
+async def nap(seconds: float) -> None:
+    """Sleep, and rather wake beside other work; see `Naps.sleep`."""
+    await naps().sleep(seconds)

@@ -5,13 +5,14 @@ costs about a microsecond, which is as much as all else that happens to the toke
 more it is the quicker one.
 """
 
+from array import array
 from collections.abc import Sequence
 from typing import Final
 
 from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
-_SIZE_UNKNOWN: Final = 1 << 30
+_SIZE_UNKNOWN: Final = 0xFFFF
 _OFFSET = b"\x10"
 _RESPONSE = b"\x0a"
 
@@ -37,34 +38,36 @@ def body(response: bytes, *, answers_resume: bool) -> bytes:
     return PREFIX.pack(0, len(response)) + response
 
 
-class TokenFields(dict[int, bytes]):
-    """Per token id what a message says of it, made when it is first asked for; no offset.
-
-    Raises `LookupError` for one whose text depends on others.
-    """
+class TokenFields:
+    """Per token id of a vocabulary what a message says of it, made when it is first asked for; no
+    offset."""
 
     def __init__(self, texts: Sequence[str | None]) -> None:
         """`texts` has what each id says by itself."""
-        super().__init__()
         self._texts = texts
-        self.sizes = [_SIZE_UNKNOWN] * len(texts)
-        """Bytes of what is said of each, once it was asked for."""
+        # Flat: with a dict each token would cost another miss in the caches.
+        self.made: list[bytes | None] = [None] * len(texts)
+        """What has been asked for, by id."""
+        self.sizes = array("H", [_SIZE_UNKNOWN]) * len(texts)
+        """Bytes of it, by id; the largest also stands for what has not been asked for."""
 
-    def __missing__(self, token_id: int) -> bytes:
+    def make(self, token_id: int) -> bytes:
+        """What is said of that one. Raises `LookupError` if its text depends on others."""
         text = self._texts[token_id]
         if text is None:
             raise LookupError(token_id)
         fields = pb.GenerateResponse(token_ids=[token_id], text=text).SerializeToString()
-        self[token_id] = fields
-        self.sizes[token_id] = len(fields)
+        self.made[token_id] = fields
+        self.sizes[token_id] = min(len(fields), _SIZE_UNKNOWN)
         return fields
 
     def has_short(self, token_id: int) -> bool:
         """Whether a message of it is sure to have a size below `NUM_SIZES`."""
         try:
-            return len(self[token_id]) < NUM_SIZES - _OFFSET_FIELD_BYTES_MAX
+            fields = self.made[token_id] or self.make(token_id)
         except LookupError:
             return False
+        return len(fields) < NUM_SIZES - _OFFSET_FIELD_BYTES_MAX
 
 
 class TokenBodies:
@@ -84,8 +87,9 @@ class TokenBodies:
         """Per size of a message, how a DATA frame with it begins; and those."""
 
     def body(self, offset: int, token_id: int) -> bytes:
-        """The message, as it lies in the body. Raises as `TokenFields`."""
-        message = offset_field(offset) + self.fields[token_id]
+        """The message, as it lies in the body. Raises as `TokenFields.make`."""
+        fields = self.fields
+        message = offset_field(offset) + (fields.made[token_id] or fields.make(token_id))
         size = len(message)
         return (self.prefixes[size] if size < NUM_SIZES else self._prefix_of(size)) + message
 

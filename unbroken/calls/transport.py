@@ -11,6 +11,7 @@ from typing_extensions import override
 from unbroken.config import split_address
 from unbroken.http2.caller import Caller, CallerLimits, Event, Status
 from unbroken.http2.headers import Fields
+from unbroken.recurring import TIMER_S_MIN
 from unbroken.status import rpc_error
 
 CONNECT_S_MAX: Final = 1.0
@@ -167,7 +168,7 @@ class CallerTransport(asyncio.Protocol, ABC):
         if due is None:
             self._timer = None
         else:
-            self._timer = self._loop.call_later(max(0.0, due - self._clock()), self._look)
+            self._timer = self._loop.call_later(max(TIMER_S_MIN, due - self._clock()), self._look)
 
     def _look(self) -> None:
         self._hear(self._caller.handle_timeout(self._clock()))

@@ -8,6 +8,7 @@ once, and each connection that they touched is written to once.
 """
 
 import asyncio
+import math
 import socket
 import ssl
 import time
@@ -36,6 +37,7 @@ from unbroken.http2.frames import ErrorCode
 from unbroken.http2.headers import Request
 from unbroken.http2.limits import EdgeLimits
 from unbroken.http2.messages import Code, Refused, http_status, trailers
+from unbroken.recurring import TIMER_S_MIN, naps
 from unbroken.status import Trailers
 
 BACKLOG: Final = 1024
@@ -44,6 +46,8 @@ WRITE_BUFFER_HIGH: Final = 256 * 1024
 PINGS_SPREAD: Final = 0.5
 """Of many connections each is asked for a sign of life so much later at most, another time each
 time: those that were once late together would be due together for ever."""
+LOOK_GRAIN_S: Final = 0.01
+"""Connections are looked at a little later than they want it, many in one turn of the loop."""
 CLOSE_S: Final = 1.0
 """How long a client may take to read the last that it was told."""
 IGNORED_BYTES_MAX: Final = 16 << 20
@@ -271,6 +275,7 @@ class EdgeServer:
                 touched[client] = None
         for client in touched:
             client.write()
+        naps().end()
 
 
 def _end_crashed(call: OwnCall, error: Exception) -> None:
@@ -447,7 +452,9 @@ class ClientConnection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = due
-        self._timer = self._loop.call_later(max(0.0, due - self._server.clock()), self._look)
+        together_at = math.ceil(due / LOOK_GRAIN_S) * LOOK_GRAIN_S
+        wait_s = max(TIMER_S_MIN, together_at - self._server.clock())
+        self._timer = self._loop.call_later(wait_s, self._look)
 
     def _look(self) -> None:
         self._timer = None

@@ -40,3 +40,21 @@ class ReceiveWindow:
         increment, self._owed = self._owed, 0
         self.left += increment
         return increment
+
+    def pass_on(self, num_bytes: int, around: "ReceiveWindow") -> bool:
+        """`take` and `give` in one, also for the window around this one.
+
+        False, and nothing has changed, if one of them is exceeded or is to be opened.
+        """
+        owed, owed_around = self._owed + num_bytes, around._owed + num_bytes
+        if (
+            num_bytes > self.left
+            or num_bytes > around.left
+            or owed * 2 >= self._size
+            or owed_around * 2 >= around._size
+        ):
+            return False
+        self.left -= num_bytes
+        around.left -= num_bytes
+        self._owed, around._owed = owed, owed_around
+        return True

@@ -161,6 +161,10 @@ class MessageReader:
         """Bytes of a message that has not come to its end."""
         return len(self._buffer)
 
+    def may_begin(self, num_bytes: int) -> bool:
+        """Whether a message of so many bytes may come next, and nothing else has to."""
+        return not self._buffer and num_bytes <= self._message_bytes_max
+
     def feed(self, data: bytes) -> Sequence[bytes]:
         """The messages that are complete with this data. Raises `Refused`."""
         if not self._buffer and len(data) >= PREFIX.size:
