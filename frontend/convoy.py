@@ -186,20 +186,18 @@ class Ride:
 class _Group:
     """Those that ride to one connection."""
 
-    __slots__ = ("client", "frames", "num_rows", "parts", "rides")
+    __slots__ = ("client", "connection", "frames", "num_body_bytes", "num_rows", "parts", "rides")
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self.connection = client.connection
         self.num_rows = 0
         self.parts: list[bytes] = []
         self.frames = b""
         """What those parts make, a frame for each row."""
+        self.num_body_bytes = 0
+        """Of them what windows are about."""
         self.rides: list[Ride] = []
-
-    @property
-    def num_body_bytes(self) -> int:
-        """Of what is to be sent, what windows are about."""
-        return len(self.frames) - HEADER_BYTES * self.num_rows
 
 
 class Convoy:
@@ -366,7 +364,7 @@ class Convoy:
                 break
             self._put_out_odd(offsets, token_ids)
         for group in self._groups:
-            group.client.connection.send_frames(group.frames, group.num_rows, group.num_body_bytes)
+            group.connection.send_frames(group.frames, group.num_rows, group.num_body_bytes)
             group.frames = b""
             group.client.touch()
         self._offsets = offsets_here
@@ -420,7 +418,8 @@ class Convoy:
                 ride.row, ride.since = row, num_steps
                 ride.get_on(self)
                 self._rides[row] = ride
-                self._dues[row] = self._due_after(num_steps_max, row)
+                num_steps_max = min(num_steps_max, STEPS_MAX - row % _STEPS_SPREAD)
+                self._dues[row] = self._due_after(num_steps_max)
                 self._is_stale = True
 
     def _ask(self, now: float) -> None:
@@ -446,16 +445,17 @@ class Convoy:
         ride = self._rides[row]
         assert ride is not None, "who rides is due"
         ride.settle()
-        ride.call.acknowledge_early()
+        if ride.stream.is_ack_near:
+            ride.call.acknowledge_early()
         num_steps_max = ride.num_steps_max(now)
         if num_steps_max:
-            self._dues[row] = self._due_after(num_steps_max, row)
+            self._dues[row] = self._due_after(num_steps_max)
         else:
             ride.step_out()
 
-    def _due_after(self, num_steps_max: int, row: int) -> int:
-        """The step in which it is to be looked at."""
-        due = self._num_steps + min(num_steps_max, STEPS_MAX - row % _STEPS_SPREAD)
+    def _due_after(self, num_steps_max: int) -> int:
+        """The step in which who may ride for so many is to be looked at."""
+        due = self._num_steps + min(num_steps_max, STEPS_MAX)
         return due - due % _LOOK_STEPS
 
     def _line_up(self) -> None:
@@ -514,7 +514,8 @@ class Convoy:
             return False
         else:
             for group in self._groups:
-                group.frames = b"".join(group.parts)
+                frames = group.frames = b"".join(group.parts)
+                group.num_body_bytes = len(frames) - HEADER_BYTES * group.num_rows
             return True
         finally:
             for group in self._groups:
@@ -526,8 +527,8 @@ class Convoy:
             group
             for group in self._groups
             if group.client.is_paused
-            or len(group.client.connection.outbound) > UNWRITTEN_BYTES_MAX
-            or not group.client.connection.has_room_for(group.num_body_bytes)
+            or len(group.connection.outbound) > UNWRITTEN_BYTES_MAX
+            or not group.connection.has_room_for(group.num_body_bytes)
         ]
         for group in full:
             for ride in group.rides:

@@ -38,8 +38,6 @@ class NativeWire(CallerTransport, Wire):
         self._talker = talker
         self._relay = self._call(PATH)
         self._next_hurry = FIRST_HURRY
-        self._is_blocked = False
-        """The windows of the call took nothing more when something was last to be written."""
 
     @override
     async def converse(self) -> None:
@@ -61,12 +59,6 @@ class NativeWire(CallerTransport, Wire):
     @override
     def hurry_all(self) -> None:
         self._write_out()  # No more than that: who says so is in the middle of something.
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._is_blocked:
-            self._flush()
 
     @override
     def _flush(self) -> None:

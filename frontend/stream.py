@@ -1063,6 +1063,11 @@ class Stream(_Flow):
         self._last_token_at = now
         return offset
 
+    @property
+    def is_ack_near(self) -> bool:
+        """Whether `acknowledge_early` would do something."""
+        return self._sent >= self._ack_due - int(_ACK_EARLY_SHARE * self._ack_stride)
+
     def acknowledge_early(self) -> Sequence[Command]:
         """Let the worker go on if that is nearly due, so that the ride need not end for it."""
         return self._ack(int(_ACK_EARLY_SHARE * self._ack_stride))

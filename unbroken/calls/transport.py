@@ -50,6 +50,8 @@ class CallerTransport(asyncio.Protocol, ABC):
         self._is_scheduled = False
         self._is_paused = False
         """The socket takes nothing more for now."""
+        self._is_blocked = False
+        """A subclass has something to say that waits for windows: it `_flush`es when bytes came."""
 
     async def connect(self) -> None:
         """Open the socket. Raises OSError, which says what was expected."""
@@ -91,7 +93,7 @@ class CallerTransport(asyncio.Protocol, ABC):
     @override
     def data_received(self, data: bytes) -> None:
         self._hear(self._caller.receive(data, self._clock()))
-        if self._caller.outbound:
+        if self._is_blocked or self._caller.outbound:
             self._flush()
 
     @override

@@ -155,11 +155,13 @@ class EdgeServer:
         self._touched: dict[ClientConnection, None] = {}
         self.is_scheduled = False
         self._server: asyncio.Server | None = None
+        self._loop = asyncio.get_running_loop()
+        self._naps = naps()
 
     async def start(self, address: str) -> str:
         """Listen at "host:port"; returns it with the port that was bound. Raises OSError."""
         host, port = split_address(address)
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         # Of a name with several addresses the first, so that port 0 means one port.
         (family, _, _, _, where), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         place = str(where[0]), int(where[1])
@@ -181,7 +183,7 @@ class EdgeServer:
         """Serve a connection that was accepted elsewhere. Raises OSError, also of TLS."""
         # As for those that are accepted here.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _, client = await asyncio.get_running_loop().connect_accepted_socket(
+        _, client = await self._loop.connect_accepted_socket(
             lambda: ClientConnection(self),
             connection,
             ssl=self._tls,
@@ -256,7 +258,7 @@ class EdgeServer:
     def schedule(self) -> None:
         """Write in the next turn of the loop."""
         self.is_scheduled = True
-        asyncio.get_running_loop().call_soon(self._write)
+        self._loop.call_soon(self._write)
 
     def _write(self) -> None:
         """One pass over all that has news, one write for each connection."""
@@ -275,7 +277,7 @@ class EdgeServer:
                 touched[client] = None
         for client in touched:
             client.write()
-        naps().end()
+        self._naps.end()
 
 
 def _end_crashed(call: OwnCall, error: Exception) -> None:
