@@ -41,13 +41,13 @@ are merged for earlier."""
 STEPS_MAX: Final = 256
 """Tokens of a stream that are not in its ledger yet, at most. To enter 64 costs nearly as much."""
 PAUSE_STEPS: Final = 8
-UNWRITTEN_BYTES_MAX: Final = 64 * 1024
-"""Who has so much in a connection that is not in its socket yet is behind, and better merges."""
 _STEPS_SPREAD: Final = 128
 """Those that got on together are looked at in different steps."""
 _LOOK_STEPS: Final = 4
 """Looks are made in every fourth step, at several streams: who is due is found by going through
 all. Who may ride for fewer is looked at each time."""
+_ASK_SHARE: Final = 1 / 32
+"""So many calls at least are asked at once whether they have something else to tell."""
 _FEW: Final = 8
 """Rows that are taken out of each column one by one; where more go, columns are given up."""
 ODD_FRAMES: Final = 32
@@ -73,11 +73,19 @@ class Client(Protocol):
     @property
     def connection(self) -> Connection: ...
 
-    @property
-    def is_paused(self) -> bool: ...
+    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
+        """DATA frames of its streams, to be written; False, and it is as before, if it is behind.
+
+        Each stream MUST have room for its own, of whose window nothing is taken.
+        """
+        ...
 
     def touch(self) -> None:
-        """There is something to write."""
+        """Write what there is, and what else comes in this turn of the loop. Raises nothing."""
+        ...
+
+    def write(self) -> None:
+        """Write what there is. Raises nothing."""
         ...
 
 
@@ -186,11 +194,10 @@ class Ride:
 class _Group:
     """Those that ride to one connection."""
 
-    __slots__ = ("client", "connection", "frames", "num_body_bytes", "num_rows", "parts", "rides")
+    __slots__ = ("client", "frames", "num_body_bytes", "num_rows", "parts", "rides")
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.connection = client.connection
         self.num_rows = 0
         self.parts: list[bytes] = []
         self.frames = b""
@@ -359,14 +366,17 @@ class Convoy:
                 _ONE_ON.issuperset(map(sub, offsets_here, self._offsets))
                 and (self._stop_ids.isdisjoint(ids) or self._ends_nobody(ids))
                 and self._write(offsets_here, ids)
-                and self._have_room()
             ):
                 break
             self._put_out_odd(offsets, token_ids)
-        for group in self._groups:
-            group.connection.send_frames(group.frames, group.num_rows, group.num_body_bytes)
-            group.frames = b""
-            group.client.touch()
+        groups, others = self._groups, self._others
+        behind = [
+            group
+            for group in groups
+            if not group.client.send_frames(group.frames, group.num_rows, group.num_body_bytes)
+        ]
+        if behind:
+            others = self._put_out_behind(behind)
         self._offsets = offsets_here
         ids, num_in_column = self._ids, self._num_in_column
         ids.fromlist(token_ids)
@@ -377,7 +387,14 @@ class Convoy:
             self._settle_all(num_in_column)
         elif len(ids) > _STEPS_KEPT * num_in_column:
             del ids[: STEPS_MAX * num_in_column]
-        return self._others
+        # What others say may be for the same connections, which are written to once.
+        for group in groups:
+            group.frames = b""
+            if others:
+                group.client.touch()
+            else:
+                group.client.write()
+        return others
 
     @property
     def num_ids(self) -> int:
@@ -423,7 +440,7 @@ class Convoy:
                 self._is_stale = True
 
     def _ask(self, now: float) -> None:
-        """Time alone can give a call something to tell: ask each in time, in each step a few."""
+        """Time alone can give a call something to tell: ask each in time, a few at once."""
         rides, interval_s = self._rides, self._look_interval_s
         if not rides or math.isinf(interval_s):  # Nobody rides.
             self._asked_at = now
@@ -431,6 +448,8 @@ class Convoy:
         num_due = len(rides)
         if now < self._asked_at + interval_s:
             num_due = int(num_due * (now - self._asked_at) / interval_s)
+            if num_due < _ASK_SHARE * len(rides):
+                return
             self._asked_at += interval_s * num_due / len(rides)
         else:
             self._asked_at = now
@@ -521,21 +540,14 @@ class Convoy:
             for group in self._groups:
                 group.parts.clear()
 
-    def _have_room(self) -> bool:
-        """Whether all connections take what was made; where not, nobody rides."""
-        full = [
-            group
-            for group in self._groups
-            if group.client.is_paused
-            or len(group.connection.outbound) > UNWRITTEN_BYTES_MAX
-            or not group.connection.has_room_for(group.num_body_bytes)
-        ]
-        for group in full:
+    def _put_out_behind(self, groups: list[_Group]) -> list[int]:
+        """Let those of these connections step out, before the step; returns all rows that do not
+        ride then."""
+        for group in groups:
             for ride in group.rides:
                 ride.step_out()
-        if full:
-            self.pause()
-        return not full
+        self.pause()
+        return [row for row, ride in enumerate(self._rides) if ride is None]
 
     def _put_out_odd(self, offsets: list[int], token_ids: list[int]) -> None:
         """Let those step out whose token is not one of theirs to ride."""

@@ -15,13 +15,10 @@ from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2
 
 _BODIES: Final = TokenBodies(TokenFields(tokenizer().texts), answers_resume=False)
-_ROOM_MIN: Final = 8192
 
 
 class Clients:
     """Those of one frontend. They read at once."""
-
-    is_paused = False
 
     def __init__(self) -> None:
         self._peer = Peer()
@@ -32,8 +29,15 @@ class Clients:
         """The frontend's end."""
         return self._peer.connection
 
+    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
+        """As a connection does."""
+        return self.connection.send_frames(data, num_frames, num_body_bytes)
+
     def touch(self) -> None:
         """Nothing: see `deliver`."""
+
+    def write(self) -> None:
+        """Nothing, as `touch`."""
 
     def ride(self, stream: Stream, call: Call, hear: Callable[[Piece], None]) -> Ride:
         """By which a stream's tokens go to its client, who hears them so."""
@@ -46,11 +50,13 @@ class Clients:
 
     def deliver(self) -> None:
         """What was sent arrives."""
+        num_bytes = 0
         for frame in self._peer.heard():
             if frame.kind == FrameType.DATA:
+                num_bytes += len(frame.payload)
                 said = inference_service_pb2.GenerateResponse()
                 said.ParseFromString(frame.payload[PREFIX.size :])
                 piece = Piece(said.offset, list(said.token_ids), said.text, ())
                 self._hear[frame.stream_id](piece)
-        if not self.connection.has_room_for(_ROOM_MIN):
-            self._peer.say(frames.window_update(0, _ROOM_MIN))
+        if num_bytes:
+            self._peer.say(frames.window_update(0, num_bytes))

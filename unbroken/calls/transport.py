@@ -11,7 +11,7 @@ from typing_extensions import override
 from unbroken.config import split_address
 from unbroken.http2.caller import Caller, CallerLimits, Event, Status
 from unbroken.http2.headers import Fields
-from unbroken.recurring import TIMER_S_MIN
+from unbroken.recurring import TIMER_S_MIN, naps
 from unbroken.status import rpc_error
 
 CONNECT_S_MAX: Final = 1.0
@@ -43,6 +43,7 @@ class CallerTransport(asyncio.Protocol, ABC):
         self._address = address
         self._clock = clock
         self._loop = asyncio.get_running_loop()
+        self._naps = naps()
         authority = "localhost" if address.startswith(_UNIX) else address
         self._caller = Caller(authority, limits, clock())
         self._transport: asyncio.Transport | None = None
@@ -95,6 +96,7 @@ class CallerTransport(asyncio.Protocol, ABC):
         self._hear(self._caller.receive(data, self._clock()))
         if self._is_blocked or self._caller.outbound:
             self._flush()
+        self._naps.end()
 
     @override
     def eof_received(self) -> None:

@@ -43,6 +43,8 @@ from unbroken.status import Trailers
 BACKLOG: Final = 1024
 WRITE_BUFFER_HIGH: Final = 256 * 1024
 """Bytes that wait in a socket before nothing more is taken from calls."""
+UNWRITTEN_BYTES_MAX: Final = 64 * 1024
+"""Who has so much outbound is behind, and better merges."""
 PINGS_SPREAD: Final = 0.5
 """Of many connections each is asked for a sign of life so much later at most, another time each
 time: those that were once late together would be due together for ever."""
@@ -389,6 +391,14 @@ class ClientConnection(asyncio.Protocol):
             call.writable()
 
     # What is done with it.
+
+    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
+        """As `Connection.send_frames`, of which whoever calls has it written; False also if what
+        was sent before is not in the socket yet."""
+        connection = self.connection
+        if self.is_paused or len(connection.outbound) > UNWRITTEN_BYTES_MAX:
+            return False
+        return connection.send_frames(data, num_frames, num_body_bytes)
 
     def touch(self) -> None:
         """Write what is outbound, in the next turn of the loop."""

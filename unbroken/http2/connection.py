@@ -604,18 +604,18 @@ class Connection:
             return False
         return True
 
-    def has_room_for(self, num_bytes: int) -> bool:
-        """Whether the connection's window takes so much."""
-        return num_bytes <= self._send.left
-
-    def send_frames(self, data: bytes, num_frames: int, num_bytes: int) -> None:
+    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
         """DATA frames of several streams, which somebody else has made, with so much in them.
 
-        The connection MUST have room for it, and so must each stream, of which it is not taken.
+        Each stream MUST have room for it, of which it is not taken. False, and nothing is sent, if
+        the connection has none.
         """
-        self._send.left -= num_bytes
+        if num_body_bytes > self._send.left:
+            return False
+        self._send.left -= num_body_bytes
         self._num_data_sent += num_frames
         self.outbound += data
+        return True
 
     def end(self, stream_id: int, trailers: Fields) -> None:
         """End the answer, after all that is pending. Ignored if the stream is closed."""
