@@ -73,19 +73,17 @@ class Client(Protocol):
     @property
     def connection(self) -> Connection: ...
 
-    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
-        """DATA frames of its streams, to be written; False, and it is as before, if it is behind.
+    def has_room_for(self, num_body_bytes: int) -> bool:
+        """Whether DATA frames with so much in them may be sent; not if the client is behind."""
+        ...
 
-        Each stream MUST have room for its own, of whose window nothing is taken.
+    def send_frames(
+        self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
+    ) -> None:
+        """Send those, for which there MUST be room, also in the window of each stream, of which
+        nothing is taken. Unless that `is_all` of this turn of the loop, it is written with what
+        follows. Raises nothing.
         """
-        ...
-
-    def touch(self) -> None:
-        """Write what there is, and what else comes in this turn of the loop. Raises nothing."""
-        ...
-
-    def write(self) -> None:
-        """Write what there is. Raises nothing."""
         ...
 
 
@@ -370,12 +368,9 @@ class Convoy:
                 break
             self._put_out_odd(offsets, token_ids)
         groups, others = self._groups, self._others
-        behind = [
-            group
-            for group in groups
-            if not group.client.send_frames(group.frames, group.num_rows, group.num_body_bytes)
-        ]
+        behind = [group for group in groups if not group.client.has_room_for(group.num_body_bytes)]
         if behind:
+            groups = [group for group in groups if group not in behind]
             others = self._put_out_behind(behind)
         self._offsets = offsets_here
         ids, num_in_column = self._ids, self._num_in_column
@@ -388,12 +383,10 @@ class Convoy:
         elif len(ids) > _STEPS_KEPT * num_in_column:
             del ids[: STEPS_MAX * num_in_column]
         # What others say may be for the same connections, which are written to once.
+        is_all = not others
         for group in groups:
-            group.frames = b""
-            if others:
-                group.client.touch()
-            else:
-                group.client.write()
+            frames, group.frames = group.frames, b""
+            group.client.send_frames(frames, group.num_rows, group.num_body_bytes, is_all=is_all)
         return others
 
     @property

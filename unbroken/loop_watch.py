@@ -26,7 +26,7 @@ LATE_S: Final = 1.0
 """A loop that is later than this is told of."""
 _TICK_S: Final = 0.25
 _TICK_S_MAX: Final = (1 + LATE) * _TICK_S
-_LOOKS: Final = 4
+_LOOKS: Final = 2
 """In the time by which a loop has to be late."""
 _FRAMES_MAX: Final = 12
 _SCHEDSTAT: Final = "/proc/thread-self/schedstat"

@@ -52,23 +52,23 @@ class Client:
     is_paused: bool = False
     is_behind: bool = False
     """It takes no frames of several streams."""
-    num_touches: int = 0
-    num_writes: int = 0
+    were_all: list[bool] = field(default_factory=list[bool])
+    """Of frames that it was sent, whether they were written at once."""
 
     @property
     def connection(self) -> Connection:
         return self.peer.connection
 
-    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
-        if self.is_paused or self.is_behind:
-            return False
-        return self.connection.send_frames(data, num_frames, num_body_bytes)
+    def has_room_for(self, num_body_bytes: int) -> bool:
+        is_behind = self.is_paused or self.is_behind
+        return not is_behind and self.connection.has_room_for(num_body_bytes)
 
-    def touch(self) -> None:
-        self.num_touches += 1
-
-    def write(self) -> None:
-        self.num_writes += 1
+    def send_frames(
+        self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
+    ) -> None:
+        self.were_all.append(is_all)
+        self.connection.count_frames(num_frames, num_body_bytes)
+        self.connection.outbound += data
 
 
 @dataclass(eq=False)
@@ -370,16 +370,14 @@ def test_ordinary_tokens_ride_and_each_connection_is_written_to_once_a_step() ->
     for _ in range(10):
         world.step([A, B])
     assert world.num_ridden == 4 * 11
-    assert [client.num_writes for client in world.clients] == [11, 11]
-    assert [client.num_touches for client in world.clients] == [0, 0]
+    assert [client.were_all for client in world.clients] == [[True] * 11] * 2
 
 
 def test_what_rides_is_written_together_with_what_the_others_say() -> None:
     world = riding(4)
     world.step([A, A, CUT, A])
     assert world.num_ridden == 4 + 3
-    assert [client.num_writes for client in world.clients] == [1, 1], "of the step before"
-    assert [client.num_touches for client in world.clients] == [1, 1]
+    assert [client.were_all for client in world.clients] == [[True, False]] * 2
 
 
 def test_a_stream_is_told_what_rode_at_the_latest_after_so_many_steps() -> None:

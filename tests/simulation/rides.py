@@ -29,15 +29,21 @@ class Clients:
         """The frontend's end."""
         return self._peer.connection
 
-    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
-        """As a connection does."""
-        return self.connection.send_frames(data, num_frames, num_body_bytes)
+    def has_room_for(self, num_body_bytes: int) -> bool:
+        """As a connection says."""
+        return self.connection.has_room_for(num_body_bytes)
 
-    def touch(self) -> None:
-        """Nothing: see `deliver`."""
-
-    def write(self) -> None:
-        """Nothing, as `touch`."""
+    def send_frames(
+        self,
+        data: bytes,
+        num_frames: int,
+        num_body_bytes: int,
+        *,
+        is_all: bool,  # noqa: ARG002 - it is delivered later anyway.
+    ) -> None:
+        """Until `deliver`."""
+        self.connection.count_frames(num_frames, num_body_bytes)
+        self.connection.outbound += data
 
     def ride(self, stream: Stream, call: Call, hear: Callable[[Piece], None]) -> Ride:
         """By which a stream's tokens go to its client, who hears them so."""

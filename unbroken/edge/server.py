@@ -392,13 +392,28 @@ class ClientConnection(asyncio.Protocol):
 
     # What is done with it.
 
-    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
-        """As `Connection.send_frames`, of which whoever calls has it written; False also if what
-        was sent before is not in the socket yet."""
+    def has_room_for(self, num_body_bytes: int) -> bool:
+        """Whether frames of several streams may be sent, with so much in them: not to a client that
+        is behind."""
         connection = self.connection
-        if self.is_paused or len(connection.outbound) > UNWRITTEN_BYTES_MAX:
-            return False
-        return connection.send_frames(data, num_frames, num_body_bytes)
+        return (
+            not self.is_paused
+            and len(connection.outbound) <= UNWRITTEN_BYTES_MAX
+            and connection.has_room_for(num_body_bytes)
+        )
+
+    def send_frames(
+        self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
+    ) -> None:
+        """Send what `Connection.count_frames` says; at once, if that `is_all` of this turn of the
+        loop. Raises nothing."""
+        connection = self.connection
+        connection.count_frames(num_frames, num_body_bytes)
+        if is_all and not connection.outbound:
+            self._write(data)  # Which nobody has to copy.
+        else:
+            connection.outbound += data
+            self._server.touch(self)
 
     def touch(self) -> None:
         """Write what is outbound, in the next turn of the loop."""
@@ -441,19 +456,28 @@ class ClientConnection(asyncio.Protocol):
 
     def write(self) -> None:
         """Write what is outbound, in one piece. Raises nothing."""
-        transport, connection = self._transport, self.connection
+        connection, transport = self.connection, self._transport
         if transport is None or self._is_closing or transport.is_closing():
             return
         if connection.outbound:
-            transport.write(connection.take_outbound())
-            if transport.get_write_buffer_size() > self._server.limits.unsent_bytes_max:
-                self._server.observer.edge_limit_hit("unsent_bytes")
-                transport.abort()
-                return
+            self._write(connection.take_outbound())
         if connection.is_over:
             self.close()
         elif connection.has_blocked:
             self._keep_time()
+
+    def _write(self, data: bytes) -> None:
+        """Write that, unless the connection is closed."""
+        transport = self._transport
+        if transport is None or self._is_closing or transport.is_closing():
+            return
+        transport.write(data)
+        # Far above what pauses it.
+        if self.is_paused and (
+            transport.get_write_buffer_size() > self._server.limits.unsent_bytes_max
+        ):
+            self._server.observer.edge_limit_hit("unsent_bytes")
+            transport.abort()
 
     def _keep_time(self) -> None:
         """Have the timer fire when the connection wants it, or before."""

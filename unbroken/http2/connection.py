@@ -604,18 +604,18 @@ class Connection:
             return False
         return True
 
-    def send_frames(self, data: bytes, num_frames: int, num_body_bytes: int) -> bool:
-        """DATA frames of several streams, which somebody else has made, with so much in them.
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Whether the connection's window takes so much."""
+        return num_bytes <= self._send.left
 
-        Each stream MUST have room for it, of which it is not taken. False, and nothing is sent, if
-        the connection has none.
+    def count_frames(self, num_frames: int, num_bytes: int) -> None:
+        """DATA frames of several streams, with so much in them, leave after what is outbound now;
+        somebody else has made them.
+
+        The connection MUST have room for it, and so must each stream, of which it is not taken.
         """
-        if num_body_bytes > self._send.left:
-            return False
-        self._send.left -= num_body_bytes
+        self._send.left -= num_bytes
         self._num_data_sent += num_frames
-        self.outbound += data
-        return True
 
     def end(self, stream_id: int, trailers: Fields) -> None:
         """End the answer, after all that is pending. Ignored if the stream is closed."""
