@@ -1,12 +1,19 @@
 """What is done again and again: when it is due, or beside something else around that time."""
 
 import asyncio
+import gc
 import math
+import time
+import weakref
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from unbroken.recurring import EARLY, LATE, Recurring
+from unbroken import recurring as recurring_module
+from unbroken.recurring import EARLY, LATE, TIMER_S_MIN, Naps, Recurring, nap, naps
 
 INTERVAL_S = 10.0
 """Longer than a test: what is done again has joined."""
@@ -155,3 +162,125 @@ def test_nothing_is_left_of_a_run_that_is_over() -> None:
         assert len(work.times) == 1
 
     asyncio.run(scenario())
+
+
+NAP_S = 10.0
+"""Longer than a test: who wakes was woken."""
+
+
+@dataclass
+class Sleeper:
+    """Somebody who naps in this loop, and what the naps see of the time."""
+
+    clock: Clock
+    task: "asyncio.Task[None]"
+    waits: list[float]
+    """What timers were asked for."""
+
+    async def is_awake(self) -> bool:
+        """After what was called soon was called."""
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return self.task.done()
+
+
+async def asleep(monkeypatch: pytest.MonkeyPatch, *, ended_before_s: float = math.inf) -> Sleeper:
+    """Somebody who has just fallen asleep, so long after something else was done."""
+    clock, waits = Clock(), list[float]()
+    monkeypatch.setattr(recurring_module, "time", SimpleNamespace(monotonic=clock))
+    if ended_before_s < math.inf:
+        naps().end()
+        clock.now += ended_before_s
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+
+    def noted(delay: float, *arguments: Any, **more: Any) -> asyncio.TimerHandle:
+        waits.append(delay)
+        return call_later(delay, *arguments, **more)
+
+    monkeypatch.setattr(loop, "call_later", noted)
+    sleeper = Sleeper(clock, asyncio.create_task(nap(NAP_S)), waits)
+    assert not await sleeper.is_awake()
+    return sleeper
+
+
+def test_a_nap_is_a_sleep_where_nothing_else_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        sleeper = await asleep(monkeypatch)
+        assert sleeper.waits == [NAP_S]
+        sleeper.task.cancel()
+        begun_at = time.monotonic()
+        await nap(0.05)
+        assert time.monotonic() - begun_at >= 0.05 - TIMER_S_MIN
+
+    asyncio.run(scenario())
+
+
+def test_a_nap_ends_beside_other_work_when_its_time_has_nearly_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        sleeper = await asleep(monkeypatch)
+        sleeper.clock.now += NAP_S * (1 - EARLY) - 0.01
+        naps().end()
+        assert not await sleeper.is_awake(), "it is too early"
+        sleeper.clock.now += 0.02
+        naps().end()
+        naps().end()
+        assert await sleeper.is_awake()
+        await sleeper.task
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("before_s", "wait_s"), [(9.0, NAP_S * (1 + LATE)), (11.0, NAP_S)])
+def test_a_nap_waits_for_other_work_where_there_was_some(
+    monkeypatch: pytest.MonkeyPatch, before_s: float, wait_s: float
+) -> None:
+    async def scenario() -> None:
+        sleeper = await asleep(monkeypatch, ended_before_s=before_s)
+        assert sleeper.waits == [wait_s]
+        sleeper.task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_each_nap_ends_in_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        sleeper = await asleep(monkeypatch)
+        longer = Sleeper(sleeper.clock, asyncio.create_task(nap(2 * NAP_S)), [])
+        assert not await longer.is_awake()
+        sleeper.clock.now += NAP_S
+        naps().end()
+        assert await sleeper.is_awake()
+        assert not await longer.is_awake()
+        sleeper.clock.now += NAP_S
+        naps().end()
+        assert await longer.is_awake()
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_left_of_a_nap_that_was_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        sleeper = await asleep(monkeypatch)
+        sleeper.task.cancel()
+        await asyncio.gather(sleeper.task, return_exceptions=True)
+        assert not naps()._early_ats  # pyright: ignore[reportPrivateUsage]
+        sleeper.clock.now += NAP_S
+        naps().end()
+
+    asyncio.run(scenario())
+
+
+def test_each_loop_has_naps_of_its_own_and_takes_them_along() -> None:
+    async def own() -> Naps:
+        assert naps() is naps()
+        return naps()
+
+    first = asyncio.run(own())
+    assert asyncio.run(own()) is not first
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None

@@ -472,10 +472,7 @@ class ClientConnection(asyncio.Protocol):
         if transport is None or self._is_closing or transport.is_closing():
             return
         transport.write(data)
-        # Far above what pauses it.
-        if self.is_paused and (
-            transport.get_write_buffer_size() > self._server.limits.unsent_bytes_max
-        ):
+        if transport.get_write_buffer_size() > self._server.limits.unsent_bytes_max:
             self._server.observer.edge_limit_hit("unsent_bytes")
             transport.abort()
 

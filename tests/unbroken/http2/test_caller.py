@@ -146,6 +146,61 @@ class Exchange:
         self.is_cancelled = False
 
 
+def all_that_is_left(caller: Caller) -> list[object]:
+    """Windows and allowances of a connection and its calls."""
+    windows = [caller._receive, *(call.receive for call in caller._calls.values())]  # pyright: ignore
+    return [caller._control._left, [(one.left, one._owed) for one in windows]]  # pyright: ignore
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_it_makes_no_difference_whether_a_message_comes_alone(seed: int) -> None:
+    """Alone and whole it goes by a short way; in two pieces it does not."""
+    rng = random.Random(seed)
+    most = rng.choice([150, 8000, 20_000])
+    limits = CallerLimits(
+        window=rng.choice([500, 20_000, 100_000]),
+        connection_window=rng.choice([65_535, 150_000]),
+        message_bytes_max=most,
+        control_burst=20,
+        control_per_s=0.0,
+    )
+    short, long = Server(limits, num_calls=2), Server(limits, num_calls=2)
+    answered = rng.choice([(1,), (1, 3), (1, 3), (1, 3)])
+    for one in (short, long):
+        for call in answered:
+            one.answer(call)
+    for _ in range(60):
+        call = rng.choice([1, 3])
+        payload = rng.choice([b"", b"abc", bytes(most // 2), bytes(most), bytes(most)])
+        kind, flags, whole = FrameType.DATA, 0, message(payload)
+        match rng.randrange(60):
+            case 0:
+                flags = rng.choice([frames.END_STREAM, frames.PADDED])
+            case 1:
+                whole = rng.choice([whole[:-1], whole + b"x", b"\1" + whole[1:], whole[:3], b""])
+            case 2:
+                call, kind = rng.choice([(0, kind), (5, kind), (call, FrameType.PRIORITY)])
+            case 3:
+                whole = message(bytes(most + 1))
+            case 4:
+                for one in (short, long):  # A CONTINUATION has to follow.
+                    one.say(frames.frame(FrameType.HEADERS, 0, 1))
+            case 5 | 6 | 7:
+                held = rng.choice([1, 3])
+                act = rng.choice(["hold", "release"])
+                for one in (short, long):
+                    getattr(one.caller, act)(held)
+            case _:
+                pass
+        data = frames.frame(kind, flags, call, whole)
+        seen = short.say(data)
+        assert long.say(data[:1]) == []
+        assert long.say(data[1:]) == seen
+        assert short.caller.outbound == long.caller.outbound
+        assert short.caller.is_over == long.caller.is_over
+        assert all_that_is_left(short.caller) == all_that_is_left(long.caller)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_each_of_many_calls_gets_what_is_its_own_once_and_in_order(seed: int) -> None:
     rng = random.Random(seed)

@@ -1,0 +1,189 @@
+"""What goes to the socket of a client, and when; the socket is the test."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+import pytest
+
+from tests.frontend.edge.peer import GREETING
+from unbroken.edge.server import (
+    LOOK_GRAIN_S,
+    UNWRITTEN_BYTES_MAX,
+    ClientConnection,
+    EdgeServer,
+)
+from unbroken.http2 import frames
+from unbroken.http2.limits import EdgeLimits
+from unbroken.recurring import TIMER_S_MIN
+
+FRAMES = frames.data_header(1, 5) + b"hello"
+
+
+class Socket:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.num_unsent = 0
+        self.is_aborted = False
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        assert high > 0
+
+    def write(self, data: bytes) -> None:
+        assert not self.is_aborted
+        self.written.append(bytes(data))
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_unsent
+
+    def is_closing(self) -> bool:
+        return self.is_aborted
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+class Observer:
+    """Counts limits that were hit."""
+
+    def __init__(self) -> None:
+        self.hits: list[str] = []
+
+    def edge_connected(self, num_more: int) -> None:
+        assert abs(num_more) == 1
+
+    def edge_limit_hit(self, limit: str) -> None:
+        self.hits.append(limit)
+
+    def edge_connection_failed(self, code: str) -> None:
+        raise AssertionError(code)
+
+
+class World:
+    """One client that has greeted and been greeted."""
+
+    def __init__(self, limits: EdgeLimits | None = None) -> None:
+        self.now = 100.0
+        self.observer = Observer()
+        self.server = EdgeServer(
+            {},
+            cast("Any", None),
+            limits or EdgeLimits(),
+            self.observer,
+            services=(),
+            clock=lambda: self.now,
+        )
+        self.socket = Socket()
+        self.client = ClientConnection(self.server)
+        self.client.connection_made(cast("Any", self.socket))
+        self.client.data_received(GREETING)
+        self.socket.written.clear()
+
+    def send(self, *, is_all: bool = True) -> None:
+        self.client.send_frames(FRAMES, 1, 5, is_all=is_all)
+
+
+def run(scenario: Callable[[], Coroutine[None, None, None]]) -> None:
+    asyncio.run(scenario())
+
+
+def test_frames_that_are_all_of_a_turn_are_written_at_once() -> None:
+    async def scenario() -> None:
+        world = World()
+        world.send()
+        assert world.socket.written == [FRAMES]
+        await asyncio.sleep(0)
+        assert world.socket.written == [FRAMES]
+
+    run(scenario)
+
+
+def test_others_are_written_with_what_follows_and_after_what_was_there() -> None:
+    async def scenario() -> None:
+        world = World()
+        ping = frames.ping(b"01234567", is_ack=True)
+        world.client.connection.outbound += ping
+        world.send()  # Not before that.
+        world.send(is_all=False)
+        assert world.socket.written == []
+        await asyncio.sleep(0)
+        assert world.socket.written == [ping + FRAMES + FRAMES]
+
+    run(scenario)
+
+
+def test_frames_are_taken_from_the_connections_window() -> None:
+    async def scenario() -> None:
+        world = World()
+        assert world.client.has_room_for(frames.WINDOW_DEFAULT)
+        assert not world.client.has_room_for(frames.WINDOW_DEFAULT + 1)
+        world.send()
+        assert not world.client.has_room_for(frames.WINDOW_DEFAULT - 4)
+        assert world.client.has_room_for(frames.WINDOW_DEFAULT - 5)
+
+    run(scenario)
+
+
+def test_a_client_that_is_behind_has_no_room() -> None:
+    async def scenario() -> None:
+        world = World()
+        world.client.pause_writing()
+        assert not world.client.has_room_for(1)
+        world.client.resume_writing()
+        world.client.connection.outbound += bytes(UNWRITTEN_BYTES_MAX)
+        assert world.client.has_room_for(1)
+        world.client.connection.outbound += b"x"
+        assert not world.client.has_room_for(1)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_all", [True, False])
+def test_who_leaves_too_much_in_the_socket_is_cut_off(*, is_all: bool) -> None:
+    async def scenario() -> None:
+        world = World(EdgeLimits(unsent_bytes_max=1000))
+        world.socket.num_unsent = 1000
+        world.send(is_all=is_all)
+        await asyncio.sleep(0)
+        assert not world.socket.is_aborted
+        world.socket.num_unsent = 1001
+        world.send(is_all=is_all)
+        await asyncio.sleep(0)
+        assert world.socket.is_aborted
+        assert world.observer.hits == ["unsent_bytes"]
+        world.send(is_all=is_all)
+        await asyncio.sleep(0)
+        assert world.socket.written == [FRAMES, FRAMES], "nothing more is"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("began_at", [100.0, 100.0034, 100.0099999])
+def test_connections_are_looked_at_together_and_none_again_at_once(
+    began_at: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        waits: list[float] = []
+
+        def noted(delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+            waits.append(delay)
+            return asyncio.TimerHandle(loop.time() + delay, callback, (), loop)
+
+        monkeypatch.setattr(loop, "call_later", noted)
+        limits = EdgeLimits(handshake_timeout_s=1.0)
+        world = World(limits)
+        world.now = began_at
+        client = ClientConnection(world.server)
+        client.connection_made(cast("Any", Socket()))
+        looks_at = began_at + waits[-1]
+        assert began_at + 1.0 <= looks_at + 1e-9
+        assert looks_at < began_at + 1.0 + LOOK_GRAIN_S + 1e-9
+        assert abs(looks_at / LOOK_GRAIN_S - round(looks_at / LOOK_GRAIN_S)) < 1e-6
+        world.now = began_at + 1.0 - TIMER_S_MIN / 4  # A timer that was early.
+        client._look()  # pyright: ignore[reportPrivateUsage]
+        assert waits[-1] >= TIMER_S_MIN
+
+    run(scenario)
