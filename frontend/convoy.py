@@ -73,16 +73,15 @@ class Client(Protocol):
     @property
     def connection(self) -> Connection: ...
 
-    def has_room_for(self, num_body_bytes: int) -> bool:
+    def takes(self, num_body_bytes: int) -> bool:
         """Whether DATA frames with so much in them may be sent; not if the client is behind."""
         ...
 
     def send_frames(
         self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
     ) -> None:
-        """Send those, for which there MUST be room, also in the window of each stream, of which
-        nothing is taken. Unless that `is_all` of this turn of the loop, it is written with what
-        follows. Raises nothing.
+        """Send those, which it MUST take, and so must the window of each stream, of which nothing
+        is taken: at once, if that `is_all` of this turn of the loop. Raises nothing.
         """
         ...
 
@@ -368,10 +367,16 @@ class Convoy:
                 break
             self._put_out_odd(offsets, token_ids)
         groups, others = self._groups, self._others
-        behind = [group for group in groups if not group.client.has_room_for(group.num_body_bytes)]
+        behind = [group for group in groups if not group.client.takes(group.num_body_bytes)]
         if behind:
-            groups = [group for group in groups if group not in behind]
+            groups = [group for group in groups if group.client.takes(group.num_body_bytes)]
             others = self._put_out_behind(behind)
+        # First of all it is sent: what fails below must not leave a gap at those who are all right.
+        # What others say may be for the same connections, which are written to once.
+        is_all = not others
+        for group in groups:
+            frames, group.frames = group.frames, b""
+            group.client.send_frames(frames, group.num_rows, group.num_body_bytes, is_all=is_all)
         self._offsets = offsets_here
         ids, num_in_column = self._ids, self._num_in_column
         ids.fromlist(token_ids)
@@ -382,11 +387,6 @@ class Convoy:
             self._settle_all(num_in_column)
         elif len(ids) > _STEPS_KEPT * num_in_column:
             del ids[: STEPS_MAX * num_in_column]
-        # What others say may be for the same connections, which are written to once.
-        is_all = not others
-        for group in groups:
-            frames, group.frames = group.frames, b""
-            group.client.send_frames(frames, group.num_rows, group.num_body_bytes, is_all=is_all)
         return others
 
     @property

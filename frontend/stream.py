@@ -1065,12 +1065,16 @@ class Stream(_Flow):
 
     @property
     def is_ack_near(self) -> bool:
-        """Whether `acknowledge_early` would do something."""
-        return self._sent >= self._ack_due - int(_ACK_EARLY_SHARE * self._ack_stride)
+        """Whether the worker, if one is at it, is soon to be told to go on."""
+        return self._sent >= self._ack_due - self._num_acked_early
 
     def acknowledge_early(self) -> Sequence[Command]:
         """Let the worker go on if that is nearly due, so that the ride need not end for it."""
-        return self._ack(int(_ACK_EARLY_SHARE * self._ack_stride))
+        return self._ack(self._num_acked_early)
+
+    @property
+    def _num_acked_early(self) -> int:
+        return int(_ACK_EARLY_SHARE * self._ack_stride)
 
     # What there is to tell again.
 

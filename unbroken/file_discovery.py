@@ -42,8 +42,6 @@ from unbroken.discovery import (
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.recurring import nap
 
-_SETTING_POLLS: Final = 5
-"""Settings are changed by people: they are looked at every fifth time."""
 POLL_INTERVAL_S: Final = 0.1
 """Time between two looks at the directory; one takes a microsecond or two per instance."""
 
@@ -148,7 +146,7 @@ class FileDiscovery:
                 if last is None or record.version > last.version:
                     last = record
                     yield record
-            await nap(_SETTING_POLLS * self._poll_interval_s)
+            await nap(self._poll_interval_s)
 
 
 def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT:

@@ -51,8 +51,12 @@ class TokenFields:
         self.sizes = array("H", [_SIZE_UNKNOWN]) * len(texts)
         """Bytes of it, by id; the largest also stands for what has not been asked for."""
 
+    def of(self, token_id: int) -> bytes:
+        """What is said of that one. Raises as `make`."""
+        return self.made[token_id] or self.make(token_id)
+
     def make(self, token_id: int) -> bytes:
-        """What is said of that one. Raises `LookupError` if its text depends on others."""
+        """It, for the first time. Raises `LookupError` if its text depends on others."""
         text = self._texts[token_id]
         if text is None:
             raise LookupError(token_id)
@@ -64,10 +68,9 @@ class TokenFields:
     def has_short(self, token_id: int) -> bool:
         """Whether a message of it is sure to have a size below `NUM_SIZES`."""
         try:
-            fields = self.made[token_id] or self.make(token_id)
+            return len(self.of(token_id)) < NUM_SIZES - _OFFSET_FIELD_BYTES_MAX
         except LookupError:
             return False
-        return len(fields) < NUM_SIZES - _OFFSET_FIELD_BYTES_MAX
 
 
 class TokenBodies:
@@ -88,8 +91,7 @@ class TokenBodies:
 
     def body(self, offset: int, token_id: int) -> bytes:
         """The message, as it lies in the body. Raises as `TokenFields.make`."""
-        fields = self.fields
-        message = offset_field(offset) + (fields.made[token_id] or fields.make(token_id))
+        message = offset_field(offset) + self.fields.of(token_id)
         size = len(message)
         return (self.prefixes[size] if size < NUM_SIZES else self._prefix_of(size)) + message
 

@@ -13,6 +13,7 @@ from frontend import convoy as convoy_module
 from frontend import summaries
 from frontend.convoy import (
     ODD_FRAMES,
+    PAUSE_STEPS,
     STEPS_MAX,
     Convoy,
     Ride,
@@ -59,7 +60,7 @@ class Client:
     def connection(self) -> Connection:
         return self.peer.connection
 
-    def has_room_for(self, num_body_bytes: int) -> bool:
+    def takes(self, num_body_bytes: int) -> bool:
         is_behind = self.is_paused or self.is_behind
         return not is_behind and self.connection.has_room_for(num_body_bytes)
 
@@ -460,6 +461,77 @@ def test_a_client_whose_bytes_have_not_left_is_merged_for_instead() -> None:
     num_ridden = world.num_ridden
     world.step([B])
     assert world.num_ridden == num_ridden + 2, "those of the other client"
+    world.clients[1].is_behind = False
+    for _ in range(PAUSE_STEPS):
+        assert world.convoy.num_riding == 2, "it is not tried again at once"
+        world.step([B])
+    world.step([B])
+    assert world.convoy.num_riding == 3
+
+
+def test_who_may_ride_for_long_is_looked_at_before_its_tokens_are_given_up() -> None:
+    world = riding(window=1 << 20)
+    for reader in world.readers:
+        for stream_id in (0, reader.stream_id):
+            world.hear(reader.client, frames.window_update(stream_id, 1 << 24))
+    num_steps = 5 * STEPS_MAX
+    for number in range(num_steps):
+        world.step([A, B] if number % 2 else [B, A])
+        assert max(world.convoy._dues) <= world.convoy._num_steps + STEPS_MAX  # pyright: ignore
+    assert world.num_ridden == 3 * (num_steps + 1)
+    for number, reader in enumerate(world.readers):
+        assert reader.ride is not None
+        reader.ride.settle()
+        first = [B, A] if number % 2 == 0 else [A, B]
+        assert reader.stream.ledger.tolist()[2:] == first * (num_steps // 2)
+
+
+def test_those_that_got_on_together_are_looked_at_in_different_steps() -> None:
+    world = riding(128)
+    dues = world.convoy._dues  # pyright: ignore[reportPrivateUsage]
+    assert len(set(dues)) >= 16, "a few in each"
+
+
+def test_a_few_calls_are_asked_at_once_whether_they_have_something_else_to_tell() -> None:
+    world = World(rides=True, num_streams=64, window=1024, max_tokens=100_000)
+    for reader in world.readers:
+        reader.look_interval_s = 10 * LOOK_INTERVAL_S
+    world.step([B])
+    for reader in world.readers:
+        reader.asked_at.clear()
+    for _ in range(40):
+        world.step([B])
+    times = [at for reader in world.readers for at in reader.asked_at]
+    assert times
+    assert min(times.count(at) for at in set(times)) == 2
+
+
+def test_a_bug_of_one_stream_after_a_step_leaves_no_gap_at_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All are told what they rode when columns begin anew, after the step: it was sent by then."""
+    world = riding(4)
+    bad, rode = world.readers[0].stream, Stream.rode
+
+    def broken(stream: Stream, token_ids: Sequence[int], now: float) -> int:
+        if stream is bad:
+            raise ValueError("a bug")
+        return rode(stream, token_ids, now)
+
+    monkeypatch.setattr(Stream, "rode", broken)
+    monkeypatch.setattr(convoy_module, "_IDS_KEPT_MAX", 1)
+    with pytest.raises(ValueError, match="a bug"):
+        world.step([A])
+    for reader in world.readers[1:]:
+        assert reader.ride is not None
+        reader.ride.step_out()
+        assert reader.stream.num_sent == len(reader.stream.ledger)
+    world.write()
+    sent = {number: bytes(world.seen[number % 2, 2 * number + 1]) for number in range(1, 4)}
+    for number, body in sent.items():
+        bodies = world.readers[number].bodies
+        ledger = world.readers[number].stream.ledger.tolist()
+        assert body.endswith(b"".join(bodies.body(at, ledger[at]) for at in range(1, len(ledger))))
 
 
 def test_an_attempt_that_is_over_rides_no_more() -> None:

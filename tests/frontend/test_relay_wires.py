@@ -20,6 +20,7 @@ from unbroken.calls import transport
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.http2 import frames
 from unbroken.http2.caller import CallerLimits
+from unbroken.http2.messages import PREFIX
 from unbroken.status import from_rpc_error
 from unbroken.transport import listen, make_server
 from unbroken.v1 import attempt_pb2
@@ -328,6 +329,34 @@ def test_what_is_said_in_one_turn_leaves_in_one_piece() -> None:
                 lengths.append(length)
                 piece = piece[9 + length :]
             assert len(lengths) == 3
+
+    run(scenario())
+
+
+def test_what_waits_for_a_window_leaves_when_that_opens() -> None:
+    """The window is full to the last byte, so nothing is pending that would tell of it."""
+
+    async def scenario() -> None:
+        talking = Talking()
+        clock = asyncio.get_running_loop().time
+        wire = NativeWire("127.0.0.1:1", talking, limits=CallerLimits(), clock=clock)
+        transport = Clogged()
+        wire.connection_made(transport)
+        wire.data_received(frames.settings({}))
+        size = frames.WINDOW_DEFAULT - PREFIX.size
+        filling = pb.RelayRequest(cancel=pb.CancelAttempts(request_id="r" * size))
+        while filling.ByteSize() > size:
+            excess = filling.ByteSize() - size
+            filling.cancel.request_id = filling.cancel.request_id[excess:]
+        assert filling.ByteSize() == size
+        talking.requests.append(filling)
+        talking.requests.append(request(2))
+        wire.wake()
+        await asyncio.sleep(0)
+        assert talking.num_written == 1
+        wire.data_received(frames.window_update(1, 1000) + frames.window_update(0, 1000))
+        assert talking.num_written == 2
+        wire.hang_up()
 
     run(scenario())
 

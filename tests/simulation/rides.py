@@ -29,7 +29,7 @@ class Clients:
         """The frontend's end."""
         return self._peer.connection
 
-    def has_room_for(self, num_body_bytes: int) -> bool:
+    def takes(self, num_body_bytes: int) -> bool:
         """As a connection says."""
         return self.connection.has_room_for(num_body_bytes)
 

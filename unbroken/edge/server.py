@@ -136,7 +136,8 @@ class EdgeServer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`answers` has what answers each path here; all others go to the server of `services`,
-        to which `behind` leads. Calls end with `trailers`."""
+        to which `behind` leads. Calls end with `trailers`. To be made in the loop that it runs in.
+        """
         self.trailers = trailers
         self.limits = limits
         self.observer = observer
@@ -392,9 +393,8 @@ class ClientConnection(asyncio.Protocol):
 
     # What is done with it.
 
-    def has_room_for(self, num_body_bytes: int) -> bool:
-        """Whether frames of several streams may be sent, with so much in them: not to a client that
-        is behind."""
+    def takes(self, num_body_bytes: int) -> bool:
+        """Whether DATA frames with so much in them may be sent; not if the client is behind."""
         connection = self.connection
         return (
             not self.is_paused
@@ -410,7 +410,7 @@ class ClientConnection(asyncio.Protocol):
         connection = self.connection
         connection.count_frames(num_frames, num_body_bytes)
         if is_all and not connection.outbound:
-            self._write(data)  # Which nobody has to copy.
+            self._write_out(data)  # Which nobody has to copy.
         else:
             connection.outbound += data
             self._server.touch(self)
@@ -460,13 +460,13 @@ class ClientConnection(asyncio.Protocol):
         if transport is None or self._is_closing or transport.is_closing():
             return
         if connection.outbound:
-            self._write(connection.take_outbound())
+            self._write_out(connection.take_outbound())
         if connection.is_over:
             self.close()
         elif connection.has_blocked:
             self._keep_time()
 
-    def _write(self, data: bytes) -> None:
+    def _write_out(self, data: bytes) -> None:
         """Write that, unless the connection is closed."""
         transport = self._transport
         if transport is None or self._is_closing or transport.is_closing():

@@ -365,7 +365,7 @@ class Caller:
             or call.body is None
             or not call.body.may_begin(message_bytes)
             or self._header_blocks.is_open
-            or not call.receive.pass_on(size, self._receive)
+            or not call.receive.take_and_give(size, self._receive)
         ):
             return None
         self._control.earn(DATA_EARNS)

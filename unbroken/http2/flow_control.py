@@ -41,18 +41,14 @@ class ReceiveWindow:
         self.left += increment
         return increment
 
-    def pass_on(self, num_bytes: int, around: "ReceiveWindow") -> bool:
-        """`take` and `give` in one, also for the window around this one.
+    def take_and_give(self, num_bytes: int, around: "ReceiveWindow") -> bool:
+        """`take` and `give` in one, also of the window around this one.
 
-        False, and nothing has changed, if one of them is exceeded or is to be opened.
+        False, and nothing has changed, if one of them is exceeded or is to be opened. In both MUST
+        be `give`n all that was taken: then less than half of a window is owed, and the rest left.
         """
         owed, owed_around = self._owed + num_bytes, around._owed + num_bytes
-        if (
-            num_bytes > self.left
-            or num_bytes > around.left
-            or owed * 2 >= self._size
-            or owed_around * 2 >= around._size
-        ):
+        if owed * 2 >= self._size or owed_around * 2 >= around._size:
             return False
         self.left -= num_bytes
         around.left -= num_bytes

@@ -1,6 +1,7 @@
 """What goes to the socket of a client, and when; the socket is the test."""
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from unbroken.edge.server import (
 )
 from unbroken.http2 import frames
 from unbroken.http2.limits import EdgeLimits
-from unbroken.recurring import TIMER_S_MIN
+from unbroken.recurring import TIMER_S_MIN, nap, naps
 
 FRAMES = frames.data_header(1, 5) + b"hello"
 
@@ -114,14 +115,25 @@ def test_others_are_written_with_what_follows_and_after_what_was_there() -> None
     run(scenario)
 
 
+def test_naps_end_when_all_has_been_written() -> None:
+    async def scenario() -> None:
+        world = World()
+        world.send(is_all=False)
+        await nap(0.0)  # It is seen whether something was done since.
+        ended_at = naps()._ended_at  # pyright: ignore[reportPrivateUsage]
+        assert ended_at > -math.inf
+
+    run(scenario)
+
+
 def test_frames_are_taken_from_the_connections_window() -> None:
     async def scenario() -> None:
         world = World()
-        assert world.client.has_room_for(frames.WINDOW_DEFAULT)
-        assert not world.client.has_room_for(frames.WINDOW_DEFAULT + 1)
+        assert world.client.takes(frames.WINDOW_DEFAULT)
+        assert not world.client.takes(frames.WINDOW_DEFAULT + 1)
         world.send()
-        assert not world.client.has_room_for(frames.WINDOW_DEFAULT - 4)
-        assert world.client.has_room_for(frames.WINDOW_DEFAULT - 5)
+        assert not world.client.takes(frames.WINDOW_DEFAULT - 4)
+        assert world.client.takes(frames.WINDOW_DEFAULT - 5)
 
     run(scenario)
 
@@ -130,12 +142,12 @@ def test_a_client_that_is_behind_has_no_room() -> None:
     async def scenario() -> None:
         world = World()
         world.client.pause_writing()
-        assert not world.client.has_room_for(1)
+        assert not world.client.takes(1)
         world.client.resume_writing()
         world.client.connection.outbound += bytes(UNWRITTEN_BYTES_MAX)
-        assert world.client.has_room_for(1)
+        assert world.client.takes(1)
         world.client.connection.outbound += b"x"
-        assert not world.client.has_room_for(1)
+        assert not world.client.takes(1)
 
     run(scenario)
 

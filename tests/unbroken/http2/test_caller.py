@@ -146,6 +146,16 @@ class Exchange:
         self.is_cancelled = False
 
 
+def test_what_looks_like_a_message_of_its_own_within_one_is_none() -> None:
+    server = Server()
+    server.answer()
+    inner = frames.frame(FrameType.DATA, 0, 1, message(b"inner"))
+    outer = frames.frame(FrameType.DATA, 0, 1, message(inner))
+    begin = frames.HEADER_BYTES + PREFIX.size
+    assert server.say(outer[:begin]) == []
+    assert server.say(outer[begin:]) == [MessageReceived(1, inner)]
+
+
 def all_that_is_left(caller: Caller) -> list[object]:
     """Windows and allowances of a connection and its calls."""
     windows = [caller._receive, *(call.receive for call in caller._calls.values())]  # pyright: ignore
