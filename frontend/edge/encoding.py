@@ -12,7 +12,7 @@ from typing import Final
 from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
-_SIZE_UNKNOWN: Final = 0xFFFF
+_SIZE_LONG: Final = 0xFFFF
 _OFFSET = b"\x10"
 _RESPONSE = b"\x0a"
 
@@ -48,8 +48,9 @@ class TokenFields:
         # Flat: with a dict each token would cost another miss in the caches.
         self.made: list[bytes | None] = [None] * len(texts)
         """What has been asked for, by id."""
-        self.sizes = array("H", [_SIZE_UNKNOWN]) * len(texts)
-        """Bytes of it, by id; the largest also stands for what has not been asked for."""
+        self.sizes = array("H", [_SIZE_LONG]) * len(texts)
+        """Bytes of it, by id; `_SIZE_LONG` where a message of it may have a longer prefix, and for
+        what has not been asked for."""
 
     def of(self, token_id: int) -> bytes:
         """What is said of that one. Raises as `make`."""
@@ -62,7 +63,8 @@ class TokenFields:
             raise LookupError(token_id)
         fields = pb.GenerateResponse(token_ids=[token_id], text=text).SerializeToString()
         self.made[token_id] = fields
-        self.sizes[token_id] = min(len(fields), _SIZE_UNKNOWN)
+        if len(fields) + _OFFSET_FIELD_BYTES_MAX < _VARINT_1_MAX:
+            self.sizes[token_id] = len(fields)
         return fields
 
     def has_short(self, token_id: int) -> bool:
@@ -97,16 +99,16 @@ class TokenBodies:
 
     def size(self, offset: int, token_ids: Sequence[int]) -> int:
         """Bytes of the bodies of these tokens, the first of which stands at `offset`."""
-        sizes = list(map(self.fields.sizes.__getitem__, token_ids))
-        end = offset + len(sizes)
-        place_bytes_max = len(offset_field(end - 1))
-        if place_bytes_max + max(sizes) >= _VARINT_1_MAX:
+        size = sum(map(self.fields.sizes.__getitem__, token_ids))
+        if size >= _SIZE_LONG:
             return sum(len(self.body(*one)) for one in enumerate(token_ids, offset))
+        num_tokens = len(token_ids)
+        place_bytes_max = len(offset_field(offset + num_tokens - 1))
         if len(offset_field(offset)) == place_bytes_max:
-            place_bytes = place_bytes_max * len(sizes)
+            size += place_bytes_max * num_tokens
         else:
-            place_bytes = sum(len(offset_field(one)) for one in range(offset, end))
-        return sum(sizes) + place_bytes + len(sizes) * len(self.prefixes[0])
+            size += sum(len(offset_field(offset + index)) for index in range(num_tokens))
+        return size + num_tokens * len(self.prefixes[0])
 
     def _prefix_of(self, size: int) -> bytes:
         prefix = b""

@@ -250,7 +250,7 @@ class World:
                 )
                 for reader in self.readers
             ],
-            [client.connection._send.left for client in self.clients],  # pyright: ignore
+            [client.connection.send_window.left for client in self.clients],
             {key: bytes(body) for key, body in self.seen.items()},
         ]
 
@@ -593,7 +593,7 @@ def test_columns_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_connection_is_not_sent_more_than_its_window() -> None:
     world = riding(4)
     client = world.clients[0]
-    left = client.connection._send.left  # pyright: ignore[reportPrivateUsage]
+    left = client.connection.send_window.left
     client.peer.open(99)
     client.connection.send_data(99, bytes(left - 100), 0.0)
     world.write()

@@ -31,7 +31,7 @@ class Clients:
 
     def takes(self, num_body_bytes: int) -> bool:
         """As a connection says."""
-        return self.connection.has_room_for(num_body_bytes)
+        return num_body_bytes <= self.connection.send_window.left
 
     def send_frames(
         self,

@@ -399,7 +399,7 @@ class ClientConnection(asyncio.Protocol):
         return (
             not self.is_paused
             and len(connection.outbound) <= UNWRITTEN_BYTES_MAX
-            and connection.has_room_for(num_body_bytes)
+            and num_body_bytes <= connection.send_window.left
         )
 
     def send_frames(

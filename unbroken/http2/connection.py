@@ -200,7 +200,8 @@ class Connection:
             list_bytes_max=limits.header_list_bytes_max, frames_max=limits.header_frames_max
         )
         self._encoder = Encoder()
-        self._send = SendWindow(frames.WINDOW_DEFAULT)
+        self.send_window = SendWindow(frames.WINDOW_DEFAULT)
+        """Of all streams together."""
         self._receive = ReceiveWindow(max(limits.connection_window, frames.WINDOW_DEFAULT))
         self._peer_initial_window = frames.WINDOW_DEFAULT
         self._inbound = bytearray()
@@ -507,7 +508,7 @@ class Connection:
         if stream_id == 0:
             if not increment:
                 raise Fault(ErrorCode.PROTOCOL_ERROR, "a window update of 0")
-            if not self._send.grow(increment):
+            if not self.send_window.grow(increment):
                 raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "the connection's window overflows")
             if self._blocked:
                 self._serve_blocked(now)
@@ -555,7 +556,7 @@ class Connection:
             stream is not None
             and not stream.pending
             and stream.send.left > 0
-            and self._send.left > 0
+            and self.send_window.left > 0
         )
 
     def want_room(self, stream_id: int, now: float) -> None:
@@ -579,7 +580,7 @@ class Connection:
 
     def send_on(self, stream: HttpStream, data: bytes, now: float) -> bool:
         """As `send_data`. The hot path."""
-        size, send, connection_send = len(data), stream.send, self._send
+        size, send, connection_send = len(data), stream.send, self.send_window
         if (
             size <= send.left
             and size <= connection_send.left
@@ -604,17 +605,13 @@ class Connection:
             return False
         return True
 
-    def has_room_for(self, num_bytes: int) -> bool:
-        """Whether the connection's window takes so much."""
-        return num_bytes <= self._send.left
-
     def count_frames(self, num_frames: int, num_bytes: int) -> None:
         """DATA frames of several streams, with so much in them, leave after what is outbound now;
         somebody else has made them.
 
         The connection MUST have room for it, and so must each stream, of which it is not taken.
         """
-        self._send.left -= num_bytes
+        self.send_window.left -= num_bytes
         self._num_data_sent += num_frames
 
     def end(self, stream_id: int, trailers: Fields) -> None:
@@ -657,11 +654,11 @@ class Connection:
     def _send_pending(self, stream: HttpStream) -> None:
         """As much as the windows take."""
         pending = stream.pending
-        size = min(len(pending), stream.send.left, self._send.left)
+        size = min(len(pending), stream.send.left, self.send_window.left)
         if size <= 0:
             return
         stream.send.left -= size
-        self._send.left -= size
+        self.send_window.left -= size
         for begin in range(0, size, frames.FRAME_BYTES_MAX):
             part = pending[begin : min(begin + frames.FRAME_BYTES_MAX, size)]
             self._num_data_sent += 1
@@ -671,7 +668,7 @@ class Connection:
 
     def _serve_blocked(self, now: float) -> None:
         for stream_id in list(self._blocked):
-            if self._send.left <= 0:
+            if self.send_window.left <= 0:
                 return
             self._serve(self._streams[stream_id], now)
 
@@ -687,7 +684,7 @@ class Connection:
             return
         if stream.trailers is not None:
             self.send_headers(stream.stream_id, stream.trailers, ends=True)
-        elif stream.send.left > 0 and self._send.left > 0:
+        elif stream.send.left > 0 and self.send_window.left > 0:
             del self._blocked[stream.stream_id]
             self._events.append(Writable(stream.stream_id))
 
