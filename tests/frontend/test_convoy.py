@@ -62,7 +62,7 @@ class Client:
 
     def takes(self, num_body_bytes: int) -> bool:
         is_behind = self.is_paused or self.is_behind
-        return not is_behind and self.connection.has_room_for(num_body_bytes)
+        return not is_behind and num_body_bytes <= self.connection.send_window.left
 
     def send_frames(
         self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
