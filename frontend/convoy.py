@@ -346,8 +346,13 @@ class Convoy:
 
     # A step.
 
-    def go(self, offsets: list[int], token_ids: list[int], now: float) -> Sequence[int]:
-        """Tell what a frame says of those that ride; returns the rows that go the long way."""
+    def go(
+        self, offsets: list[int], token_ids: list[int], now: float, *, is_last: bool = False
+    ) -> Sequence[int]:
+        """Tell what a frame says of those that ride; returns the rows that go the long way.
+
+        If it `is_last`, no other frame is to be told now.
+        """
         self._num_frames += 1
         self._board(now)
         while True:
@@ -373,7 +378,7 @@ class Convoy:
             others = self._put_out_behind(behind)
         # First of all it is sent: what fails below must not leave a gap at those who are all right.
         # What others say may be for the same connections, which are written to once.
-        is_all = not others
+        is_all = is_last and not others
         for group in groups:
             frames, group.frames = group.frames, b""
             group.client.send_frames(frames, group.num_rows, group.num_body_bytes, is_all=is_all)

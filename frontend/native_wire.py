@@ -5,7 +5,7 @@ says what it saves. Requests that are made in one turn of the loop leave in one 
 are many, in a few (docs/decisions/moves.md).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -85,7 +85,7 @@ class NativeWire(CallerTransport, Wire):
             self.wake()
 
     @override
-    def _tell(self, events: Iterable[Event]) -> None:
+    def _tell(self, events: Sequence[Event]) -> None:
         for event in events:
             match event:
                 case MessageReceived(message=message):
@@ -93,6 +93,6 @@ class NativeWire(CallerTransport, Wire):
                         response = pb.RelayResponse.FromString(message)
                     except DecodeError:
                         response = None
-                    self._talker.receive(response)
+                    self._talker.receive(response, is_last=event is events[-1])
                 case Ended(status=status):
                     self._talker.closed(error_of(status) if status.code else None)

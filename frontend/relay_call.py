@@ -267,6 +267,8 @@ class RelayCall(Talker):
         self._num_with_logprobs = 0
         self._vocab_size = 0
         self._is_welcomed = False
+        self._is_last = False
+        """Nothing came after what is dealt with now: clients need not wait to be told more."""
         self._frame_seen = 0
         self._heartbeat_seen = 0
         self._heartbeats_sent = 0
@@ -533,8 +535,12 @@ class RelayCall(Talker):
             self.detector.sent(request.heartbeat.sequence, self._clock())
 
     @override
-    def receive(self, response: relay_service_pb2.RelayResponse | None) -> None:
-        """A message came, or bytes that are none. Raises nothing."""
+    def receive(
+        self, response: relay_service_pb2.RelayResponse | None, *, is_last: bool = False
+    ) -> None:
+        """A message came, or bytes that are none; if it `is_last`, nothing after it. Raises
+        nothing."""
+        self._is_last = is_last
         try:
             self._receive(response)
         except _BrokenContract as error:
@@ -829,7 +835,7 @@ class RelayCall(Talker):
         # As they are now: whoever is found to be broken below leaves, and they are made anew.
         streams, epochs, owners = self._streams_seen, self._epochs_seen, self._owners_seen
         try:
-            rows = self._convoy.go(offsets, token_ids, now)
+            rows = self._convoy.go(offsets, token_ids, now, is_last=self._is_last)
         except Exception:
             rows = self._end_convoy(seats)
         self._observer.count_delivered(len(seats) - len(rows))
@@ -863,6 +869,7 @@ class RelayCall(Talker):
         num_steps = len(slots) // num_slots
         once = slots[:num_slots]
         is_even = slots == once * num_steps and len(set(once)) == num_slots
+        self._is_last = False
         if is_even and num_steps <= STEPS_APART_MAX and num_slots >= ROWS_APART_MIN:
             for begin in range(0, len(slots), num_slots):
                 step = slice(begin, begin + num_slots)

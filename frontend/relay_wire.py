@@ -29,8 +29,8 @@ class Talker(Protocol):
         """It has left, or is about to."""
         ...
 
-    def receive(self, response: pb.RelayResponse | None) -> None:
-        """A message came, or bytes that are none."""
+    def receive(self, response: pb.RelayResponse | None, *, is_last: bool = False) -> None:
+        """A message came, or bytes that are none; if it `is_last`, nothing else came after it."""
         ...
 
     def closed(self, error: grpc.aio.AioRpcError | None) -> None:

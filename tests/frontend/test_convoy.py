@@ -152,6 +152,8 @@ class World:
         self.absent: set[int] = set()
         self.seen: dict[tuple[int, int], bytearray] = {}
         self.num_ridden = 0
+        self.is_last = True
+        """No frame comes with the next one."""
         self.is_turned = False
         """The last row comes first."""
         self.now = 1.0
@@ -195,7 +197,7 @@ class World:
             self._aligned = rows
             streams = [self.readers[n].stream for n in rows]
             self.convoy.align(rows, streams, [1] * len(rows))
-        others = self.convoy.go(offsets, ids, self.now)
+        others = self.convoy.go(offsets, ids, self.now, is_last=self.is_last)
         self.num_ridden += len(rows) - len(others)
         if not self.rides:
             assert len(others) == len(rows)
@@ -378,6 +380,10 @@ def test_what_rides_is_written_together_with_what_the_others_say() -> None:
     world = riding(4)
     world.step([A, A, CUT, A])
     assert world.num_ridden == 4 + 3
+    assert [client.were_all for client in world.clients] == [[True, False]] * 2
+    world = riding(4)
+    world.is_last = False
+    world.step([A])
     assert [client.were_all for client in world.clients] == [[True, False]] * 2
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from hpack import Encoder
 from typing_extensions import override
 
 from frontend import native_wire
@@ -36,6 +37,7 @@ class Talking(Talker):
         self.requests: deque[pb.RelayRequest] = deque()
         self.num_asked = 0
         self.num_written = 0
+        self.were_last: list[bool] = []
         self.heard: asyncio.Queue[pb.RelayResponse | None] = asyncio.Queue()
         self.over: asyncio.Future[grpc.aio.AioRpcError | None] = (
             asyncio.get_running_loop().create_future()
@@ -51,8 +53,9 @@ class Talking(Talker):
         self.num_written += 1
 
     @override
-    def receive(self, response: pb.RelayResponse | None) -> None:
+    def receive(self, response: pb.RelayResponse | None, *, is_last: bool = False) -> None:
         self.heard.put_nowait(response)
+        self.were_last.append(is_last)
 
     @override
     def closed(self, error: grpc.aio.AioRpcError | None) -> None:
@@ -356,6 +359,27 @@ def test_what_waits_for_a_window_leaves_when_that_opens() -> None:
         assert talking.num_written == 1
         wire.data_received(frames.window_update(1, 1000) + frames.window_update(0, 1000))
         assert talking.num_written == 2
+        wire.hang_up()
+
+    run(scenario())
+
+
+def test_of_what_came_in_one_piece_only_the_last_is_told_as_such() -> None:
+    async def scenario() -> None:
+        talking = Talking()
+        clock = asyncio.get_running_loop().time
+        wire = NativeWire("127.0.0.1:1", talking, limits=CallerLimits(), clock=clock)
+        wire.connection_made(Clogged())
+        fields = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+        wire.data_received(frames.settings({}))
+        wire.data_received(frames.headers(1, Encoder().encode(fields), ends=False))
+        said = response(1).SerializeToString()
+        body = PREFIX.pack(0, len(said)) + said
+        one = frames.frame(frames.FrameType.DATA, 0, 1, body)
+        wire.data_received(one)
+        wire.data_received(one * 3)
+        wire.data_received(frames.frame(frames.FrameType.DATA, 0, 1, body * 2))
+        assert talking.were_last == [True, False, False, True, False, True]
         wire.hang_up()
 
     run(scenario())

@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 import grpc.aio
@@ -79,7 +79,7 @@ class CallerTransport(asyncio.Protocol, ABC):
         return call
 
     @abstractmethod
-    def _tell(self, events: Iterable[Event]) -> None:
+    def _tell(self, events: Sequence[Event]) -> None:
         """What came of bytes, or of time."""
 
     # What the transport says.
@@ -161,7 +161,7 @@ class CallerTransport(asyncio.Protocol, ABC):
     def _lost(self, detail: str) -> None:
         self._hear(self._caller.closed(detail))
 
-    def _hear(self, events: Iterable[Event]) -> None:
+    def _hear(self, events: Sequence[Event]) -> None:
         self._tell(events)
         if self._caller.is_over:
             self.hang_up()
