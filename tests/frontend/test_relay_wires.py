@@ -336,16 +336,21 @@ def test_what_is_said_in_one_turn_leaves_in_one_piece() -> None:
     run(scenario())
 
 
+def greeted(talking: Talking) -> NativeWire:
+    """A wire to a server that is the test, and has said its settings."""
+    wire = wire_of("native", "127.0.0.1:1", talking)
+    assert isinstance(wire, NativeWire)
+    wire.connection_made(Clogged())
+    wire.data_received(frames.settings({}))
+    return wire
+
+
 def test_what_waits_for_a_window_leaves_when_that_opens() -> None:
     """The window is full to the last byte, so nothing is pending that would tell of it."""
 
     async def scenario() -> None:
         talking = Talking()
-        clock = asyncio.get_running_loop().time
-        wire = NativeWire("127.0.0.1:1", talking, limits=CallerLimits(), clock=clock)
-        transport = Clogged()
-        wire.connection_made(transport)
-        wire.data_received(frames.settings({}))
+        wire = greeted(talking)
         size = frames.WINDOW_DEFAULT - PREFIX.size
         filling = pb.RelayRequest(cancel=pb.CancelAttempts(request_id="r" * size))
         while filling.ByteSize() > size:
@@ -367,11 +372,8 @@ def test_what_waits_for_a_window_leaves_when_that_opens() -> None:
 def test_of_what_came_in_one_piece_only_the_last_is_told_as_such() -> None:
     async def scenario() -> None:
         talking = Talking()
-        clock = asyncio.get_running_loop().time
-        wire = NativeWire("127.0.0.1:1", talking, limits=CallerLimits(), clock=clock)
-        wire.connection_made(Clogged())
+        wire = greeted(talking)
         fields = [(b":status", b"200"), (b"content-type", b"application/grpc")]
-        wire.data_received(frames.settings({}))
         wire.data_received(frames.headers(1, Encoder().encode(fields), ends=False))
         said = response(1).SerializeToString()
         body = PREFIX.pack(0, len(said)) + said
