@@ -131,6 +131,7 @@ def test_who_finds_the_line_full_is_told_when_to_come_back_and_is_then_let_in() 
         async with world(sidecar, busy_prefill_tokens=100, queue_requests_max=2) as it:
             await report(it, sidecar, used=0, queued=101)
             readings = await line_up(it, ["a", "b"])
+            await it.until(lambda: count_of(it, "queue_requests") == 2)
             request = pb.GenerateRequest(request_id="c", token_ids=pb.TokenIds(ids=PROMPT))
             told = await refused(it, request)
             assert [one.quota_id for one in told.quota.violations] == ["prefill_tokens"]
