@@ -364,7 +364,7 @@ class Caller:
             or call.is_held
             or call.body is None
             or not call.body.may_begin(message_bytes)
-            or self._header_blocks.is_open
+            or self._header_blocks.open_since is not None
             or not call.receive.take_and_give(size, self._receive)
         ):
             return None

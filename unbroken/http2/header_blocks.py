@@ -54,11 +54,6 @@ class HeaderBlocks:
         """When the block began that is not complete, if there is one."""
         return None if self._block is None else self._block.began_at
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the rest of a block has to come first."""
-        return self._block is not None
-
     def check_order(self, kind: int, stream_id: int) -> None:
         """Whether a frame may come now."""
         if self._block is not None and (
