@@ -38,11 +38,15 @@ from unbroken.http2.frames import HEADER_BYTES
 ROWS_MIN = 8
 """Of a frame, for anybody to ride: of fewer it saves nothing, and those who are told by their calls
 are merged for earlier."""
-STEPS_MAX: Final = 256
-"""Tokens of a stream that are not in its ledger yet, at most. To enter 64 costs nearly as much."""
+STEPS_MAX: Final = 480
+"""Tokens of a stream that are not in its ledger yet, at most: just below half of the usual window,
+at which an acknowledgement is due, and that needs a look anyway."""
 PAUSE_STEPS: Final = 8
-_STEPS_SPREAD: Final = 128
-"""Those that got on together are looked at in different steps."""
+_ROWS_TOGETHER: Final = 16
+"""Neighbours are looked at in the same step: their ids lie side by side in each column, so that all
+are entered with the cache misses of one."""
+_TOGETHER_STEPS: Final = STEPS_MAX // 2
+"""They may be in every so manieth step; each group of neighbours in others than the last."""
 _LOOK_STEPS: Final = 4
 """Looks are made in every fourth step, at several streams: who is due is found by going through
 all. Who may ride for fewer is looked at each time."""
@@ -433,8 +437,7 @@ class Convoy:
                 ride.row, ride.since = row, num_steps
                 ride.get_on(self)
                 self._rides[row] = ride
-                num_steps_max = min(num_steps_max, STEPS_MAX - row % _STEPS_SPREAD)
-                self._dues[row] = self._due_after(num_steps_max)
+                self._dues[row] = self._due_after(row, num_steps_max)
                 self._is_stale = True
 
     def _ask(self, now: float) -> None:
@@ -466,14 +469,15 @@ class Convoy:
             ride.call.acknowledge_early()
         num_steps_max = ride.num_steps_max(now)
         if num_steps_max:
-            self._dues[row] = self._due_after(num_steps_max)
+            self._dues[row] = self._due_after(row, num_steps_max)
         else:
             ride.step_out()
 
-    def _due_after(self, num_steps_max: int) -> int:
+    def _due_after(self, row: int, num_steps_max: int) -> int:
         """The step in which who may ride for so many is to be looked at."""
         due = self._num_steps + min(num_steps_max, STEPS_MAX)
-        return due - due % _LOOK_STEPS
+        together = due - (due - row // _ROWS_TOGETHER * _LOOK_STEPS) % _TOGETHER_STEPS
+        return together if together > self._num_steps else due - due % _LOOK_STEPS
 
     def _line_up(self) -> None:
         """Lay out what a step needs of all that ride."""

@@ -32,7 +32,7 @@ from unbroken.v1 import inference_service_pb2 as pb
 REQUEST_ID_KEY: Final = "unbroken-request-id"
 CLASS_KEY: Final = "unbroken-continuation-class"
 """Initial metadata of `Generate` and `Resume`."""
-LOOK_INTERVAL_S_MAX: Final = 5.0
+LOOK_INTERVAL_S_MAX: Final = 10.0
 """How long tokens of a stream are told singly until it is seen whether its resume token is old."""
 _LOOK_INTERVAL_SHARE: Final = 1 / 8
 """The same as a share of how long a resume token can be used, if that is less."""

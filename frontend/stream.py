@@ -312,7 +312,10 @@ class Accounts:
 _NONE = -1
 """No epoch, no offset."""
 _ACK_EARLY_SHARE = 1 / 32
-"""Of the tokens between two acknowledgements: so many may be missing if one is made on the way."""
+"""Of the tokens between two acknowledgements: so many may be missing if one is made on the way;"""
+_ACK_EARLY_SHARE_OF_MANY = 1 / 2
+"""if that are `_MANY`, so many: it is cheaper than to look at the stream again for it."""
+_MANY = 256
 _ATTEMPTING = frozenset({State.RUNNING, State.UNLINKED})
 """When there is an attempt that can be lost."""
 _NOT_COUNTED = frozenset({FailureKind.OVERLOAD, FailureKind.DRAIN, FailureKind.PREEMPTED})
@@ -1074,7 +1077,8 @@ class Stream(_Flow):
 
     @property
     def _num_acked_early(self) -> int:
-        return int(_ACK_EARLY_SHARE * self._ack_stride)
+        is_of_many = self._ack_stride >= _MANY and self._limits.window_tokens
+        return int((_ACK_EARLY_SHARE_OF_MANY if is_of_many else _ACK_EARLY_SHARE) * self._ack_stride)
 
     # What there is to tell again.
 
