@@ -272,6 +272,9 @@ class RelayCall(Talker):
         self._frame_seen = 0
         self._heartbeat_seen = 0
         self._heartbeats_sent = 0
+        self._beat = relay_service_pb2.RelayRequest()
+        """All heartbeats, one after the other: to make one takes longer than to send it."""
+        self._beat.heartbeat.interval.FromMilliseconds(round(self._heartbeat_interval_s * 1000))
         self._commands: deque[relay_service_pb2.RelayRequest] = deque()
         self._acks: dict[int, int] = {}
         self._cancels: dict[tuple[str, str], None] = {}
@@ -595,16 +598,15 @@ class RelayCall(Talker):
 
     def _heartbeat(self) -> relay_service_pb2.RelayRequest:
         self._heartbeats_sent += 1
-        heartbeat = relay_service_pb2.Heartbeat(
-            sequence=self._heartbeats_sent,
-            sequence_seen=self._heartbeat_seen,
-            frame_seen=self._frame_seen,
-        )
-        heartbeat.interval.FromMilliseconds(round(self._heartbeat_interval_s * 1000))
+        heartbeat = self._beat.heartbeat
+        heartbeat.sequence = self._heartbeats_sent
+        heartbeat.sequence_seen = self._heartbeat_seen
+        heartbeat.frame_seen = self._frame_seen
+        heartbeat.ClearField("queue")
         queue = self._mesh.queue_of(self._worker.model)
         if queue is not None:
             heartbeat.queue.CopyFrom(queue)
-        return relay_service_pb2.RelayRequest(heartbeat=heartbeat)
+        return self._beat
 
     def _enqueue(self, request: relay_service_pb2.RelayRequest) -> None:
         if self._ended.done():
@@ -692,7 +694,7 @@ class RelayCall(Talker):
 
     def _receive_heartbeat(self, heartbeat: relay_service_pb2.Heartbeat, now: float) -> None:
         self._heartbeat_seen = heartbeat.sequence
-        interval_s = heartbeat.interval.ToNanoseconds() / 1e9
+        interval_s = heartbeat.interval.seconds + heartbeat.interval.nanos / 1e9
         self.detector.heartbeat(heartbeat.sequence_seen, interval_s, now)
         if heartbeat.HasField("load"):
             self._take_holder(heartbeat.load)

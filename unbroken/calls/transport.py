@@ -49,6 +49,8 @@ class CallerTransport(asyncio.Protocol, ABC):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._is_scheduled = False
+        self._is_hearing = False
+        """What came is being dealt with, and what is said to it is written when that is done."""
         self._is_paused = False
         """The socket takes nothing more for now."""
         self._is_blocked = False
@@ -93,8 +95,12 @@ class CallerTransport(asyncio.Protocol, ABC):
 
     @override
     def data_received(self, data: bytes) -> None:
-        self._hear(self._caller.receive(data, self._clock()))
-        if self._is_blocked or self._caller.outbound:
+        self._is_hearing = True
+        try:
+            self._hear(self._caller.receive(data, self._clock()))
+        finally:
+            self._is_hearing = False
+        if self._is_scheduled or self._is_blocked or self._caller.outbound:
             self._flush()
         self._naps.end()
 
@@ -124,7 +130,8 @@ class CallerTransport(asyncio.Protocol, ABC):
         """Write before the next turn of the loop. Cheap, and harmless when repeated."""
         if not self._is_scheduled and self._transport is not None:
             self._is_scheduled = True
-            self._loop.call_soon(self._flush)
+            if not self._is_hearing:
+                self._loop.call_soon(self._flush)
 
     def hang_up(self) -> None:
         """Say what is to be said, and close; it is not waited for. Idempotent."""

@@ -321,7 +321,8 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         server = self._server
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_HIGH)
+        high = min(WRITE_BUFFER_HIGH, server.limits.unsent_bytes_max)
+        self._transport.set_write_buffer_limits(high=high)
         if len(server.clients) >= server.limits.connections_max:
             server.observer.edge_limit_hit("connections")
             self._transport.abort()
@@ -472,6 +473,8 @@ class ClientConnection(asyncio.Protocol):
         if transport is None or self._is_closing or transport.is_closing():
             return
         transport.write(data)
+        if not self.is_paused:
+            return
         if transport.get_write_buffer_size() > self._server.limits.unsent_bytes_max:
             self._server.observer.edge_limit_hit("unsent_bytes")
             transport.abort()

@@ -257,6 +257,19 @@ class Caller:
         one = self._calls.get(call)
         if one is None:
             return
+        size = PREFIX.size + len(message)
+        if (
+            not (ends or one.pending)
+            and size <= frames.FRAME_BYTES_MAX
+            and size <= one.send.left
+            and size <= self._send.left
+        ):  # Most often: all of it in one frame.
+            one.send.left -= size
+            self._send.left -= size
+            self._control.earn(DATA_EARNS)
+            self.outbound += _LONE.pack(size << 8, 0, call, 0, len(message))
+            self.outbound += message
+            return
         one.pending += PREFIX.pack(0, len(message))
         one.pending += message
         one.ends = one.ends or ends

@@ -28,13 +28,20 @@ class Socket:
         self.written: list[bytes] = []
         self.num_unsent = 0
         self.is_aborted = False
+        self.protocol = asyncio.Protocol()
+        self._high = 0
+        self._is_full = False
 
     def set_write_buffer_limits(self, high: int) -> None:
         assert high > 0
+        self._high = high
 
     def write(self, data: bytes) -> None:
         assert not self.is_aborted
         self.written.append(bytes(data))
+        if self.num_unsent > self._high and not self._is_full:
+            self._is_full = True
+            self.protocol.pause_writing()
 
     def get_write_buffer_size(self) -> int:
         return self.num_unsent
@@ -78,6 +85,7 @@ class World:
         )
         self.socket = Socket()
         self.client = ClientConnection(self.server)
+        self.socket.protocol = self.client
         self.client.connection_made(cast("Any", self.socket))
         self.client.data_received(GREETING)
         self.socket.written.clear()
