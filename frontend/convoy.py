@@ -251,6 +251,8 @@ class Convoy:
         self._mask: list[bool] = []
         self._offsets: list[int] = []
         """Of each, that of its last token."""
+        self._went_with: list[int] | None = None
+        """The offsets of the frame before, of all rows."""
         # Columns again, in which what is needed lies side by side: the ends of headers of DATA
         # frames, what stands before messages, and where the frames are put.
         self._tails: list[bytes] = []
@@ -351,17 +353,27 @@ class Convoy:
     # A step.
 
     def go(
-        self, offsets: list[int], token_ids: list[int], now: float, *, is_last: bool = False
+        self,
+        offsets: list[int],
+        token_ids: list[int],
+        now: float,
+        *,
+        is_last: bool = False,
+        after: list[int] | None = None,
     ) -> Sequence[int]:
         """Tell what a frame says of those that ride; returns the rows that go the long way.
 
-        If it `is_last`, no other frame is to be told now.
+        If it `is_last`, no other frame is to be told now. Who knows what list of offsets these are
+        each one `after` may say so.
         """
         self._num_frames += 1
+        is_next = after is not None and after is self._went_with
+        self._went_with = offsets
         self._board(now)
         while True:
             if self._is_stale:
                 self._line_up()
+                is_next = False  # Of whom it is not known where they are.
             if not self._offsets:
                 return self._others
             ids, offsets_here = token_ids, offsets
@@ -369,7 +381,7 @@ class Convoy:
                 ids = list(compress(token_ids, self._mask))
                 offsets_here = list(compress(offsets, self._mask))
             if (
-                _ONE_ON.issuperset(map(sub, offsets_here, self._offsets))
+                (is_next or _ONE_ON.issuperset(map(sub, offsets_here, self._offsets)))
                 and (self._stop_ids.isdisjoint(ids) or self._ends_nobody(ids))
                 and self._write(offsets_here, ids)
             ):

@@ -270,6 +270,10 @@ class RelayCall(Talker):
         self._is_last = False
         """Nothing came after what is dealt with now: clients need not wait to be told more."""
         self._frame_seen = 0
+        self._slots_before: list[int] = []
+        """Of the frame before, if each row had one token,"""
+        self._offsets_before: list[int] = []
+        """and where those stood."""
         self._heartbeat_seen = 0
         self._heartbeats_sent = 0
         self._beat = relay_service_pb2.RelayRequest()
@@ -568,6 +572,7 @@ class RelayCall(Talker):
             incarnation=self._identity.incarnation,
             expected_worker_incarnation=self._worker.record.identity.incarnation,
             call_number=self._call_number,
+            takes_next_tokens=True,
         )
         return relay_service_pb2.RelayRequest(hello=hello)
 
@@ -630,6 +635,8 @@ class RelayCall(Talker):
         if self.detector.heard(now):
             self._show_liveness()
         match kind:
+            case "next_tokens":
+                self._receive_next_tokens(response.next_tokens, now)
             case "frame":
                 self._receive_frame(response.frame, now)
             case "heartbeat":
@@ -739,9 +746,7 @@ class RelayCall(Talker):
         told.ClearField("kv_holder")
 
     def _receive_frame(self, frame: attempt_pb2.StepFrame, now: float) -> None:
-        if frame.sequence != self._frame_seen + 1:
-            raise _BrokenContract(f"expected frame {self._frame_seen + 1}, got {frame.sequence}")
-        self._frame_seen = frame.sequence
+        self._count_frame(frame.sequence)
         # Slices are lists, which take half the time to go through.
         slots, offsets, token_ids = frame.slots[:], frame.offsets[:], frame.token_ids[:]
         counts = frame.token_counts
@@ -756,10 +761,9 @@ class RelayCall(Talker):
                 f"expected as many ids as the rows say, got {len(token_ids)} ids, "
                 f"{num_rows} rows, counts {list(counts)[:8]}"
             )
-        if num_rows and max(token_ids) >= self._vocab_size:
-            raise _BrokenContract(
-                f"expected token ids below {self._vocab_size}, got {max(token_ids)}"
-            )
+        if num_rows:
+            self._check_ids(token_ids)
+        self._slots_before, self._offsets_before = ([], []) if counts else (slots, offsets)
         # Most often there are tokens and nothing else. All else is code that is in no near cache.
         has_more = bool(frame.ended or frame.refused or frame.kv_events or frame.HasField("load"))
         if has_more:
@@ -773,14 +777,53 @@ class RelayCall(Talker):
         elif num_rows:
             self._rows_of_one(slots, offsets, token_ids, now, orders)
         if num_rows:
-            self._observer.count_tokens(len(token_ids))
-            if now >= self._samples_at:
-                self._sample(slots[0], offsets[0], now)
+            self._count_tokens(len(token_ids), slots, offsets, now)
         if has_more:
             self._receive_rest(frame, now, orders)
         else:
             for owner, commands in orders:
                 owner.obey(commands)
+
+    def _receive_next_tokens(self, tokens: attempt_pb2.NextTokens, now: float) -> None:
+        """A frame that says most in the fewest bytes, and the hottest path."""
+        self._count_frame(tokens.sequence)
+        slots, offsets_before, token_ids = (
+            self._slots_before,
+            self._offsets_before,
+            tokens.token_ids[:],
+        )
+        if not slots or len(token_ids) != len(slots):
+            raise _BrokenContract(
+                f"expected an id for each of the {len(slots)} rows before, got {len(token_ids)}"
+            )
+        self._check_ids(token_ids)
+        offsets = self._offsets_before = [offset + 1 for offset in offsets_before]
+        orders: list[tuple[Owner, Sequence[Command]]] = []
+        if self._num_with_logprobs:
+            frame = attempt_pb2.StepFrame()
+            self._rows_of_many(frame, slots, offsets, token_ids, now, orders)
+        else:
+            self._rows_of_one(slots, offsets, token_ids, now, orders, after=offsets_before)
+        self._count_tokens(len(token_ids), slots, offsets, now)
+        for owner, commands in orders:
+            owner.obey(commands)
+
+    def _count_frame(self, sequence: int) -> None:
+        if sequence != self._frame_seen + 1:
+            raise _BrokenContract(f"expected frame {self._frame_seen + 1}, got {sequence}")
+        self._frame_seen = sequence
+
+    def _check_ids(self, token_ids: list[int]) -> None:
+        highest = max(token_ids)
+        if highest >= self._vocab_size:
+            raise _BrokenContract(f"expected token ids below {self._vocab_size}, got {highest}")
+
+    def _count_tokens(
+        self, num_tokens: int, slots: list[int], offsets: list[int], now: float
+    ) -> None:
+        self._observer.count_tokens(num_tokens)
+        if now >= self._samples_at:
+            self._sample(slots[0], offsets[0], now)
 
     def _receive_rest(
         self,
@@ -831,13 +874,16 @@ class RelayCall(Talker):
         token_ids: list[int],
         now: float,
         orders: list[tuple[Owner, Sequence[Command]]],
+        *,
+        after: list[int] | None = None,
     ) -> None:
-        """The hot path: one token a row, no log probabilities."""
+        """The hot path: one token a row, no log probabilities; offsets may be those `after`
+        others."""
         seats = self._seats_of(slots, now)
         # As they are now: whoever is found to be broken below leaves, and they are made anew.
         streams, epochs, owners = self._streams_seen, self._epochs_seen, self._owners_seen
         try:
-            rows = self._convoy.go(offsets, token_ids, now, is_last=self._is_last)
+            rows = self._convoy.go(offsets, token_ids, now, is_last=self._is_last, after=after)
         except Exception:
             rows = self._end_convoy(seats)
         self._observer.count_delivered(len(seats) - len(rows))
@@ -911,7 +957,7 @@ class RelayCall(Talker):
 
         Each of them has a token in this frame.
         """
-        if slots != self._slots_seen:
+        if slots is not self._slots_seen and slots != self._slots_seen:
             self._slots_seen = slots
             seats = self._seats_seen = [self._seats.get(slot) for slot in slots]
             for seat in seats:

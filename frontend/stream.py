@@ -1078,7 +1078,9 @@ class Stream(_Flow):
     @property
     def _num_acked_early(self) -> int:
         is_of_many = self._ack_stride >= _MANY and self._limits.window_tokens
-        return int((_ACK_EARLY_SHARE_OF_MANY if is_of_many else _ACK_EARLY_SHARE) * self._ack_stride)
+        return int(
+            (_ACK_EARLY_SHARE_OF_MANY if is_of_many else _ACK_EARLY_SHARE) * self._ack_stride
+        )
 
     # What there is to tell again.
 

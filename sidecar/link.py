@@ -6,7 +6,7 @@ than any sensible windows add up to is given up.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -26,6 +26,14 @@ _MESSAGE_BYTES: Final = 128
 """Of a small message in memory, about."""
 
 Attempt: TypeAlias = "ledger.Attempt[Link]"
+
+
+class _Step(NamedTuple):
+    """Columns of rows with one token each."""
+
+    slots: Sequence[int]
+    offsets: Iterable[int]
+    token_ids: Iterable[int]
 
 
 class Link:
@@ -48,6 +56,9 @@ class Link:
         # What goes out next. It is built in place: copying columns is what costs time here.
         self._response = pb.RelayResponse()
         self._frame = self._response.frame
+        self._step: _Step | None = None  # Rows of that frame, its only ones so far.
+        self._slots_before: Sequence[int] = ()  # Those of a step that was all of the frame before.
+        self._takes_next_tokens = hello.takes_next_tokens
         self._logprobs: dict[int, attempt_pb2.SlotLogprobs] = {}  # By slot, in that frame.
         self._adopted: list[pb.AttemptAdopted] = []  # Goes out before that frame.
         self._other_bytes = 0  # Of what is in that frame beside tokens, or goes before it.
@@ -66,8 +77,18 @@ class Link:
     def rows(self, slots: Sequence[int], offsets: Iterable[int], token_ids: Iterable[int]) -> None:
         """A token for each of these attempts; `flush` follows.
 
-        Columns of another message are copied much faster than lists.
+        Whoever passes the same object as `slots` again says that the offsets are those after the
+        last. Columns of another message are copied much faster than lists.
         """
+        if self._step is None and not self._frame.slots:
+            self._step = _Step(slots, offsets, token_ids)
+        else:
+            self._enter_step()
+            self._enter(slots, offsets, token_ids)
+
+    def _enter(
+        self, slots: Sequence[int], offsets: Iterable[int], token_ids: Iterable[int]
+    ) -> None:
         frame = self._frame
         if frame.token_counts:
             frame.token_counts.extend([1] * len(slots))
@@ -77,6 +98,7 @@ class Link:
 
     def row(self, slot: int, offset: int, token_ids: Sequence[int]) -> None:
         """Tokens of one attempt, at least one; `flush` follows."""
+        self._enter_step()
         frame = self._frame
         if not frame.token_counts and len(token_ids) != 1:
             frame.token_counts.extend([1] * len(frame.slots))
@@ -195,8 +217,13 @@ class Link:
             responses.append(pb.RelayResponse(heartbeat=heartbeat))
         return responses
 
+    @property
+    def _num_tokens(self) -> int:
+        """Of the frame."""
+        return len(self._frame.token_ids) if self._step is None else len(self._step.slots)
+
     def _frame_bytes(self) -> int:
-        return _TOKEN_BYTES * len(self._frame.token_ids) + self._other_bytes
+        return _TOKEN_BYTES * self._num_tokens + self._other_bytes
 
     def _grow(self, message: Message) -> None:
         self._other_bytes += _MESSAGE_BYTES + message.ByteSize()
@@ -216,14 +243,36 @@ class Link:
         self._queue_bytes += self._other_bytes
         self._other_bytes = 0
 
+    def _enter_step(self) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            self._enter(*step)
+
     def _seal_frame(self) -> None:
-        frame = self._frame
-        if not (frame.slots or frame.ended or frame.refused or frame.kv_events):
+        frame, step, slots_before = self._frame, self._step, self._slots_before
+        has_rest = bool(frame.ended or frame.refused or frame.kv_events)
+        if not (step or frame.slots or has_rest):
             return
         self._num_frames += 1
+        self._queue_bytes += self._num_tokens * _TOKEN_BYTES
+        is_like_step = step is not None and not (frame.ended or frame.refused or frame.logprobs)
+        self._slots_before = step.slots if step is not None and is_like_step else ()
+        if (
+            step is not None
+            and is_like_step
+            and step.slots is slots_before
+            and self._takes_next_tokens
+            and not (frame.kv_events or frame.HasField("load"))
+        ):
+            self._step = None
+            next_tokens = pb.RelayResponse()
+            next_tokens.next_tokens.sequence = self._num_frames
+            next_tokens.next_tokens.token_ids.extend(step.token_ids)
+            self._queue.append(next_tokens)
+            return
+        self._enter_step()
         frame.sequence = self._num_frames
         self._queue.append(self._response)
-        self._queue_bytes += _TOKEN_BYTES * len(frame.token_ids)
         self._response = pb.RelayResponse()
         self._frame = self._response.frame
         self._logprobs = {}
