@@ -159,7 +159,11 @@ class Http2Frontend(CallerTransport):
     def _tell(self, events: Iterable[Event]) -> None:
         for event in events:
             if isinstance(event, MessageReceived):  # Else the sidecar has ended.
-                self._seen.saw(pb.RelayResponse.FromString(event.message))
+                self._tell_message(*event)
+
+    @override
+    def _tell_message(self, call: int, message: bytes) -> None:
+        self._seen.saw(pb.RelayResponse.FromString(message))
 
 
 async def serve(way: str, rows: int, step_s: float) -> None:

@@ -25,11 +25,11 @@ from typing import Final, Protocol
 
 from frontend.edge.encoding import (
     BODY_BYTES_MAX,
-    NUM_OFFSETS,
     OFFSETS,
+    OFFSETS_MAX,
     TokenBodies,
     TokenFields,
-    offset_field,
+    have_offsets,
 )
 from frontend.stream import Stream
 from unbroken.http2.connection import Connection, HttpStream
@@ -67,8 +67,6 @@ _ROWS_SPARE_MIN: Final = 16
 _ROWS_SPARE_SHARE: Final = 0.25
 """So many more rows than there are have room in a column. For more, everybody is told, and columns
 begin anew."""
-_ONE_ON: Final = frozenset((1,))
-"""How far the offsets of a step are from those of the one before."""
 
 
 class Client(Protocol):
@@ -152,7 +150,10 @@ class Ride:
         if http_stream.is_closed or http_stream.pending or not self.call.is_plain(now):
             return 0
         num_in_window = http_stream.send.left // BODY_BYTES_MAX
-        return max(0, min(self.stream.num_plain_max, num_in_window))
+        num_settled = self.stream.num_settled
+        num_steps_max = min(self.stream.num_plain_max, num_in_window, OFFSETS_MAX - num_settled)
+        have_offsets(num_settled + min(num_steps_max, STEPS_MAX))
+        return max(0, num_steps_max)
 
     def get_on(self, convoy: "Convoy") -> None:
         """The convoy takes it along."""
@@ -246,13 +247,16 @@ class Convoy:
         self._due = 0
         self._look_interval_s = math.inf
         self._asked_at = 0.0
+        self._asks_at = 0.0
         self._next_to_ask = 0
         """The row whose call is asked next whether it has something else to tell."""
         self._mask: list[bool] = []
-        self._offsets: list[int] = []
-        """Of each, that of its last token."""
-        self._went_with: list[int] | None = None
-        """The offsets of the frame before, of all rows."""
+        self._offsets: array[int] = array("I")
+        """Of each, that of its next token when they were lined up,"""
+        self._num_on = 0
+        """and how many have been told since."""
+        self._went_with: tuple[list[int] | None, int] = None, 0
+        """What `go` was told of the frame before."""
         # Columns again, in which what is needed lies side by side: the ends of headers of DATA
         # frames, what stands before messages, and where the frames are put.
         self._tails: list[bytes] = []
@@ -359,16 +363,17 @@ class Convoy:
         now: float,
         *,
         is_last: bool = False,
-        after: list[int] | None = None,
+        num_on: int = 0,
     ) -> Sequence[int]:
         """Tell what a frame says of those that ride; returns the rows that go the long way.
 
-        If it `is_last`, no other frame is to be told now. Who knows what list of offsets these are
-        each one `after` may say so.
+        Each token stands `num_on` after its offset. If the frame `is_last`, no other is to be told
+        now.
         """
         self._num_frames += 1
-        is_next = after is not None and after is self._went_with
-        self._went_with = offsets
+        before, num_on_before = self._went_with
+        is_next = offsets is before and num_on == num_on_before + 1
+        self._went_with = offsets, num_on
         self._board(now)
         while True:
             if self._is_stale:
@@ -376,17 +381,14 @@ class Convoy:
                 is_next = False  # Of whom it is not known where they are.
             if not self._offsets:
                 return self._others
-            ids, offsets_here = token_ids, offsets
-            if self._others:
-                ids = list(compress(token_ids, self._mask))
-                offsets_here = list(compress(offsets, self._mask))
+            ids = token_ids if not self._others else list(compress(token_ids, self._mask))
             if (
-                (is_next or _ONE_ON.issuperset(map(sub, offsets_here, self._offsets)))
+                (is_next or self._are_next(offsets, num_on))
                 and (self._stop_ids.isdisjoint(ids) or self._ends_nobody(ids))
-                and self._write(offsets_here, ids)
+                and self._write(ids)
             ):
                 break
-            self._put_out_odd(offsets, token_ids)
+            self._put_out_odd(offsets, num_on, token_ids)
         groups, others = self._groups, self._others
         behind = [group for group in groups if not group.client.takes(group.num_body_bytes)]
         if behind:
@@ -398,7 +400,7 @@ class Convoy:
         for group in groups:
             frames, group.frames = group.frames, b""
             group.client.send_frames(frames, group.num_rows, group.num_body_bytes, is_all=is_all)
-        self._offsets = offsets_here
+        self._num_on += 1
         ids, num_in_column = self._ids, self._num_in_column
         ids.fromlist(token_ids)
         ids.frombytes(self._spare)
@@ -409,6 +411,12 @@ class Convoy:
         elif len(ids) > _STEPS_KEPT * num_in_column:
             del ids[: STEPS_MAX * num_in_column]
         return others
+
+    def _are_next(self, offsets: Iterable[int], num_on: int) -> bool:
+        """Whether each that rides has its next token in that frame."""
+        if self._others:
+            offsets = compress(offsets, self._mask)
+        return {self._num_on - num_on}.issuperset(map(sub, offsets, self._offsets))
 
     @property
     def num_ids(self) -> int:
@@ -423,7 +431,8 @@ class Convoy:
     def _board(self, now: float) -> None:
         """Look at those that are due, and take along those that have become ordinary."""
         num_steps = self._num_steps
-        self._ask(now)
+        if now >= self._asks_at:
+            self._ask(now)
         if num_steps >= self._due:
             for row in [row for row, due in enumerate(self._dues) if due <= num_steps]:
                 self._look_at(row, now)
@@ -461,11 +470,13 @@ class Convoy:
         num_due = len(rides)
         if now < self._asked_at + interval_s:
             num_due = int(num_due * (now - self._asked_at) / interval_s)
-            if num_due < _ASK_SHARE * len(rides):
-                return
-            self._asked_at += interval_s * num_due / len(rides)
+            if num_due >= _ASK_SHARE * len(rides):
+                self._asked_at += interval_s * num_due / len(rides)
+            else:
+                num_due = 0
         else:
             self._asked_at = now
+        self._asks_at = self._asked_at + interval_s * _ASK_SHARE
         for row in range(self._next_to_ask, self._next_to_ask + num_due):
             ride = rides[row % len(rides)]
             if ride is not None and not ride.call.is_plain(now):
@@ -498,7 +509,9 @@ class Convoy:
         self._mask = [ride is not None for ride in self._rides]
         self._others = [row for row, ride in enumerate(self._rides) if ride is None]
         self._due = min(self._dues, default=_NEVER)
-        self._offsets = [self._end_of(ride) - 1 for ride in rides]
+        self._offsets = array("I", [self._end_of(ride) for ride in rides])
+        self._num_on = 0
+        self._asks_at = 0.0
         self._look_interval_s = min((ride.call.look_interval_s for ride in rides), default=math.inf)
         self._stop_columns = [ride.stream.stop_token_ids for ride in rides]
         self._stop_ids = frozenset[int]().union(
@@ -530,16 +543,16 @@ class Convoy:
             for token_id, stop_ids in zip(token_ids, self._stop_columns, strict=True)
         )
 
-    def _write(self, offsets: list[int], token_ids: list[int]) -> bool:
+    def _write(self, token_ids: list[int]) -> bool:
         """Make a DATA frame for each; False if one is not to be made this way."""
         fields = self._fields
         assert fields is not None, "somebody rides"
-        made = fields.made
+        made, num_on = fields.made, self._num_on
         try:
             for token_id, offset, tail, (lengths, prefixes), put in zip(
-                token_ids, offsets, self._tails, self._heads, self._puts, strict=True
+                token_ids, self._offsets, self._tails, self._heads, self._puts, strict=True
             ):
-                place = OFFSETS[offset] if offset < NUM_OFFSETS else offset_field(offset)
+                place = OFFSETS[offset + num_on]
                 token = made[token_id] or fields.make(token_id)
                 size = len(place) + len(token)
                 put((lengths[size], tail, prefixes[size], place, token))
@@ -563,7 +576,7 @@ class Convoy:
         self.pause()
         return [row for row, ride in enumerate(self._rides) if ride is None]
 
-    def _put_out_odd(self, offsets: list[int], token_ids: list[int]) -> None:
+    def _put_out_odd(self, offsets: list[int], num_on: int, token_ids: list[int]) -> None:
         """Let those step out whose token is not one of theirs to ride."""
         fields = self._fields
         assert fields is not None, "somebody rides"
@@ -574,7 +587,10 @@ class Convoy:
             if not fields.has_short(token_id):
                 self._boards_at[row] = self._num_frames + ODD_FRAMES
                 ride.step_out()
-            elif offsets[row] != self._end_of(ride) or token_id in ride.stream.stop_token_ids:
+            elif (
+                offsets[row] + num_on != self._end_of(ride)
+                or token_id in ride.stream.stop_token_ids
+            ):
                 ride.step_out()
         if not self._is_stale:
             self.stop()  # Whatever it was, the long way says it.

@@ -188,7 +188,8 @@ class FailureDetector:
 
     def heard(self, now: float) -> bool:
         """Anything came. Whether the opinion changed."""
-        self._account(now)
+        if now > self._looks_at:  # Else there is nothing to account for, and most often it is so.
+            self._account(now)
         self._heard_at = now
         if self.liveness is Liveness.ALIVE or self.liveness is Liveness.DEAD:
             return False

@@ -88,11 +88,15 @@ class NativeWire(CallerTransport, Wire):
     def _tell(self, events: Sequence[Event]) -> None:
         for event in events:
             match event:
-                case MessageReceived(message=message):
-                    try:
-                        response = pb.RelayResponse.FromString(message)
-                    except DecodeError:
-                        response = None
-                    self._talker.receive(response, is_last=event is events[-1])
+                case MessageReceived(call=call, message=message):
+                    self._tell_message(call, message, is_last=event is events[-1])
                 case Ended(status=status):
                     self._talker.closed(error_of(status) if status.code else None)
+
+    @override
+    def _tell_message(self, call: int, message: bytes, *, is_last: bool = True) -> None:
+        try:
+            response = pb.RelayResponse.FromString(message)
+        except DecodeError:
+            response = None
+        self._talker.receive(response, is_last=is_last)

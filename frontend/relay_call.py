@@ -271,9 +271,11 @@ class RelayCall(Talker):
         """Nothing came after what is dealt with now: clients need not wait to be told more."""
         self._frame_seen = 0
         self._slots_before: list[int] = []
-        """Of the frame before, if each row had one token,"""
+        """Of the last StepFrame, if each row had one token,"""
         self._offsets_before: list[int] = []
-        """and where those stood."""
+        """where those stood,"""
+        self._num_on = 0
+        """and how many each had after it."""
         self._heartbeat_seen = 0
         self._heartbeats_sent = 0
         self._beat = relay_service_pb2.RelayRequest()
@@ -764,6 +766,7 @@ class RelayCall(Talker):
         if num_rows:
             self._check_ids(token_ids)
         self._slots_before, self._offsets_before = ([], []) if counts else (slots, offsets)
+        self._num_on = 0
         # Most often there are tokens and nothing else. All else is code that is in no near cache.
         has_more = bool(frame.ended or frame.refused or frame.kv_events or frame.HasField("load"))
         if has_more:
@@ -777,7 +780,7 @@ class RelayCall(Talker):
         elif num_rows:
             self._rows_of_one(slots, offsets, token_ids, now, orders)
         if num_rows:
-            self._count_tokens(len(token_ids), slots, offsets, now)
+            self._count_tokens(len(token_ids), slots[0], offsets[0], now)
         if has_more:
             self._receive_rest(frame, now, orders)
         else:
@@ -787,24 +790,23 @@ class RelayCall(Talker):
     def _receive_next_tokens(self, tokens: attempt_pb2.NextTokens, now: float) -> None:
         """A frame that says most in the fewest bytes, and the hottest path."""
         self._count_frame(tokens.sequence)
-        slots, offsets_before, token_ids = (
-            self._slots_before,
-            self._offsets_before,
-            tokens.token_ids[:],
-        )
+        self._num_on += 1
+        slots, token_ids = self._slots_before, tokens.token_ids[:]
         if not slots or len(token_ids) != len(slots):
             raise _BrokenContract(
                 f"expected an id for each of the {len(slots)} rows before, got {len(token_ids)}"
             )
         self._check_ids(token_ids)
-        offsets = self._offsets_before = [offset + 1 for offset in offsets_before]
         orders: list[tuple[Owner, Sequence[Command]]] = []
-        if self._num_with_logprobs:
+        if self._num_with_logprobs:  # Whoever wants them is not told them.
+            offsets = [offset + self._num_on for offset in self._offsets_before]
             frame = attempt_pb2.StepFrame()
             self._rows_of_many(frame, slots, offsets, token_ids, now, orders)
         else:
-            self._rows_of_one(slots, offsets, token_ids, now, orders, after=offsets_before)
-        self._count_tokens(len(token_ids), slots, offsets, now)
+            self._rows_of_one(
+                slots, self._offsets_before, token_ids, now, orders, num_on=self._num_on
+            )
+        self._count_tokens(len(token_ids), slots[0], self._offsets_before[0] + self._num_on, now)
         for owner, commands in orders:
             owner.obey(commands)
 
@@ -818,12 +820,11 @@ class RelayCall(Talker):
         if highest >= self._vocab_size:
             raise _BrokenContract(f"expected token ids below {self._vocab_size}, got {highest}")
 
-    def _count_tokens(
-        self, num_tokens: int, slots: list[int], offsets: list[int], now: float
-    ) -> None:
+    def _count_tokens(self, num_tokens: int, slot: int, offset: int, now: float) -> None:
+        """They came, the first of them of that slot."""
         self._observer.count_tokens(num_tokens)
         if now >= self._samples_at:
-            self._sample(slots[0], offsets[0], now)
+            self._sample(slot, offset, now)
 
     def _receive_rest(
         self,
@@ -875,15 +876,14 @@ class RelayCall(Talker):
         now: float,
         orders: list[tuple[Owner, Sequence[Command]]],
         *,
-        after: list[int] | None = None,
+        num_on: int = 0,
     ) -> None:
-        """The hot path: one token a row, no log probabilities; offsets may be those `after`
-        others."""
+        """The hot path: one token a row, `num_on` after its offset; no log probabilities."""
         seats = self._seats_of(slots, now)
         # As they are now: whoever is found to be broken below leaves, and they are made anew.
         streams, epochs, owners = self._streams_seen, self._epochs_seen, self._owners_seen
         try:
-            rows = self._convoy.go(offsets, token_ids, now, is_last=self._is_last, after=after)
+            rows = self._convoy.go(offsets, token_ids, now, is_last=self._is_last, num_on=num_on)
         except Exception:
             rows = self._end_convoy(seats)
         self._observer.count_delivered(len(seats) - len(rows))
@@ -892,7 +892,8 @@ class RelayCall(Talker):
             if stream is None or owner is None:
                 continue  # Late news of an attempt that is over.
             try:
-                commands = stream.token(epochs[row], offsets[row], token_ids[row], now)
+                offset = offsets[row] + num_on
+                commands = stream.token(epochs[row], offset, token_ids[row], now)
             except Exception:
                 owner.crashed()  # One stream's bug is not the others' loss.
                 continue

@@ -119,12 +119,23 @@ class TokenBodies:
 
 def offset_field(offset: int) -> bytes:
     """The offset of a message; nothing for 0."""
-    return OFFSETS[offset] if offset < NUM_OFFSETS else _OFFSET + varint(offset)
+    return OFFSETS[offset] if offset < len(OFFSETS) else _OFFSET + varint(offset)
 
 
-NUM_OFFSETS: Final = 4096
-OFFSETS: Final = [b"", *(_OFFSET + varint(offset) for offset in range(1, NUM_OFFSETS))]
+def have_offsets(end: int) -> None:
+    """Have all of the first so many, at most `OFFSETS_MAX`, in `OFFSETS`."""
+    first = len(OFFSETS)
+    if end > first:
+        end = min(OFFSETS_MAX, max(end, first + _OFFSETS_MORE))
+        OFFSETS.extend(_OFFSET + varint(offset) for offset in range(first, end))
+
+
+OFFSETS_MAX: Final = 1 << 17
+"""Of which the fields are kept; they take 6 MB then."""
+_OFFSETS_MORE: Final = 4096
+OFFSETS: Final = [b""]
 """Fields of the first offsets."""
+have_offsets(_OFFSETS_MORE)
 NUM_SIZES: Final = 320
 """Of messages of one token, which almost all are below."""
 _OFFSET_FIELD_BYTES_MAX: Final = 6

@@ -291,6 +291,10 @@ class _Connection(CallerTransport):
         if not self._greeted.done() and (self._caller.is_greeted or self._caller.is_over):
             self._greeted.set_result(None)
 
+    @override
+    def _tell_message(self, call: int, message: bytes) -> None:
+        self._answers[call].came(message)
+
     def _wake_if_due(self) -> None:
         if self._caller.outbound:
             self.wake()

@@ -84,6 +84,10 @@ class CallerTransport(asyncio.Protocol, ABC):
     def _tell(self, events: Sequence[Event]) -> None:
         """What came of bytes, or of time."""
 
+    @abstractmethod
+    def _tell_message(self, call: int, message: bytes) -> None:
+        """One message, and nothing else, came of bytes."""
+
     # What the transport says.
 
     @override
@@ -95,12 +99,17 @@ class CallerTransport(asyncio.Protocol, ABC):
 
     @override
     def data_received(self, data: bytes) -> None:
+        caller, now = self._caller, self._clock()
         self._is_hearing = True
         try:
-            self._hear(self._caller.receive(data, self._clock()))
+            lone = caller.receive_lone(data, now)
+            if lone is None:
+                self._hear(caller.receive(data, now))
+            else:
+                self._tell_message(*lone)
         finally:
             self._is_hearing = False
-        if self._is_scheduled or self._is_blocked or self._caller.outbound:
+        if self._is_scheduled or self._is_blocked or caller.outbound:
             self._flush()
         self._naps.end()
 

@@ -324,14 +324,43 @@ class Caller:
 
     # What comes.
 
+    def receive_lone(self, data: bytes, now: float) -> tuple[int, bytes] | None:
+        """What most data is: a frame with a message, both whole, and nothing else that is due.
+
+        Returns of which call, and the message. None: nothing has been done with the data. What
+        comes after a pause is met with cold caches, where each function on its way costs
+        microseconds, so this is all of it.
+        """
+        size = len(data) - frames.HEADER_BYTES
+        if size < PREFIX.size or self._inbound:
+            return None
+        length_and_type, flags, stream_id, compression, message_bytes = _LONE.unpack_from(data)
+        call = self._calls.get(stream_id)
+        if (
+            length_and_type != size << 8  # And of type 0, DATA.
+            or size > frames.FRAME_BYTES_MAX
+            or flags
+            or compression
+            or message_bytes != size - PREFIX.size
+            or call is None
+            or call.is_held
+            or call.body is None
+            or not call.body.may_begin(message_bytes)
+            or self._header_blocks.open_since is not None
+            or not call.receive.take_and_give(size, self._receive)
+        ):
+            return None
+        self._heard_at = now
+        self._pinged_at = None
+        self._control.earn(DATA_EARNS)
+        return stream_id, data[frames.HEADER_BYTES + PREFIX.size :]
+
     def receive(self, data: bytes, now: float) -> list[Event]:
-        """Bytes came."""
+        """Bytes came, and `receive_lone` had nothing to do with them."""
         if self.is_over:
             return []
         self._heard_at = now
         self._pinged_at = None
-        if not self._inbound and (message := self._lone_message(data)) is not None:
-            return [message]
         buffer: bytes | bytearray = data
         if self._inbound:
             self._inbound += data
@@ -355,34 +384,6 @@ class Caller:
             at = end
         self._inbound = bytearray(buffer[at:])
         return self._take_events()
-
-    def _lone_message(self, data: bytes) -> MessageReceived | None:
-        """What most data is: a frame with a message, both whole, and nothing else that is due.
-
-        What comes after a pause is met with cold caches, where each function on its way costs
-        microseconds, so this is all of it. None: nothing has been done with the data.
-        """
-        size = len(data) - frames.HEADER_BYTES
-        if size < PREFIX.size:
-            return None
-        length_and_type, flags, stream_id, compression, message_bytes = _LONE.unpack_from(data)
-        call = self._calls.get(stream_id)
-        if (
-            length_and_type != size << 8  # And of type 0, DATA.
-            or size > frames.FRAME_BYTES_MAX
-            or flags
-            or compression
-            or message_bytes != size - PREFIX.size
-            or call is None
-            or call.is_held
-            or call.body is None
-            or not call.body.may_begin(message_bytes)
-            or self._header_blocks.open_since is not None
-            or not call.receive.take_and_give(size, self._receive)
-        ):
-            return None
-        self._control.earn(DATA_EARNS)
-        return MessageReceived(stream_id, data[frames.HEADER_BYTES + PREFIX.size :])
 
     def closed(self, detail: str) -> list[Event]:
         """The connection is gone."""
