@@ -75,15 +75,12 @@ class Client(Protocol):
     @property
     def connection(self) -> Connection: ...
 
-    def takes(self, num_body_bytes: int) -> bool:
-        """Whether DATA frames with so much in them may be sent; not if the client is behind."""
-        ...
-
     def send_frames(
         self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
-    ) -> None:
-        """Send those, which it MUST take, and so must the window of each stream, of which nothing
-        is taken: at once, if that `is_all` of this turn of the loop. Raises nothing.
+    ) -> bool:
+        """Send those, which the window of each stream MUST take, and of which nothing is taken: at
+        once, if that `is_all` of this turn of the loop. False if the client is behind, and nothing
+        is done then. Raises nothing.
         """
         ...
 
@@ -389,17 +386,19 @@ class Convoy:
             ):
                 break
             self._put_out_odd(offsets, num_on, token_ids)
-        groups, others = self._groups, self._others
-        behind = [group for group in groups if not group.client.takes(group.num_body_bytes)]
-        if behind:
-            groups = [group for group in groups if group.client.takes(group.num_body_bytes)]
-            others = self._put_out_behind(behind)
         # First of all it is sent: what fails below must not leave a gap at those who are all right.
         # What others say may be for the same connections, which are written to once.
+        others = self._others
         is_all = is_last and not others
-        for group in groups:
+        behind: list[_Group] = []
+        for group in self._groups:
             frames, group.frames = group.frames, b""
-            group.client.send_frames(frames, group.num_rows, group.num_body_bytes, is_all=is_all)
+            if not group.client.send_frames(
+                frames, group.num_rows, group.num_body_bytes, is_all=is_all
+            ):
+                behind.append(group)
+        if behind:
+            others = self._put_out_behind(behind)
         self._num_on += 1
         ids, num_in_column = self._ids, self._num_in_column
         ids.fromlist(token_ids)

@@ -45,6 +45,8 @@ from unbroken.recurring import nap
 POLL_INTERVAL_S: Final = 0.1
 """Time between two looks at the directory; one takes a microsecond or two per instance."""
 
+_SETTINGS_INTERVALS: Final = 5
+"""Of those, between two looks at a setting: it is changed by people."""
 _STAMP_TICK_S: Final = 0.1
 """Two changes of a folder within so much may have one stamp: it is that of a coarse clock."""
 _REPAIR_INTERVAL_S: Final = 1.0
@@ -146,7 +148,7 @@ class FileDiscovery:
                 if last is None or record.version > last.version:
                     last = record
                     yield record
-            await nap(self._poll_interval_s)
+            await nap(_SETTINGS_INTERVALS * self._poll_interval_s)
 
 
 def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT:

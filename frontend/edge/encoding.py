@@ -5,14 +5,14 @@ costs about a microsecond, which is as much as all else that happens to the toke
 more it is the quicker one.
 """
 
-from array import array
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Final
 
 from unbroken.http2.messages import PREFIX
 from unbroken.v1 import inference_service_pb2 as pb
 
-_SIZE_LONG: Final = 0xFFFF
+_SIZE_LONG: Final = 0xFF
 _OFFSET = b"\x10"
 _RESPONSE = b"\x0a"
 
@@ -48,7 +48,7 @@ class TokenFields:
         # Flat: with a dict each token would cost another miss in the caches.
         self.made: list[bytes | None] = [None] * len(texts)
         """What has been asked for, by id."""
-        self.sizes = array("H", [_SIZE_LONG]) * len(texts)
+        self.sizes = bytearray([_SIZE_LONG]) * len(texts)
         """Bytes of it, by id; `_SIZE_LONG` where a message of it may have a longer prefix, and for
         what has not been asked for."""
 
@@ -99,10 +99,11 @@ class TokenBodies:
 
     def size(self, offset: int, token_ids: Sequence[int]) -> int:
         """Bytes of the bodies of these tokens, the first of which stands at `offset`."""
-        size = sum(map(self.fields.sizes.__getitem__, token_ids))
-        if size >= _SIZE_LONG:
+        # With one more, since of one alone there is no tuple.
+        sizes = bytes(itemgetter(*token_ids, 0)(self.fields.sizes)[:-1])
+        if _SIZE_LONG in sizes:
             return sum(len(self.body(*one)) for one in enumerate(token_ids, offset))
-        num_tokens = len(token_ids)
+        size, num_tokens = sum(sizes), len(token_ids)
         place_bytes_max = len(offset_field(offset + num_tokens - 1))
         if len(offset_field(offset)) == place_bytes_max:
             size += place_bytes_max * num_tokens

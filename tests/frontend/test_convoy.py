@@ -60,16 +60,16 @@ class Client:
     def connection(self) -> Connection:
         return self.peer.connection
 
-    def takes(self, num_body_bytes: int) -> bool:
-        is_behind = self.is_paused or self.is_behind
-        return not is_behind and num_body_bytes <= self.connection.send_window.left
-
     def send_frames(
         self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
-    ) -> None:
+    ) -> bool:
+        is_behind = self.is_paused or self.is_behind
+        if is_behind or num_body_bytes > self.connection.send_window.left:
+            return False
         self.were_all.append(is_all)
         self.connection.count_frames(num_frames, num_body_bytes)
         self.connection.outbound += data
+        return True
 
 
 @dataclass(eq=False)

@@ -394,27 +394,31 @@ class ClientConnection(asyncio.Protocol):
 
     # What is done with it.
 
-    def takes(self, num_body_bytes: int) -> bool:
-        """Whether DATA frames with so much in them may be sent; not if the client is behind."""
-        connection = self.connection
-        return (
-            not self.is_paused
-            and len(connection.outbound) <= UNWRITTEN_BYTES_MAX
-            and num_body_bytes <= connection.send_window.left
-        )
-
     def send_frames(
         self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
-    ) -> None:
+    ) -> bool:
         """Send what `Connection.count_frames` says; at once, if that `is_all` of this turn of the
-        loop. Raises nothing."""
-        connection = self.connection
+        loop. False if the client is behind, and nothing is done then. Raises nothing.
+
+        Here every connection passes with each step, and finds its caches cold: few functions.
+        """
+        connection, transport = self.connection, self._transport
+        outbound = connection.outbound
+        if (
+            self.is_paused
+            or len(outbound) > UNWRITTEN_BYTES_MAX
+            or num_body_bytes > connection.send_window.left
+        ):
+            return False
         connection.count_frames(num_frames, num_body_bytes)
-        if is_all and not connection.outbound:
-            self._write_out(data)  # Which nobody has to copy.
-        else:
+        if outbound or not is_all:
             connection.outbound += data
             self._server.touch(self)
+        elif not (transport is None or self._is_closing or transport.is_closing()):
+            transport.write(data)  # Which nobody has to copy.
+            if self.is_paused:
+                self._limit_unsent(transport)
+        return True
 
     def touch(self) -> None:
         """Write what is outbound, in the next turn of the loop."""
@@ -461,20 +465,16 @@ class ClientConnection(asyncio.Protocol):
         if transport is None or self._is_closing or transport.is_closing():
             return
         if connection.outbound:
-            self._write_out(connection.take_outbound())
+            transport.write(connection.take_outbound())
+            if self.is_paused:
+                self._limit_unsent(transport)
         if connection.is_over:
             self.close()
         elif connection.has_blocked:
             self._keep_time()
 
-    def _write_out(self, data: bytes) -> None:
-        """Write that, unless the connection is closed."""
-        transport = self._transport
-        if transport is None or self._is_closing or transport.is_closing():
-            return
-        transport.write(data)
-        if not self.is_paused:
-            return
+    def _limit_unsent(self, transport: asyncio.Transport) -> None:
+        """The socket takes no more: cut who leaves too much in it. (Below it is not paused.)"""
         if transport.get_write_buffer_size() > self._server.limits.unsent_bytes_max:
             self._server.observer.edge_limit_hit("unsent_bytes")
             transport.abort()

@@ -90,8 +90,8 @@ class World:
         self.client.data_received(GREETING)
         self.socket.written.clear()
 
-    def send(self, *, is_all: bool = True) -> None:
-        self.client.send_frames(FRAMES, 1, 5, is_all=is_all)
+    def send(self, data: bytes = FRAMES, num_bytes: int = 5, *, is_all: bool = True) -> bool:
+        return self.client.send_frames(data, 1, num_bytes, is_all=is_all)
 
 
 def run(scenario: Callable[[], Coroutine[None, None, None]]) -> None:
@@ -134,28 +134,32 @@ def test_naps_end_when_all_has_been_written() -> None:
     run(scenario)
 
 
-def test_frames_are_taken_from_the_connections_window() -> None:
+@pytest.mark.parametrize("num_more", [0, 1])
+def test_frames_are_taken_from_the_connections_window(num_more: int) -> None:
     async def scenario() -> None:
         world = World()
-        assert world.client.takes(frames.WINDOW_DEFAULT)
-        assert not world.client.takes(frames.WINDOW_DEFAULT + 1)
-        world.send()
-        assert not world.client.takes(frames.WINDOW_DEFAULT - 4)
-        assert world.client.takes(frames.WINDOW_DEFAULT - 5)
+        assert world.send()
+        large = frames.data_header(1, 0)  # Whatever is in it: its sender says how much.
+        left = frames.WINDOW_DEFAULT - 5
+        assert world.send(large, left + num_more) == (num_more == 0)
+        assert world.client.connection.send_window.left == (left if num_more else 0)
+        assert world.socket.written == [FRAMES] if num_more else [FRAMES, large]
 
     run(scenario)
 
 
-def test_a_client_that_is_behind_has_no_room() -> None:
+def test_a_client_that_is_behind_is_sent_nothing() -> None:
     async def scenario() -> None:
         world = World()
         world.client.pause_writing()
-        assert not world.client.takes(1)
+        assert not world.send()
         world.client.resume_writing()
         world.client.connection.outbound += bytes(UNWRITTEN_BYTES_MAX)
-        assert world.client.takes(1)
-        world.client.connection.outbound += b"x"
-        assert not world.client.takes(1)
+        assert world.send()
+        assert not world.send(), "now there is more than that"
+        assert world.client.connection.send_window.left == frames.WINDOW_DEFAULT - 5
+        await asyncio.sleep(0)
+        assert world.socket.written == [bytes(UNWRITTEN_BYTES_MAX) + FRAMES]
 
     run(scenario)
 
