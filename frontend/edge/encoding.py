@@ -103,13 +103,9 @@ class TokenBodies:
         sizes = bytes(itemgetter(*token_ids, 0)(self.fields.sizes)[:-1])
         if _SIZE_LONG in sizes:
             return sum(len(self.body(*one)) for one in enumerate(token_ids, offset))
-        size, num_tokens = sum(sizes), len(token_ids)
-        place_bytes_max = len(offset_field(offset + num_tokens - 1))
-        if len(offset_field(offset)) == place_bytes_max:
-            size += place_bytes_max * num_tokens
-        else:
-            size += sum(len(offset_field(offset + index)) for index in range(num_tokens))
-        return size + num_tokens * len(self.prefixes[0])
+        num_tokens = len(token_ids)
+        places = _offset_bytes_below(offset + num_tokens) - _offset_bytes_below(offset)
+        return sum(sizes) + places + num_tokens * len(self.prefixes[0])
 
     def _prefix_of(self, size: int) -> bytes:
         prefix = b""
@@ -121,6 +117,12 @@ class TokenBodies:
 def offset_field(offset: int) -> bytes:
     """The offset of a message; nothing for 0."""
     return OFFSETS[offset] if offset < len(OFFSETS) else _OFFSET + varint(offset)
+
+
+def _offset_bytes_below(end: int) -> int:
+    """Bytes of the fields of all offsets below that one."""
+    longer = sum(max(0, end - (1 << bits)) for bits in (7, 14, 21, 28))
+    return longer + len(_OFFSET + varint(1)) * max(0, end - 1)
 
 
 def have_offsets(end: int) -> None:
