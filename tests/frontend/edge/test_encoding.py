@@ -50,7 +50,10 @@ def test_numbers_are_varints(value: int) -> None:
 
 
 @given(
-    offset=st.integers(0, 20_000),
+    offset=st.one_of(
+        st.integers(0, 300),
+        *(st.integers(2**bits - 150, 2**bits + 20) for bits in (7 + 1, 14, 21, 28)),
+    ),
     texts=st.lists(st.text(max_size=300), min_size=1, max_size=4),
     num_tokens=st.integers(1, 130),
     answers_resume=st.booleans(),
