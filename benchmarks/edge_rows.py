@@ -5,9 +5,10 @@ import json
 import os
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Final, TypeAlias
 
 from benchmarks.stamps import CpuClock
@@ -126,6 +127,31 @@ async def read(path: Hop, load: Load, seconds: float, *, is_flood: bool) -> Row:
 def _rss_mb(pid: int) -> float:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def medians(rows: Sequence[Row]) -> Sequence[Row]:
+    """One row for each path and load, in their order, of the medians of those that there are."""
+    those_of: dict[str, list[Row]] = {}
+    for row in rows:
+        those_of.setdefault(row.name, []).append(row)
+    return [
+        replace(
+            those[0],
+            tokens_per_s=median(row.tokens_per_s for row in those),
+            tokens_per_message=median(row.tokens_per_message for row in those),
+            cpu_us=median(row.cpu_us for row in those),
+            sidecar_cpu_us=_median(row.sidecar_cpu_us for row in those),
+            latency_ms_p50=_median(row.latency_ms_p50 for row in those),
+            latency_ms_p99=_median(row.latency_ms_p99 for row in those),
+            rss_mb=median(row.rss_mb for row in those),
+        )
+        for those in those_of.values()
+    ]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return median(given) if given else None
 
 
 def added_ms(row: Row, direct: Mapping[str, Row]) -> tuple[float, float] | None:

@@ -755,7 +755,7 @@ class Connection:
         """When `handle_timeout` is due if nothing comes before."""
         if self.is_over:
             return None
-        return min(due for due, _ in self._dues())
+        return min(self._dues())[0]
 
     def _dues(self) -> list[tuple[float, str]]:
         """What is due when."""
