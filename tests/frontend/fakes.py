@@ -15,6 +15,7 @@ from typing import Any
 import grpc.aio
 from typing_extensions import override
 
+from tests.support.frames import tokens_of
 from unbroken.discovery import Discovery, Kind, Registration, Setting
 from unbroken.errors import Reason, UnbrokenError
 from unbroken.tokenizer import Tokenizer, TokenizerAsset
@@ -210,6 +211,9 @@ class FakeSidecar(RelayServiceServicer):
         self._news = asyncio.Event()
         self._calls: list[asyncio.Queue[relay_service_pb2.RelayResponse]] = []
         self._frame_sequence = 0
+        self._frame_before = attempt_pb2.StepFrame()
+        self.num_next_tokens = 0
+        """Frames that said no more than tokens."""
         self._heartbeat_seen = 0
         self._num_idle_steps = 0
         self._server: grpc.aio.Server | None = None
@@ -282,7 +286,14 @@ class FakeSidecar(RelayServiceServicer):
         """With the right sequence number, unless it has one."""
         self._frame_sequence += 1
         frame.sequence = frame.sequence or self._frame_sequence
-        self.say(relay_service_pb2.RelayResponse(frame=frame))
+        next_tokens = tokens_of(frame, self._frame_before)
+        self._frame_before = attempt_pb2.StepFrame()
+        self._frame_before.CopyFrom(frame)
+        if next_tokens is not None and all(hello.takes_next_tokens for hello in self.hellos):
+            self.num_next_tokens += 1
+            self.say(relay_service_pb2.RelayResponse(next_tokens=next_tokens))
+        else:
+            self.say(relay_service_pb2.RelayResponse(frame=frame))
 
     def say_state(
         self,
@@ -404,6 +415,7 @@ class FakeSidecar(RelayServiceServicer):
                 case "hello":
                     self.hellos.append(request.hello)
                     self._frame_sequence = 0
+                    self._frame_before = attempt_pb2.StepFrame()
                     # What earlier calls left behind runs under handles that nobody else has.
                     orphans = enumerate(self.running.values(), start=1_000_000)
                     self.running = dict(orphans)

@@ -25,7 +25,7 @@ from frontend.stream import Abort, Command
 from tests.frontend.worlds import run
 from unbroken import metrics
 from unbroken.recurring import EARLY
-from unbroken.v1 import attempt_pb2, worker_pb2
+from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 
 IDENTITY = worker_pb2.WorkerIdentity(worker_id="w1", incarnation=1)
@@ -85,10 +85,15 @@ class Peer:
         )
         self.call.receive(pb.RelayResponse(welcome=welcome))
 
-    def frame(self) -> None:
+    def frame(self, **columns: object) -> None:
         self._num_frames += 1
-        frame = attempt_pb2.StepFrame(sequence=self._num_frames)
+        frame = attempt_pb2.StepFrame(sequence=self._num_frames, **columns)  # pyright: ignore[reportArgumentType]
         self.call.receive(pb.RelayResponse(frame=frame))
+
+    def next_tokens(self, *token_ids: int) -> None:
+        self._num_frames += 1
+        tokens = attempt_pb2.NextTokens(sequence=self._num_frames, token_ids=token_ids)
+        self.call.receive(pb.RelayResponse(next_tokens=tokens))
 
     def said(self) -> list[str | None]:
         """Kinds of what it says now."""
@@ -96,6 +101,12 @@ class Peer:
         while (request := self.call.next_request()) is not None:
             kinds.append(request.WhichOneof("request"))
         return kinds
+
+
+def detail_of(peer: Peer) -> str:
+    """Why the call is over."""
+    assert peer.call.outcome is not None, "it is over"
+    return peer.call.outcome.detail
 
 
 def played(scenario: Callable[[Peer], Coroutine[None, None, None]]) -> None:
@@ -156,11 +167,15 @@ class Streaming:
     def __init__(self) -> None:
         self.ride: Broken | None = None
         self.token_ids: list[int] = []
+        self.offsets: list[int] = []
         self.has_bug = False
+        self.tokens: Callable[..., tuple[()]] = lambda *_: ()
+        """Told of several, or with log probabilities."""
         self.log: list[str] = []
 
     def token(self, epoch: int, offset: int, token_id: int, now: float) -> tuple[()]:
-        del epoch, offset, now
+        del epoch, now
+        self.offsets.append(offset)
         self.token_ids.append(token_id)
         return ()
 
@@ -181,12 +196,16 @@ class Streaming:
 class Owning:
     """Who has a stream, and leaves the call when it has a bug."""
 
-    def __init__(self, call: RelayCall, epoch: int = 1) -> None:
+    def __init__(self, call: RelayCall, epoch: int = 1, *, wants_logprobs: bool = False) -> None:
         self.stream = Streaming()
         self._call = call
         request = pb.RelayRequest(start=attempt_pb2.StartAttempt(epoch=epoch))
         self._slot = call.start(
-            cast("Any", self), request, vocab_size=10, wants_logprobs=False, num_prefill_tokens=1
+            cast("Any", self),
+            request,
+            vocab_size=10,
+            wants_logprobs=wants_logprobs,
+            num_prefill_tokens=1,
         )
 
     def obey(self, commands: Sequence[Command]) -> None:
@@ -217,6 +236,99 @@ def test_a_bug_of_one_stream_beside_one_of_the_convoy_is_not_the_others_loss(
         assert not peer.call.is_over
         others = [owner.stream.token_ids for owner in (owners[0], owners[2], owners[3])]
         assert others == [[5], [7], [8]]
+
+    played(scenario)
+
+
+def test_next_tokens_stand_after_those_of_the_frame_before() -> None:
+    async def scenario(peer: Peer) -> None:
+        owners = [Owning(peer.call) for _ in range(3)]
+        peer.frame(slots=[1, 3], offsets=[0, 7], token_ids=[5, 6])
+        peer.next_tokens(7, 8)
+        peer.next_tokens(9, 1)
+        peer.frame(slots=[2, 1], offsets=[4, 3], token_ids=[2, 3])
+        peer.next_tokens(4, 5)
+        seen = [(owner.stream.offsets, owner.stream.token_ids) for owner in owners]
+        assert seen == [
+            ([0, 1, 2, 3, 4], [5, 7, 9, 3, 5]),
+            ([4, 5], [2, 4]),
+            ([7, 8, 9], [6, 8, 1]),
+        ]
+
+    played(scenario)
+
+
+def test_next_tokens_of_an_attempt_that_has_left_are_nobodys() -> None:
+    async def scenario(peer: Peer) -> None:
+        owners = [Owning(peer.call) for _ in range(3)]
+        peer.frame(slots=[1, 2, 3], offsets=[0, 0, 0], token_ids=[5, 6, 7])
+        peer.call.abort(2)
+        peer.next_tokens(1, 2, 3)
+        assert [owner.stream.token_ids for owner in owners] == [[5, 1], [6], [7, 3]]
+        assert not peer.call.is_over
+
+    played(scenario)
+
+
+def test_a_frame_of_ends_alone_has_no_rows_to_come_again() -> None:
+    async def scenario(peer: Peer) -> None:
+        Owning(peer.call)
+        peer.frame(slots=[1], offsets=[0], token_ids=[5])
+        peer.frame()
+        assert not peer.call.is_over
+        peer.next_tokens(6)
+        assert "expected an id for each of the 0 rows" in detail_of(peer)
+
+    played(scenario)
+
+
+@pytest.mark.parametrize(
+    ("before", "token_ids", "detail"),
+    [
+        (None, [5, 6], "expected an id for each of the 0 rows before, got 2"),
+        ([], [5], "expected an id for each of the 2 rows before, got 1"),
+        ([], [5, 6, 7], "expected an id for each of the 2 rows before, got 3"),
+        ([], [], "expected an id for each of the 2 rows before, got 0"),
+        ([], [5, 10], "expected token ids below 10, got 10"),
+        ([1, 1], [5, 6], "expected an id for each of the 0 rows before, got 2"),
+    ],
+    ids=["first", "fewer", "more", "none", "beyond", "counted"],
+)
+def test_next_tokens_that_break_the_contract_cost_the_call(
+    before: list[int] | None, token_ids: list[int], detail: str
+) -> None:
+    async def scenario(peer: Peer) -> None:
+        for _ in range(2):
+            Owning(peer.call)
+        if before is not None:
+            peer.frame(slots=[1, 2], offsets=[0, 0], token_ids=[5, 6], token_counts=before)
+        assert not peer.call.is_over
+        peer.next_tokens(*token_ids)
+        assert detail in detail_of(peer)
+
+    played(scenario)
+
+
+def test_a_lost_frame_of_next_tokens_costs_the_call() -> None:
+    async def scenario(peer: Peer) -> None:
+        Owning(peer.call)
+        peer.frame(slots=[1], offsets=[0], token_ids=[5])
+        tokens = attempt_pb2.NextTokens(sequence=3, token_ids=[6])
+        peer.call.receive(pb.RelayResponse(next_tokens=tokens))
+        assert "expected frame 2, got 3" in detail_of(peer)
+
+    played(scenario)
+
+
+def test_who_wants_log_probabilities_is_not_told_next_tokens_without() -> None:
+    async def scenario(peer: Peer) -> None:
+        plain, telling = Owning(peer.call), Owning(peer.call, epoch=2, wants_logprobs=True)
+        logprobs = attempt_pb2.SlotLogprobs(slot=2, tokens=[generation_pb2.TokenLogprobs()])
+        peer.frame(slots=[1, 2], offsets=[0, 0], token_ids=[5, 6], logprobs=[logprobs])
+        assert telling.stream.log == []
+        peer.next_tokens(7, 8)
+        assert telling.stream.log == ["told 2", f"obeyed {Abort(2)}"]
+        assert plain.stream.log == []
 
     played(scenario)
 

@@ -11,6 +11,7 @@ from sidecar.hub import Hub
 from sidecar.ledger import Retention
 from sidecar.link import Link
 from sidecar.watchdog import LOOK_INTERVAL_S
+from tests.support.frames import frame_of
 from unbroken.outcome import FailureKind
 from unbroken.v1 import attempt_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
@@ -123,6 +124,7 @@ class Reader:
         self.heartbeats: list[pb.Heartbeat] = []
         self.kv_events: list[worker_pb2.KvEvents] = []
         self.num_frames = 0
+        self._frame_before = attempt_pb2.StepFrame()
         self.order: list[str] = []
         """Kinds of what came, in order."""
 
@@ -131,7 +133,11 @@ class Reader:
         self.order.append(kind or "")
         match kind:
             case "frame":
+                self._frame_before = response.frame
                 self._frame(response.frame)
+            case "next_tokens":
+                self._frame_before = frame_of(response.next_tokens, self._frame_before)
+                self._frame(self._frame_before)
             case "heartbeat":
                 self.heartbeats.append(response.heartbeat)
                 assert response.heartbeat.sequence == len(self.heartbeats)
@@ -180,7 +186,12 @@ class Frontend(Reader):
         super().__init__()
         self.hub = hub
         self.link = Link(
-            pb.RelayHello(frontend_id=frontend_id, incarnation=life[0], call_number=life[1]),
+            pb.RelayHello(
+                frontend_id=frontend_id,
+                incarnation=life[0],
+                call_number=life[1],
+                takes_next_tokens=True,
+            ),
             now,
             on_news=lambda: None,
         )

@@ -47,9 +47,12 @@ def test_a_step_is_one_frame_for_each_link() -> None:
     for index in range(10):
         first.start(f"a{index}")
         second.start(f"b{index}")
-    for _ in range(4):
+    kinds: list[str | None] = []
+    for number in range(1, 5):
         desk.step(dict.fromkeys(range(1, 21), 7))
-        assert [r.WhichOneof("response") for r in first.read()] == ["frame"]
+        kinds += [response.WhichOneof("response") for response in first.read()]
+        assert len(kinds) == number
+    assert kinds == ["frame", "frame", "frame", "next_tokens"], "once they are known"
     assert [r.WhichOneof("response") for r in second.read()] == ["frame"], "merged: it lagged"
     assert all(ids == [7] * 4 for ids in (*first.tokens.values(), *second.tokens.values()))
 

@@ -1,5 +1,7 @@
 """What waits for a frontend: merged, bounded, in order."""
 
+from collections.abc import Callable
+
 import pytest
 
 from sidecar import link as link_module
@@ -11,8 +13,10 @@ from unbroken.v1 import attempt_pb2, generation_pb2, worker_pb2
 from unbroken.v1 import relay_service_pb2 as pb
 
 
-def opened() -> Link:
-    hello = pb.RelayHello(frontend_id="f", incarnation=1, call_number=1)
+def opened(*, takes_next_tokens: bool = False) -> Link:
+    hello = pb.RelayHello(
+        frontend_id="f", incarnation=1, call_number=1, takes_next_tokens=takes_next_tokens
+    )
     return Link(hello, now=0.0, on_news=lambda: None)
 
 
@@ -201,3 +205,138 @@ def test_the_writer_learns_why_a_call_ends_and_the_first_reason_counts() -> None
     assert (bool(news), link.is_idle) == (True, False)
     assert link.error is not None
     assert link.error.reason is Reason.FENCED
+
+
+class Stepping:
+    """A link that is told steps of the same rows."""
+
+    def __init__(self, *, takes_next_tokens: bool = True) -> None:
+        self.link = opened(takes_next_tokens=takes_next_tokens)
+        self.reader = Reader()
+        self.slots = [1, 2]
+        """The same object for the same rows."""
+        self.offset = 0
+
+    def step(self) -> None:
+        at = self.offset
+        self.link.rows(self.slots, [at, at], [10 + at, 20 + at])
+        self.link.flush()
+        self.offset += 1
+
+    def read(self) -> list[str]:
+        """What comes of it: kinds of frames."""
+        self.reader.order.clear()
+        read(self.link, self.reader)
+        assert self.reader.tokens.get(1, []) == list(range(10, 10 + self.offset))
+        return self.reader.order
+
+
+def test_steps_of_the_same_rows_say_no_more_than_tokens() -> None:
+    stepping = Stepping()
+    kinds: list[str] = []
+    for _ in range(4):
+        stepping.step()
+        kinds += stepping.read()
+    assert kinds == ["frame", "next_tokens", "next_tokens", "next_tokens"]
+    assert stepping.reader.tokens[2] == [20, 21, 22, 23]
+
+
+def test_a_frontend_that_does_not_take_them_is_sent_frames() -> None:
+    stepping = Stepping(takes_next_tokens=False)
+    for _ in range(3):
+        stepping.step()
+        assert stepping.read() == ["frame"]
+
+
+def ends_another(link: Link) -> None:
+    link.end(3, failed(3, 0, FailureKind.CRASH), 0)
+
+
+def refuses_another(link: Link) -> None:
+    link.refuse(attempt_pb2.AttemptRefused(slot=3))
+
+
+def has_a_load(link: Link) -> None:
+    link.load(worker_pb2.LoadReport(engine_steps_total=2))
+
+
+def has_kv_events(link: Link) -> None:
+    link.kv_events(worker_pb2.KvEvents(stored=[1]))
+
+
+def has_another_row(link: Link) -> None:
+    link.row(3, 0, [7])
+    link.flush()
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+@pytest.mark.parametrize(
+    ("says", "are_like_those_before"),
+    [
+        (ends_another, False),
+        (refuses_another, False),
+        (has_a_load, True),
+        (has_kv_events, True),
+        (has_another_row, False),
+    ],
+)
+def test_a_step_with_something_beside_it_is_a_frame(
+    says: Callable[[Link], None], *, are_like_those_before: bool, is_before: bool
+) -> None:
+    stepping = Stepping()
+    for _ in range(2):
+        stepping.step()
+        stepping.read()
+    if is_before:
+        says(stepping.link)
+    stepping.step()
+    if not is_before:
+        says(stepping.link)
+    assert stepping.read() == ["frame"]
+    stepping.step()
+    assert stepping.read() == ["next_tokens" if are_like_those_before else "frame"]
+    stepping.step()
+    assert stepping.read() == ["next_tokens"]
+
+
+def test_several_steps_that_the_writer_missed_are_a_frame_and_so_is_the_next() -> None:
+    stepping = Stepping()
+    stepping.step()
+    stepping.read()
+    for _ in range(3):
+        stepping.step()
+    assert stepping.read() == ["frame"]
+    stepping.step()
+    assert stepping.read() == ["frame"]
+    stepping.step()
+    assert stepping.read() == ["next_tokens"]
+
+
+def test_what_is_told_between_two_steps_parts_no_rows() -> None:
+    stepping = Stepping()
+    stepping.step()
+    stepping.link.tell(pb.RelayResponse(verdict=pb.EngineVerdict(detail="so so")))
+    stepping.link.heartbeat()
+    assert stepping.read() == ["frame", "verdict", "heartbeat"]
+    stepping.step()
+    assert stepping.read() == ["next_tokens"]
+
+
+def test_other_rows_are_a_frame_even_if_they_look_the_same() -> None:
+    stepping = Stepping()
+    stepping.step()
+    stepping.read()
+    stepping.slots = list(stepping.slots)
+    stepping.step()
+    assert stepping.read() == ["frame"]
+
+
+def test_a_step_that_waits_counts_as_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "WAITING_BYTES_MAX", 4 * 16)
+    stepping = Stepping()
+    for _ in range(2):
+        stepping.step()
+        assert stepping.link.error is None
+    stepping.step()
+    assert stepping.link.error is not None
+    assert stepping.link.error.reason is Reason.OVERLOADED

@@ -37,7 +37,11 @@ class Client(Reader):
 
     async def open(self, call_number: int = 1) -> pb.RelayWelcome:
         hello = pb.RelayHello(
-            protocol_version=1, frontend_id="f", incarnation=1, call_number=call_number
+            protocol_version=1,
+            frontend_id="f",
+            incarnation=1,
+            call_number=call_number,
+            takes_next_tokens=True,
         )
         await self.call.write(pb.RelayRequest(hello=hello))
         response = await self.call.read()

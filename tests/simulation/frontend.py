@@ -33,6 +33,7 @@ from tests.simulation.worker import (
     Holding,
     Process,
 )
+from tests.support.frames import frame_of
 from tests.support.vocabulary import VOCAB_SIZE, tokenizer
 from tests.support.world import World
 from unbroken.checkpoint import Checkpoint, checkpoint_to_proto
@@ -129,6 +130,7 @@ class Call:
         self.link: Link | None = None
         """The sidecar's end, while it has one."""
         self.is_over = False
+        self._frame_before = attempt_pb2.StepFrame()
         """At the frontend's end."""
         self.is_welcomed = False
         self.is_break = False
@@ -226,7 +228,11 @@ class Call:
     def _receive(self, response: relay_service_pb2.RelayResponse) -> None:
         kind = response.WhichOneof("response")
         if kind == "frame":
+            self._frame_before = response.frame
             self._receive_frame(response.frame)
+        elif kind == "next_tokens":
+            self._frame_before = frame_of(response.next_tokens, self._frame_before)
+            self._receive_frame(self._frame_before)
         elif self.is_over:
             return
         elif kind == "welcome":
@@ -434,7 +440,10 @@ class Call:
         if not process.is_alive:
             return
         hello = relay_service_pb2.RelayHello(
-            frontend_id=self._frontend.name, incarnation=1, call_number=self._number
+            frontend_id=self._frontend.name,
+            incarnation=1,
+            call_number=self._number,
+            takes_next_tokens=True,
         )
         link = Link(hello, self._world.now, on_news=lambda: None)
         try:

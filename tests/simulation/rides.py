@@ -29,10 +29,6 @@ class Clients:
         """The frontend's end."""
         return self._peer.connection
 
-    def takes(self, num_body_bytes: int) -> bool:
-        """As a connection says."""
-        return num_body_bytes <= self.connection.send_window.left
-
     def send_frames(
         self,
         data: bytes,
@@ -40,10 +36,13 @@ class Clients:
         num_body_bytes: int,
         *,
         is_all: bool,  # noqa: ARG002 - it is delivered later anyway.
-    ) -> None:
-        """Until `deliver`."""
+    ) -> bool:
+        """Until `deliver`, as far as the connection's window takes them."""
+        if num_body_bytes > self.connection.send_window.left:
+            return False
         self.connection.count_frames(num_frames, num_body_bytes)
         self.connection.outbound += data
+        return True
 
     def ride(self, stream: Stream, call: Call, hear: Callable[[Piece], None]) -> Ride:
         """By which a stream's tokens go to its client, who hears them so."""
