@@ -136,6 +136,8 @@ class Fault(StrEnum):
 
     RIDE = auto()
     """A token went to its client in a convoy."""
+    NEXT_TOKENS = auto()
+    """A sidecar said no more of a step than its tokens."""
 
     # How streams went on.
     APPEND = auto()

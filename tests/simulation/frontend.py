@@ -231,6 +231,7 @@ class Call:
             self._frame_before = response.frame
             self._receive_frame(response.frame)
         elif kind == "next_tokens":
+            self._trouble.took_effect(Fault.NEXT_TOKENS)
             self._frame_before = frame_of(response.next_tokens, self._frame_before)
             self._receive_frame(self._frame_before)
         elif self.is_over:

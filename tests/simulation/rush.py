@@ -111,7 +111,11 @@ class Rush(Mesh):
         self.clocks.are_wrong, self.clocks.num_moves = False, 0  # The world of streams has that.
         self.rules = _rules(random)
         self.pace = Pace(
-            step_s=(0.01, 0.04), tokens=(1, 3, 4), batch=BATCH, slow_s_per_token=(0.005, 0.04)
+            steps_a_load=1,  # What is promised of loads is promised of those that were told.
+            step_s=(0.01, 0.04),
+            tokens=(1, 3, 4),
+            batch=BATCH,
+            slow_s_per_token=(0.005, 0.04),
         )
         for index in range(random.choice((1, 1, 2, 3))):
             self.frontends.append(self._frontend(f"f{index}"))

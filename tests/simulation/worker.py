@@ -56,6 +56,8 @@ class Pace:
     """Prompt tokens that it says to compute in one step; 0 if it does not."""
     slow_s_per_token: tuple[float, float] = (0.01, 0.3)
     """Of a prompt, where prefill is slow."""
+    steps_a_load: int = 4
+    """Frames with tokens between two reports of load, as real engines do not send one with each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,8 +484,9 @@ class Engine:
             is_computing=self.is_standing,
             steps_us_total=int(self._world.now * 1e6),
         )
-        frame.load.CopyFrom(load)
-        frame.slot_seen = self._slot_seen
+        if not frame.slots or frame.ended or self._num_steps % self._pace.steps_a_load == 0:
+            frame.load.CopyFrom(load)
+            frame.slot_seen = self._slot_seen
         self._hub.on_frame(frame)
         self.after_step()
 
