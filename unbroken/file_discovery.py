@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Generic
@@ -40,7 +41,7 @@ from unbroken.discovery import (
     next_incarnation,
 )
 from unbroken.errors import InvalidField, Reason, UnbrokenError
-from unbroken.recurring import nap
+from unbroken.recurring import nap, naps
 
 POLL_INTERVAL_S: Final = 0.1
 """Time between two looks at the directory; one takes a microsecond or two per instance."""
@@ -101,11 +102,9 @@ class FileDiscovery:
         last: Mapping[str, RecordT] | None = None
         try:
             while True:
-                members = reader.read()
-                if members is not last:
-                    last = members
-                    yield members
-                await nap(self._poll_interval_s)
+                await naps().until(partial(reader.has_changed, last), self._poll_interval_s)
+                last = reader.members
+                yield last
         finally:
             reader.close()
 
@@ -141,14 +140,18 @@ class FileDiscovery:
         stamp: _Stamp | None = None
         last: SettingT | None = None
         while True:
-            now = _stamp_at(path)
-            if last is None or now != stamp:
-                stamp = now
-                record = _read_setting(setting, path)
-                if last is None or record.version > last.version:
-                    last = record
-                    yield record
-            await nap(_SETTINGS_INTERVALS * self._poll_interval_s)
+            if last is not None:
+                interval_s = _SETTINGS_INTERVALS * self._poll_interval_s
+                await naps().until(partial(_has_changed, path, stamp), interval_s)
+            stamp = _stamp_at(path)
+            record = _read_setting(setting, path)
+            if last is None or record.version > last.version:
+                last = record
+                yield record
+
+
+def _has_changed(path: Path, stamp: _Stamp | None) -> bool:
+    return _stamp_at(path) != stamp
 
 
 def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT:
@@ -303,6 +306,15 @@ class _Reader(Generic[RecordT]):
         """Whether all that has this stamp has been read."""
         self._is_complete = True
         """Whether the latest look missed nothing."""
+
+    @property
+    def members(self) -> Mapping[str, RecordT]:
+        """Those that it saw when it last looked."""
+        return self._members
+
+    def has_changed(self, members: Mapping[str, RecordT] | None) -> bool:
+        """Whether there are others than those, which were seen before, when it looks now."""
+        return self.read() is not members
 
     def read(self) -> Mapping[str, RecordT]:
         """The members now: the same object as before if nothing has changed."""

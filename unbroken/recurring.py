@@ -9,6 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -81,46 +82,85 @@ class Recurring:
             self._timer = failed.get_loop().call_later(wait_s, self._do)
 
 
+@dataclass(slots=True)
+class _Nap:
+    """One that has not ended."""
+
+    seconds: float
+    is_over: Callable[[], bool] | None
+    """Asked when its time has come; else it begins anew."""
+    early_at: float
+    """When it may end beside other work."""
+    timer: asyncio.TimerHandle
+
+
 class Naps:
     """Sleeps of one event loop that end beside other work, if there is some around their time."""
 
     def __init__(self) -> None:
-        self._early_ats: dict[asyncio.Future[None], float] = {}
-        """Of each that sleeps, when it may be woken."""
+        self._naps: dict[asyncio.Future[None], _Nap] = {}
         self._next_at = math.inf
-        """The first of those, or before."""
+        """When the first of them may end, or before."""
         self._ended_at = -math.inf
 
     async def sleep(self, seconds: float) -> None:
         """As `asyncio.sleep`, if nobody `end`s naps; else up to `EARLY` of it shorter, or `LATE`
         longer."""
-        loop, now = asyncio.get_running_loop(), time.monotonic()
-        future = loop.create_future()
-        is_busy = now - self._ended_at < seconds
-        timer = loop.call_later(seconds * (1 + LATE) if is_busy else seconds, _wake, future)
-        early_at = self._early_ats[future] = now + seconds * (1 - EARLY)
-        self._next_at = min(self._next_at, early_at)
+        await self._sleep(seconds, None)
+
+    async def until(self, is_over: Callable[[], bool], interval_s: float) -> None:
+        """Sleep until `is_over`, which is asked now, and after each such interval.
+
+        Cheaper than to sleep in a loop, since no task is woken to ask. Raises what it raises.
+        """
+        if not is_over():
+            await self._sleep(interval_s, is_over)
+
+    async def _sleep(self, seconds: float, is_over: Callable[[], bool] | None) -> None:
+        future = asyncio.get_running_loop().create_future()
+        nap = self._naps[future] = _Nap(seconds, is_over, *self._timed(seconds, future))
         try:
             await future
         finally:
-            timer.cancel()
-            del self._early_ats[future]
+            nap.timer.cancel()
+            del self._naps[future]
+
+    def _timed(
+        self, seconds: float, future: asyncio.Future[None]
+    ) -> tuple[float, asyncio.TimerHandle]:
+        """When a nap from now on may end, and what ends it in time."""
+        now = time.monotonic()
+        is_busy = now - self._ended_at < seconds
+        wait_s = seconds * (1 + LATE) if is_busy else seconds
+        early_at = now + seconds * (1 - EARLY)
+        self._next_at = min(self._next_at, early_at)
+        return early_at, future.get_loop().call_later(wait_s, self._end_one, future)
 
     def end(self) -> None:
         """Something else has been done: let those wake whose time has nearly come. Cheap."""
         now = self._ended_at = time.monotonic()
         if now < self._next_at:
             return
-        for future, early_at in self._early_ats.items():
-            if now >= early_at:
-                _wake(future)
-        asleep = (at for future, at in self._early_ats.items() if not future.done())
+        for future in [future for future, nap in self._naps.items() if now >= nap.early_at]:
+            self._end_one(future)
+        asleep = (nap.early_at for future, nap in self._naps.items() if not future.done())
         self._next_at = min(asleep, default=math.inf)
 
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def _end_one(self, future: asyncio.Future[None]) -> None:
+        """Its time has come."""
+        if future.done():
+            return
+        nap = self._naps[future]
+        try:
+            is_over = nap.is_over is None or nap.is_over()
+        except Exception as error:
+            future.set_exception(error)
+            return
+        if is_over:
+            future.set_result(None)
+        else:
+            nap.timer.cancel()
+            nap.early_at, nap.timer = self._timed(nap.seconds, future)
 
 
 _naps: WeakKeyDictionary[asyncio.AbstractEventLoop, Naps] = WeakKeyDictionary()

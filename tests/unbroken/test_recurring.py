@@ -266,9 +266,90 @@ def test_nothing_is_left_of_a_nap_that_was_cancelled(monkeypatch: pytest.MonkeyP
         sleeper = await asleep(monkeypatch)
         sleeper.task.cancel()
         await asyncio.gather(sleeper.task, return_exceptions=True)
-        assert not naps()._early_ats  # pyright: ignore[reportPrivateUsage]
+        assert not naps()._naps  # pyright: ignore[reportPrivateUsage]
         sleeper.clock.now += NAP_S
         naps().end()
+
+    asyncio.run(scenario())
+
+
+class Asking:
+    """A nap that asks whether it is over."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self.error: Exception | None = None
+        self.num_asked = 0
+        self.asked = asyncio.Event()
+
+    def __call__(self) -> bool:
+        self.num_asked += 1
+        self.asked.set()
+        if self.error is not None:
+            raise self.error
+        return self.is_over
+
+
+def test_a_nap_that_asks_ends_with_the_answer_and_wakes_nobody_before() -> None:
+    async def scenario() -> None:
+        asking = Asking()
+        sleeping = asyncio.create_task(naps().until(asking, 0.001))
+        for _ in range(5):
+            asking.asked.clear()
+            await asking.asked.wait()
+        assert not sleeping.done()
+        asking.is_over = True
+        await sleeping
+        num_asked = asking.num_asked
+        await naps().sleep(0.005)
+        assert asking.num_asked == num_asked, "nobody asks any more"
+
+    asyncio.run(scenario())
+
+
+def test_it_is_asked_at_once_and_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        monkeypatch.setattr(recurring_module, "time", SimpleNamespace(monotonic=clock))
+        asking = Asking()
+        sleeping = asyncio.create_task(naps().until(asking, INTERVAL_S))
+        await asking.asked.wait()
+        naps().end()
+        assert asking.num_asked == 1
+        for number in (2, 3, 4):
+            clock.now += INTERVAL_S * (1 - EARLY) - 0.001
+            naps().end()
+            clock.now += 0.002
+            naps().end()
+            assert asking.num_asked == number
+        asking.is_over = True
+        clock.now += INTERVAL_S
+        naps().end()
+        await sleeping
+
+    asyncio.run(scenario())
+
+
+def test_what_is_true_already_is_not_waited_for() -> None:
+    async def scenario() -> None:
+        asking = Asking()
+        asking.is_over = True
+        await naps().until(asking, INTERVAL_S)
+        assert asking.num_asked == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_question_that_fails_is_its_own_sleepers_failure() -> None:
+    async def scenario() -> None:
+        bad, good = Asking(), Asking()
+        sleeping = [asyncio.create_task(naps().until(one, 0.001)) for one in (bad, good)]
+        await bad.asked.wait()
+        bad.error = ValueError("no")
+        with pytest.raises(ValueError, match="no"):
+            await sleeping[0]
+        good.is_over = True
+        await sleeping[1]
 
     asyncio.run(scenario())
 
