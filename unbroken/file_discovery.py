@@ -43,10 +43,10 @@ from unbroken.discovery import (
 from unbroken.errors import InvalidField, Reason, UnbrokenError
 from unbroken.recurring import nap, naps
 
-POLL_INTERVAL_S: Final = 0.1
+POLL_INTERVAL_S: Final = 0.2
 """Time between two looks at the directory; one takes a microsecond or two per instance."""
 
-_SETTINGS_INTERVALS: Final = 5
+_SETTINGS_INTERVALS: Final = 3
 """Of those, between two looks at a setting: it is changed by people."""
 _STAMP_TICK_S: Final = 0.1
 """Two changes of a folder within so much may have one stamp: it is that of a coarse clock."""
