@@ -11,8 +11,8 @@ and what is left of its window, is entered when somebody asks (`Ride.settle`), a
 
 A stream rides while nothing about it is unusual: its client has been sent all that came before, by
 the short way; each token has a text of its own; no stop token, end, acknowledgement or window is so
-near that the next token could meet it; but acknowledgements that are nearly due are made on the
-way. Whoever does anything else with it lets it step out first;
+near that the next token could meet it; but acknowledgements are made on the way, when it is looked
+at. Whoever does anything else with it lets it step out first;
 when all is as before it gets on again by itself, with the first frame that finds it so.
 """
 
@@ -46,7 +46,7 @@ _ROWS_TOGETHER: Final = 16
 """Neighbours are looked at in the same step: their ids lie side by side in each column, so that all
 are entered with the cache misses of one."""
 _TOGETHER_STEPS: Final = STEPS_MAX // 2
-"""They may be in every so manieth step; each group of neighbours in others than the last."""
+"""A group of neighbours is looked at in one step of so many, the next group `_LOOK_STEPS` later."""
 _LOOK_STEPS: Final = 4
 """Looks are made in every fourth step, at several streams: who is due is found by going through
 all. Who may ride for fewer is looked at each time."""
@@ -60,8 +60,8 @@ frames go by before it rides again. For all others, each who steps out is dear."
 _NEVER: Final = 1 << 62
 _STEPS_KEPT: Final = 2 * STEPS_MAX
 """Columns, so that many are thrown away at once."""
-_IDS_KEPT_MAX: Final = 1 << 23
-"""Of all columns together, 32 MiB: above, everybody is told, and columns begin anew. What 10,000
+_IDS_KEPT_MAX: Final = 1 << 24
+"""Of all columns together, 64 MiB: above, everybody is told, and columns begin anew. What 10,000
 rows take is below."""
 _ROWS_SPARE_MIN: Final = 16
 _ROWS_SPARE_SHARE: Final = 0.25
@@ -98,7 +98,7 @@ class Call(Protocol):
         ...
 
     def acknowledge_early(self) -> None:
-        """Tell the worker what the client was sent, if that is nearly due."""
+        """Tell the worker what the client was sent, if that is due soon (`Stream.is_ack_near`)."""
         ...
 
 
@@ -142,7 +142,10 @@ class Ride:
         http_stream.ride = self
 
     def num_steps_max(self, now: float) -> int:
-        """How many tokens may be told as they come, without anybody looking."""
+        """How many tokens may be told as they come, without anybody looking.
+
+        Sees to it that the fields of their offsets are there, which are taken unasked then.
+        """
         http_stream = self.http_stream
         if http_stream.is_closed or http_stream.pending or not self.call.is_plain(now):
             return 0
@@ -246,13 +249,14 @@ class Convoy:
         self._due = 0
         self._look_interval_s = math.inf
         self._asked_at = 0.0
-        self._asks_at = 0.0
+        self._ask_due = 0.0
+        """Before that `_ask` finds nothing to do."""
         self._next_to_ask = 0
         """The row whose call is asked next whether it has something else to tell."""
         self._mask: list[bool] = []
         self._offsets: array[int] = array("I")
         """Of each, that of its next token when they were lined up,"""
-        self._num_on = 0
+        self._num_told = 0
         """and how many have been told since."""
         self._went_with: tuple[list[int] | None, int] = None, 0
         """What `go` was told of the frame before."""
@@ -362,32 +366,32 @@ class Convoy:
         now: float,
         *,
         is_last: bool = False,
-        num_on: int = 0,
+        num_after: int = 0,
     ) -> Sequence[int]:
         """Tell what a frame says of those that ride; returns the rows that go the long way.
 
-        Each token stands `num_on` after its offset. If the frame `is_last`, no other is to be told
-        now.
+        Each token stands `num_after` after its offset. If the frame `is_last`, no other is to be
+        told now.
         """
         self._num_frames += 1
-        before, num_on_before = self._went_with
-        is_next = offsets is before and num_on == num_on_before + 1
-        self._went_with = offsets, num_on
+        before, num_after_before = self._went_with
+        is_next = offsets is before and num_after == num_after_before + 1
+        self._went_with = offsets, num_after
         self._board(now)
         while True:
             if self._is_stale:
                 self._line_up()
-                is_next = False  # Of whom it is not known where they are.
+                is_next = False  # They were lined up anew, so each is compared.
             if not self._offsets:
                 return self._others
             ids = token_ids if not self._others else list(compress(token_ids, self._mask))
             if (
-                (is_next or self._are_next(offsets, num_on))
+                (is_next or self._are_next(offsets, num_after))
                 and (self._stop_ids.isdisjoint(ids) or self._ends_nobody(ids))
                 and self._write(ids)
             ):
                 break
-            self._put_out_odd(offsets, num_on, token_ids)
+            self._put_out_odd(offsets, num_after, token_ids)
         # First of all it is sent: what fails below must not leave a gap at those who are all right.
         # What others say may be for the same connections, which are written to once.
         others = self._others
@@ -401,7 +405,7 @@ class Convoy:
                 behind.append(group)
         if behind:
             others = self._put_out_behind(behind)
-        self._num_on += 1
+        self._num_told += 1
         ids, num_in_column = self._ids, self._num_in_column
         ids.fromlist(token_ids)
         ids.frombytes(self._spare)
@@ -413,11 +417,12 @@ class Convoy:
             del ids[: STEPS_MAX * num_in_column]
         return others
 
-    def _are_next(self, offsets: Iterable[int], num_on: int) -> bool:
+    def _are_next(self, offsets: Iterable[int], num_after: int) -> bool:
         """Whether each that rides has its next token in that frame."""
         if self._others:
             offsets = compress(offsets, self._mask)
-        return {self._num_on - num_on}.issuperset(map(sub, offsets, self._offsets))
+        # offset + num_after == offset when lined up + num_told, for each.
+        return {self._num_told - num_after}.issuperset(map(sub, offsets, self._offsets))
 
     @property
     def num_ids(self) -> int:
@@ -432,7 +437,7 @@ class Convoy:
     def _board(self, now: float) -> None:
         """Look at those that are due, and take along those that have become ordinary."""
         num_steps = self._num_steps
-        if now >= self._asks_at:
+        if now >= self._ask_due:
             self._ask(now)
         if num_steps >= self._due:
             for row in [row for row, due in enumerate(self._dues) if due <= num_steps]:
@@ -477,7 +482,7 @@ class Convoy:
                 num_due = 0
         else:
             self._asked_at = now
-        self._asks_at = self._asked_at + interval_s * _ASK_SHARE
+        self._ask_due = self._asked_at + interval_s * _ASK_SHARE
         for row in range(self._next_to_ask, self._next_to_ask + num_due):
             ride = rides[row % len(rides)]
             if ride is not None and not ride.call.is_plain(now):
@@ -511,8 +516,8 @@ class Convoy:
         self._others = [row for row, ride in enumerate(self._rides) if ride is None]
         self._due = min(self._dues, default=_NEVER)
         self._offsets = array("I", [self._end_of(ride) for ride in rides])
-        self._num_on = 0
-        self._asks_at = 0.0
+        self._num_told = 0
+        self._ask_due = 0.0
         self._look_interval_s = min((ride.call.look_interval_s for ride in rides), default=math.inf)
         self._stop_columns = [ride.stream.stop_token_ids for ride in rides]
         self._stop_ids = frozenset[int]().union(
@@ -548,12 +553,12 @@ class Convoy:
         """Make a DATA frame for each; False if one is not to be made this way."""
         fields = self._fields
         assert fields is not None, "somebody rides"
-        made, num_on = fields.made, self._num_on
+        made, num_told = fields.made, self._num_told
         try:
             for token_id, offset, tail, (lengths, prefixes), put in zip(
                 token_ids, self._offsets, self._tails, self._heads, self._puts, strict=True
             ):
-                place = OFFSETS[offset + num_on]
+                place = OFFSETS[offset + num_told]
                 token = made[token_id] or fields.make(token_id)
                 size = len(place) + len(token)
                 put((lengths[size], tail, prefixes[size], place, token))
@@ -577,7 +582,7 @@ class Convoy:
         self.pause()
         return [row for row, ride in enumerate(self._rides) if ride is None]
 
-    def _put_out_odd(self, offsets: list[int], num_on: int, token_ids: list[int]) -> None:
+    def _put_out_odd(self, offsets: list[int], num_after: int, token_ids: list[int]) -> None:
         """Let those step out whose token is not one of theirs to ride."""
         fields = self._fields
         assert fields is not None, "somebody rides"
@@ -589,7 +594,7 @@ class Convoy:
                 self._boards_at[row] = self._num_frames + ODD_FRAMES
                 ride.step_out()
             elif (
-                offsets[row] + num_on != self._end_of(ride)
+                offsets[row] + num_after != self._end_of(ride)
                 or token_id in ride.stream.stop_token_ids
             ):
                 ride.step_out()

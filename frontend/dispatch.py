@@ -591,7 +591,7 @@ class Choice:
         self._wake_after()
 
     def acknowledge_early(self) -> None:
-        """Move the window if that is nearly due; it is no news to whoever reads the stream."""
+        """Move the window if that is due soon; it is no news to whoever reads the stream."""
         try:
             self._obey(self.stream.acknowledge_early())
         except Exception:

@@ -373,7 +373,7 @@ class Reader:
         return stream is not None and not self._news.is_set and self._is_plain(stream, now)
 
     def acknowledge_early(self) -> None:
-        """Windows move if that is nearly due, after tokens were told without asking."""
+        """Windows move if that is due soon, after tokens were told without asking."""
         if self._only is not None and self.is_current:
             (choice,) = self.request.choices
             choice.acknowledge_early()

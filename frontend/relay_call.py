@@ -273,13 +273,13 @@ class RelayCall(Talker):
         self._slots_before: list[int] = []
         """Of the last StepFrame, if each row had one token,"""
         self._offsets_before: list[int] = []
-        """where those stood,"""
-        self._num_on = 0
-        """and how many each had after it."""
+        """the offsets of those rows in it,"""
+        self._num_after = 0
+        """and how many tokens each had after it."""
         self._heartbeat_seen = 0
         self._heartbeats_sent = 0
         self._beat = relay_service_pb2.RelayRequest()
-        """All heartbeats, one after the other: to make one takes longer than to send it."""
+        """Each heartbeat in its turn: to make one takes longer than to send it."""
         self._beat.heartbeat.interval.FromMilliseconds(round(self._heartbeat_interval_s * 1000))
         self._commands: deque[relay_service_pb2.RelayRequest] = deque()
         self._acks: dict[int, int] = {}
@@ -748,7 +748,7 @@ class RelayCall(Talker):
         told.ClearField("kv_holder")
 
     def _receive_frame(self, frame: attempt_pb2.StepFrame, now: float) -> None:
-        self._count_frame(frame.sequence)
+        self._check_sequence(frame.sequence)
         # Slices are lists, which take half the time to go through.
         slots, offsets, token_ids = frame.slots[:], frame.offsets[:], frame.token_ids[:]
         counts = frame.token_counts
@@ -766,7 +766,7 @@ class RelayCall(Talker):
         if num_rows:
             self._check_ids(token_ids)
         self._slots_before, self._offsets_before = ([], []) if counts else (slots, offsets)
-        self._num_on = 0
+        self._num_after = 0
         # Most often there are tokens and nothing else. All else is code that is in no near cache.
         has_more = bool(frame.ended or frame.refused or frame.kv_events or frame.HasField("load"))
         if has_more:
@@ -788,9 +788,9 @@ class RelayCall(Talker):
                 owner.obey(commands)
 
     def _receive_next_tokens(self, tokens: attempt_pb2.NextTokens, now: float) -> None:
-        """A frame that says most in the fewest bytes, and the hottest path."""
-        self._count_frame(tokens.sequence)
-        self._num_on += 1
+        """The hottest path: an id for each row of the frame before."""
+        self._check_sequence(tokens.sequence)
+        self._num_after += 1
         slots, token_ids = self._slots_before, tokens.token_ids[:]
         if not slots or len(token_ids) != len(slots):
             raise _BrokenContract(
@@ -798,19 +798,20 @@ class RelayCall(Talker):
             )
         self._check_ids(token_ids)
         orders: list[tuple[Owner, Sequence[Command]]] = []
-        if self._num_with_logprobs:  # Whoever wants them is not told them.
-            offsets = [offset + self._num_on for offset in self._offsets_before]
+        if self._num_with_logprobs:  # Who wants them, and is not told them, fails in there.
+            offsets = [offset + self._num_after for offset in self._offsets_before]
             frame = attempt_pb2.StepFrame()
             self._rows_of_many(frame, slots, offsets, token_ids, now, orders)
         else:
             self._rows_of_one(
-                slots, self._offsets_before, token_ids, now, orders, num_on=self._num_on
+                slots, self._offsets_before, token_ids, now, orders, num_after=self._num_after
             )
-        self._count_tokens(len(token_ids), slots[0], self._offsets_before[0] + self._num_on, now)
+        self._count_tokens(len(token_ids), slots[0], self._offsets_before[0] + self._num_after, now)
         for owner, commands in orders:
             owner.obey(commands)
 
-    def _count_frame(self, sequence: int) -> None:
+    def _check_sequence(self, sequence: int) -> None:
+        """Frames of both kinds are numbered together, without gaps."""
         if sequence != self._frame_seen + 1:
             raise _BrokenContract(f"expected frame {self._frame_seen + 1}, got {sequence}")
         self._frame_seen = sequence
@@ -876,14 +877,16 @@ class RelayCall(Talker):
         now: float,
         orders: list[tuple[Owner, Sequence[Command]]],
         *,
-        num_on: int = 0,
+        num_after: int = 0,
     ) -> None:
-        """The hot path: one token a row, `num_on` after its offset; no log probabilities."""
+        """The hot path: one token a row, `num_after` after its offset; no log probabilities."""
         seats = self._seats_of(slots, now)
         # As they are now: whoever is found to be broken below leaves, and they are made anew.
         streams, epochs, owners = self._streams_seen, self._epochs_seen, self._owners_seen
         try:
-            rows = self._convoy.go(offsets, token_ids, now, is_last=self._is_last, num_on=num_on)
+            rows = self._convoy.go(
+                offsets, token_ids, now, is_last=self._is_last, num_after=num_after
+            )
         except Exception:
             rows = self._end_convoy(seats)
         self._observer.count_delivered(len(seats) - len(rows))
@@ -892,7 +895,7 @@ class RelayCall(Talker):
             if stream is None or owner is None:
                 continue  # Late news of an attempt that is over.
             try:
-                offset = offsets[row] + num_on
+                offset = offsets[row] + num_after
                 commands = stream.token(epochs[row], offset, token_ids[row], now)
             except Exception:
                 owner.crashed()  # One stream's bug is not the others' loss.

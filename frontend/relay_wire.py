@@ -22,7 +22,7 @@ class Talker(Protocol):
     """Whose conversation it is. Nothing of it raises."""
 
     def next_request(self) -> pb.RelayRequest | None:
-        """What to write next, if anything."""
+        """What to write next, if anything. It may be changed when the next one is asked for."""
         ...
 
     def written(self, request: pb.RelayRequest) -> None:

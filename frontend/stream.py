@@ -312,9 +312,9 @@ class Accounts:
 _NONE = -1
 """No epoch, no offset."""
 _ACK_EARLY_SHARE = 1 / 32
-"""Of the tokens between two acknowledgements: so many may be missing if one is made on the way;"""
+"""Of the tokens between two acknowledgements: so many may be missing if one is made on the way."""
 _ACK_EARLY_SHARE_OF_MANY = 1 / 2
-"""if that are `_MANY`, so many: it is cheaper than to look at the stream again for it."""
+"""The same where there are `_MANY`: one more acknowledgement is cheaper than one more look."""
 _MANY = 256
 _ATTEMPTING = frozenset({State.RUNNING, State.UNLINKED})
 """When there is an attempt that can be lost."""
@@ -1072,15 +1072,16 @@ class Stream(_Flow):
         return self._sent >= self._ack_due - self._num_acked_early
 
     def acknowledge_early(self) -> Sequence[Command]:
-        """Let the worker go on if that is nearly due, so that the ride need not end for it."""
+        """Let the worker go on earlier than it must, so that the ride need not end for it."""
         return self._ack(self._num_acked_early)
 
     @property
     def _num_acked_early(self) -> int:
-        is_of_many = self._ack_stride >= _MANY and self._limits.window_tokens
-        return int(
-            (_ACK_EARLY_SHARE_OF_MANY if is_of_many else _ACK_EARLY_SHARE) * self._ack_stride
-        )
+        if not self._limits.window_tokens:
+            return 0
+        is_of_many = self._ack_stride >= _MANY
+        share = _ACK_EARLY_SHARE_OF_MANY if is_of_many else _ACK_EARLY_SHARE
+        return int(share * self._ack_stride)
 
     # What there is to tell again.
 

@@ -21,7 +21,7 @@ FRAME_BYTES_MAX: Final = 4 * 1024 * 1024
 """Where a frame is closed and the next one begun: frontends take messages of 16 MiB."""
 
 _TOKEN_BYTES: Final = 16
-"""Of a row with one token, about; on the wire it has 4 to 15."""
+"""Of a row with one token, about; on the wire it has 4 to 15, in NextTokens 1 to 5."""
 _MESSAGE_BYTES: Final = 128
 """Of a small message in memory, about."""
 
@@ -53,11 +53,12 @@ class Link:
         self.heartbeat_seen = 0
         self.error: UnbrokenError | None = None
         """Why the call ends, if the sidecar ends it."""
-        # What goes out next. It is built in place: copying columns is what costs time here.
+        # What goes out next. A lone step is kept as it came, all else is built in place: copying
+        # columns is what costs time here.
         self._response = pb.RelayResponse()
         self._frame = self._response.frame
         self._step: _Step | None = None  # Rows of that frame, its only ones so far.
-        self._slots_before: Sequence[int] = ()  # Those of a step that was all of the frame before.
+        self._slots_before: Sequence[int] | None = None  # Those that may come again without slots.
         self._takes_next_tokens = hello.takes_next_tokens
         self._logprobs: dict[int, attempt_pb2.SlotLogprobs] = {}  # By slot, in that frame.
         self._adopted: list[pb.AttemptAdopted] = []  # Goes out before that frame.
@@ -77,8 +78,9 @@ class Link:
     def rows(self, slots: Sequence[int], offsets: Iterable[int], token_ids: Iterable[int]) -> None:
         """A token for each of these attempts; `flush` follows.
 
-        Whoever passes the same object as `slots` again says that the offsets are those after the
-        last. Columns of another message are copied much faster than lists.
+        The same object as `slots` as the last time says that each offset is the one after the last.
+        Columns MUST NOT change afterwards: they are copied when the frame is closed. Those of
+        another message are copied much faster than lists.
         """
         if self._step is None and not self._frame.slots:
             self._step = _Step(slots, offsets, token_ids)
@@ -255,20 +257,22 @@ class Link:
             return
         self._num_frames += 1
         self._queue_bytes += self._num_tokens * _TOKEN_BYTES
-        is_like_step = step is not None and not (frame.ended or frame.refused or frame.logprobs)
-        self._slots_before = step.slots if step is not None and is_like_step else ()
+        # Whether the frame after this one may be NextTokens.
+        goes_on = step is not None and not (frame.ended or frame.refused or frame.logprobs)
+        self._slots_before = step.slots if step is not None and goes_on else None
+        says_more = frame.kv_events or frame.HasField("load")
         if (
             step is not None
-            and is_like_step
-            and step.slots is slots_before
+            and goes_on
+            and not says_more
             and self._takes_next_tokens
-            and not (frame.kv_events or frame.HasField("load"))
+            and step.slots is slots_before
         ):
             self._step = None
-            next_tokens = pb.RelayResponse()
-            next_tokens.next_tokens.sequence = self._num_frames
-            next_tokens.next_tokens.token_ids.extend(step.token_ids)
-            self._queue.append(next_tokens)
+            response = pb.RelayResponse()
+            response.next_tokens.sequence = self._num_frames
+            response.next_tokens.token_ids.extend(step.token_ids)
+            self._queue.append(response)
             return
         self._enter_step()
         frame.sequence = self._num_frames

@@ -30,7 +30,8 @@ class Reader(Protocol):
     """Who is told tokens: a link."""
 
     def rows(self, slots: Sequence[int], offsets: Sequence[int], token_ids: Sequence[int]) -> None:
-        """A token for each of its attempts."""
+        """A token for each of its attempts; if `slots` is the same object as before, each at the
+        next offset. The columns do not change afterwards."""
         ...
 
 
@@ -42,7 +43,7 @@ class _Share(NamedTuple, Generic[ReaderT]):
 
     reader: ReaderT
     slots: Sequence[int]
-    """Its own, of its rows."""
+    """Its own, of its rows: one object for all steps, by which it knows them again."""
     take: Callable[[Sequence[int]], Sequence[int]] | None
     """Takes its rows out of a column; None: all are its own."""
 

@@ -313,7 +313,7 @@ class _Reader(Generic[RecordT]):
         return self._members
 
     def has_changed(self, members: Mapping[str, RecordT] | None) -> bool:
-        """Whether there are others than those, which were seen before, when it looks now."""
+        """Look, and say whether the members are others than those."""
         return self.read() is not members
 
     def read(self) -> Mapping[str, RecordT]:

@@ -88,7 +88,7 @@ class _Nap:
 
     seconds: float
     is_over: Callable[[], bool] | None
-    """Asked when its time has come; else it begins anew."""
+    """Asked when its time has come; if it is not, the nap begins anew."""
     early_at: float
     """When it may end beside other work."""
     timer: asyncio.TimerHandle
@@ -111,18 +111,19 @@ class Naps:
     async def until(self, is_over: Callable[[], bool], interval_s: float) -> None:
         """Sleep until `is_over`, which is asked now, and after each such interval.
 
-        Cheaper than to sleep in a loop, since no task is woken to ask. Raises what it raises.
+        Cheaper than to sleep in a loop: no task is woken to ask. It is asked in the middle of other
+        work, so it MUST be quick, and begin no nap. Raises what it raises.
         """
         if not is_over():
             await self._sleep(interval_s, is_over)
 
     async def _sleep(self, seconds: float, is_over: Callable[[], bool] | None) -> None:
         future = asyncio.get_running_loop().create_future()
-        nap = self._naps[future] = _Nap(seconds, is_over, *self._timed(seconds, future))
+        one = self._naps[future] = _Nap(seconds, is_over, *self._timed(seconds, future))
         try:
             await future
         finally:
-            nap.timer.cancel()
+            one.timer.cancel()
             del self._naps[future]
 
     def _timed(
@@ -137,30 +138,30 @@ class Naps:
         return early_at, future.get_loop().call_later(wait_s, self._end_one, future)
 
     def end(self) -> None:
-        """Something else has been done: let those wake whose time has nearly come. Cheap."""
+        """Something else has been done: end those whose time has nearly come, or ask. Cheap."""
         now = self._ended_at = time.monotonic()
         if now < self._next_at:
             return
-        for future in [future for future, nap in self._naps.items() if now >= nap.early_at]:
+        for future in [future for future, one in self._naps.items() if now >= one.early_at]:
             self._end_one(future)
-        asleep = (nap.early_at for future, nap in self._naps.items() if not future.done())
+        asleep = (one.early_at for future, one in self._naps.items() if not future.done())
         self._next_at = min(asleep, default=math.inf)
 
     def _end_one(self, future: asyncio.Future[None]) -> None:
         """Its time has come."""
         if future.done():
             return
-        nap = self._naps[future]
+        one = self._naps[future]
         try:
-            is_over = nap.is_over is None or nap.is_over()
+            is_over = one.is_over is None or one.is_over()
         except Exception as error:
             future.set_exception(error)
             return
         if is_over:
             future.set_result(None)
         else:
-            nap.timer.cancel()
-            nap.early_at, nap.timer = self._timed(nap.seconds, future)
+            one.timer.cancel()
+            one.early_at, one.timer = self._timed(one.seconds, future)
 
 
 _naps: WeakKeyDictionary[asyncio.AbstractEventLoop, Naps] = WeakKeyDictionary()

@@ -238,7 +238,7 @@ class StreamingCall:
         return reader is not None and not self._is_leaving and reader.is_plain(now)
 
     def acknowledge_early(self) -> None:
-        """Have the worker told what the client was sent, if that is nearly due."""
+        """Have the worker told what the client was sent, if that is due soon."""
         if self._reader is not None:
             self._reader.acknowledge_early()
 

@@ -121,6 +121,7 @@ def offset_field(offset: int) -> bytes:
 
 def _offset_bytes_below(end: int) -> int:
     """Bytes of the fields of all offsets below that one."""
+    # From 1 << bits on a varint has one more byte.
     longer = sum(max(0, end - (1 << bits)) for bits in (7, 14, 21, 28))
     return longer + len(_OFFSET + varint(1)) * max(0, end - 1)
 

@@ -295,6 +295,12 @@ class FakeSidecar(RelayServiceServicer):
         else:
             self.say(relay_service_pb2.RelayResponse(frame=frame))
 
+    def say_next_tokens(self, *token_ids: int) -> None:
+        """Whatever was said before."""
+        self._frame_sequence += 1
+        tokens = attempt_pb2.NextTokens(sequence=self._frame_sequence, token_ids=token_ids)
+        self.say(relay_service_pb2.RelayResponse(next_tokens=tokens))
+
     def say_state(
         self,
         state: worker_pb2.EngineState.ValueType,

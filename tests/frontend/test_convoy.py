@@ -574,7 +574,7 @@ def test_who_has_something_else_to_tell_is_seen_to_in_time() -> None:
     for reader in world.readers:
         assert max(b - a for a, b in pairwise(reader.asked_at)) <= 1.1 * LOOK_INTERVAL_S
     times = [at for reader in world.readers for at in reader.asked_at[1:]]
-    assert max(map(times.count, times)) <= 20, "neighbours at most"
+    assert max(map(times.count, times)) <= 20, "neighbours, and those whose turn it is to be asked"
     world.readers[7].is_telling_tokens = False
     since = world.now
     while world.now < since + 1.1 * LOOK_INTERVAL_S:
@@ -677,6 +677,17 @@ def test_rows_in_another_order_are_those_of_the_same_streams() -> None:
     assert world.num_ridden == 4 + 4 + 3 + 3
     ledgers = [reader.stream.ledger.tolist() for reader in world.readers]
     assert ledgers == [[A, B, A, B, A], [A, B, B], [A, B, B, A, B], [A, B, A, B, B]]
+
+
+def test_beyond_the_offsets_that_are_kept_nobody_rides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convoy_module, "OFFSETS_MAX", 100)
+    world = riding()
+    num_first = len(world.readers[0].stream.ledger)
+    for _ in range(150):
+        world.step([B])
+    assert world.convoy.num_riding == 0
+    assert 0 < world.num_ridden <= 3 * 100
+    assert world.readers[0].stream.ledger.tolist()[num_first:] == [B] * 150
 
 
 def test_in_a_frontend_windows_move_and_nobody_steps_out_for_it(

@@ -826,6 +826,27 @@ def test_acknowledgements_come_in_strides() -> None:
     assert acks == [Ack(1, offset) for offset in (4, 8, 12, 16, 20)]
 
 
+@pytest.mark.parametrize(
+    ("window", "num_sent", "is_made"),
+    [
+        (1024, 255, False),  # Of a stride of 512 half may be missing,
+        (1024, 256, True),
+        (512, 127, False),
+        (512, 128, True),
+        (128, 61, False),  # of one of 64 no more than two.
+        (128, 62, True),
+        (6, 2, False),
+        (0, 300, False),
+    ],
+)
+def test_an_acknowledgement_may_be_made_early(window: int, num_sent: int, *, is_made: bool) -> None:
+    stream = streaming(limits=Limits(window_tokens=window), max_tokens=1000)
+    assert not stream.tokens(1, 0, [A] * num_sent, 1.0)
+    stream.take()
+    assert stream.is_ack_near == is_made
+    assert bool(stream.acknowledge_early()) == is_made
+
+
 def test_a_stream_without_a_window_acknowledges_nothing() -> None:
     stream = streaming([A], limits=Limits(window_tokens=0))
     assert stream.take()[1] == ()

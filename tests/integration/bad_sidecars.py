@@ -216,6 +216,10 @@ def _count_of_0(_: LyingSidecar, frame: attempt_pb2.StepFrame) -> None:
     del frame.token_ids[:]
 
 
+def _more_next_tokens(sidecar: LyingSidecar, _: attempt_pb2.StepFrame) -> None:
+    sidecar.say_next_tokens(1, 2)
+
+
 def _unknown_slot(_: LyingSidecar, frame: attempt_pb2.StepFrame) -> None:
     frame.slots.append(999)
     frame.offsets.append(0)
@@ -302,6 +306,7 @@ CASES: tuple[BadInput[Mesh], ...] = (
     ),
     BadInput("a token left out", _PROTOCOL, _in_stream(_set("offsets", 0, _BREACH_AT + 1))),
     BadInput("a token that was there before", _PROTOCOL, _in_stream(_set("offsets", 0, 0))),
+    BadInput("next tokens of fewer rows than there are", _PROTOCOL, _in_stream(_more_next_tokens)),
     BadInput("tokens of an unknown slot", _IGNORED, _in_stream(_unknown_slot)),
     BadInput("the end of an unknown slot", _IGNORED, _in_stream(_unknown_end)),
     BadInput(

@@ -331,12 +331,20 @@ def test_other_rows_are_a_frame_even_if_they_look_the_same() -> None:
     assert stepping.read() == ["frame"]
 
 
-def test_a_step_that_waits_counts_as_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "WAITING_BYTES_MAX", 4 * 16)
-    stepping = Stepping()
-    for _ in range(2):
-        stepping.step()
+@pytest.mark.parametrize("num_sealed", [0, 1, 2])
+def test_a_step_that_waits_counts_as_what_it_has(
+    num_sealed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the last one, after some that are frames of their own already."""
+    verdict = pb.RelayResponse(verdict=pb.EngineVerdict())
+    step_bytes, verdict_bytes = 2 * 16, 128 + verdict.ByteSize()
+    num_bytes = num_sealed * (step_bytes + verdict_bytes) + step_bytes
+    for num_bytes_max in (num_bytes, num_bytes - 1):
+        monkeypatch.setattr(link_module, "WAITING_BYTES_MAX", num_bytes_max)
+        stepping = Stepping()
+        for _ in range(num_sealed):
+            stepping.step()
+            stepping.link.tell(verdict)
         assert stepping.link.error is None
-    stepping.step()
-    assert stepping.link.error is not None
-    assert stepping.link.error.reason is Reason.OVERLOADED
+        stepping.step()
+        assert (stepping.link.error is None) == (num_bytes_max == num_bytes)

@@ -130,8 +130,8 @@ class Call:
         self.link: Link | None = None
         """The sidecar's end, while it has one."""
         self.is_over = False
-        self._frame_before = attempt_pb2.StepFrame()
         """At the frontend's end."""
+        self._frame_before = attempt_pb2.StepFrame()
         self.is_welcomed = False
         self.is_break = False
         """Perhaps only the connection is gone: the next call tells."""

@@ -290,7 +290,7 @@ class Asking:
         return self.is_over
 
 
-def test_a_nap_that_asks_ends_with_the_answer_and_wakes_nobody_before() -> None:
+def test_a_nap_that_asks_ends_with_the_answer() -> None:
     async def scenario() -> None:
         asking = Asking()
         sleeping = asyncio.create_task(naps().until(asking, 0.001))

@@ -322,6 +322,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         server = self._server
         self._transport = cast("asyncio.Transport", transport)
+        # Whoever is above the limit is paused then, so only the paused are asked (`_limit_unsent`).
         high = min(WRITE_BUFFER_HIGH, server.limits.unsent_bytes_max)
         self._transport.set_write_buffer_limits(high=high)
         if len(server.clients) >= server.limits.connections_max:

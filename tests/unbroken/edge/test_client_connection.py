@@ -143,7 +143,7 @@ def test_frames_are_taken_from_the_connections_window(num_more: int) -> None:
         left = frames.WINDOW_DEFAULT - 5
         assert world.send(large, left + num_more) == (num_more == 0)
         assert world.client.connection.send_window.left == (left if num_more else 0)
-        assert world.socket.written == [FRAMES] if num_more else [FRAMES, large]
+        assert world.socket.written == ([FRAMES] if num_more else [FRAMES, large])
 
     run(scenario)
 
