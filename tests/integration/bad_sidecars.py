@@ -306,7 +306,7 @@ CASES: tuple[BadInput[Mesh], ...] = (
     ),
     BadInput("a token left out", _PROTOCOL, _in_stream(_set("offsets", 0, _BREACH_AT + 1))),
     BadInput("a token that was there before", _PROTOCOL, _in_stream(_set("offsets", 0, 0))),
-    BadInput("next tokens of fewer rows than there are", _PROTOCOL, _in_stream(_more_next_tokens)),
+    BadInput("next tokens of more rows than there are", _PROTOCOL, _in_stream(_more_next_tokens)),
     BadInput("tokens of an unknown slot", _IGNORED, _in_stream(_unknown_slot)),
     BadInput("the end of an unknown slot", _IGNORED, _in_stream(_unknown_end)),
     BadInput(
