@@ -26,7 +26,6 @@ from typing import Final, Protocol
 from frontend.edge.encoding import (
     BODY_BYTES_MAX,
     OFFSETS,
-    OFFSETS_MAX,
     TokenBodies,
     TokenFields,
     have_offsets,
@@ -97,6 +96,10 @@ class Call(Protocol):
         """Whether now, in monotonic seconds, nothing but tokens is to be told."""
         ...
 
+    def crashed(self, error: Exception) -> None:
+        """A bug of this call or its stream was met: end it."""
+        ...
+
     def acknowledge_early(self) -> None:
         """Tell the worker what the client was sent, if that is due soon (`Stream.is_ack_near`)."""
         ...
@@ -150,10 +153,12 @@ class Ride:
         if http_stream.is_closed or http_stream.pending or not self.call.is_plain(now):
             return 0
         num_in_window = http_stream.send.left // BODY_BYTES_MAX
+        num_steps_max = min(self.stream.num_plain_max, num_in_window)
+        if num_steps_max <= 0:
+            return 0
         num_settled = self.stream.num_settled
-        num_steps_max = min(self.stream.num_plain_max, num_in_window, OFFSETS_MAX - num_settled)
-        have_offsets(num_settled + min(num_steps_max, STEPS_MAX))
-        return max(0, num_steps_max)
+        num_offsets = have_offsets(num_settled + min(num_steps_max, STEPS_MAX))
+        return max(0, min(num_steps_max, num_offsets - num_settled))
 
     def get_on(self, convoy: "Convoy") -> None:
         """The convoy takes it along."""
@@ -578,7 +583,11 @@ class Convoy:
         ride then."""
         for group in groups:
             for ride in group.rides:
-                ride.step_out()
+                try:
+                    ride.step_out()
+                except Exception as error:
+                    # All others have been sent this step, and must not be sent it again.
+                    ride.call.crashed(error)
         self.pause()
         return [row for row, ride in enumerate(self._rides) if ride is None]
 

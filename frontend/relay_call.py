@@ -765,7 +765,9 @@ class RelayCall(Talker):
             )
         if num_rows:
             self._check_ids(token_ids)
-        self._slots_before, self._offsets_before = ([], []) if counts else (slots, offsets)
+        can_come_again = not (counts or frame.logprobs or num_rows > len(self._seats))
+        self._slots_before = slots if can_come_again else []
+        self._offsets_before = offsets
         self._num_after = 0
         # Most often there are tokens and nothing else. All else is code that is in no near cache.
         has_more = bool(frame.ended or frame.refused or frame.kv_events or frame.HasField("load"))

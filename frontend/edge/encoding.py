@@ -126,12 +126,14 @@ def _offset_bytes_below(end: int) -> int:
     return longer + len(_OFFSET + varint(1)) * max(0, end - 1)
 
 
-def have_offsets(end: int) -> None:
-    """Have all of the first so many, at most `OFFSETS_MAX`, in `OFFSETS`."""
+def have_offsets(end: int) -> int:
+    """Have more in `OFFSETS` if there are fewer; returns how many there are. Some at once, which
+    takes a millisecond or two."""
     first = len(OFFSETS)
-    if end > first:
-        end = min(OFFSETS_MAX, max(end, first + _OFFSETS_MORE))
+    if first < min(end, OFFSETS_MAX):
+        end = min(OFFSETS_MAX, first + _OFFSETS_MORE)
         OFFSETS.extend(_OFFSET + varint(offset) for offset in range(first, end))
+    return len(OFFSETS)
 
 
 OFFSETS_MAX: Final = 1 << 17

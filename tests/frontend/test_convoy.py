@@ -85,6 +85,7 @@ class Reader:
     look_interval_s: float = LOOK_INTERVAL_S
     asked_at: list[float] = field(default_factory=list[float])
     """When it was, whether it has anything but tokens to tell."""
+    errors: list[Exception] = field(default_factory=list[Exception])
 
     def __post_init__(self) -> None:
         http_stream = self.client.connection.stream(self.stream_id)
@@ -106,6 +107,9 @@ class Reader:
     def is_plain(self, now: float) -> bool:
         self.asked_at.append(now)
         return self.is_telling_tokens and self.leaving is None
+
+    def crashed(self, error: Exception) -> None:
+        self.errors.append(error)
 
     def acknowledge_early(self) -> None:
         self.commands += self.stream.acknowledge_early()
@@ -161,6 +165,11 @@ class World:
         self.acks_early = window >= ACKS_EARLY_MIN
         self._max_tokens = max_tokens
         self._aligned: list[int] = []
+        self._told_at: list[int] = []
+        """Offsets of the last frame that had some,"""
+        self._num_after = 0
+        """and how many frames came after it."""
+        self._num_steps = 0
         for _ in range(num_streams):
             self.join()
 
@@ -193,11 +202,19 @@ class World:
         offsets = [self.offsets[n] + (skewed_by if n == skew else 0) for n in rows]
         ids = [token_ids[n % len(token_ids)] for n in rows]
         self.now += 0.02
+        self._num_steps += 1
+        after = [offset + self._num_after + 1 for offset in self._told_at]
+        if rows == self._aligned and offsets == after and self._num_steps % 5:
+            self._num_after += 1
+        else:  # What cannot be said as next tokens, and now and then what can.
+            self._told_at, self._num_after = offsets, 0
         if rows != self._aligned:
             self._aligned = rows
             streams = [self.readers[n].stream for n in rows]
             self.convoy.align(rows, streams, [1] * len(rows))
-        others = self.convoy.go(offsets, ids, self.now, is_last=self.is_last)
+        others = self.convoy.go(
+            self._told_at, ids, self.now, is_last=self.is_last, num_after=self._num_after
+        )
         self.num_ridden += len(rows) - len(others)
         if not self.rides:
             assert len(others) == len(rows)
@@ -551,6 +568,38 @@ def test_a_bug_of_one_stream_after_a_step_leaves_no_gap_at_the_others(
         assert body.endswith(b"".join(bodies.body(at, ledger[at]) for at in range(1, len(ledger))))
 
 
+def test_a_bug_of_one_stream_whose_client_is_behind_sends_nobody_a_token_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is met after the others were sent the step."""
+    world = riding(8)
+    world.step([A])
+    world.clients[1].is_behind = True
+    bad, rode = world.readers[1].stream, Stream.rode
+
+    def broken(stream: Stream, token_ids: Sequence[int], now: float) -> int:
+        if stream is bad:
+            raise ValueError("a bug")
+        return rode(stream, token_ids, now)
+
+    monkeypatch.setattr(Stream, "rode", broken)
+    before = world.num_ridden
+    world.step([A])
+    assert world.num_ridden == before + 4, "those whose client is not behind"
+    world.step([A])
+    monkeypatch.undo()
+    assert [str(error) for error in world.readers[1].errors] == ["a bug"]
+    world.write()
+    for number in (0, 2, 4, 6):
+        reader = world.readers[number]
+        assert reader.ride is not None
+        reader.ride.step_out()
+        assert not reader.errors
+        ledger = reader.stream.ledger.tolist()
+        body = bytes(world.seen[0, reader.stream_id])
+        assert body == b"".join(reader.bodies.body(*one) for one in enumerate(ledger))
+
+
 def test_an_attempt_that_is_over_rides_no_more() -> None:
     world = riding()
     reader = world.readers[1]
@@ -679,15 +728,36 @@ def test_rows_in_another_order_are_those_of_the_same_streams() -> None:
     assert ledgers == [[A, B, A, B, A], [A, B, B], [A, B, B, A, B], [A, B, A, B, B]]
 
 
-def test_beyond_the_offsets_that_are_kept_nobody_rides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convoy_module, "OFFSETS_MAX", 100)
-    world = riding()
-    num_first = len(world.readers[0].stream.ledger)
-    for _ in range(150):
+@pytest.mark.parametrize("are_there_more", [True, False])
+def test_rides_go_as_far_as_fields_of_offsets_are_kept(
+    monkeypatch: pytest.MonkeyPatch, *, are_there_more: bool
+) -> None:
+    num_kept = len(encoding.OFFSETS)
+    if not are_there_more:
+        monkeypatch.setattr(encoding, "OFFSETS_MAX", num_kept)
+    world = riding(window=1 << 20)
+    open_windows(world)
+    for _ in range(num_kept):
         world.step([B])
-    assert world.convoy.num_riding == 0
-    assert 0 < world.num_ridden <= 3 * 100
-    assert world.readers[0].stream.ledger.tolist()[num_first:] == [B] * 150
+    assert world.convoy.num_riding == (3 if are_there_more else 0)
+    assert world.num_ridden == 3 * (num_kept + 1 if are_there_more else num_kept - 1)
+    assert (len(encoding.OFFSETS) > num_kept) == are_there_more
+    bodies = world.sent_to(world.clients[1])[0]
+    one = world.readers[1].bodies
+    assert bodies.endswith(b"".join(one.body(at, B) for at in range(num_kept - 3, num_kept + 2)))
+
+
+def test_fields_of_offsets_are_made_some_at_once() -> None:
+    num_kept = len(encoding.OFFSETS)
+    assert encoding.have_offsets(num_kept) == num_kept
+    num_more = encoding.have_offsets(num_kept + 1_000_000)
+    assert num_kept < num_more <= num_kept + 5000
+    assert encoding.OFFSETS[-1] == encoding.offset_field(num_more - 1)
+
+
+def test_columns_of_ten_thousand_rows_are_kept_as_long_as_others() -> None:
+    num_kept = convoy_module._STEPS_KEPT * 12_500  # pyright: ignore[reportPrivateUsage]
+    assert num_kept <= convoy_module._IDS_KEPT_MAX  # pyright: ignore[reportPrivateUsage]
 
 
 def test_in_a_frontend_windows_move_and_nobody_steps_out_for_it(

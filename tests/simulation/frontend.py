@@ -1604,6 +1604,10 @@ class Choice:
             self.is_abandoned or self._is_take_planned or self.stream.num_moves != self._num_moves
         )
 
+    def crashed(self, error: Exception) -> None:
+        """There are no bugs."""
+        raise error
+
     def acknowledge_early(self) -> None:
         """Have the worker told what the client was sent, if that is nearly due."""
         self.obey(self.stream.acknowledge_early())
