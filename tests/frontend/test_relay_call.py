@@ -58,7 +58,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.now = 100.0
-        mesh = MeshView()
+        mesh = self.mesh = MeshView()
         worker = mesh.discovered(worker_pb2.WorkerRecord(identity=IDENTITY, address="there:1"))
         self.call = RelayCall(
             lambda _: NoWire(),
@@ -291,8 +291,9 @@ def test_a_frame_of_ends_alone_has_no_rows_to_come_again() -> None:
         ([], [], "expected an id for each of the 2 rows before, got 0"),
         ([], [5, 10], "expected token ids below 10, got 10"),
         ([1, 1], [5, 6], "expected an id for each of the 0 rows before, got 2"),
+        (None, [], "expected an id for each of the 0 rows before, got 0"),
     ],
-    ids=["first", "fewer", "more", "none", "beyond", "counted"],
+    ids=["first", "fewer", "more", "none", "beyond", "counted", "nothing"],
 )
 def test_next_tokens_that_break_the_contract_cost_the_call(
     before: list[int] | None, token_ids: list[int], detail: str
@@ -320,15 +321,55 @@ def test_a_lost_frame_of_next_tokens_costs_the_call() -> None:
     played(scenario)
 
 
-def test_who_wants_log_probabilities_is_not_told_next_tokens_without() -> None:
+def test_next_tokens_may_come_beside_somebody_who_wants_log_probabilities() -> None:
     async def scenario(peer: Peer) -> None:
-        plain, telling = Owning(peer.call), Owning(peer.call, epoch=2, wants_logprobs=True)
-        logprobs = attempt_pb2.SlotLogprobs(slot=2, tokens=[generation_pb2.TokenLogprobs()])
-        peer.frame(slots=[1, 2], offsets=[0, 0], token_ids=[5, 6], logprobs=[logprobs])
-        assert telling.stream.log == []
+        plain = Owning(peer.call)
+        Owning(peer.call, wants_logprobs=True)
+        told: list[tuple[int, list[int]]] = []
+
+        def tokens(_: int, offset: int, token_ids: list[int], *__: object) -> tuple[()]:
+            told.append((offset, token_ids))
+            return ()
+
+        plain.stream.tokens = tokens
+        peer.frame(slots=[1], offsets=[3], token_ids=[5])
+        peer.next_tokens(7)
+        peer.next_tokens(8)
+        assert told == [(3, [5]), (4, [7]), (5, [8])]
+
+    played(scenario)
+
+
+@pytest.mark.parametrize("has_logprobs", [True, False])
+def test_a_frame_with_log_probabilities_or_twice_a_slot_is_not_followed_by_next_tokens(
+    *, has_logprobs: bool
+) -> None:
+    async def scenario(peer: Peer) -> None:
+        Owning(peer.call, wants_logprobs=has_logprobs)
+        if has_logprobs:
+            logprobs = attempt_pb2.SlotLogprobs(slot=1, tokens=[generation_pb2.TokenLogprobs()])
+            peer.frame(slots=[1], offsets=[0], token_ids=[5], logprobs=[logprobs])
+        else:
+            peer.frame(slots=[1, 1], offsets=[0, 1], token_ids=[5, 6])
+        assert not peer.call.is_over
         peer.next_tokens(7, 8)
-        assert telling.stream.log == ["told 2", f"obeyed {Abort(2)}"]
-        assert plain.stream.log == []
+        assert "expected an id for each of the 0 rows" in detail_of(peer)
+
+    played(scenario)
+
+
+def test_a_heartbeat_says_what_waits_now_and_not_what_waited_before() -> None:
+    async def scenario(peer: Peer) -> None:
+        queues = iter([pb.QueueReport(sequence=3), None])
+        peer.mesh.queue_of = lambda _: next(queues)
+        said: list[bool] = []
+        for _ in range(2):
+            peer.now += INTERVAL_S
+            peer.frame()
+            request = peer.call.next_request()
+            assert request is not None
+            said.append(request.heartbeat.HasField("queue"))
+        assert said == [True, False]
 
     played(scenario)
 

@@ -264,6 +264,11 @@ def has_kv_events(link: Link) -> None:
     link.kv_events(worker_pb2.KvEvents(stored=[1]))
 
 
+def has_logprobs(link: Link) -> None:
+    token = generation_pb2.TokenLogprobs(logprob=-1.0)
+    link.logprobs(1, attempt_pb2.SlotLogprobs(slot=1, tokens=[token]))
+
+
 def has_another_row(link: Link) -> None:
     link.row(3, 0, [7])
     link.flush()
@@ -277,6 +282,7 @@ def has_another_row(link: Link) -> None:
         (refuses_another, False),
         (has_a_load, True),
         (has_kv_events, True),
+        (has_logprobs, False),
         (has_another_row, False),
     ],
 )

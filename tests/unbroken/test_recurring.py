@@ -330,6 +330,33 @@ def test_it_is_asked_at_once_and_beside_other_work(monkeypatch: pytest.MonkeyPat
     asyncio.run(scenario())
 
 
+def test_a_nap_that_goes_on_has_one_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        clock, loop = Clock(), asyncio.get_running_loop()
+        monkeypatch.setattr(recurring_module, "time", SimpleNamespace(monotonic=clock))
+        timers: list[asyncio.TimerHandle] = []
+        call_later = loop.call_later
+
+        def noted(*arguments: Any) -> asyncio.TimerHandle:
+            timers.append(call_later(*arguments))
+            return timers[-1]
+
+        monkeypatch.setattr(loop, "call_later", noted)
+        asking = Asking()
+        sleeping = asyncio.create_task(naps().until(asking, INTERVAL_S))
+        await asking.asked.wait()
+        for _ in range(5):
+            clock.now += INTERVAL_S
+            naps().end()
+        assert len(timers) == 6
+        assert [timer.cancelled() for timer in timers] == [True] * 5 + [False]
+        sleeping.cancel()
+        await asyncio.gather(sleeping, return_exceptions=True)
+        assert timers[-1].cancelled()
+
+    asyncio.run(scenario())
+
+
 def test_what_is_true_already_is_not_waited_for() -> None:
     async def scenario() -> None:
         asking = Asking()

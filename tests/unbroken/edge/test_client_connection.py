@@ -164,6 +164,16 @@ def test_a_client_that_is_behind_is_sent_nothing() -> None:
     run(scenario)
 
 
+def test_a_socket_that_is_closing_is_sent_nothing() -> None:
+    async def scenario() -> None:
+        world = World()
+        world.client.abort()
+        world.send()
+        assert world.socket.written == []
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("is_all", [True, False])
 def test_who_leaves_too_much_in_the_socket_is_cut_off(*, is_all: bool) -> None:
     async def scenario() -> None:

@@ -439,6 +439,47 @@ def test_settings_that_open_the_windows_let_go_what_waits() -> None:
     assert sent == [(FrameType.SETTINGS, frames.ACK, 0), (FrameType.DATA, 1, 4470)]
 
 
+@pytest.mark.parametrize("left", ["call", "connection"])
+@pytest.mark.parametrize("num_less", [0, 1])
+def test_a_message_that_does_not_fit_into_a_window_waits(left: str, num_less: int) -> None:
+    """Also the last of many that did."""
+    server = Server(num_calls=2)
+    num_calls = 1 if left == "call" else 2
+    if left == "call":
+        server.say(frames.window_update(0, 10**6))
+    window = 65_535
+    for number in range(100):
+        server.caller.send(1 + 2 * (number % num_calls), bytes(600 - 5))
+    server.caller.send(1, bytes(window - 100 * 600 - 5 - num_less))
+    server.heard()
+    server.caller.send(1, b"more")
+    sent = [frame.payload for frame in server.heard()]
+    assert sent == ([b"\0"] if num_less else []), "what is left of the window, and no more"
+
+
+def test_many_messages_earn_what_their_server_answers_them_with() -> None:
+    """Each may be acknowledged, whatever else is allowed in a second."""
+    server = Server(CallerLimits(control_burst=10, control_per_s=0.0))
+    server.answer()
+    for _ in range(100):
+        server.caller.send(1, b"one")
+        server.heard()
+        assert server.say(frames.window_update(1, 8), frames.window_update(0, 8)) == []
+        assert not server.caller.is_over
+
+
+def test_a_message_alone_is_a_sign_of_life() -> None:
+    server = Server()
+    server.answer()
+    server.now = 10.0
+    server.caller.handle_timeout(10.0)  # A ping,
+    server.now = 11.9
+    server.say(data(message(b"on")))  # and no answer to it.
+    assert server.caller.deadline() == 21.9
+    assert server.caller.handle_timeout(12.1) == []
+    assert not server.caller.is_over
+
+
 def test_of_a_request_of_many_frames_the_last_one_ends_it() -> None:
     server = Server()
     server.caller.send(1, bytes(40_000), ends=True)
