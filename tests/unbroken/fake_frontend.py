@@ -39,7 +39,7 @@ class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServ
         self.time_remaining_s: list[float | None] = []
         """Of every call of Generate and Resume."""
         self.left = asyncio.Event()
-        """A call was left by its client while it hung."""
+        """A call was left by its client before its end."""
         self.cancels: list[pb.CancelRequest] = []
         self.streams = [pb.StreamInfo(request_id=f"r{i}") for i in range(3)]
         self.thresholds = admin_pb.ThresholdsInfo(model="smol")
@@ -71,22 +71,23 @@ class FakeFrontend(inference_grpc.InferenceServiceServicer, admin_grpc.AdminServ
         self, script: Script, request_id: str, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         self.time_remaining_s.append(context.time_remaining())
-        for message in script:
-            match message:
-                case UnbrokenError():
-                    raise message
-                case Hang():
-                    try:
+        try:
+            for message in script:
+                match message:
+                    case UnbrokenError():
+                        raise message
+                    case Hang():
                         await asyncio.Event().wait()
-                    finally:
-                        self.left.set()
-                case _ if message.HasField("started") and not message.started.request_id:
-                    named = pb.GenerateResponse()
-                    named.CopyFrom(message)
-                    named.started.request_id = request_id
-                    yield named
-                case _:
-                    yield message
+                    case _ if message.HasField("started") and not message.started.request_id:
+                        named = pb.GenerateResponse()
+                        named.CopyFrom(message)
+                        named.started.request_id = request_id
+                        yield named
+                    case _:
+                        yield message
+        except (asyncio.CancelledError, GeneratorExit):
+            self.left.set()  # Perhaps with a message on its way, before it hung.
+            raise
 
     @override
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
