@@ -15,9 +15,10 @@ latency less that of the direct path under the same load; in ours is the way ove
 Dynamo's that over its runtime. A load that a peer does not take is named in "not_served", a peer
 that cannot be installed or started here in "missing".
 
-    python -m benchmarks.peers [--seconds 3] [--short] [--paths native,envoy]
+    python -m benchmarks.peers [--seconds 3] [--rounds 3] [--short] [--paths native,envoy]
 
-Paced rows of ours take longer, so that what is done every 480 tokens of a stream is in them.
+Paced rows of ours take longer, so that what is done every 480 tokens of a stream is in them; they
+and Envoy's are medians of several rounds, since either varies by a third within minutes.
 """
 
 import argparse
@@ -49,6 +50,7 @@ from benchmarks.edge_rows import (
     direct_of,
     figures_of,
     markdown,
+    medians,
     read,
 )
 from benchmarks.hops import envoy_before
@@ -88,12 +90,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="for each load")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of paced rows of native and envoy, for medians"
+    )
     parser.add_argument("--short", action="store_true", help="one paced load and one flood")
     parser.add_argument("--paths", default=",".join(PATHS))
     arguments = parser.parse_args()
     run = Run(
         arguments.paths.split(","),
         seconds=arguments.seconds,
+        num_rounds=arguments.rounds,
         paced=SHORT if arguments.short else PACED,
         flood=SHORT if arguments.short else FLOOD,
     )
@@ -112,6 +118,7 @@ class Run:
         paths: Collection[str],
         *,
         seconds: float,
+        num_rounds: int,
         paced: Sequence[Load],
         flood: Sequence[Load],
     ) -> None:
@@ -120,6 +127,7 @@ class Run:
         self.not_served: dict[str, str] = {}
         self._paths = paths
         self._seconds = seconds
+        self._num_rounds = num_rounds
         self._loads = {False: paced, True: flood}
 
     async def measure(self) -> None:
@@ -137,11 +145,21 @@ class Run:
                 for path in ("dynamo", "dynamo-mocker"):
                     if path in self._paths:
                         await self._dynamo(path, below / path, directory / "model", is_flood)
+            for number in range(1, self._num_rounds):
+                below = directory / f"round-{number}"
+                below.mkdir()
+                await self._behind_bare_engine(below, None, is_flood=False)
+                if "native" in self._paths:
+                    await self._mesh(below, "native", is_flood=False)
+        self.rows = list(medians(self.rows))
 
-    async def _behind_bare_engine(self, directory: Path, model: Path, is_flood: bool) -> None:
+    async def _behind_bare_engine(
+        self, directory: Path, model: Path | None, is_flood: bool
+    ) -> None:
+        """All that stands before one; without a model Envoy alone."""
         step_ms = 0.0 if is_flood else STEP_MS
         async with bare_engine(step_ms, model) as (engine, pid):
-            if "direct" in self._paths:
+            if "direct" in self._paths and model is not None:
                 await self._read(Hop("direct", engine, pid), is_flood)
             if "envoy" in self._paths:
                 try:
@@ -149,7 +167,7 @@ class Run:
                         await self._read(Hop("envoy", proxy, proxy_pid), is_flood)
                 except RuntimeError as error:
                     self.missing["envoy"] = str(error)
-            if "smg" in self._paths:
+            if "smg" in self._paths and model is not None:
                 try:
                     async with _smg(engine, model, directory) as (router, router_pid):
                         hop = Hop("smg", router, router_pid, asks="openai")
