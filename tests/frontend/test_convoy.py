@@ -246,6 +246,11 @@ class World:
                         frame.payload
                     )
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether a client broke the protocol: a window can overflow."""
+        return any(client.connection.is_over for client in self.clients)
+
     def sent_to(self, client: Client) -> list[bytes]:
         """The bodies of all that it was sent."""
         self.write()
@@ -319,7 +324,7 @@ def do(world: World, doing: str, what: object) -> None:
                     reader.pump()
         case "turn", _:
             world.is_turned = not world.is_turned
-        case "join", _ if len(world.readers) < 8:
+        case "join", _ if len(world.readers) < 8 and not world.has_lost:
             world.join()
         case "write", _:
             world.write()
