@@ -545,12 +545,9 @@ def test_a_few_calls_are_asked_at_once_whether_they_have_something_else_to_tell(
     assert min(times.count(at) for at in set(times)) == 2
 
 
-def test_a_bug_of_one_stream_after_a_step_leaves_no_gap_at_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """All are told what they rode when columns begin anew, after the step: it was sent by then."""
-    world = riding(4)
-    bad, rode = world.readers[0].stream, Stream.rode
+def have_a_bug(monkeypatch: pytest.MonkeyPatch, bad: Stream) -> None:
+    """That stream raises when it is to know what it rode."""
+    rode = Stream.rode
 
     def broken(stream: Stream, token_ids: Sequence[int], now: float) -> int:
         if stream is bad:
@@ -558,6 +555,14 @@ def test_a_bug_of_one_stream_after_a_step_leaves_no_gap_at_the_others(
         return rode(stream, token_ids, now)
 
     monkeypatch.setattr(Stream, "rode", broken)
+
+
+def test_a_bug_of_one_stream_after_a_step_leaves_no_gap_at_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All are told what they rode when columns begin anew, after the step: it was sent by then."""
+    world = riding(4)
+    have_a_bug(monkeypatch, world.readers[0].stream)
     monkeypatch.setattr(convoy_module, "_IDS_KEPT_MAX", 1)
     with pytest.raises(ValueError, match="a bug"):
         world.step([A])
@@ -580,14 +585,7 @@ def test_a_bug_of_one_stream_whose_client_is_behind_sends_nobody_a_token_twice(
     world = riding(8)
     world.step([A])
     world.clients[1].is_behind = True
-    bad, rode = world.readers[1].stream, Stream.rode
-
-    def broken(stream: Stream, token_ids: Sequence[int], now: float) -> int:
-        if stream is bad:
-            raise ValueError("a bug")
-        return rode(stream, token_ids, now)
-
-    monkeypatch.setattr(Stream, "rode", broken)
+    have_a_bug(monkeypatch, world.readers[1].stream)
     before = world.num_ridden
     world.step([A])
     assert world.num_ridden == before + 4, "those whose client is not behind"
