@@ -93,7 +93,7 @@ async def _measure(seconds: float, num_rounds: int) -> list[Row]:
                 stamping_mesh(directory, "native", step_ms) as mesh,
                 envoy_before(engine, directory) as (proxy, proxy_pid),
             ):
-                native, envoy = _hop_of(mesh, "native"), Hop("envoy", proxy, proxy_pid)
+                native, envoy = hop_of(mesh, "native"), Hop("envoy", proxy, proxy_pid)
                 for load in loads_of["direct"]:
                     rows += await _read(Hop("direct", engine, pid), load, seconds, is_flood)
                 for load in loads_of["native"] * (1 if is_flood else num_rounds):
@@ -102,11 +102,12 @@ async def _measure(seconds: float, num_rounds: int) -> list[Row]:
                         rows += await _read(envoy, load, seconds, is_flood)
             async with stamping_mesh(directory / "grpcio", "grpcio", step_ms) as mesh:
                 for load in loads_of["grpcio"]:
-                    rows += await _read(_hop_of(mesh, "grpcio"), load, seconds, is_flood)
+                    rows += await _read(hop_of(mesh, "grpcio"), load, seconds, is_flood)
     return rows
 
 
-def _hop_of(mesh: LocalMesh, edge: str) -> Hop:
+def hop_of(mesh: LocalMesh, edge: str) -> Hop:
+    """The only frontend of a mesh with one worker."""
     (worker,) = mesh.workers.values()
     return Hop(edge, mesh.frontend_address, mesh.frontend_pid, worker.sidecar_pid)
 
@@ -161,7 +162,8 @@ async def _read(hop: Hop, load: Load, seconds: float, is_flood: bool) -> Sequenc
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, object]:
-    cost = {row.name: row.cpu_us for row in medians(rows)}
+    middle = medians(rows)
+    cost = {row.name: row.cpu_us for row in middle}
     shares = {
         f"{streams}x{connections}": _shares(rows, f"paced {streams}x{connections}")
         for streams, connections in PACED
@@ -181,7 +183,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, object]:
             load: [round(min(those), 2), round(max(those), 2)] for load, those in shares.items()
         },
         "tokens_per_s_and_core_flood_256x16": round(per_core),
-        **figures_of(medians(rows)),
+        **figures_of(middle),
     }
 
 

@@ -28,8 +28,8 @@ from typing import Final
 import uvloop
 from typing_extensions import override
 
-from benchmarks.edge import stamping_mesh
-from benchmarks.edge_rows import STEP_MS, Hop, Row, read
+from benchmarks.edge import hop_of, stamping_mesh
+from benchmarks.edge_rows import STEP_MS, Row, read
 from benchmarks.raw_reader import Connection, GrpcStream, Seen
 from benchmarks.stamping import IDLE_ID
 from benchmarks.stamps import CpuClock
@@ -148,8 +148,7 @@ async def measure(num_streams: int, num_connections: int, seconds: float) -> dic
         # What is measured is the edge: an engine that gets no CPU for a second is no hung one.
         patient = ("--engine-stall-min-s", "30")
         async with stamping_mesh(Path(name), "native", STEP_MS, flags, patient) as mesh:
-            (worker,) = mesh.workers.values()
-            hop = Hop("native", mesh.frontend_address, mesh.frontend_pid, worker.sidecar_pid)
+            hop = hop_of(mesh, "native")
             before = await read(hop, ACTIVE, seconds, is_flood=False)
             idle = Idle(mesh.frontend_address, num_streams, num_connections)
             loop = asyncio.get_running_loop()

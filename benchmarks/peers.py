@@ -39,7 +39,7 @@ from typing import Final
 
 import uvloop
 
-from benchmarks.edge import bare_engine, stamping_mesh
+from benchmarks.edge import bare_engine, hop_of, stamping_mesh
 from benchmarks.edge_rows import (
     STEP_MS,
     Hop,
@@ -179,9 +179,7 @@ class Run:
         below = directory / edge
         below.mkdir()
         async with stamping_mesh(below, edge, 0.0 if is_flood else STEP_MS) as mesh:
-            (worker,) = mesh.workers.values()
-            hop = Hop(edge, mesh.frontend_address, mesh.frontend_pid, worker.sidecar_pid)
-            await self._read(hop, is_flood)
+            await self._read(hop_of(mesh, edge), is_flood)
 
     async def _dynamo(self, path: str, directory: Path, model: Path, is_flood: bool) -> None:
         directory.mkdir()  # noqa: ASYNC240 - Nothing else runs yet.

@@ -783,12 +783,12 @@ def test_in_a_frontend_windows_move_and_nobody_steps_out_for_it(
     monkeypatch.setattr(Stream, "acknowledge_early", acknowledge)
 
     async def scenario() -> None:
-        async with worlds.world(
-            FakeSidecar("w1", step_s=0.001), edge="native", window_tokens=512
-        ) as it:
+        sidecar = FakeSidecar("w1", step_s=0.001)
+        async with worlds.world(sidecar, edge="native", window_tokens=512) as it:
             call = it.client.generate(token_ids=[5, 6], temperature=0, max_tokens=1500)
             ids, _ = await worlds.read(call)
             assert len(ids) == 1500
+            assert sidecar.num_next_tokens > 0, "most frames say no more than tokens"
 
     worlds.run(scenario())
     assert len(acknowledged) >= 4, "most were made on the way"
