@@ -27,7 +27,7 @@ from unbroken.http2.messages import Code, trailers
 
 PROMPT_TOKENS: Final = 3
 CONTEXT_LENGTH: Final = 10_000_000
-_LIMITS: Final = EdgeLimits(streams_max=100_000, control_burst=1_000_000_000)
+LIMITS: Final = EdgeLimits(streams_max=100_000, control_burst=1_000_000_000)
 _WRITE_BUFFER_HIGH: Final = 256 * 1024
 _PREFIX: Final = struct.Struct(">BI")
 _VLLM: Final = b"/vllm.grpc.engine.VllmEngine/"
@@ -43,6 +43,12 @@ def _field(number: int, value: bytes | int) -> bytes:
 def _ours(offset: int, token_id: int) -> bytes:
     """GenerateResponse of unbroken.v1."""
     return _field(2, offset) + _field(3, varint(token_id)) + _field(4, b"word ")
+
+
+def body_of(offset: int, token_id: int) -> bytes:
+    """That, as it lies in a body."""
+    message = _ours(offset, token_id)
+    return _PREFIX.pack(0, len(message)) + message
 
 
 def _vllms(offset: int, token_id: int) -> bytes:
@@ -76,7 +82,7 @@ class Client(asyncio.Protocol):
 
     def __init__(self, clients: "set[Client]") -> None:
         self._clients = clients
-        self._connection = Connection(_LIMITS, time.monotonic())
+        self._connection = Connection(LIMITS, time.monotonic())
         self._paths: dict[int, bytes] = {}
         """Of requests that have not ended."""
         self._streams: dict[int, Callable[[int, int], bytes]] = {}

@@ -7,14 +7,15 @@ same run:
     native    the frontend with --edge native, a sidecar and an engine of stamps
     grpcio    the frontend with --edge grpcio
     envoy     Envoy as one gRPC hop before the engine of "direct", on one thread
+    writes    a process that does nothing but write(2), where each stream has its own connection
 
 at 20 ms a step, and as fast as windows allow (flood). CPU is time on a CPU, of all threads of the
 process, per token, after every stream flows: of a frontend it has the ingest from the sidecar in
 it (the sidecar's own is beside it), of Envoy nothing but the hop. Latency is from the engine's step
 to the client; what a path adds is its latency less the direct path's. Beyond 40 ms it wraps, so
 that of a path which does not keep up, or floods, is not given. Paced rows of ours and of Envoy
-are medians of several that were taken in turns, the share of Envoy's cost that of each pair: on a
-shared machine either varies by a third within minutes.
+are medians of several that were taken in turns, as are those of the bare writes, and ratios are
+those of each pair: on a shared machine all of them vary by a third within minutes.
 
     python -m benchmarks.edge [--seconds 9.6] [--rounds 3]
 
@@ -29,7 +30,7 @@ import sys
 import tempfile
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -54,14 +55,30 @@ _START_S_MAX: Final = 30.0
 PACED: Final = ((256, 1), (256, 16), (256, 256), (1024, 1), (1024, 16))
 FLOOD: Final = ((1, 1), (16, 1), (64, 16), (256, 16))
 """Streams and connections."""
-PACED_OF: Final = {"direct": PACED, "native": PACED, "envoy": PACED, "grpcio": PACED[:3]}
-FLOOD_OF: Final = {"direct": FLOOD, "native": FLOOD, "envoy": FLOOD[-1:], "grpcio": FLOOD[-1:]}
+ONE_EACH: Final = (256, 256)
+"""A connection for each stream, and so a write for each token."""
+PACED_OF: Final = {
+    "direct": PACED,
+    "native": PACED,
+    "envoy": PACED,
+    "grpcio": PACED[:3],
+    "writes": (ONE_EACH,),
+}
+FLOOD_OF: Final = {
+    "direct": FLOOD,
+    "native": FLOOD,
+    "envoy": FLOOD[-1:],
+    "grpcio": FLOOD[-1:],
+    "writes": (),
+}
 """For each path those that it is tried with: grpcio is full at 256 streams."""
 GRPCIO_SHARE_MAX: Final = 0.3
 """Of the cost per token with the grpcio edge, at 256 streams on one connection."""
 ENVOY_SHARE_MAX: Final = 0.5
-"""Of Envoy's cost, with several streams on a connection. Where each has its own, the kernel's cost
-of a write alone is more (docs/decisions/edge.md)."""
+"""Of Envoy's cost, with several streams on a connection."""
+WRITES_RATIO_MAX: Final = 2.0
+"""Times what the writes alone cost, where each stream has a connection: they are nearly half of
+Envoy's cost there, so half of it is out of reach (docs/BENCHMARKS.md)."""
 FLOOD_TOKENS_PER_S_MIN: Final = 300_000.0
 """Through one core, at 256 streams over 16 connections."""
 
@@ -71,7 +88,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=9.6)
-    parser.add_argument("--rounds", type=int, default=3, help="of paced rows of native and envoy")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is compared in pairs")
     arguments = parser.parse_args()
     rows = uvloop.run(_measure(arguments.seconds, arguments.rounds))
     print(markdown(medians(rows)))  # noqa: T201
@@ -100,6 +117,9 @@ async def _measure(seconds: float, num_rounds: int) -> list[Row]:
                     rows += await _read(native, load, seconds, is_flood)
                     if load in loads_of["envoy"]:
                         rows += await _read(envoy, load, seconds, is_flood)
+                    if load in loads_of["writes"]:
+                        async with _stepping("benchmarks.bare_writes", step_ms) as (writer, pid):
+                            rows += await _read(Hop("writes", writer, pid), load, seconds, is_flood)
             async with stamping_mesh(directory / "grpcio", "grpcio", step_ms) as mesh:
                 for load in loads_of["grpcio"]:
                     rows += await _read(hop_of(mesh, "grpcio"), load, seconds, is_flood)
@@ -135,13 +155,18 @@ def stamping_mesh(
     )
 
 
-@asynccontextmanager
-async def bare_engine(step_ms: float, model: Path | None = None) -> AsyncGenerator[tuple[str, int]]:
+def bare_engine(
+    step_ms: float, model: Path | None = None
+) -> AbstractAsyncContextManager[tuple[str, int]]:
     """The direct path: address and process id."""
+    path = "" if model is None else str(model)
+    return _stepping("benchmarks.bare_engine", step_ms, "--model-path", path)
+
+
+@asynccontextmanager
+async def _stepping(module: str, step_ms: float, *flags: str) -> AsyncGenerator[tuple[str, int]]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.bare_engine", "--step-ms", str(step_ms)),
-        *("--model-path", "" if model is None else str(model)),
-        stdout=PIPE,
+        *(sys.executable, "-m", module, "--step-ms", str(step_ms), *flags), stdout=PIPE
     )
     try:
         assert process.stdout is not None
@@ -165,9 +190,10 @@ def _figures(rows: Sequence[Row]) -> dict[str, object]:
     middle = medians(rows)
     cost = {row.name: row.cpu_us for row in middle}
     shares = {
-        f"{streams}x{connections}": _shares(rows, f"paced {streams}x{connections}")
+        f"{streams}x{connections}": _ratios(rows, f"paced {streams}x{connections}", "envoy")
         for streams, connections in PACED
     }
+    of_writes = median(_ratios(rows, "paced 256x256", "writes"))
     per_core = 1e6 / cost["native flood 256x16"]
     of_grpcio = cost["native paced 256x1"] / cost["grpcio paced 256x1"]
     of_envoy = max(median(shares[f"{s}x{c}"]) for s, c in PACED if c < s)
@@ -175,6 +201,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, object]:
         "ok": (
             of_grpcio <= GRPCIO_SHARE_MAX
             and of_envoy <= ENVOY_SHARE_MAX
+            and of_writes <= WRITES_RATIO_MAX
             and per_core >= FLOOD_TOKENS_PER_S_MIN
         ),
         "share_of_grpcio_256x1": round(of_grpcio, 2),
@@ -182,17 +209,21 @@ def _figures(rows: Sequence[Row]) -> dict[str, object]:
         "share_of_envoy_range": {
             load: [round(min(those), 2), round(max(those), 2)] for load, those in shares.items()
         },
+        "of_writes_256x256": round(of_writes, 2),
+        "writes_share_of_envoy_256x256": round(
+            cost["writes paced 256x256"] / cost["envoy paced 256x256"], 2
+        ),
         "tokens_per_s_and_core_flood_256x16": round(per_core),
         **figures_of(middle),
     }
 
 
-def _shares(rows: Sequence[Row], load: str) -> Sequence[float]:
-    """Of Envoy's cost, in each round."""
-    native, envoy = (
-        [row.cpu_us for row in rows if row.name == f"{path} {load}"] for path in ("native", "envoy")
+def _ratios(rows: Sequence[Row], load: str, peer: str) -> Sequence[float]:
+    """What native costs by what the peer does, in each round."""
+    ours, theirs = (
+        [row.cpu_us for row in rows if row.name == f"{path} {load}"] for path in ("native", peer)
     )
-    return [ours / theirs for ours, theirs in zip(native, envoy, strict=True)]
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
 if __name__ == "__main__":
