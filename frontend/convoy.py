@@ -68,11 +68,40 @@ _ROWS_SPARE_SHARE: Final = 0.25
 begin anew."""
 
 
+class Edge(Protocol):
+    """All connections of clients."""
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Something is to be written in the next turn of the loop, which nothing may overtake."""
+        ...
+
+
 class Client(Protocol):
     """A connection of a client, and its socket."""
 
     @property
     def connection(self) -> Connection: ...
+
+    @property
+    def edge(self) -> Edge:
+        """Where it belongs."""
+        ...
+
+    @property
+    def is_paused(self) -> bool:
+        """The socket takes nothing more for now. If it comes to that, whoever rides there alone is
+        stepped out before long."""
+        ...
+
+    @property
+    def send_now(self) -> Callable[[bytes], None]:
+        """Sends to the socket at once, whatever waits to be sent. Raises nothing."""
+        ...
+
+    def send_later(self, data: bytes) -> None:
+        """Send it in the next turn of the loop, after what waits. Raises nothing."""
+        ...
 
     def send_frames(
         self, data: bytes, num_frames: int, num_body_bytes: int, *, is_all: bool
@@ -114,6 +143,7 @@ class Ride:
         "call",
         "client",
         "http_stream",
+        "is_alone",
         "is_on",
         "row",
         "since",
@@ -141,6 +171,8 @@ class Ride:
         self._convoy: Convoy | None = None
         self.is_on = False
         """It goes with a convoy now; for those who ask with every token."""
+        self.is_alone = False
+        """Its connection has no other stream, and is not touched by a step either."""
         stream.ride = self
         http_stream.ride = self
 
@@ -153,6 +185,10 @@ class Ride:
         if http_stream.is_closed or http_stream.pending or not self.call.is_plain(now):
             return 0
         num_in_window = http_stream.send.left // BODY_BYTES_MAX
+        if (connection := self.client.connection).num_streams == 1:
+            if self.client.is_paused:
+                return 0
+            num_in_window = min(num_in_window, connection.send_window.left // BODY_BYTES_MAX)
         num_steps_max = min(self.stream.num_plain_max, num_in_window)
         if num_steps_max <= 0:
             return 0
@@ -161,9 +197,13 @@ class Ride:
         return max(0, min(num_steps_max, num_offsets - num_settled))
 
     def get_on(self, convoy: "Convoy") -> None:
-        """The convoy takes it along."""
+        """The convoy takes it along, for as many steps as `num_steps_max` has just said."""
         self._convoy = convoy
         self.is_on = True
+        connection = self.client.connection
+        if connection.num_streams == 1:
+            self.is_alone = True
+            connection.ride = self
 
     def settle(self) -> None:
         """Let the stream and its window know all that was told."""
@@ -174,20 +214,19 @@ class Ride:
             token_ids = convoy.told(self)
             if token_ids:
                 offset = self.stream.rode(token_ids, convoy.stepped_at)
-                self.http_stream.send.left -= self.bodies.size(offset, token_ids)
+                num_bytes = self.bodies.size(offset, token_ids)
+                self.http_stream.send.left -= num_bytes
+                if self.is_alone:
+                    self.client.connection.count_frames(len(token_ids), num_bytes)
         except Exception:  # A bug. It must not ride on with a gap behind it.
-            self._convoy = None
-            self.is_on = False
-            convoy.lost(self)
+            self._get_off(convoy)
             raise
 
     def step_out(self) -> None:
         """Settle, and go the long way from here on, until all is as usual. Idempotent."""
         self.settle()
-        convoy, self._convoy = self._convoy, None
-        self.is_on = False
-        if convoy is not None:
-            convoy.lost(self)
+        if self._convoy is not None:
+            self._get_off(self._convoy)
 
     def close(self) -> None:
         """The call reads no more. Idempotent."""
@@ -197,9 +236,17 @@ class Ride:
         if self.http_stream.ride is self:
             self.http_stream.ride = None
 
+    def _get_off(self, convoy: "Convoy") -> None:
+        self._convoy = None
+        self.is_on = False
+        if self.is_alone:
+            self.is_alone = False
+            self.client.connection.ride = None
+        convoy.lost(self)
+
 
 class _Group:
-    """Those that ride to one connection."""
+    """Those that ride to one connection, which has several streams."""
 
     __slots__ = ("client", "frames", "num_body_bytes", "num_rows", "parts", "put", "rides")
 
@@ -271,6 +318,12 @@ class Convoy:
         self._heads: list[tuple[Sequence[bytes], Sequence[bytes]]] = []
         self._puts: list[Callable[[Iterable[bytes]], None]] = []
         self._groups: list[_Group] = []
+        # And those that ride alone: as many columns of their own.
+        self._alone: list[Ride] = []
+        self._sends: list[Callable[[bytes], None]] = []
+        self._parts: list[Iterable[bytes]] = []
+        """What their frames of this step are made of."""
+        self._edges: set[Edge] = set()
         self._stop_ids: frozenset[int] = frozenset()
         """All ids that end the output of somebody who rides,"""
         self._stop_columns: list[frozenset[int]] = []
@@ -328,7 +381,8 @@ class Convoy:
         self._rides[ride.row] = None
         self._dues[ride.row] = _NEVER
         self._is_stale = True
-        self._puts, self._groups = [], []  # Nobody is kept alive here who has gone.
+        # Nobody is kept alive here who has gone.
+        self._puts, self._groups, self._alone, self._sends = [], [], [], []
 
     def told(self, ride: Ride) -> Sequence[int]:
         """What was told of it that it has not entered; that is done from here on."""
@@ -402,6 +456,8 @@ class Convoy:
         others = self._others
         is_all = is_last and not others
         behind: list[_Group] = []
+        if self._parts:
+            self._send_alone(is_all=is_all)
         for group in self._groups:
             frames, group.frames = group.frames, b""
             if not group.client.send_frames(
@@ -530,16 +586,23 @@ class Convoy:
         )
         groups: dict[Client, _Group] = {}
         self._tails, self._heads, self._puts = [], [], []
+        self._alone, put_alone = [], self._parts.append
         for ride in rides:
+            self._tails.append(ride.tail)
+            self._heads.append(ride.bodies.heads)
+            if ride.is_alone:
+                self._alone.append(ride)
+                self._puts.append(put_alone)
+                continue
             group = groups.get(ride.client)
             if group is None:
                 group = groups[ride.client] = _Group(ride.client)
             group.num_rows += 1
             group.rides.append(ride)
-            self._tails.append(ride.tail)
-            self._heads.append(ride.bodies.heads)
             self._puts.append(group.put)
         self._groups = list(groups.values())
+        self._sends = [ride.client.send_now for ride in self._alone]
+        self._edges = {ride.client.edge for ride in self._alone}
         if not rides:
             self._fields = None
 
@@ -559,6 +622,7 @@ class Convoy:
         fields = self._fields
         assert fields is not None, "somebody rides"
         made, num_told = fields.made, self._num_told
+        self._parts.clear()
         try:
             for token_id, offset, tail, (lengths, prefixes), put in zip(
                 token_ids, self._offsets, self._tails, self._heads, self._puts, strict=True
@@ -577,6 +641,17 @@ class Convoy:
         finally:
             for group in self._groups:
                 group.parts.clear()
+
+    def _send_alone(self, *, is_all: bool) -> None:
+        """What was written for those that ride alone. What else their connections send, no token
+        has to wait for, but tokens of the same stream: if anything waits, so does this."""
+        parts_of = self._parts
+        if is_all and not any(edge.is_scheduled for edge in self._edges):
+            for send, parts in zip(self._sends, parts_of, strict=True):
+                send(b"".join(parts))
+        else:
+            for ride, parts in zip(self._alone, parts_of, strict=True):
+                ride.client.send_later(b"".join(parts))
 
     def _put_out_behind(self, groups: list[_Group]) -> list[int]:
         """Let those of these connections step out, before the step; returns all rows that do not

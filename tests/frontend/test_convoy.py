@@ -46,9 +46,17 @@ def is_ack(command: Command) -> bool:
 
 
 @dataclass(eq=False)
+class Edge:
+    """All connections."""
+
+    is_scheduled: bool = False
+
+
+@dataclass(eq=False)
 class Client:
     """A connection, whose socket is the test."""
 
+    edge: Edge = field(default_factory=Edge)
     peer: Peer = field(default_factory=Peer)
     is_paused: bool = False
     is_behind: bool = False
@@ -70,6 +78,19 @@ class Client:
         self.connection.count_frames(num_frames, num_body_bytes)
         self.connection.outbound += data
         return True
+
+    def send_now(self, data: bytes) -> None:
+        self.were_all.append(True)
+        self.connection.outbound += data
+
+    def send_later(self, data: bytes) -> None:
+        self.were_all.append(False)
+        self.connection.outbound += data
+
+    def stop_ride(self) -> None:
+        """As whoever is paused does before long."""
+        if self.connection.ride is not None:
+            self.connection.ride.step_out()
 
 
 @dataclass(eq=False)
@@ -150,7 +171,8 @@ class World:
     def __init__(self, *, rides: bool, num_streams: int, window: int, max_tokens: int) -> None:
         self.rides = rides
         self.convoy = Convoy()
-        self.clients = [Client(), Client()]
+        self.edge = Edge()
+        self.clients = [Client(self.edge), Client(self.edge)]
         self.readers: list[Reader] = []
         self.offsets: list[int] = []
         self.absent: set[int] = set()
@@ -319,7 +341,9 @@ def do(world: World, doing: str, what: object) -> None:
         case "pause", int():
             client = world.clients[what]
             client.is_paused = not client.is_paused
-            if not client.is_paused:
+            if client.is_paused:
+                client.stop_ride()
+            else:
                 for reader in world.readers:
                     reader.pump()
         case "turn", _:
@@ -484,17 +508,17 @@ def test_a_stream_gets_on_again_when_all_is_as_before() -> None:
 
 
 def test_a_client_whose_bytes_have_not_left_is_merged_for_instead() -> None:
-    world = riding()
+    world = riding(5)
     world.clients[1].is_behind = True
     num_ridden = world.num_ridden
     world.step([B])
-    assert world.num_ridden == num_ridden + 2, "those of the other client"
+    assert world.num_ridden == num_ridden + 3, "those of the other client"
     world.clients[1].is_behind = False
     for _ in range(PAUSE_STEPS):
-        assert world.convoy.num_riding == 2, "it is not tried again at once"
+        assert world.convoy.num_riding == 3, "it is not tried again at once"
         world.step([B])
     world.step([B])
-    assert world.convoy.num_riding == 3
+    assert world.convoy.num_riding == 5
 
 
 def open_windows(world: World) -> None:
@@ -671,6 +695,85 @@ def test_a_connection_is_not_sent_more_than_its_window() -> None:
     assert sum(len(body) for body in world.sent_to(client)) == frames.WINDOW_DEFAULT
     world.hear(client, frames.window_update(0, 10_000))
     assert all(reader.stream.num_sent == 22 for reader in world.readers)
+
+
+def alone() -> World:
+    """Two streams, each of which is the only one of its connection; both ride."""
+    world = riding(2)
+    assert [client.connection.ride for client in world.clients] == [
+        reader.ride for reader in world.readers
+    ]
+    return world
+
+
+def test_who_rides_alone_is_sent_no_more_than_the_window_of_its_connection() -> None:
+    world = alone()
+    client = world.clients[0]
+    world.hear(client, frames.window_update(1, 1 << 22))
+    num_steps = frames.WINDOW_DEFAULT // len(world.readers[0].bodies.body(300, B)) + 20
+    for _ in range(num_steps):
+        world.step([B])
+    assert sum(len(body) for body in world.sent_to(client)) == frames.WINDOW_DEFAULT
+    assert world.num_ridden > 1.9 * num_steps
+    world.hear(client, frames.window_update(0, 10_000))
+    assert world.readers[0].stream.num_sent == num_steps + 2
+    body = b"".join(world.sent_to(client))
+    first = b"".join(world.readers[0].bodies.body(*one) for one in enumerate([A] + [B] * 2000))
+    assert body.startswith(first)
+
+
+def test_who_is_joined_on_its_connection_rides_there_alone_no_more() -> None:
+    world = alone()
+    client = world.clients[0]
+    for _ in range(5):
+        world.step([B])
+    left = client.connection.send_window.left
+    assert frames.WINDOW_DEFAULT - left < 20, "of the last five nothing is taken yet"
+    world.join()
+    assert client.connection.ride is None
+    assert world.clients[1].connection.ride is world.readers[1].ride
+    for _ in range(5):
+        world.step([B])
+    assert world.convoy.num_riding == 3
+    sent = sum(len(body) for body in world.sent_to(client))
+    assert client.connection.send_window.left == frames.WINDOW_DEFAULT - sent
+
+
+def test_who_rides_alone_overtakes_nothing_that_waits() -> None:
+    world = alone()
+    world.edge.is_scheduled = True
+    world.step([B])
+    world.edge.is_scheduled = False
+    world.is_last = False
+    world.step([B])
+    assert [client.were_all for client in world.clients] == [[True, False, False]] * 2
+    assert world.num_ridden == 2 * 3
+
+
+def test_nobody_gets_on_whose_client_is_paused() -> None:
+    world = alone()
+    client = world.clients[0]
+    client.is_paused = True
+    client.stop_ride()
+    for _ in range(2 * PAUSE_STEPS):
+        world.step([B])
+        assert world.convoy.num_riding == 1
+    client.is_paused = False
+    world.readers[0].pump()
+    for _ in range(2 * PAUSE_STEPS):
+        world.step([B])
+    assert world.convoy.num_riding == 2
+
+
+def test_what_was_sent_alone_is_taken_from_the_connection_before_that_is_judged() -> None:
+    world = alone()
+    client = world.clients[0]
+    world.hear(client, frames.window_update(0, frames.WINDOW_MAX - frames.WINDOW_DEFAULT))
+    world.step([B])
+    world.hear(client, frames.window_update(0, 5))
+    assert not world.has_lost, "as much again as it took is no overflow"
+    world.hear(client, frames.window_update(0, 500))
+    assert world.has_lost
 
 
 def test_what_was_sent_by_ride_is_taken_from_the_window_before_that_is_judged() -> None:

@@ -1,7 +1,7 @@
 """Where clients of a simulated frontend read what rides in a convoy: one connection for all."""
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Self
 
 from frontend.convoy import Call, Ride
 from frontend.edge.encoding import TokenBodies, TokenFields
@@ -19,6 +19,9 @@ _BODIES: Final = TokenBodies(TokenFields(tokenizer().texts), answers_resume=Fals
 
 class Clients:
     """Those of one frontend. They read at once."""
+
+    is_paused = False
+    is_scheduled = False
 
     def __init__(self) -> None:
         self._peer = Peer()
@@ -43,6 +46,17 @@ class Clients:
         self.connection.count_frames(num_frames, num_body_bytes)
         self.connection.outbound += data
         return True
+
+    @property
+    def edge(self) -> Self:
+        """There is no other connection."""
+        return self
+
+    def send_now(self, data: bytes) -> None:
+        """Until `deliver`."""
+        self.connection.outbound += data
+
+    send_later = send_now
 
     def ride(self, stream: Stream, call: Call, hear: Callable[[Piece], None]) -> Ride:
         """By which a stream's tokens go to its client, who hears them so."""

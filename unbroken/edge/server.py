@@ -158,6 +158,7 @@ class EdgeServer:
         """Calls that have news."""
         self._touched: dict[ClientConnection, None] = {}
         self.is_scheduled = False
+        """Something is to be written in the next turn of the loop."""
         self._server: asyncio.Server | None = None
         self._loop = asyncio.get_running_loop()
         self._naps = naps()
@@ -386,6 +387,12 @@ class ClientConnection(asyncio.Protocol):
     @override
     def pause_writing(self) -> None:
         self.is_paused = True
+        if self.connection.ride is not None:
+            self._loop.call_soon(self._stop_ride)  # Later: it may be what is sending this.
+
+    def _stop_ride(self) -> None:
+        if self.is_paused and self.connection.ride is not None:
+            self.connection.ride.step_out()
 
     @override
     def resume_writing(self) -> None:
@@ -421,6 +428,22 @@ class ClientConnection(asyncio.Protocol):
             if self.is_paused:
                 self._limit_unsent(transport)
         return True
+
+    @property
+    def edge(self) -> EdgeServer:
+        """Where it belongs."""
+        return self._server
+
+    @property
+    def send_now(self) -> Callable[[bytes], None]:
+        """Writes to the socket, whatever is outbound. If it is closing, nothing is done."""
+        assert self._transport is not None, "it was connected"
+        return self._transport.write
+
+    def send_later(self, data: bytes) -> None:
+        """Write it in the next turn of the loop, after what is outbound."""
+        self.connection.outbound += data
+        self._server.touch(self)
 
     def touch(self) -> None:
         """Write what is outbound, in the next turn of the loop."""

@@ -202,6 +202,8 @@ class Connection:
         self._encoder = Encoder()
         self.send_window = SendWindow(frames.WINDOW_DEFAULT)
         """Of all streams together."""
+        self.ride: Ride | None = None
+        """Of the only stream there is, who takes what it sends from this window later, too."""
         self._receive = ReceiveWindow(max(limits.connection_window, frames.WINDOW_DEFAULT))
         self._peer_initial_window = frames.WINDOW_DEFAULT
         self._inbound = bytearray()
@@ -416,6 +418,8 @@ class Connection:
         if ends and request.content_length:
             self._refuse(stream_id, ErrorCode.PROTOCOL_ERROR)
             return
+        if self.ride is not None:
+            self.ride.step_out()  # It is not the only stream any more.
         limits = self._limits
         stream = HttpStream(stream_id, self._peer_initial_window, limits.stream_window)
         stream.body_left = request.content_length
@@ -508,6 +512,8 @@ class Connection:
         if stream_id == 0:
             if not increment:
                 raise Fault(ErrorCode.PROTOCOL_ERROR, "a window update of 0")
+            if self.ride is not None:
+                self.ride.settle()
             if not self.send_window.grow(increment):
                 raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "the connection's window overflows")
             if self._blocked:

@@ -164,6 +164,55 @@ def test_a_client_that_is_behind_is_sent_nothing() -> None:
     run(scenario)
 
 
+class Alone:
+    """Who sends on the only stream of a connection."""
+
+    def __init__(self, world: World) -> None:
+        self.connection = world.client.connection
+        self.connection.ride = self
+        self.has_stepped_out = False
+
+    def settle(self) -> None:
+        raise AssertionError("nobody asks")
+
+    def step_out(self) -> None:
+        self.has_stepped_out = True
+        self.connection.ride = None
+
+
+def test_who_sends_alone_is_written_at_once_or_after_what_waits() -> None:
+    async def scenario() -> None:
+        world = World()
+        ping = frames.ping(b"01234567", is_ack=True)
+        world.client.connection.outbound += ping
+        world.client.send_now(FRAMES)
+        assert world.socket.written == [FRAMES]
+        assert not world.server.is_scheduled
+        world.client.send_later(FRAMES)
+        assert world.server.is_scheduled
+        await asyncio.sleep(0)
+        assert world.socket.written == [FRAMES, ping + FRAMES]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_who_sends_alone_stops_when_the_socket_is_full_but_not_at_once(*, is_resumed: bool) -> None:
+    async def scenario() -> None:
+        world = World()
+        alone = Alone(world)
+        world.socket.num_unsent = 1 << 30
+        world.client.send_now(FRAMES)
+        assert world.client.is_paused
+        assert not alone.has_stepped_out, "amid a step it is not to be told"
+        if is_resumed:
+            world.client.resume_writing()
+        await asyncio.sleep(0)
+        assert alone.has_stepped_out == (not is_resumed)
+
+    run(scenario)
+
+
 def test_a_socket_that_is_closing_is_sent_nothing() -> None:
     async def scenario() -> None:
         world = World()
