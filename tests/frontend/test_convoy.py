@@ -768,7 +768,11 @@ def test_nobody_gets_on_whose_client_is_paused() -> None:
 def test_what_was_sent_alone_is_taken_from_the_connection_before_that_is_judged() -> None:
     world = alone()
     client = world.clients[0]
-    world.hear(client, frames.window_update(0, frames.WINDOW_MAX - frames.WINDOW_DEFAULT))
+    ride = client.connection.ride
+    assert ride is not None
+    ride.settle()
+    most = frames.WINDOW_MAX - client.connection.send_window.left
+    world.hear(client, frames.window_update(0, most))
     world.step([B])
     world.hear(client, frames.window_update(0, 5))
     assert not world.has_lost, "as much again as it took is no overflow"
