@@ -91,7 +91,7 @@ class Client(Protocol):
     @property
     def is_paused(self) -> bool:
         """The socket takes nothing more for now. If it comes to that, whoever rides there alone is
-        stepped out before long."""
+        stepped out, even amid `send_now`."""
         ...
 
     @property
@@ -451,19 +451,18 @@ class Convoy:
             ):
                 break
             self._put_out_odd(offsets, num_after, token_ids)
-        # First of all it is sent: what fails below must not leave a gap at those who are all right.
-        # What others say may be for the same connections, which are written to once.
+        # It is sent before anything else: what fails below must not leave a gap at those who are
+        # all right. What others say may be for the same connections, which are written to once.
         others = self._others
         is_all = is_last and not others
         behind: list[_Group] = []
-        if self._parts:
-            self._send_alone(is_all=is_all)
         for group in self._groups:
             frames, group.frames = group.frames, b""
             if not group.client.send_frames(
                 frames, group.num_rows, group.num_body_bytes, is_all=is_all
             ):
                 behind.append(group)
+        alone, sends = self._alone, self._sends  # Those lists are left as they are.
         if behind:
             others = self._put_out_behind(behind)
         self._num_told += 1
@@ -472,6 +471,8 @@ class Convoy:
         ids.frombytes(self._spare)
         self._num_steps += 1
         self.stepped_at = now
+        if alone:  # Who of them steps out meanwhile, has been told this step, or is about to be.
+            self._send_alone(alone, sends, is_all=is_all)
         if len(ids) > _IDS_KEPT_MAX:
             self._settle_all(num_in_column)
         elif len(ids) > _STEPS_KEPT * num_in_column:
@@ -642,15 +643,16 @@ class Convoy:
             for group in self._groups:
                 group.parts.clear()
 
-    def _send_alone(self, *, is_all: bool) -> None:
-        """What was written for those that ride alone. What else their connections send, no token
-        has to wait for, but tokens of the same stream: if anything waits, so does this."""
-        parts_of = self._parts
+    def _send_alone(
+        self, alone: list[Ride], sends: list[Callable[[bytes], None]], *, is_all: bool
+    ) -> None:
+        """What was written for those. Nothing else that waits for their connections has to go
+        before, but what came earlier of the same stream: if anything waits at all, so do they."""
         if is_all and not any(edge.is_scheduled for edge in self._edges):
-            for send, parts in zip(self._sends, parts_of, strict=True):
+            for send, parts in zip(sends, self._parts, strict=True):
                 send(b"".join(parts))
         else:
-            for ride, parts in zip(self._alone, parts_of, strict=True):
+            for ride, parts in zip(alone, self._parts, strict=True):
                 ride.client.send_later(b"".join(parts))
 
     def _put_out_behind(self, groups: list[_Group]) -> list[int]:

@@ -61,6 +61,8 @@ class Client:
     is_paused: bool = False
     is_behind: bool = False
     """It takes no frames of several streams."""
+    is_filled: bool = False
+    """By the next that is sent at once it will be paused."""
     were_all: list[bool] = field(default_factory=list[bool])
     """Of frames that it was sent, whether they were written at once."""
 
@@ -82,13 +84,16 @@ class Client:
     def send_now(self, data: bytes) -> None:
         self.were_all.append(True)
         self.connection.outbound += data
+        if self.is_filled:
+            self.is_paused = True
+            self.stop_ride()
 
     def send_later(self, data: bytes) -> None:
         self.were_all.append(False)
         self.connection.outbound += data
 
     def stop_ride(self) -> None:
-        """As whoever is paused does before long."""
+        """As whoever is paused does."""
         if self.connection.ride is not None:
             self.connection.ride.step_out()
 
@@ -748,6 +753,28 @@ def test_who_rides_alone_overtakes_nothing_that_waits() -> None:
     world.step([B])
     assert [client.were_all for client in world.clients] == [[True, False, False]] * 2
     assert world.num_ridden == 2 * 3
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_who_steps_out_amid_a_step_has_been_sent_it(number: int) -> None:
+    world = alone()
+    client, reader = world.clients[number], world.readers[number]
+    client.is_filled = True
+    world.step([A, B])
+    assert world.num_ridden == 2 * 2
+    assert world.convoy.num_riding == 1
+    assert reader.stream.ledger.tolist() == [A, B, [A, B][number]]
+    assert reader.stream.num_sent == 3
+    world.step([B])
+    client.is_filled = client.is_paused = False
+    reader.pump()
+    for _ in range(2 * PAUSE_STEPS):
+        world.step([A])
+    assert world.convoy.num_riding == 2
+    for client, reader in zip(world.clients, world.readers, strict=True):
+        (body,) = world.sent_to(client)
+        told = reader.stream.ledger.tolist()
+        assert body == b"".join(reader.bodies.body(*one) for one in enumerate(told))
 
 
 def test_nobody_gets_on_whose_client_is_paused() -> None:

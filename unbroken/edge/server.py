@@ -388,10 +388,6 @@ class ClientConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.is_paused = True
         if self.connection.ride is not None:
-            self._loop.call_soon(self._stop_ride)  # Later: it may be what is sending this.
-
-    def _stop_ride(self) -> None:
-        if self.is_paused and self.connection.ride is not None:
             self.connection.ride.step_out()
 
     @override
