@@ -110,7 +110,8 @@ class FileDiscovery:
 
     async def setting(self, setting: Setting[SettingT]) -> SettingT:
         """As `Discovery.setting`. What cannot be read counts as not set."""
-        return _read_setting(setting, _path(self.root / _SETTINGS, setting.name))
+        path = _path(self.root / _SETTINGS, setting.name)
+        return _read_setting(setting, path) or setting.record_type()
 
     async def change(self, setting: Setting[SettingT], record: SettingT) -> None:
         """As `Discovery.change`."""
@@ -121,7 +122,10 @@ class FileDiscovery:
         path = _path(folder, setting.name)
         try:
             async with _exclusive(folder):
-                seen = _read_setting(setting, path).version
+                known = _read_setting(setting, path)
+                if known is None:
+                    raise UnbrokenError(Reason.UNREACHABLE, f"{path}: cannot be read")
+                seen = known.version
                 if record.version <= seen:
                     raise UnbrokenError(
                         Reason.VERSION_MISMATCH,
@@ -137,26 +141,26 @@ class FileDiscovery:
     async def watch_setting(self, setting: Setting[SettingT]) -> AsyncGenerator[SettingT, None]:
         """As `Discovery.watch_setting`."""
         path = _path(self.root / _SETTINGS, setting.name)
-        stamp: _Stamp | None = None
+        interval_s = _SETTINGS_INTERVALS * self._poll_interval_s
         last: SettingT | None = None
         while True:
-            if last is not None:
-                interval_s = _SETTINGS_INTERVALS * self._poll_interval_s
-                await naps().until(partial(_has_changed, path, stamp), interval_s)
-            stamp = _stamp_at(path)
+            stamp = _stamp_at(path)  # Before it is read: what changes meanwhile is read again.
             record = _read_setting(setting, path)
-            if last is None or record.version > last.version:
-                last = record
-                yield record
+            if last is None or (record is not None and record.version > last.version):
+                last = record or setting.record_type()
+                yield last
+            if record is None:
+                await nap(interval_s)
+            else:
+                await naps().until(partial(_has_changed, path, stamp), interval_s)
 
 
 def _has_changed(path: Path, stamp: _Stamp | None) -> bool:
     return _stamp_at(path) != stamp
 
 
-def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT:
-    """What is in a file; empty if nothing can be read there."""
-    record = setting.record_type()
+def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT | None:
+    """What is in a file, empty if that is no record; None if it cannot be looked at now."""
     try:
         with path.open("rb") as file:
             text = file.read(_RECORD_BYTES_MAX + 1)
@@ -164,10 +168,13 @@ def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT:
             raise ValueError(f"expected at most {_RECORD_BYTES_MAX} bytes")
         return json_format.Parse(text, setting.record_type(), ignore_unknown_fields=True)
     except FileNotFoundError:
-        return record
-    except (OSError, ValueError, json_format.ParseError, RecursionError) as error:
+        return setting.record_type()
+    except OSError as error:  # No descriptor is left, perhaps.
+        _log.warning("setting not readable", path=str(path), error=str(error))
+        return None
+    except (ValueError, json_format.ParseError, RecursionError) as error:
         _log.warning("setting skipped", path=str(path), error=str(error))
-        return record
+        return setting.record_type()
 
 
 class _FileRegistration(Generic[RecordT]):

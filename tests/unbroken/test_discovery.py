@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -567,6 +568,48 @@ def test_a_watcher_of_a_setting_sees_changes_and_never_goes_back(tmp_path: Path)
                 assert not following.done()
             await found.change(THRESHOLDS, thresholds(6))
             assert await following == thresholds(6)
+
+    uvloop.run(scenario())
+
+
+def test_a_setting_that_is_changed_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        found = FileDiscovery(tmp_path, poll_interval_s=POLL_S)
+        read = file_discovery._read_setting  # pyright: ignore[reportPrivateUsage]
+
+        def changed_meanwhile(setting: Any, path: Path) -> Any:
+            record = read(setting, path)
+            monkeypatch.undo()
+            with pytest.raises(StopIteration):  # It finds nothing to wait for.
+                found.change(THRESHOLDS, thresholds(1)).send(None)
+            return record
+
+        monkeypatch.setattr(file_discovery, "_read_setting", changed_meanwhile)
+        watch = found.watch_setting(THRESHOLDS)
+        async with asyncio.timeout(5), aclosing(watch):
+            assert await anext(watch) == pb.ThresholdsRecord()
+            assert await anext(watch) == thresholds(1)
+
+    uvloop.run(scenario())
+
+
+def test_a_look_at_a_setting_that_failed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        found = FileDiscovery(tmp_path, poll_interval_s=POLL_S)
+        watch = found.watch_setting(THRESHOLDS)
+        async with asyncio.timeout(5), aclosing(watch):
+            assert await anext(watch) == pb.ThresholdsRecord()
+            await found.change(THRESHOLDS, thresholds(1))
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "open", _fails)
+                following = asyncio.ensure_future(anext(watch))
+                await asyncio.sleep(10 * POLL_S)
+                assert not following.done()
+            assert await following == thresholds(1)
 
     uvloop.run(scenario())
 
