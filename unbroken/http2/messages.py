@@ -21,6 +21,8 @@ PREFIX: Final = struct.Struct(">BI")
 """Whether a message is compressed, and its length."""
 ACCEPT_ENCODING: Final = b"identity,gzip"
 STATUS_MESSAGE_BYTES_MAX: Final = 4096
+TIMEOUT_S_MAX: Final = 1e9
+"""More is as good as for ever, and grpc.aio takes what its clock cannot count for the past."""
 _GZIP_WBITS: Final = 31
 _TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _UNITS_S: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
@@ -77,7 +79,7 @@ def timeout_s(request: Request) -> float | None:
     match = _TIMEOUT.fullmatch(value)
     if match is None:
         raise Refused(Code.INTERNAL, f"expected a grpc-timeout, got {value[:20]!r}")
-    return int(match[1]) * _UNITS_S[match[2]]
+    return min(int(match[1]) * _UNITS_S[match[2]], TIMEOUT_S_MAX)
 
 
 def metadata(fields: Fields, also: Collection[bytes] = ()) -> list[tuple[str, str | bytes]]:

@@ -10,6 +10,7 @@ from tests.frontend.edge.peer import REQUEST
 from unbroken.http2.headers import Fields, Request, check_request
 from unbroken.http2.messages import (
     PREFIX,
+    TIMEOUT_S_MAX,
     Code,
     MessageReader,
     Refused,
@@ -45,7 +46,15 @@ def refusal(*parts: bytes, fields: Fields = (), size_max: int = 1000) -> Refused
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [(b"1H", 3600), (b"2M", 120), (b"3S", 3), (b"40m", 0.04), (b"50u", 5e-5), (b"99999999n", 0.1)],
+    [
+        (b"1H", 3600),
+        (b"2M", 120),
+        (b"3S", 3),
+        (b"40m", 0.04),
+        (b"50u", 5e-5),
+        (b"99999999n", 0.1),
+        (b"99999999H", TIMEOUT_S_MAX),
+    ],
 )
 def test_timeouts_have_units(text: bytes, seconds: float) -> None:
     assert timeout_s(request((b"grpc-timeout", text))) == pytest.approx(seconds, rel=1e-6)  # pyright: ignore[reportUnknownMemberType]
