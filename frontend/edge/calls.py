@@ -287,6 +287,7 @@ class StreamingCall:
     def crashed(self, error: Exception) -> None:
         """A bug of this call was met."""
         self._end(status.translated(error, self._path))
+        self._server.touch(self.client)  # It need not have been met in a `pump`.
 
     def _forget(self) -> None:
         self.client.calls.pop(self.stream_id, None)

@@ -17,6 +17,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from frontend.edge.calls import StreamingCall
 from frontend.service import Frontend
 from tests.frontend.edge.peer import REQUEST, data, setting
 from tests.frontend.edge.raw import RawClient, connect
@@ -113,6 +114,27 @@ def test_streams_both_ways_pass_too() -> None:
             second = await watch.read()
             assert second.status == health_pb2.HealthCheckResponse.NOT_SERVING
             watch.cancel()
+
+    run(scenario())
+
+
+def test_a_bug_that_is_met_outside_of_a_turn_of_its_call_is_told_at_once() -> None:
+    async def scenario() -> None:
+        async with (
+            world(FakeSidecar("w1"), **NATIVE) as it,
+            connect(it.frontend.address) as client,
+        ):
+            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT))
+            request.params.stopping.max_tokens = 100_000
+            client.generate(1, request)
+            await client.until_data(1)
+            edge = it.frontend.edge
+            assert edge is not None
+            (call,) = [one for connection in edge.clients for one in connection.calls.values()]
+            assert isinstance(call, StreamingCall)
+            call.crashed(ValueError("a bug"))  # As a convoy does.
+            async with asyncio.timeout(5):
+                assert (await client.answer(1))[b"grpc-status"] == b"13"
 
     run(scenario())
 
