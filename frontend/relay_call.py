@@ -1091,11 +1091,14 @@ class RelayCall(Talker):
     def _leave(self, slot: int) -> Seat | None:
         seat = self._seats.pop(slot, None)
         if seat is not None:
-            if seat.stream.ride is not None:
-                seat.stream.ride.step_out()
             self._acks.pop(slot, None)
             self._forget_rows()
             self._num_with_logprobs -= seat.wants_logprobs
+            try:
+                if seat.stream.ride is not None:
+                    seat.stream.ride.step_out()
+            except Exception:
+                seat.owner.crashed()  # One stream's bug is not the others' loss.
         return seat
 
     def _lose_all(self, failure: FailureKind, detail: str, *, is_break: bool = False) -> None:

@@ -394,8 +394,11 @@ class ClientConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.is_paused = False
         waiting, self.waiting = self.waiting, {}
-        for call in waiting:
-            call.writable()
+        try:
+            for call in waiting:
+                call.writable()
+        except Exception:
+            self._crashed()
 
     # What is done with it.
 
