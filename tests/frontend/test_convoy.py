@@ -512,6 +512,18 @@ def test_a_stream_gets_on_again_when_all_is_as_before() -> None:
     assert ride.is_on
 
 
+def test_nobody_rides_with_fewer_than_it_takes_to_save_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(convoy_module, "ROWS_MIN", 4)
+    world = World(rides=True, num_streams=3, window=1024, max_tokens=1000)
+    world.step([B])
+    assert world.num_ridden == 0
+    world.join()
+    world.step([B])
+    assert world.num_ridden == 4
+
+
 def test_a_client_whose_bytes_have_not_left_is_merged_for_instead() -> None:
     world = riding(5)
     world.clients[1].is_behind = True

@@ -12,9 +12,10 @@ from frontend.convoy import Convoy
 from frontend.failure_detector import Rhythm
 from frontend.mesh_view import MeshView
 from frontend.metrics import FrontendMetrics
-from frontend.outliers import OutlierLimits, Outliers
+from frontend.outliers import Eject, OutlierLimits, Outliers
 from frontend.relay_call import (
     PROTOCOL_VERSION,
+    SAMPLE_INTERVAL_S,
     FrontendIdentity,
     LinkLimits,
     RelayCall,
@@ -59,6 +60,8 @@ class Peer:
     def __init__(self) -> None:
         self.now = 100.0
         mesh = self.mesh = MeshView()
+        self.outliers = Outliers(OutlierLimits(), Random(0))
+        self.counted = FrontendMetrics(metrics.new_registry())
         worker = mesh.discovered(worker_pb2.WorkerRecord(identity=IDENTITY, address="there:1"))
         self.call = RelayCall(
             lambda _: NoWire(),
@@ -69,8 +72,8 @@ class Peer:
             LIMITS,
             call_number=1,
             rhythm=Rhythm(INTERVAL_S),
-            observer=FrontendMetrics(metrics.new_registry()),
-            outliers=Outliers(OutlierLimits(), Random(0)),
+            observer=self.counted,
+            outliers=self.outliers,
             on_moved=lambda: self.heard.append("moved"),
             clock=lambda: self.now,
         )
@@ -173,6 +176,14 @@ class Streaming:
         """Told of several, or with log probabilities."""
         self.log: list[str] = []
 
+    @property
+    def ledger(self) -> list[int]:
+        return self.token_ids
+
+    @property
+    def num_sent(self) -> int:
+        return len(self.token_ids)
+
     def token(self, epoch: int, offset: int, token_id: int, now: float) -> tuple[()]:
         del epoch, now
         self.offsets.append(offset)
@@ -259,6 +270,26 @@ def test_next_tokens_stand_after_those_of_the_frame_before() -> None:
             ([4, 5], [2, 4]),
             ([7, 8, 9], [6, 8, 1]),
         ]
+
+    played(scenario)
+
+
+def test_next_tokens_are_counted_and_tell_how_fast_the_worker_is() -> None:
+    async def scenario(peer: Peer) -> None:
+        Owning(peer.call)
+        workers = ["w1", "w2", "w3", "w4"]
+        peer.outliers.members(dict.fromkeys(workers, "m"), workers)
+        peer.frame(slots=[1], offsets=[0], token_ids=[5])
+        for _ in range(40):
+            peer.now += SAMPLE_INTERVAL_S / 4
+            peer.next_tokens(6)
+            for other in workers[1:]:
+                peer.outliers.inter_token(other, 0.01, peer.now)
+        (ejected,) = peer.outliers.handle_timeout(peer.now)
+        assert isinstance(ejected, Eject)
+        assert ejected.worker_id == "w1"
+        assert ejected.detail == "inter-token latency of 125.0 ms, 10.0 ms at its peers"
+        assert peer.counted.tokens.value == 41
 
     played(scenario)
 
@@ -448,6 +479,16 @@ def test_a_bug_of_one_stream_at_the_death_of_its_engine_is_not_the_others_loss()
         of_three(peer)[1].stream.has_bug = True
         peer.call.receive(ended(1, 2, 3))
         assert peer.heard[2:] == ["crashed", "told 3", f"obeyed {Abort(3)}", "moved"]
+        assert not peer.call.is_over
+
+    played(scenario)
+
+
+def test_a_bug_of_one_ride_when_its_attempt_ends_is_not_the_others_loss() -> None:
+    async def scenario(peer: Peer) -> None:
+        of_three(peer)[1].stream.ride = Broken()
+        peer.call.receive(ended(2, failure=worker_pb2.FAILURE_KIND_UNSPECIFIED))
+        assert peer.heard[0] == "crashed"
         assert not peer.call.is_over
 
     played(scenario)

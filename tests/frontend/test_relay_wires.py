@@ -1,7 +1,6 @@
 """What carries a Relay call, either way: the same of both, against a server of grpcio."""
 
 import asyncio
-import struct
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from typing_extensions import override
 from frontend import native_wire
 from frontend.native_wire import NativeWire
 from frontend.relay_wire import GrpcioWire, Talker, Wire
+from tests.frontend.edge.peer import parse
 from tests.frontend.worlds import run
 from unbroken.calls import transport
 from unbroken.errors import Reason, UnbrokenError
@@ -325,22 +325,16 @@ def test_what_is_said_in_one_turn_leaves_in_one_piece() -> None:
         async with server, conversing("native", f"{host}:{port}") as (wire, talking):
             await pieces.get()
             talking.say(wire, 1, 2, 3)
-            piece = await pieces.get()
-            lengths: list[int] = []
-            while piece:
-                (length,) = struct.unpack(">I", b"\0" + piece[:3])
-                lengths.append(length)
-                piece = piece[9 + length :]
-            assert len(lengths) == 3
+            assert len(parse(await pieces.get())) == 3
 
     run(scenario())
 
 
-def greeted(talking: Talking) -> NativeWire:
+def greeted(talking: Talking, socket: "Clogged | None" = None) -> NativeWire:
     """A wire to a server that is the test, and has said its settings."""
     wire = wire_of("native", "127.0.0.1:1", talking)
     assert isinstance(wire, NativeWire)
-    wire.connection_made(Clogged())
+    wire.connection_made(socket or Clogged())
     wire.data_received(frames.settings({}))
     return wire
 
@@ -387,11 +381,44 @@ def test_of_what_came_in_one_piece_only_the_last_is_told_as_such() -> None:
     run(scenario())
 
 
+class Answering(Talking):
+    """Has two things to say to each that it hears."""
+
+    wire: Wire
+
+    @override
+    def receive(self, response: pb.RelayResponse | None, *, is_last: bool = False) -> None:
+        self.say(self.wire, 1, 2)
+
+
+def test_all_that_a_read_is_answered_leaves_in_one_write() -> None:
+    """What the talker says, and what HTTP/2 does."""
+
+    async def scenario() -> None:
+        talking, socket = Answering(), Clogged()
+        wire = talking.wire = greeted(talking, socket)
+        fields = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+        wire.data_received(frames.headers(1, Encoder().encode(fields), ends=False))
+        said = response(1).SerializeToString()
+        one = frames.frame(frames.FrameType.DATA, 0, 1, PREFIX.pack(0, len(said)) + said)
+        ping = frames.ping(b"12345678", is_ack=False)
+        for came, num_answers in ((one, 2), (ping + one * 2, 1 + 4)):
+            socket.written.clear()
+            wire.data_received(came)
+            await asyncio.sleep(0)
+            (piece,) = socket.written
+            assert len(parse(piece)) == num_answers
+        wire.hang_up()
+
+    run(scenario())
+
+
 class Clogged(asyncio.Transport):
     """Of a connection whose other end reads nothing."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.written: list[bytes] = []
         self.num_unread = 0
         self.is_aborted = False
 
@@ -409,6 +436,7 @@ class Clogged(asyncio.Transport):
 
     @override
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written.append(bytes(data))
         self.num_unread += len(data)
 
     @override
