@@ -765,8 +765,7 @@ class RelayCall(Talker):
             )
         if num_rows:
             self._check_ids(token_ids)
-        # More rows than attempts: of several steps, or of attempts that have just left.
-        is_once = num_rows <= len(self._seats) or len(set(slots)) == num_rows
+        is_once = len(set(slots)) == num_rows  # Else it has rows of several steps.
         can_come_again = is_once and not (counts or frame.logprobs)
         self._slots_before = slots if can_come_again else []
         self._offsets_before = offsets

@@ -112,10 +112,9 @@ class Link:
 
     def flush(self) -> None:
         """Have the columns written."""
-        size = self._frame_bytes()
-        if size > FRAME_BYTES_MAX:
+        if self._frame_bytes() > FRAME_BYTES_MAX:
             self._seal()
-        if self._queue_bytes + size > WAITING_BYTES_MAX:
+        if self._queue_bytes + self._frame_bytes() > WAITING_BYTES_MAX:
             self.close(Reason.OVERLOADED, "the frontend does not read")
         self._tell_news()
 

@@ -388,6 +388,8 @@ def test_a_frame_with_log_probabilities_or_twice_a_slot_is_not_followed_by_next_
 ) -> None:
     async def scenario(peer: Peer) -> None:
         Owning(peer.call, wants_logprobs=has_logprobs)
+        for _ in range(2):
+            Owning(peer.call)  # There are as many rows as attempts, or fewer.
         if has_logprobs:
             logprobs = attempt_pb2.SlotLogprobs(slot=1, tokens=[generation_pb2.TokenLogprobs()])
             peer.frame(slots=[1], offsets=[0], token_ids=[5], logprobs=[logprobs])

@@ -109,6 +109,19 @@ def test_adoptions_of_long_prompts_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert link.error.reason is Reason.OVERLOADED
 
 
+def test_a_frame_that_is_too_large_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "FRAME_BYTES_MAX", 1000)
+    monkeypatch.setattr(link_module, "WAITING_BYTES_MAX", 100 * 16)
+    link = opened()
+    for slot in range(100):
+        link.row(slot, 0, [1])
+    link.flush()
+    assert link.error is None
+    link.row(100, 0, [1])
+    link.flush()
+    assert link.error is not None
+
+
 def test_heartbeats_that_were_not_written_are_one() -> None:
     link = opened()
     link.heartbeat_seen = 42
