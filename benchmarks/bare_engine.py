@@ -10,7 +10,6 @@ be measured in front of the same engine.
 
 import argparse
 import asyncio
-import struct
 import time
 from collections.abc import Callable
 from typing import Final, cast
@@ -19,7 +18,7 @@ import uvloop
 from typing_extensions import override
 
 from benchmarks.stamps import NUM_IDS, stamp
-from frontend.edge.encoding import varint
+from frontend.edge.encoding import body, varint
 from unbroken.edge.answering import ANSWER_FIELDS
 from unbroken.http2.connection import Connection, DataReceived, Over, RequestReceived, StreamLost
 from unbroken.http2.limits import EdgeLimits
@@ -29,7 +28,6 @@ PROMPT_TOKENS: Final = 3
 CONTEXT_LENGTH: Final = 10_000_000
 LIMITS: Final = EdgeLimits(streams_max=100_000, control_burst=1_000_000_000)
 _WRITE_BUFFER_HIGH: Final = 256 * 1024
-_PREFIX: Final = struct.Struct(">BI")
 _VLLM: Final = b"/vllm.grpc.engine.VllmEngine/"
 
 
@@ -40,15 +38,9 @@ def _field(number: int, value: bytes | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def _ours(offset: int, token_id: int) -> bytes:
+def generate_response(offset: int, token_id: int) -> bytes:
     """GenerateResponse of unbroken.v1."""
     return _field(2, offset) + _field(3, varint(token_id)) + _field(4, b"word ")
-
-
-def body_of(offset: int, token_id: int) -> bytes:
-    """That, as it lies in a body."""
-    message = _ours(offset, token_id)
-    return _PREFIX.pack(0, len(message)) + message
 
 
 def _vllms(offset: int, token_id: int) -> bytes:
@@ -58,7 +50,7 @@ def _vllms(offset: int, token_id: int) -> bytes:
 
 
 _STREAMING: Final[dict[bytes, Callable[[int, int], bytes]]] = {
-    b"/unbroken.v1.InferenceService/Generate": _ours,
+    b"/unbroken.v1.InferenceService/Generate": generate_response,
     _VLLM + b"Generate": _vllms,
 }
 """By path: the message for a token at an offset."""
@@ -117,8 +109,8 @@ class Client(asyncio.Protocol):
                     self._paths[stream_id] = request.path
                     if ends:
                         self._begin(stream_id)
-                case DataReceived(stream_id=stream_id, data=body, ends=ends):
-                    self._connection.consumed(stream_id, len(body))
+                case DataReceived(stream_id=stream_id, data=data, ends=ends):
+                    self._connection.consumed(stream_id, len(data))
                     if ends:
                         self._begin(stream_id)
                 case StreamLost(stream_id=stream_id):
@@ -138,9 +130,9 @@ class Client(asyncio.Protocol):
         for stream_id, encode in self._streams.items():
             if connection.has_room(stream_id):
                 offset = offsets[stream_id]
-                message = encode(offset, token_id)
-                body = _PREFIX.pack(0, len(message)) + message
-                connection.send_data(stream_id, body, now)
+                connection.send_data(
+                    stream_id, body(encode(offset, token_id), answers_resume=False), now
+                )
                 offsets[stream_id] = offset + 1
         self._write()
 
@@ -150,9 +142,10 @@ class Client(asyncio.Protocol):
             connection.send_headers(stream_id, ANSWER_FIELDS)
             self._streams[stream_id], self._offsets[stream_id] = _STREAMING[path], 0
         elif path in _UNARY:
-            body = _PREFIX.pack(0, len(_UNARY[path])) + _UNARY[path]
             connection.send_headers(stream_id, ANSWER_FIELDS)
-            connection.send_data(stream_id, body, time.monotonic())
+            connection.send_data(
+                stream_id, body(_UNARY[path], answers_resume=False), time.monotonic()
+            )
             connection.end(stream_id, trailers(Code.OK, ""))
         else:
             fields = trailers(Code.UNIMPLEMENTED, "nobody serves it")

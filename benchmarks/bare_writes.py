@@ -18,8 +18,9 @@ from typing import Final, cast
 import uvloop
 from typing_extensions import override
 
-from benchmarks.bare_engine import LIMITS, body_of
+from benchmarks.bare_engine import LIMITS, generate_response
 from benchmarks.stamps import stamp
+from frontend.edge.encoding import body
 from unbroken.edge.answering import ANSWER_FIELDS
 from unbroken.http2 import frames
 from unbroken.http2.connection import Connection, DataReceived
@@ -71,8 +72,8 @@ async def serve(step_s: float) -> None:
     while not is_gone.is_set():
         token_id = stamp()
         for began, sockets in cohorts:
-            body = body_of(step - began, token_id)
-            frame = frames.data_header(_STREAM_ID, len(body)) + body
+            said = body(generate_response(step - began, token_id), answers_resume=False)
+            frame = frames.data_header(_STREAM_ID, len(said)) + said
             for socket in sockets:
                 os.write(socket, frame)
         step += 1

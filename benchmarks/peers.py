@@ -24,6 +24,7 @@ and Envoy's are medians of several rounds, since either varies by a third within
 import argparse
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -58,7 +59,10 @@ from benchmarks.peer_environments import environment, make_model
 from tests.support.environments import NotInstalledError
 
 PACED: Final = ((256, 1), (256, 16), (256, 256), (1024, 1), (1024, 16), (1024, 256))
-FLOOD: Final = ((1, 1), (16, 1), (64, 16), (256, 1), (256, 16), (256, 256))
+FLOOD: Final = (
+    *((1, 1), (16, 1), (16, 16), (64, 1), (64, 16)),
+    *((256, 1), (256, 16), (256, 256)),
+)
 SHORT: Final = ((256, 16),)
 COMPARED: Final = "256x16"
 """The load at which shares are computed: the largest that everybody takes."""
@@ -68,17 +72,14 @@ MOCKER_RATIO: Final = 0.29
 """Of its own speed, 5.8 ms a step: makes 20."""
 MOCKER_RATIO_FLOOD: Final = 1_000_000.0
 PROMISES: Final = {
-    ("paced", "smg"): 1.0,
-    ("paced", "dynamo-mocker"): 1.0,
-    ("flood", "dynamo-mocker"): 0.3,
-}
-"""What the native edge costs at most, as a share of what a peer costs."""
-AIMS: Final = {
     ("paced", "envoy"): 0.5,
+    ("paced", "smg"): 1.0,
     ("paced", "dynamo-mocker"): 0.1,
     ("flood", "envoy"): 2.0,
+    ("flood", "dynamo-mocker"): 0.3,
 }
-"""What it is to cost one day: said, and does not decide."""
+"""What the native edge costs at most, as a share of what a peer costs. And it adds no more latency
+than Envoy, at p99."""
 FLOOD_TOKENS_PER_S_MIN: Final = 300_000.0
 """Through one core."""
 LOOKS_S: Final = 9.6
@@ -206,29 +207,33 @@ class Run:
         by_name = {row.name: row for row in self.rows}
         direct = direct_of(self.rows)
         shares: dict[tuple[str, str], float] = {}
-        for pace, peer in PROMISES | AIMS:
+        for pace, peer in PROMISES:
             ours = by_name.get(f"native {pace} {COMPARED}")
             theirs = by_name.get(f"{peer} {pace} {COMPARED}")
             if ours is not None and theirs is not None:
                 shares[pace, peer] = ours.cpu_us / theirs.cpu_us
-        broken = [key for key in PROMISES if shares.get(key, 0.0) > PROMISES[key]]
-        missed = [key for key in AIMS if shares.get(key, 0.0) > AIMS[key]]
+        broken = [
+            f"{peer} {pace}: {most:g}"
+            for (pace, peer), most in PROMISES.items()
+            if shares.get((pace, peer), 0.0) > most
+        ]
         flood = by_name.get(f"native flood {COMPARED}")
         per_core = None if flood is None else 1e6 / flood.cpu_us
         is_fast = per_core is not None and per_core >= FLOOD_TOKENS_PER_S_MIN
-        added = {
-            path: added_ms(row, direct)
+        added_p99 = {
+            path: round(ms[1], 2)
             for path in ("native", "envoy")
-            if (row := by_name.get(f"{path} paced {COMPARED}"))
+            if (row := by_name.get(f"{path} paced {COMPARED}")) and (ms := added_ms(row, direct))
         }
+        if added_p99.get("native", -math.inf) > added_p99.get("envoy", math.inf):
+            broken.append("envoy: added ms at p99")
         return {
             "ok": not broken and (is_fast or "native" not in self._paths),
             "compared_at": COMPARED,
             "cpu_share_of": {f"{peer} {pace}": round(of, 3) for (pace, peer), of in shares.items()},
-            "broken": [f"{peer} {pace}: {PROMISES[pace, peer]:g}" for pace, peer in broken],
-            "aims_missed": [f"{peer} {pace}: {AIMS[pace, peer]:g}" for pace, peer in missed],
+            "broken": broken,
             "tokens_per_s_and_core_flood": None if per_core is None else round(per_core),
-            "added_ms_p99_compared": {name: round(ms[1], 2) for name, ms in added.items() if ms},
+            "added_ms_p99_compared": added_p99,
             "missing": self.missing,
             "not_served": self.not_served,
             **figures_of(self.rows),

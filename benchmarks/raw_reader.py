@@ -3,9 +3,9 @@
     python -m benchmarks.raw_reader ADDRESS --streams 256 --connections 16 --seconds 3
 
 Prints "begin" when every stream flows (if they do not soon, it says so and ends), then, after so
-many seconds, one line of JSON with what came in between. It takes whatever is sent: its windows are
-as large as they can be. `--asks openai` reads server-sent events of /v1/completions instead of
-InferenceService, whose words are "t" and the stamp (benchmarks/peers.py).
+many seconds, "end", and one line of JSON with what came in between. It takes whatever is sent: its
+windows are as large as they can be. `--asks openai` reads server-sent events of /v1/completions
+instead of InferenceService, whose words are "t" and the stamp (benchmarks/peers.py).
 """
 
 import argparse
@@ -250,6 +250,7 @@ async def read(
     seen.is_counting = True
     await asyncio.sleep(seconds)
     seen.is_counting = False
+    print("end", flush=True)  # noqa: T201
     return seen
 
 
