@@ -115,9 +115,11 @@ async def _measure(seconds: float, num_rounds: int) -> list[Row]:
                 stamping_mesh(directory, "native", step_ms) as mesh,
                 envoy_before(engine, directory) as (proxy, proxy_pid),
             ):
+                direct = Hop("direct", engine, pid)
                 native, envoy = hop_of(mesh, "native"), Hop("envoy", proxy, proxy_pid)
-                for load in loads_of["direct"]:
-                    rows.append(await _read(Hop("direct", engine, pid), load, seconds, is_flood))
+                rows += [
+                    await _read(direct, load, seconds, is_flood) for load in loads_of["direct"]
+                ]
                 for load in loads_of["native"] * (1 if is_flood else num_rounds):
                     rows.append(await _read(native, load, seconds, is_flood))
                     if load in loads_of["envoy"]:
@@ -128,8 +130,10 @@ async def _measure(seconds: float, num_rounds: int) -> list[Row]:
                                 await _read(Hop("writes", *writer), load, seconds, is_flood)
                             )
             async with stamping_mesh(directory / "grpcio", "grpcio", step_ms) as mesh:
-                for load in loads_of["grpcio"]:
-                    rows.append(await _read(hop_of(mesh, "grpcio"), load, seconds, is_flood))
+                grpcio = hop_of(mesh, "grpcio")
+                rows += [
+                    await _read(grpcio, load, seconds, is_flood) for load in loads_of["grpcio"]
+                ]
     return rows
 
 
