@@ -65,8 +65,8 @@ def adapter_of(protocol: str, tokenizer: Path | None = None) -> Callable[[str], 
     except ModuleNotFoundError as error:
         raise UnbrokenError(
             Reason.NOT_IMPLEMENTED,
-            f"the protocol {protocol} needs the package {error.name}: pip install "
-            "'unbroken[engines]'",
+            f"the protocol {protocol} needs the package {error.name}: pip install '.[engines]' "
+            "in a checkout",
         ) from error
     return partial(adapter, tokenizer=tokenizer)
 
