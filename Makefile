@@ -106,13 +106,13 @@ cancels: .venv/.dev ## 1,000 cancels in every stage while workers die and drain,
 bench: .venv/.bench ## Cost and latency of each hop, beside the direct path and Envoy
 	$(BIN)/python -m benchmarks.hops
 
-bench-edge: .venv/.bench ## The native edge beside grpcio's and Envoy
-	$(BIN)/python -m benchmarks.edge
+bench-edge: .venv/.bench ## The native edge beside grpcio's and Envoy, and beside 24,000 idle streams
+	$(BIN)/python -m benchmarks.edge --idle
 
 bench-peers: .venv/.bench ## Both edges beside Envoy, SMG and Dynamo, installed into .peers (SHORT=1: one load)
 	$(BIN)/python -m benchmarks.peers $(if $(SHORT),--short)
 
-bench-idle: .venv/.dev ## 24,000 idle streams over 10,000 connections: what they take from the active ones
+bench-idle: .venv/.dev ## Of that, the 24,000 idle streams over 10,000 connections alone
 	$(BIN)/python -m benchmarks.idle
 
 bench-memory: .venv/.dev ## The memory service's host path, beside memcpy and a bare gRPC stream

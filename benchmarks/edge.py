@@ -17,27 +17,26 @@ a path which does not keep up, or floods, is not given. Paced rows of ours, of E
 writes are medians of several that were taken in turns, and ratios are those of each pair: on a
 shared machine all of them vary by a third within minutes.
 
-    python -m benchmarks.edge [--seconds 9.6] [--rounds 3]
+    python -m benchmarks.edge [--seconds 9.6] [--rounds 3] [--idle]
 
 A stream that rides is looked at every 480 tokens, the first time after 240, and that has to be in
 what is counted: at 20 ms a step 9.6 seconds have one look at each.
 """
 
 import argparse
-import asyncio
 import json
 import math
 import sys
 import tempfile
-from asyncio.subprocess import PIPE
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Final
 
 import uvloop
 
+from benchmarks import idle
+from benchmarks.edge_paths import bare_engine, hop_of, stamping_mesh, stepping
 from benchmarks.edge_rows import (
     STEP_MS,
     Hop,
@@ -50,9 +49,7 @@ from benchmarks.edge_rows import (
     read,
 )
 from benchmarks.hops import envoy_before
-from unbroken.mesh import LocalMesh
 
-_START_S_MAX: Final = 30.0
 PACED: Final = ((256, 1), (256, 16), (256, 256), (1024, 1), (1024, 16))
 FLOOD: Final = ((1, 1), (16, 1), (64, 16), (256, 16))
 """Streams and connections."""
@@ -90,6 +87,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=9.6)
     parser.add_argument("--rounds", type=int, default=3, help="of what is compared in pairs")
+    parser.add_argument("--idle", action="store_true", help="at last, benchmarks/idle.py")
     arguments = parser.parse_args()
     try:
         rows = uvloop.run(_measure(arguments.seconds, arguments.rounds))
@@ -98,6 +96,9 @@ def main() -> None:
         sys.exit(1)
     print(markdown(medians(rows)))  # noqa: T201
     figures = _figures(rows)
+    if arguments.idle:
+        figures["idle"] = beside = idle.measured()
+        figures["ok"] = figures["ok"] and beside["ok"]
     print(json.dumps(figures))  # noqa: T201 - The line that ends every measurement.
     sys.exit(not figures["ok"])
 
@@ -125,7 +126,7 @@ async def _measure(seconds: float, num_rounds: int) -> list[Row]:
                     if load in loads_of["envoy"]:
                         rows.append(await _read(envoy, load, seconds, is_flood))
                     if load in loads_of["writes"]:
-                        async with _stepping("benchmarks.bare_writes", step_ms) as writer:
+                        async with stepping("benchmarks.bare_writes", step_ms) as writer:
                             rows.append(
                                 await _read(Hop("writes", *writer), load, seconds, is_flood)
                             )
@@ -135,59 +136,6 @@ async def _measure(seconds: float, num_rounds: int) -> list[Row]:
                     await _read(grpcio, load, seconds, is_flood) for load in loads_of["grpcio"]
                 ]
     return rows
-
-
-def hop_of(mesh: LocalMesh, edge: str) -> Hop:
-    """The only frontend of a mesh with one worker."""
-    (worker,) = mesh.workers.values()
-    return Hop(edge, mesh.frontend_address, mesh.frontend_pid, worker.sidecar_pid)
-
-
-def stamping_mesh(
-    directory: Path,
-    edge: str,
-    step_ms: float,
-    frontend_flags: Sequence[str] = (),
-    sidecar_flags: Sequence[str] = (),
-) -> LocalMesh:
-    """One frontend, one sidecar, an engine of stamps."""
-    socket = directory / "engine.sock"
-    engine = f"{sys.executable} -m benchmarks.stamping --socket {socket} --step-ms {step_ms}"
-    stamping = (
-        *("--engine-socket", str(socket), "--engine-command", engine),
-        *("--canary-period-s", "0"),  # No two of its answers are the same.
-    )
-    return LocalMesh(
-        directory / "mesh",
-        num_workers=1,
-        engine=None,
-        sidecar_flags=(*stamping, *sidecar_flags),
-        frontend_flags=("--edge", edge, *frontend_flags),
-    )
-
-
-def bare_engine(
-    step_ms: float, model: Path | None = None
-) -> AbstractAsyncContextManager[tuple[str, int]]:
-    """The direct path: address and process id."""
-    path = "" if model is None else str(model)
-    return _stepping("benchmarks.bare_engine", step_ms, "--model-path", path)
-
-
-@asynccontextmanager
-async def _stepping(module: str, step_ms: float, *flags: str) -> AsyncGenerator[tuple[str, int]]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, "--step-ms", str(step_ms), *flags), stdout=PIPE
-    )
-    try:
-        assert process.stdout is not None
-        async with asyncio.timeout(_START_S_MAX):
-            address = (await process.stdout.readline()).decode().strip()
-        yield address, process.pid
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 async def _read(hop: Hop, load: Load, seconds: float, is_flood: bool) -> Row:

@@ -28,7 +28,7 @@ from typing import Final
 import uvloop
 from typing_extensions import override
 
-from benchmarks.edge import hop_of, stamping_mesh
+from benchmarks.edge_paths import hop_of, stamping_mesh
 from benchmarks.edge_rows import STEP_MS, Row, read
 from benchmarks.raw_reader import Connection, GrpcStream, Seen
 from benchmarks.stamping import IDLE_ID
@@ -38,6 +38,9 @@ from unbroken.files_limit import raise_files_limit
 from unbroken.mesh import LocalMesh
 from unbroken.v1 import inference_service_pb2 as pb
 
+STREAMS: Final = 24_000
+CONNECTIONS: Final = 10_000
+"""Idle ones."""
 ACTIVE: Final = (256, 16)
 FILES_SPARE: Final = 500
 """Files that a process needs for other things than clients."""
@@ -123,19 +126,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--streams", type=int, default=24_000)
-    parser.add_argument("--connections", type=int, default=10_000)
+    parser.add_argument("--streams", type=int, default=STREAMS)
+    parser.add_argument("--connections", type=int, default=CONNECTIONS)
     parser.add_argument("--seconds", type=float, default=5.0)
     arguments = parser.parse_args()
-    files = raise_files_limit()
-    connections = min(arguments.connections, files - FILES_SPARE)
-    figures = uvloop.run(measure(arguments.streams, connections, arguments.seconds))
-    figures["files_limit"] = files
-    if connections < arguments.connections:
-        figures["ok"] = False
-        figures["limited"] = f"expected {arguments.connections} files, this user may open {files}"
+    figures = measured(arguments.streams, arguments.connections, arguments.seconds)
     print(json.dumps(figures))  # noqa: T201 - The line that ends every measurement.
     sys.exit(not figures["ok"])
+
+
+def measured(
+    num_streams: int = STREAMS, num_connections: int = CONNECTIONS, seconds: float = 5.0
+) -> dict[str, object]:
+    """What `measure` shows, of as many connections as this user may open files for."""
+    files = raise_files_limit()
+    connections = min(num_connections, files - FILES_SPARE)
+    figures = uvloop.run(measure(num_streams, connections, seconds))
+    figures["files_limit"] = files
+    if connections < num_connections:
+        figures["ok"] = False
+        figures["limited"] = f"expected {num_connections} files, this user may open {files}"
+    return figures
 
 
 async def measure(num_streams: int, num_connections: int, seconds: float) -> dict[str, object]:

@@ -40,7 +40,7 @@ from typing import Final
 
 import uvloop
 
-from benchmarks.edge import bare_engine, hop_of, stamping_mesh
+from benchmarks.edge_paths import bare_engine, hop_of, stamping_mesh
 from benchmarks.edge_rows import (
     STEP_MS,
     Hop,
