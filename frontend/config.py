@@ -154,9 +154,9 @@ class FrontendConfig(ProcessConfig):
     edge_settings_per_s: float = Field(_EDGE.settings_per_s, ge=0)
     """Native edge: SETTINGS frames that it may send each second after that."""
     edge_resets_burst: int = Field(_EDGE.resets_burst, ge=1)
-    """Native edge: streams that a client may open and reset at once."""
+    """Native edge: streams that a client may open and reset, or have reset, at once."""
     edge_resets_per_s: float = Field(_EDGE.resets_per_s, ge=0)
-    """Native edge: streams that it may open and reset each second after that."""
+    """Native edge: such streams each second after that."""
     edge_control_burst: int = Field(_EDGE.control_burst, ge=1)
     """Native edge: frames that bring nothing (PING, WINDOW_UPDATE, unknown ones), at once."""
     edge_control_per_s: float = Field(_EDGE.control_per_s, ge=0)

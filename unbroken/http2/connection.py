@@ -332,13 +332,13 @@ class Connection:
             self._spend_control(now)
         if not stream.receive.take(size):
             self._give_connection(size)
-            self._stream_error(stream, ErrorCode.FLOW_CONTROL_ERROR)
+            self._stream_error(stream, ErrorCode.FLOW_CONTROL_ERROR, now)
             return
         if stream.body_left is not None:
             stream.body_left -= len(data)
             if stream.body_left < 0 or (ends and stream.body_left):
                 self._give_connection(size)
-                self._stream_error(stream, ErrorCode.PROTOCOL_ERROR)
+                self._stream_error(stream, ErrorCode.PROTOCOL_ERROR, now)
                 return
         stream.unconsumed += size
         if size > len(data):
@@ -357,7 +357,7 @@ class Connection:
             raise Fault(ErrorCode.PROTOCOL_ERROR, f"a frame for the idle stream {stream_id}")
         stream = self._streams.get(stream_id)
         if stream is not None:
-            self._stream_error(stream, ErrorCode.STREAM_CLOSED)
+            self._stream_error(stream, ErrorCode.STREAM_CLOSED, now)
         elif self._closed.get(stream_id) is not _End.RESET_BY_US:
             self.outbound += frames.reset(stream_id, ErrorCode.STREAM_CLOSED)
             self._remember(stream_id, _End.RESET_BY_US)
@@ -391,7 +391,7 @@ class Connection:
         now = section.began_at
         stream = self._streams.get(stream_id)
         if stream is not None:
-            self._request_trailers(stream, fields, ends=ends)
+            self._request_trailers(stream, fields, now, ends=ends)
             return
         if stream_id <= self._last_stream_id:
             how = self._closed.get(stream_id)
@@ -412,10 +412,11 @@ class Connection:
         try:
             request = check_request(fields)
         except Malformed:
-            self._spend_control(now)
+            self._spend_resets(now)
             self._refuse(stream_id, ErrorCode.PROTOCOL_ERROR)
             return
         if ends and request.content_length:
+            self._spend_resets(now)
             self._refuse(stream_id, ErrorCode.PROTOCOL_ERROR)
             return
         if self.ride is not None:
@@ -432,16 +433,18 @@ class Connection:
             self._events.append(LimitHit("header_bytes"))
         self._events.append(RequestReceived(stream_id, request, ends, is_too_large))
 
-    def _request_trailers(self, stream: HttpStream, fields: Fields, *, ends: bool) -> None:
+    def _request_trailers(
+        self, stream: HttpStream, fields: Fields, now: float, *, ends: bool
+    ) -> None:
         if stream.is_remote_closed:
-            self._stream_error(stream, ErrorCode.STREAM_CLOSED)
+            self._stream_error(stream, ErrorCode.STREAM_CLOSED, now)
             return
         try:
             check_trailers(fields)
         except Malformed:
             ends = False
         if not ends or stream.body_left:
-            self._stream_error(stream, ErrorCode.PROTOCOL_ERROR)
+            self._stream_error(stream, ErrorCode.PROTOCOL_ERROR, now)
             return
         self._remote_closed(stream)
         self._events.append(DataReceived(stream.stream_id, b"", ends=True))
@@ -460,8 +463,7 @@ class Connection:
             if stream_id > self._last_stream_id and not self._is_beyond_drain(stream_id):
                 raise Fault(ErrorCode.PROTOCOL_ERROR, f"reset of the idle stream {stream_id}")
             return
-        if not self._resets.spend(now):
-            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many resets", "resets")
+        self._spend_resets(now)
         self._close(stream, _End.RESET_BY_PEER)
         code = error_code(frames.parse_u32(payload))
         self._events.append(StreamLost(stream_id, code, is_by_peer=True))
@@ -527,9 +529,9 @@ class Connection:
         if stream.ride is not None:
             stream.ride.settle()
         if not increment:
-            self._stream_error(stream, ErrorCode.PROTOCOL_ERROR)
+            self._stream_error(stream, ErrorCode.PROTOCOL_ERROR, now)
         elif not stream.send.grow(increment):
-            self._stream_error(stream, ErrorCode.FLOW_CONTROL_ERROR)
+            self._stream_error(stream, ErrorCode.FLOW_CONTROL_ERROR, now)
         elif stream_id in self._blocked:
             self._serve(stream, now)
 
@@ -540,6 +542,11 @@ class Connection:
             raise Fault(
                 ErrorCode.ENHANCE_YOUR_CALM, "too many frames that bring nothing", "control"
             )
+
+    def _spend_resets(self, now: float) -> None:
+        """The peer takes a stream back, or makes us do so: either is cheap for it alone."""
+        if not self._resets.spend(now):
+            raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many resets", "resets")
 
     # What goes.
 
@@ -707,7 +714,12 @@ class Connection:
             self.outbound += frames.reset(stream.stream_id, ErrorCode.NO_ERROR)
             self._close(stream, _End.RESET_BY_US)
 
-    def _stream_error(self, stream: HttpStream, code: ErrorCode) -> None:
+    def _stream_error(self, stream: HttpStream, code: ErrorCode, now: float) -> None:
+        """The peer did on it what it may not."""
+        self._spend_resets(now)
+        self._lose(stream, code)
+
+    def _lose(self, stream: HttpStream, code: ErrorCode) -> None:
         self.outbound += frames.reset(stream.stream_id, code)
         self._close(stream, _End.RESET_BY_US)
         self._events.append(StreamLost(stream.stream_id, code, is_by_peer=False))
@@ -826,7 +838,7 @@ class Connection:
             if now < at + timeout_s:
                 return
             self._events.append(LimitHit(limit))
-            self._stream_error(self._streams[stream_id], ErrorCode.CANCEL)
+            self._lose(self._streams[stream_id], ErrorCode.CANCEL)
 
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []

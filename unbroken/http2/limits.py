@@ -28,7 +28,10 @@ class EdgeLimits:
     """SETTINGS frames: each can move the windows of all streams."""
     resets_burst: int = 4096
     resets_per_s: float = 100.0
-    """Streams that a client may open and take back: all it has at once, and then some."""
+    """Streams that a client may open and take back: all it has at once, and then some.
+
+    So do those count that it has the server reset, or refuse, for a breach of the protocol.
+    """
     control_burst: int = 10_000
     control_per_s: float = 1000.0
     """Frames that bring nothing (PING, WINDOW_UPDATE, PRIORITY, unknown, empty DATA, late ones).

@@ -1,11 +1,15 @@
 """Each attack that is known by name, and the bound that it meets."""
 
+from collections.abc import Callable
+from typing import Final
+
 import pytest
 
 from tests.frontend.edge.peer import REQUEST, Peer, data, setting
 from unbroken.http2 import frames
 from unbroken.http2.connection import CLOSED_REMEMBERED, LimitHit, RequestReceived, Writable
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
+from unbroken.http2.headers import Fields
 from unbroken.http2.limits import EdgeLimits
 
 CALM = ErrorCode.ENHANCE_YOUR_CALM
@@ -26,23 +30,89 @@ def say_until_over(peer: Peer, *parts: bytes, at_most: int) -> int:
     raise AssertionError(f"said {at_most} times without end")
 
 
-# CVE-2023-44487: open and reset, again and again.
+# CVE-2023-44487: open and reset, again and again. CVE-2025-8671 and 2019-9514: have it reset.
+
+OF_ONE_BYTE: Fields = [*REQUEST, (b"content-length", b"1")]
+RESETS: dict[str, Callable[[Peer, int], tuple[bytes, ...]]] = {
+    "by the client": lambda peer, stream_id: (
+        peer.headers(stream_id),
+        frames.reset(stream_id, ErrorCode.CANCEL),
+    ),
+    "a window update of 0": lambda peer, stream_id: (
+        peer.headers(stream_id),
+        frames.window_update(stream_id, 0),
+    ),
+    "a window that overflows": lambda peer, stream_id: (
+        peer.headers(stream_id),
+        frames.window_update(stream_id, 2**31 - 1),
+    ),
+    "more data than the window": lambda peer, stream_id: (
+        peer.headers(stream_id),
+        *[data(stream_id, b"x" * 16_384)] * 4,
+    ),
+    "data after the end": lambda peer, stream_id: (
+        peer.headers(stream_id, ends=True),
+        data(stream_id, b"x"),
+    ),
+    "headers after the end": lambda peer, stream_id: (
+        peer.headers(stream_id, ends=True),
+        peer.headers(stream_id, [(b"x", b"y")], ends=True),
+    ),
+    "trailers without an end": lambda peer, stream_id: (
+        peer.headers(stream_id),
+        peer.headers(stream_id, [(b"x", b"y")]),
+    ),
+    "malformed trailers": lambda peer, stream_id: (
+        peer.headers(stream_id),
+        peer.headers(stream_id, [(b"X", b"y")], ends=True),
+    ),
+    "a body longer than announced": lambda peer, stream_id: (
+        peer.headers(stream_id, OF_ONE_BYTE),
+        data(stream_id, b"xx"),
+    ),
+    "a body shorter than announced": lambda peer, stream_id: (
+        peer.headers(stream_id, OF_ONE_BYTE),
+        data(stream_id, ends=True),
+    ),
+    "no body where one was announced": lambda peer, stream_id: (
+        peer.headers(stream_id, OF_ONE_BYTE, ends=True),
+    ),
+    "a malformed request": lambda peer, stream_id: (
+        peer.headers(stream_id, [*REQUEST, (b"X", b"y")]),
+    ),
+}
+NEVER_OPENED: Final = {"no body where one was announced", "a malformed request"}
 
 
-def test_rapid_reset_ends_at_the_burst() -> None:
-    peer = Peer(EdgeLimits(resets_burst=50, resets_per_s=10))
+@pytest.mark.parametrize("how", RESETS)
+def test_streams_that_are_reset_end_at_the_burst(how: str) -> None:
+    peer = Peer(EdgeLimits(stream_window=65_535, resets_burst=50, resets_per_s=10))
     for number in range(60):
-        stream_id = 2 * number + 1
-        peer.say(peer.headers(stream_id), frames.reset(stream_id, ErrorCode.CANCEL))
+        peer.say(*RESETS[how](peer, 2 * number + 1))
     assert_calmed(peer, "resets")
-    assert sum(isinstance(event, RequestReceived) for event in peer.events) == 51
+    num_opened = sum(isinstance(event, RequestReceived) for event in peer.events)
+    assert num_opened == (0 if how in NEVER_OPENED else 51)
 
 
-def test_resets_at_a_bearable_pace_go_on_for_ever() -> None:
-    peer = Peer(EdgeLimits(resets_burst=50, resets_per_s=10))
-    for number in range(1000):
+@pytest.mark.parametrize("how", RESETS)
+def test_a_client_that_errs_now_and_then_is_borne_for_ever(how: str) -> None:
+    peer = Peer(EdgeLimits(stream_window=65_535, resets_burst=50, resets_per_s=10))
+    for number in range(200):
         peer.wait(0.11)
-        peer.say(peer.headers(2 * number + 1), frames.reset(2 * number + 1, ErrorCode.CANCEL))
+        peer.say(*RESETS[how](peer, 2 * number + 1))
+    assert not peer.connection.is_over
+
+
+def test_what_is_cut_off_because_of_time_is_no_reset_of_the_client() -> None:
+    peer = Peer(EdgeLimits(request_timeout_s=5, resets_burst=1, resets_per_s=0))
+    ids = range(1, 40, 2)
+    peer.open(*ids)
+    for stream_id in ids:
+        peer.connection.expect_end(stream_id, peer.now)
+    for _ in range(6):
+        peer.wait(1.0)
+        peer.say(data(1, b"x"))  # It is alive.
+    assert peer.lost() == list(ids)
     assert not peer.connection.is_over
 
 
@@ -54,14 +124,6 @@ def test_a_client_may_take_back_all_that_it_has_open() -> None:
     peer.say(*(frames.reset(stream_id, ErrorCode.CANCEL) for stream_id in ids))
     assert not peer.connection.is_over
     assert peer.connection.num_streams == 0
-
-
-def test_resets_that_the_server_is_made_to_send_end_too() -> None:
-    peer = Peer(EdgeLimits(control_burst=100, control_per_s=1))
-    malformed = [*REQUEST, (b"X", b"y")]
-    for number in range(200):
-        peer.say(peer.headers(2 * number + 1, malformed))
-    assert_calmed(peer, "control")
 
 
 def test_streams_opened_beyond_the_limit_without_end_end_it() -> None:
