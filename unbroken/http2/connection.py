@@ -351,10 +351,9 @@ class Connection:
     def _late(self, stream_id: int, now: float) -> None:
         """A frame for a stream that takes none any more."""
         self._spend_control(now)
-        if stream_id > self._last_stream_id or stream_id % 2 == 0:
-            if self._is_beyond_drain(stream_id):
-                return
-            raise Fault(ErrorCode.PROTOCOL_ERROR, f"a frame for the idle stream {stream_id}")
+        self._need_begun(stream_id)
+        if self._is_beyond_drain(stream_id):
+            return
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._stream_error(stream, ErrorCode.STREAM_CLOSED, now)
@@ -449,6 +448,12 @@ class Connection:
         self._remote_closed(stream)
         self._events.append(DataReceived(stream.stream_id, b"", ends=True))
 
+    def _need_begun(self, stream_id: int) -> None:
+        """The frame has to be of a stream that the client opened; beyond a drain, it may have."""
+        is_known = stream_id <= self._last_stream_id or self._is_beyond_drain(stream_id)
+        if stream_id % 2 == 0 or not is_known:
+            raise Fault(ErrorCode.PROTOCOL_ERROR, f"a frame for the idle stream {stream_id}")
+
     def _is_beyond_drain(self, stream_id: int) -> bool:
         return self._last_accepted is not None and stream_id > self._last_accepted
 
@@ -460,8 +465,7 @@ class Connection:
         stream = self._streams.get(stream_id)
         if stream is None:
             self._spend_control(now)
-            if stream_id > self._last_stream_id and not self._is_beyond_drain(stream_id):
-                raise Fault(ErrorCode.PROTOCOL_ERROR, f"reset of the idle stream {stream_id}")
+            self._need_begun(stream_id)
             return
         self._spend_resets(now)
         self._close(stream, _End.RESET_BY_PEER)
@@ -523,8 +527,7 @@ class Connection:
             return
         stream = self._streams.get(stream_id)
         if stream is None:
-            if stream_id > self._last_stream_id and not self._is_beyond_drain(stream_id):
-                raise Fault(ErrorCode.PROTOCOL_ERROR, f"a window for the idle stream {stream_id}")
+            self._need_begun(stream_id)
             return
         if stream.ride is not None:
             stream.ride.settle()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from hpack import Encoder
 
 from tests.frontend.edge.peer import GREETING, REQUEST, Peer, data, setting
 from unbroken.http2 import frames
@@ -27,6 +28,8 @@ def raw(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
 HEADERS, CONTINUATION = FrameType.HEADERS, FrameType.CONTINUATION
 BLOCK_START = raw(HEADERS, 0, 1, b"\x82")
 """Headers that go on in a CONTINUATION."""
+OPENED = frames.headers(5, Encoder().encode(list(REQUEST)), ends=False)
+"""Stream 5."""
 
 CONNECTION_ERRORS: dict[str, tuple[ErrorCode, bytes]] = {
     # 4.1, 4.2: frame format and size.
@@ -54,6 +57,15 @@ CONNECTION_ERRORS: dict[str, tuple[ErrorCode, bytes]] = {
     "5.1 DATA on an idle stream": (PROTOCOL, data(1, b"x")),
     "5.1 RST_STREAM on an idle stream": (PROTOCOL, frames.reset(1, ErrorCode.CANCEL)),
     "5.1 WINDOW_UPDATE on an idle stream": (PROTOCOL, frames.window_update(1, 1)),
+    "5.1 DATA on an idle stream of the server": (PROTOCOL, OPENED + data(2, b"x")),
+    "5.1 RST_STREAM on an idle stream of the server": (
+        PROTOCOL,
+        OPENED + frames.reset(2, ErrorCode.CANCEL),
+    ),
+    "5.1 WINDOW_UPDATE on an idle stream of the server": (
+        PROTOCOL,
+        OPENED + frames.window_update(2, 1),
+    ),
     "5.1.1 an even stream": (PROTOCOL, raw(HEADERS, 5, 2, b"\x82")),
     # 6: frame definitions.
     "6.1 DATA on stream 0": (PROTOCOL, data(0, b"x")),
