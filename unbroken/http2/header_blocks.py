@@ -63,10 +63,10 @@ class HeaderBlocks:
 
     def begin(self, flags: int, stream_id: int, payload: bytes, now: float) -> HeaderSection | None:
         """A HEADERS frame came."""
-        fragment = unpadded(flags, payload)
-        if flags & frames.HAS_PRIORITY:
-            need_length(len(fragment) >= 5)
-            fragment = fragment[5:]
+        priority_size = 5 if flags & frames.HAS_PRIORITY else 0
+        fragment = unpadded(flags, payload, priority_size)
+        need_length(len(fragment) >= priority_size)
+        fragment = fragment[priority_size:]
         ends = bool(flags & frames.END_STREAM)
         return self._grew(_Block(stream_id, ends, now, bytearray()), fragment, flags)
 

@@ -77,12 +77,12 @@ def need_length(is_right: bool) -> None:
         raise Fault(ErrorCode.FRAME_SIZE_ERROR, "a frame of a wrong length")
 
 
-def unpadded(flags: int, payload: bytes) -> bytes:
-    """What is in a frame that may be padded."""
+def unpadded(flags: int, payload: bytes, size_min: int = 0) -> bytes:
+    """What is in a frame that may be padded; so much of it cannot be padding."""
     if not flags & frames.PADDED:
         return payload
-    need_length(len(payload) >= 1)
+    need_length(len(payload) > size_min)
     padding = payload[0]
-    if padding >= len(payload):
+    if padding >= len(payload) - size_min:
         raise Fault(ErrorCode.PROTOCOL_ERROR, "more padding than payload")
     return payload[1 : len(payload) - padding]

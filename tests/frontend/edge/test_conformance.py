@@ -73,6 +73,14 @@ CONNECTION_ERRORS: dict[str, tuple[ErrorCode, bytes]] = {
     "6.2 HEADERS with more padding than payload": (PROTOCOL, raw(HEADERS, 0xD, 1, b"\x05\x82")),
     "6.2 HEADERS too short for their padding": (SIZE, raw(HEADERS, 0xD, 1)),
     "6.2 HEADERS too short for their priority": (SIZE, raw(HEADERS, 0x25, 1, b"\x82")),
+    "6.2 HEADERS whose padding reaches into their priority": (
+        PROTOCOL,
+        raw(HEADERS, 0x2D, 1, b"\x02" + b"\0" * 5 + b"\x82"),
+    ),
+    "6.2 padded HEADERS too short for their priority": (
+        SIZE,
+        raw(HEADERS, 0x2D, 1, b"\x04" + b"\0" * 4),
+    ),
     "6.3 PRIORITY on stream 0": (PROTOCOL, raw(FrameType.PRIORITY, 0, 0, b"\0" * 5)),
     "6.3 PRIORITY of a wrong length": (SIZE, raw(FrameType.PRIORITY, 0, 1, b"\0" * 4)),
     "6.4 RST_STREAM on stream 0": (PROTOCOL, raw(FrameType.RST_STREAM, 0, 0, b"\0" * 4)),
