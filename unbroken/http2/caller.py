@@ -38,16 +38,16 @@ from unbroken.http2.messages import (
 )
 from unbroken.http2.rules import (
     DATA_EARNS,
-    ENCODER_TABLE_BYTES_MAX,
     LATENESS_S,
     LIVENESS_PING,
     Fault,
-    check_setting,
+    checked_settings,
     error_code,
     need_connection,
     need_length,
     need_stream,
     next_frame,
+    resize_table,
     unpadded,
 )
 
@@ -541,23 +541,20 @@ class Caller:
         if flags & frames.ACK:
             need_length(not payload)
             return
-        need_length(len(payload) % 6 == 0)
-        values = frames.parse_settings(payload)
-        for name, value in values:
-            check_setting(name, value)
-        # Of many values for the same thing in one frame the last counts, and work is done once.
-        for name, value in dict(values).items():
-            if name == Setting.ENABLE_PUSH and value:
-                raise Fault(ErrorCode.PROTOCOL_ERROR, "a server cannot ask for pushes")
-            if name == Setting.HEADER_TABLE_SIZE:
-                self._encoder.header_table_size = min(value, ENCODER_TABLE_BYTES_MAX)
-            elif name == Setting.MAX_CONCURRENT_STREAMS:
-                self._peer_calls_max = value
-            elif name == Setting.INITIAL_WINDOW_SIZE:
-                change, self._peer_initial_window = value - self._peer_initial_window, value
-                for call in self._calls.values():
-                    if not call.send.grow(change):
-                        raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a window overflows")
+        values = checked_settings(payload)
+        if any(values.get(Setting.ENABLE_PUSH, ())):
+            raise Fault(ErrorCode.PROTOCOL_ERROR, "a server cannot ask for pushes")
+        if sizes := values.get(Setting.HEADER_TABLE_SIZE):
+            resize_table(self._encoder, sizes)
+        if maxima := values.get(Setting.MAX_CONCURRENT_STREAMS):
+            self._peer_calls_max = maxima[-1]
+        if sizes := values.get(Setting.INITIAL_WINDOW_SIZE):
+            before, largest, last = self._peer_initial_window, max(sizes), sizes[-1]
+            self._peer_initial_window = last
+            for call in self._calls.values():
+                if not call.send.grow(largest - before):
+                    raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a window overflows")
+                call.send.grow(last - largest)
         self.is_greeted = True
         self.outbound += frames.frame(FrameType.SETTINGS, frames.ACK, 0)
         self._send_blocked()

@@ -15,6 +15,7 @@ Who reads events MUST call `consumed` for the data in them: flow control is how 
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol, TypeAlias
@@ -37,16 +38,16 @@ from unbroken.http2.headers import (
 from unbroken.http2.limits import EdgeLimits
 from unbroken.http2.rules import (
     DATA_EARNS,
-    ENCODER_TABLE_BYTES_MAX,
     LATENESS_S,
     LIVENESS_PING,
     Fault,
-    check_setting,
+    checked_settings,
     error_code,
     need_connection,
     need_length,
     need_stream,
     next_frame,
+    resize_table,
     unpadded,
 )
 
@@ -479,27 +480,25 @@ class Connection:
         if flags & frames.ACK:
             need_length(not payload)
             return
-        need_length(len(payload) % 6 == 0)
-        values = frames.parse_settings(payload)
-        for name, value in values:
-            check_setting(name, value)
-        # Of many values for the same thing in one frame the last counts, and work is done once.
-        for name, value in dict(values).items():
-            if name == Setting.HEADER_TABLE_SIZE:
-                self._encoder.header_table_size = min(value, ENCODER_TABLE_BYTES_MAX)
-            elif name == Setting.INITIAL_WINDOW_SIZE:
-                self._initial_window(value, now)
+        values = checked_settings(payload)
+        if sizes := values.get(Setting.HEADER_TABLE_SIZE):
+            resize_table(self._encoder, sizes)
+        if sizes := values.get(Setting.INITIAL_WINDOW_SIZE):
+            self._initial_window(sizes, now)
         self._is_greeted = True
         self.outbound += frames.frame(FrameType.SETTINGS, frames.ACK, 0)
 
-    def _initial_window(self, value: int, now: float) -> None:
-        change, self._peer_initial_window = value - self._peer_initial_window, value
+    def _initial_window(self, sizes: Sequence[int], now: float) -> None:
+        """One after the other, but what has to be done is done once."""
+        before, largest, last = self._peer_initial_window, max(sizes), sizes[-1]
+        self._peer_initial_window = last
         for stream in self._streams.values():
             if stream.ride is not None:
                 stream.ride.step_out()
-            if not stream.send.grow(change):
+            if not stream.send.grow(largest - before):
                 raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window overflows")
-        if change > 0:
+            stream.send.grow(last - largest)
+        if last > before:
             self._serve_blocked(now)
 
     def _ping(self, flags: int, stream_id: int, payload: bytes, now: float) -> None:

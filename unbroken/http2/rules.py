@@ -1,6 +1,9 @@
 """What either side of an HTTP/2 connection keeps to, and how a breach is told (RFC 9113)."""
 
+from collections.abc import Sequence
 from typing import Final
+
+from hpack import Encoder
 
 from unbroken.http2 import frames
 from unbroken.http2.frames import ErrorCode, Setting
@@ -49,8 +52,36 @@ def error_code(value: int) -> ErrorCode:
     return ErrorCode(value) if value in ERROR_CODES else ErrorCode.INTERNAL_ERROR
 
 
-def check_setting(name: int, value: int) -> None:
-    """Whether a setting has a value that it may have. Raises `Fault`, as all here."""
+def checked_settings(payload: bytes) -> dict[int, list[int]]:
+    """The values of each setting in a SETTINGS frame, in their order. Raises `Fault`, as all here.
+
+    The last one counts, but what those before it would have done is not forgotten.
+    """
+    need_length(len(payload) % 6 == 0)
+    values: dict[int, list[int]] = {}
+    for name, value in frames.parse_settings(payload):
+        _check_setting(name, value)
+        values.setdefault(name, []).append(value)
+    return values
+
+
+def resize_table(encoder: Encoder, sizes: Sequence[int]) -> None:
+    """The peer wants headers compressed with tables of these sizes, one after the other.
+
+    The next block tells it the least and the last of all since the last block, no more (RFC 7541,
+    section 4.2).
+    """
+    for wanted in (min(sizes), sizes[-1]):
+        size = min(wanted, ENCODER_TABLE_BYTES_MAX)
+        if size != encoder.header_table_size:  # Else the encoder would forget that it changed.
+            encoder.header_table_size = size
+    changes = encoder.table_size_changes
+    if len(changes) > 2:
+        changes[:] = min(changes), changes[-1]
+
+
+def _check_setting(name: int, value: int) -> None:
+    """Whether a setting has a value that it may have."""
     if name == Setting.ENABLE_PUSH and value > 1:
         raise Fault(ErrorCode.PROTOCOL_ERROR, f"ENABLE_PUSH of {value}")
     if name == Setting.INITIAL_WINDOW_SIZE and value > frames.WINDOW_MAX:

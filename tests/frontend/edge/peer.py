@@ -124,7 +124,12 @@ def data(stream_id: int, payload: bytes = b"", *, ends: bool = False) -> bytes:
     return frames.frame(FrameType.DATA, frames.END_STREAM if ends else 0, stream_id, payload)
 
 
+def settings(*values: tuple[int, int]) -> bytes:
+    """A SETTINGS frame, in which a setting may come more than once."""
+    payload = b"".join(name.to_bytes(2, "big") + value.to_bytes(4, "big") for name, value in values)
+    return frames.frame(FrameType.SETTINGS, 0, 0, payload)
+
+
 def setting(name: int, value: int) -> bytes:
     """A SETTINGS frame with one setting."""
-    payload = name.to_bytes(2, "big") + value.to_bytes(4, "big")
-    return frames.frame(FrameType.SETTINGS, 0, 0, payload)
+    return settings((name, value))

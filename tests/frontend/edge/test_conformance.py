@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from hpack import Encoder
 
-from tests.frontend.edge.peer import GREETING, REQUEST, Peer, data, setting
+from tests.frontend.edge.peer import GREETING, REQUEST, Frame, Peer, data, setting, settings
 from unbroken.http2 import frames
 from unbroken.http2.connection import DataReceived, RequestReceived, StreamLost, Writable
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
@@ -343,6 +343,28 @@ def test_6_9_2_a_setting_that_overflows_a_stream_window_ends_the_connection() ->
     assert peer.connection_error() is FLOW
 
 
+def test_6_5_3_a_window_that_overflows_does_so_although_a_smaller_one_follows() -> None:
+    peer = Peer()
+    peer.open(1)
+    peer.say(frames.window_update(1, 1))
+    window = Setting.INITIAL_WINDOW_SIZE
+    peer.say(settings((window, 2**31 - 1), (window, 65_535)))
+    assert peer.connection_error() is FLOW
+
+
+def test_6_5_3_no_more_is_sent_than_the_last_of_several_windows_takes() -> None:
+    peer = Peer()
+    window = Setting.INITIAL_WINDOW_SIZE
+    peer.say(setting(window, 0))
+    peer.open(1)
+    peer.connection.send_data(1, b"x" * 100, now=0.0)
+    peer.heard()
+    peer.say(settings((window, 80), (window, 5), (window, 7)))
+    assert [frame.payload for frame in peer.heard() if frame.kind == FrameType.DATA] == [b"x" * 7]
+    peer.say(frames.window_update(1, 1))
+    assert [frame.payload for frame in peer.heard()] == [b"x"]
+
+
 def test_6_9_more_data_than_the_streams_window_is_a_stream_error() -> None:
     peer = Peer(EdgeLimits(stream_window=20_000))
     peer.open(1)
@@ -663,12 +685,68 @@ def test_what_comes_after_the_end_of_a_drain_is_not_answered() -> None:
     assert [frame.kind for frame in peer.heard()] == [FrameType.GOAWAY]
 
 
+# RFC 7541, as the server compresses.
+
+
+def answers(peer: Peer, *values: bytes, since: int = 1) -> list[Frame]:
+    """The header sections of as many answers, on streams since that, each with its value."""
+    found: list[Frame] = []
+    for stream_id, value in zip(range(since, 2**31, 2), values, strict=False):
+        peer.open(stream_id, ends=True)
+        peer.connection.send_headers(stream_id, [(b":status", b"200"), (b"x", value)], ends=True)
+        found += [frame for frame in peer.heard() if frame.kind == HEADERS]
+    return found
+
+
 def test_the_clients_table_size_bounds_what_answers_are_compressed_with() -> None:
     peer = Peer()
     peer.say(setting(Setting.HEADER_TABLE_SIZE, 0))
-    peer.heard()
     peer.decoder.max_allowed_table_size = 0
-    peer.open(1, 3, ends=True)
-    for stream_id in (1, 3):
-        peer.connection.send_headers(stream_id, [(b":status", b"200"), (b"x", b"y")], ends=True)
-    assert [peer.fields(frame)[-1] for frame in peer.heard()] == [(b"x", b"y")] * 2
+    for frame in answers(peer, b"y", b"y"):
+        assert peer.fields(frame)[-1] == (b"x", b"y")
+
+
+SIZE_UPDATES: dict[str, tuple[list[bytes], bytes]] = {
+    "smaller and back": (
+        [settings((Setting.HEADER_TABLE_SIZE, 0), (Setting.HEADER_TABLE_SIZE, 4096))],
+        b"\x20\x3f\xe1\x1f",
+    ),
+    "smaller and back in two frames": (
+        [setting(Setting.HEADER_TABLE_SIZE, 0), setting(Setting.HEADER_TABLE_SIZE, 4096)],
+        b"\x20\x3f\xe1\x1f",
+    ),
+    "the same twice": ([setting(Setting.HEADER_TABLE_SIZE, 0)] * 2, b"\x20"),
+    "the least and the last of many": (
+        [setting(Setting.HEADER_TABLE_SIZE, size) for size in (30, 100, 1, 9, 2, 7, 5)],
+        b"\x21\x25",
+    ),
+    "what it is": ([setting(Setting.HEADER_TABLE_SIZE, 4096)], b""),
+    "more than we keep": ([setting(Setting.HEADER_TABLE_SIZE, 2**32 - 1)], b""),
+}
+
+
+@pytest.mark.parametrize("what", SIZE_UPDATES)
+def test_7541_4_2_the_next_block_says_the_least_and_the_last_size_of_the_table(what: str) -> None:
+    said, update = SIZE_UPDATES[what]
+    peer = Peer()
+    (first,) = answers(peer, b"y")
+    peer.say(*said)
+    second, third = answers(peer, b"y", b"y", since=3)
+    assert second.payload.startswith(update)
+    assert not third.payload.startswith(update or b"\x20")
+    # Whoever obeys his own words at once finds what he is sent in the table that he has then.
+    for frame in (first, second, third):
+        if frame is second:
+            for part in said:
+                for name, value in frames.parse_settings(part[frames.HEADER_BYTES :]):
+                    assert name == Setting.HEADER_TABLE_SIZE
+                    peer.decoder.header_table_size = min(value, 4096)
+        assert peer.fields(frame) == [(b":status", b"200"), (b"x", b"y")]
+
+
+def test_what_is_kept_to_compress_answers_is_bounded_however_much_a_client_would_keep() -> None:
+    peer = Peer()
+    peer.say(setting(Setting.HEADER_TABLE_SIZE, 2**32 - 1))
+    large = [b"%d" % number * 300 for number in range(10, 30)]
+    again = answers(peer, *large, large[0])[-1]
+    assert len(again.payload) > 100, "the first of them is forgotten"

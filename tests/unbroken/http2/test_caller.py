@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hpack import Decoder, Encoder
 
-from tests.frontend.edge.peer import Frame, parse
+from tests.frontend.edge.peer import Frame, parse, settings
 from unbroken.http2 import frames
 from unbroken.http2.caller import Caller, CallerLimits, Ended, Event, MessageReceived, Status
 from unbroken.http2.connection import Connection, DataReceived, RequestReceived
@@ -763,6 +763,16 @@ def test_a_server_may_want_no_table_of_headers() -> None:
     assert blocks[1] == blocks[0][1:], "nothing was kept"
 
 
+def test_the_least_and_the_last_size_of_a_servers_table_are_told_it() -> None:
+    server = Server()
+    size = Setting.HEADER_TABLE_SIZE
+    server.say(settings((size, 0), (size, 4096)), settings((size, 4096)))
+    server.caller.take_outbound()
+    server.caller.call(PATH, 0.0)
+    (frame,) = server.heard()
+    assert frame.payload.startswith(b"\x20\x3f\xe1\x1f")
+
+
 # What a server must not do.
 
 
@@ -789,6 +799,15 @@ U32 = struct.Struct(">I")
         (frames.frame(FrameType.PUSH_PROMISE, 4, 1, b"\0\0\0\2"), ErrorCode.PROTOCOL_ERROR),
         (frames.settings({Setting.ENABLE_PUSH: 1}), ErrorCode.PROTOCOL_ERROR),
         (frames.settings({Setting.INITIAL_WINDOW_SIZE: 2**31}), ErrorCode.FLOW_CONTROL_ERROR),
+        (
+            frames.window_update(1, 1)
+            + settings((Setting.INITIAL_WINDOW_SIZE, 2**31 - 1), (Setting.INITIAL_WINDOW_SIZE, 9)),
+            ErrorCode.FLOW_CONTROL_ERROR,
+        ),
+        (
+            settings((Setting.ENABLE_PUSH, 1), (Setting.ENABLE_PUSH, 0)),
+            ErrorCode.PROTOCOL_ERROR,
+        ),
         (frames.settings({Setting.MAX_FRAME_SIZE: 1}), ErrorCode.PROTOCOL_ERROR),
         (frames.frame(FrameType.SETTINGS, 0, 0, b"12345"), ErrorCode.FRAME_SIZE_ERROR),
         (frames.frame(FrameType.SETTINGS, 0, 1), ErrorCode.PROTOCOL_ERROR),
