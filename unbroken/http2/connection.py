@@ -207,6 +207,8 @@ class Connection:
         """Of the only stream there is, who takes what it sends from this window later, too."""
         self._receive = ReceiveWindow(max(limits.connection_window, frames.WINDOW_DEFAULT))
         self._peer_initial_window = frames.WINDOW_DEFAULT
+        self._initial_window: int = max(limits.stream_window, frames.WINDOW_DEFAULT)
+        """Of a new stream, for what we receive: as announced, once the peer has to know it."""
         self._inbound = bytearray()
         self._num_preface_left = len(frames.PREFACE)
         self._is_greeted = False
@@ -422,7 +424,7 @@ class Connection:
         if self.ride is not None:
             self.ride.step_out()  # It is not the only stream any more.
         limits = self._limits
-        stream = HttpStream(stream_id, self._peer_initial_window, limits.stream_window)
+        stream = HttpStream(stream_id, self._peer_initial_window, self._initial_window)
         stream.body_left = request.content_length
         self._streams[stream_id] = stream
         if ends:
@@ -479,17 +481,29 @@ class Connection:
             raise Fault(ErrorCode.ENHANCE_YOUR_CALM, "too many SETTINGS", "settings")
         if flags & frames.ACK:
             need_length(not payload)
+            self._acknowledged()
             return
         values = checked_settings(payload)
         if sizes := values.get(Setting.HEADER_TABLE_SIZE):
             resize_table(self._encoder, sizes)
         if sizes := values.get(Setting.INITIAL_WINDOW_SIZE):
-            self._initial_window(sizes, now)
+            self._resize_sending(sizes, now)
         self._is_greeted = True
         self.outbound += frames.frame(FrameType.SETTINGS, frames.ACK, 0)
 
-    def _initial_window(self, sizes: Sequence[int], now: float) -> None:
-        """One after the other, but what has to be done is done once."""
+    def _acknowledged(self) -> None:
+        """The peer keeps to our windows; before, it may not have known (RFC 9113, 6.9.3)."""
+        size = self._limits.stream_window
+        if size == self._initial_window:
+            return
+        self._initial_window = size
+        for stream in self._streams.values():
+            increment = stream.receive.resize(size)
+            if increment and not stream.is_remote_closed:
+                self.outbound += frames.window_update(stream.stream_id, increment)
+
+    def _resize_sending(self, sizes: Sequence[int], now: float) -> None:
+        """The peer takes so much on each stream: first this, then that, but work is done once."""
         before, largest, last = self._peer_initial_window, max(sizes), sizes[-1]
         self._peer_initial_window = last
         for stream in self._streams.values():

@@ -18,7 +18,10 @@ class SendWindow:
 
 
 class ReceiveWindow:
-    """What we take from the peer. Given back in strides: each costs a frame."""
+    """What we take from the peer. Given back in strides: each costs a frame.
+
+    A change of its size can make it negative.
+    """
 
     __slots__ = ("_owed", "_size", "left")
 
@@ -28,9 +31,9 @@ class ReceiveWindow:
         self.left = size
 
     def take(self, num_bytes: int) -> bool:
-        """The peer sent so much; False if that is more than it may."""
+        """The peer sent so much; False if that is more than it may. Nothing it may always send."""
         self.left -= num_bytes
-        return self.left >= 0
+        return self.left >= 0 or not num_bytes
 
     def give(self, num_bytes: int) -> int:
         """So much has been dealt with; returns by how much to open the window now, if at all."""
@@ -40,6 +43,12 @@ class ReceiveWindow:
         increment, self._owed = self._owed, 0
         self.left += increment
         return increment
+
+    def resize(self, size: int) -> int:
+        """The peer knows of another size from now on; returns as `give`."""
+        self.left += size - self._size
+        self._size = size
+        return self.give(0)
 
     def take_and_give(self, num_bytes: int, around: "ReceiveWindow") -> bool:
         """`take` and `give` in one, also of the window around this one.

@@ -20,7 +20,7 @@ class EdgeLimits:
     held_bytes_max: int = 256 * 1024 * 1024
     """Requests that have come in part, of the whole process."""
     stream_window: int = 1024 * 1024
-    """What a client may send ahead on a stream; announced."""
+    """What a client may send ahead on a stream; announced. If small, it holds once acknowledged."""
     connection_window: int = 8 * 1024 * 1024
     """What a client may send ahead on all streams together."""
     settings_burst: int = 100

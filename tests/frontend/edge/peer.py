@@ -20,6 +20,8 @@ REQUEST: Fields = (
     (b"te", b"trailers"),
 )
 GREETING = frames.PREFACE + frames.settings({})
+SETTINGS_ACK = frames.frame(FrameType.SETTINGS, frames.ACK, 0)
+"""Who says it has seen the settings of the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +50,16 @@ def parse(data: bytes) -> list[Frame]:
 class Peer:
     """The client's end of a connection in memory, under virtual time."""
 
-    def __init__(self, limits: EdgeLimits | None = None, *, greets: bool = True) -> None:
+    def __init__(
+        self, limits: EdgeLimits | None = None, *, greets: bool = True, acknowledges: bool = True
+    ) -> None:
         self.now = 0.0
         self.connection = Connection(limits or EdgeLimits(), self.now)
         self.encoder = Encoder()
         self.decoder = Decoder()
         self.events: list[Event] = []
         if greets:
-            self.say(GREETING)
+            self.say(GREETING, SETTINGS_ACK if acknowledges else b"")
             self.heard()
 
     def say(self, *parts: bytes) -> list[Event]:

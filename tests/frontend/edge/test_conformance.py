@@ -5,7 +5,16 @@ from collections.abc import Callable
 import pytest
 from hpack import Encoder
 
-from tests.frontend.edge.peer import GREETING, REQUEST, Frame, Peer, data, setting, settings
+from tests.frontend.edge.peer import (
+    GREETING,
+    REQUEST,
+    SETTINGS_ACK,
+    Frame,
+    Peer,
+    data,
+    setting,
+    settings,
+)
 from unbroken.http2 import frames
 from unbroken.http2.connection import DataReceived, RequestReceived, StreamLost, Writable
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
@@ -369,6 +378,86 @@ def test_6_9_more_data_than_the_streams_window_is_a_stream_error() -> None:
     peer = Peer(EdgeLimits(stream_window=20_000))
     peer.open(1)
     peer.say(data(1, b"x" * 16_000), data(1, b"x" * 4000))
+    assert peer.resets() == {}
+    peer.say(data(1, b"x"))
+    assert peer.resets() == {1: FLOW}
+
+
+def windows_given(peer: Peer, stream_id: int) -> int:
+    """By how much the server has opened a window since it was last heard."""
+    return sum(
+        frames.parse_u32(frame.payload)
+        for frame in peer.heard()
+        if frame.kind == FrameType.WINDOW_UPDATE and frame.stream_id == stream_id
+    )
+
+
+def test_6_9_3_a_client_that_has_not_seen_the_streams_window_may_fill_the_initial_one() -> None:
+    peer = Peer(EdgeLimits(stream_window=1024), acknowledges=False)
+    peer.open(1)
+    peer.say(*[data(1, b"x" * 16_000)] * 4, data(1, b"x" * 1535))
+    assert peer.resets() == {}
+    peer.say(data(1, b"x"))
+    assert peer.resets() == {1: FLOW}
+
+
+def test_6_9_2_a_window_that_the_acknowledgement_makes_negative_has_to_become_positive() -> None:
+    peer = Peer(EdgeLimits(stream_window=1024), acknowledges=False)
+    peer.open(1, 3)
+    peer.say(data(1, b"x" * 2000), data(3, b"x" * 500), SETTINGS_ACK)
+    assert peer.resets() == {}
+    peer.connection.consumed(1, 1000)
+    given = windows_given(peer, 1)
+    assert given == 1000, "24 bytes of the window are left"
+    peer.say(data(1, b"x" * 24))
+    peer.say(data(3, b"x" * 524))
+    peer.open(5)
+    peer.say(data(5, b"x" * 1024))
+    assert peer.resets() == {}
+    for stream_id in (1, 3, 5):
+        peer.say(data(stream_id, b"x"))
+    assert peer.resets() == {1: FLOW, 3: FLOW, 5: FLOW}
+
+
+def test_6_9_1_an_end_without_data_needs_no_window() -> None:
+    peer = Peer(EdgeLimits(stream_window=1024), acknowledges=False)
+    peer.open(1)
+    peer.say(data(1, b"x" * 2000), SETTINGS_ACK, data(1, ends=True))
+    assert peer.events[-1] == DataReceived(1, b"", ends=True)
+    assert peer.resets() == {}
+
+
+def test_6_9_2_what_was_consumed_before_the_acknowledgement_is_given_back_with_it() -> None:
+    peer = Peer(EdgeLimits(stream_window=1024), acknowledges=False)
+    peer.open(1)
+    peer.open(3)
+    for stream_id in (1, 3):
+        peer.say(data(stream_id, b"x" * 16_000))
+        peer.connection.consumed(stream_id, 16_000)
+    peer.say(data(3, ends=True))
+    assert peer.heard() == [], "it is not half of what it was"
+    peer.say(SETTINGS_ACK)
+    (update,) = peer.heard()
+    assert (update.stream_id, frames.parse_u32(update.payload)) == (1, 16_000)
+    peer.say(data(1, b"x" * 1024))
+    assert peer.resets() == {}
+    peer.say(data(1, b"x"))
+    assert peer.resets() == {1: FLOW}
+
+
+def test_6_9_2_only_the_first_acknowledgement_changes_windows() -> None:
+    peer = Peer(EdgeLimits(stream_window=1024))
+    peer.open(1)
+    peer.say(data(1, b"x" * 1000), SETTINGS_ACK, data(1, b"x" * 24))
+    assert peer.resets() == {}
+    peer.say(data(1, b"x"))
+    assert peer.resets() == {1: FLOW}
+
+
+def test_6_9_2_a_larger_window_holds_from_the_start() -> None:
+    peer = Peer(EdgeLimits(stream_window=100_000), acknowledges=False)
+    peer.open(1)
+    peer.say(*[data(1, b"x" * 10_000)] * 7, SETTINGS_ACK, *[data(1, b"x" * 10_000)] * 3)
     assert peer.resets() == {}
     peer.say(data(1, b"x"))
     assert peer.resets() == {1: FLOW}

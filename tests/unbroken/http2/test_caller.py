@@ -107,8 +107,6 @@ def test_messages_pass_both_ways_however_bytes_are_cut_and_windows_set(seed: int
     events: list[Event] = []
     left_up, left_down = list(up), list(down)
     path = b""
-    # Until its SETTINGS have come, a client knows of no smaller windows (RFC 9113, section 6.9.2).
-    assert hear(caller, server.take_outbound()) == []
     for _ in range(10_000):
         if left_up and caller.has_room(call):
             caller.send(call, left_up.pop(0))
@@ -225,7 +223,6 @@ def test_each_of_many_calls_gets_what_is_its_own_once_and_in_order(seed: int) ->
     server = Connection(
         EdgeLimits(stream_window=rng.choice([100, 3000, 1_000_000]), control_burst=10**7), 0.0
     )
-    assert hear(caller, server.take_outbound()) == []
     exchanges: dict[int, Exchange] = {}
     num_left = rng.randrange(2, 12)
     for _ in range(20_000):
