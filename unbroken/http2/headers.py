@@ -25,6 +25,7 @@ class Request:
 
     method: bytes
     path: bytes
+    """Empty for CONNECT."""
     authority: bytes
     fields: Fields
     """All but the pseudo-header fields, in their order."""
@@ -59,11 +60,12 @@ def check_request(given: Fields) -> Request:
         fields.append((name, value))
     method = pseudo.get(b":method", b"")
     path = pseudo.get(b":path", b"")
-    if method == b"CONNECT":
-        raise Malformed("CONNECT is not served")
-    if not (method and path and pseudo.get(b":scheme")):
-        raise Malformed("expected :method, :scheme and :path")
     authority = pseudo.get(b":authority", b"")
+    if method == b"CONNECT":
+        if not authority or b":scheme" in pseudo or b":path" in pseudo:
+            raise Malformed("expected of CONNECT no more than :authority")
+    elif not (method and path and pseudo.get(b":scheme")):
+        raise Malformed("expected :method, :scheme and :path")
     if authority and any(name == b"host" and value != authority for name, value in fields):
         raise Malformed("host contradicts :authority")
     return Request(method, path, authority, fields, content_length)

@@ -623,6 +623,7 @@ def changed(*, without: bytes = b"", **fields: bytes) -> Fields:
     return [*first, *kept, *((n, v) for n, v in new.items() if n not in pseudo)]
 
 
+CONNECT: Fields = ((b":method", b"CONNECT"), (b":authority", b"there:443"))
 MALFORMED: dict[str, Fields] = {
     "8.2.1 a name in capitals": [*REQUEST, (b"X-Y", b"z")],
     "8.2.1 a space in a name": [*REQUEST, (b"x y", b"z")],
@@ -649,7 +650,9 @@ MALFORMED: dict[str, Fields] = {
     "8.3.1 an empty path": changed(path=b""),
     "8.3.1 two methods": [REQUEST[0], *REQUEST],
     "8.3.1 host against authority": [*REQUEST, (b"host", b"there")],
-    "8.5 CONNECT": changed(method=b"CONNECT"),
+    "8.5 CONNECT with a scheme": [*CONNECT, (b":scheme", b"http")],
+    "8.5 CONNECT with a path": [*CONNECT, (b":path", b"/")],
+    "8.5 CONNECT to nowhere": CONNECT[:1],
     "8.1.1 a content-length that is none": [*REQUEST, (b"content-length", b"-1")],
     "8.1.1 two content-lengths": [*REQUEST, (b"content-length", b"1"), (b"content-length", b"2")],
 }
@@ -663,6 +666,15 @@ def test_a_malformed_request_is_a_stream_error_and_never_seen(what: str) -> None
     assert peer.events == []
     peer.open(3)
     assert isinstance(peer.events[-1], RequestReceived)
+
+
+def test_8_5_connect_is_a_request_with_no_scheme_and_no_path() -> None:
+    peer = Peer()
+    peer.say(peer.headers(1, [*CONNECT, (b"x", b"y")]))
+    (received,) = peer.events
+    assert isinstance(received, RequestReceived)
+    request = received.request
+    assert (request.method, request.authority, request.path) == (b"CONNECT", b"there:443", b"")
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,8 @@ def test_what_is_no_grpc_is_answered_in_http() -> None:
             fields = [field for field in REQUEST if field[0] != b"content-type"]
             client.request(3, fields, ends=True)
             assert await client.answer(3) == {b":status": b"415"}
+            client.request(5, [(b":method", b"CONNECT"), (b":authority", b"there:443")])
+            assert await client.answer(5) == {b":status": b"405"}
 
     run(scenario())
 
