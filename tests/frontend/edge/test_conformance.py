@@ -37,7 +37,9 @@ def raw(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
 HEADERS, CONTINUATION = FrameType.HEADERS, FrameType.CONTINUATION
 BLOCK_START = raw(HEADERS, 0, 1, b"\x82")
 """Headers that go on in a CONTINUATION."""
-OPENED = frames.headers(5, Encoder().encode(list(REQUEST)), ends=False)
+BLOCK = Encoder().encode(list(REQUEST))
+"""The first request of a connection."""
+OPENED = frames.headers(5, BLOCK, ends=False)
 """Stream 5."""
 
 CONNECTION_ERRORS: dict[str, tuple[ErrorCode, bytes]] = {
@@ -132,9 +134,17 @@ CONNECTION_ERRORS: dict[str, tuple[ErrorCode, bytes]] = {
         ErrorCode.COMPRESSION_ERROR,
         raw(HEADERS, 5, 1, b"\x82\x20"),
     ),
-    "7541 5.1 an integer without end": (
+    "7541 4.4 an index of what a field larger than the table drove out": (
         ErrorCode.COMPRESSION_ERROR,
-        raw(HEADERS, 5, 1, b"\xff" + b"\x80" * 20),
+        OPENED + raw(HEADERS, 5, 7, b"\x40\x01x\x7f\x81\x1f" + b"y" * 4096 + b"\xbe"),
+    ),
+    "7541 5.1 an integer of a value that is taken, in more bytes than anybody needs": (
+        ErrorCode.COMPRESSION_ERROR,
+        raw(HEADERS, 5, 1, BLOCK + b"\0\x7f" + b"\x80" * 10_000 + b"\0" + b"a" * 127 + b"\x01b"),
+    ),
+    "7541 5.1 an integer that ends with the block": (
+        ErrorCode.COMPRESSION_ERROR,
+        raw(HEADERS, 5, 1, b"\xff\x80"),
     ),
     "7541 5.2 padding of Huffman that is not of ones": (
         ErrorCode.COMPRESSION_ERROR,
@@ -184,6 +194,12 @@ def test_3_4_anything_but_settings_first_is_a_protocol_error() -> None:
     assert peer.connection_error() is PROTOCOL
 
 
+def test_3_4_an_acknowledgement_first_is_a_protocol_error() -> None:
+    peer = Peer(greets=False)
+    peer.say(frames.PREFACE, SETTINGS_ACK)
+    assert peer.connection_error() is PROTOCOL
+
+
 def test_3_4_the_server_sends_settings_first_and_acknowledges_the_clients() -> None:
     peer = Peer(greets=False)
     for byte in GREETING:
@@ -213,6 +229,67 @@ def test_it_is_ignored(what: str) -> None:
     peer.say(IGNORED[what])
     assert peer.connection_error() is None
     peer.open(1)
+    assert isinstance(peer.events[-1], RequestReceived)
+
+
+PRIORITY = b"\0\0\0\x03\x10"
+REQUESTS: dict[str, bytes] = {
+    "6.2 padding": raw(HEADERS, 0xD, 1, b"\x03" + BLOCK + b"\0" * 3),
+    "6.2 padding of nothing": raw(HEADERS, 0xD, 1, b"\0" + BLOCK),
+    "6.2 a priority": raw(HEADERS, 0x25, 1, PRIORITY + BLOCK),
+    "6.2 a priority and padding": raw(HEADERS, 0x2D, 1, b"\x03" + PRIORITY + BLOCK + b"\0" * 3),
+    "6.2 unknown flags": raw(HEADERS, 0x5 | 0xD2, 1, BLOCK),
+    "6.10 a rest": raw(HEADERS, 1, 1, BLOCK[:3]) + raw(CONTINUATION, 4, 1, BLOCK[3:]),
+    "6.10 a rest in pieces, one of them empty": b"".join(
+        (
+            raw(HEADERS, 1, 1, BLOCK[:3]),
+            raw(CONTINUATION, 0, 1),
+            raw(CONTINUATION, 0, 1, BLOCK[3:5]),
+            raw(CONTINUATION, 4, 1, BLOCK[5:]),
+        )
+    ),
+    "6.10 a rest of padded headers": raw(HEADERS, 9, 1, b"\x01" + BLOCK[:3] + b"\0")
+    + raw(CONTINUATION, 0xC, 1, BLOCK[3:]),
+    "6.10 only padding and priority before the rest": raw(
+        HEADERS, 0x29, 1, b"\x01" + PRIORITY + b"\0"
+    )
+    + raw(CONTINUATION, 4, 1, BLOCK),
+}
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_a_request_may_come_so(what: str) -> None:
+    peer = Peer()
+    peer.say(REQUESTS[what])
+    (received,) = peer.events
+    assert isinstance(received, RequestReceived)
+    assert received.ends
+    assert [(b":path", received.request.path), *received.request.fields] == [
+        field for field in REQUEST if field[0] in (b":path", b"content-type", b"te")
+    ]
+
+
+def test_6_2_trailers_may_be_padded_and_have_a_priority() -> None:
+    peer = Peer()
+    peer.open(1)
+    block = peer.encoder.encode([(b"x", b"y")])
+    peer.say(raw(HEADERS, 0x2D, 1, b"\x02" + PRIORITY + block + b"\0" * 2))
+    assert peer.events[-1] == DataReceived(1, b"", ends=True)
+
+
+def test_6_5_3_all_settings_are_acknowledged() -> None:
+    peer = Peer()
+    peer.say(settings(), setting(Setting.INITIAL_WINDOW_SIZE, 5), setting(0xEEEE, 1))
+    assert peer.heard() == [Frame(FrameType.SETTINGS, frames.ACK, 0, b"")] * 3
+
+
+def test_7541_4_4_a_field_larger_than_the_table_is_taken_and_empties_it() -> None:
+    peer = Peer()
+    peer.open(1)
+    peer.say(raw(HEADERS, 5, 1, b"\x40\x01x\x7f\x81\x1f" + b"y" * 4096))
+    assert peer.events[-1] == DataReceived(1, b"", ends=True)
+    peer.encoder = Encoder()  # One that starts from an empty table, too.
+    peer.open(3)
     assert isinstance(peer.events[-1], RequestReceived)
 
 
@@ -306,6 +383,44 @@ def test_5_1_what_was_on_its_way_to_a_stream_that_we_reset_is_ignored() -> None:
     assert peer.heard() == []
     peer.open(3)  # Its headers were decoded: the tables still agree.
     assert isinstance(peer.events[-1], RequestReceived)
+
+
+def refused(peer: Peer) -> None:
+    """Stream 5 was refused as one too many."""
+    peer.open(1, 3, 5)
+    assert peer.resets() == {5: ErrorCode.REFUSED_STREAM}
+
+
+def malformed(peer: Peer) -> None:
+    """Stream 5 began with what is no request."""
+    peer.open(1)
+    peer.say(peer.headers(5, [(b"x", b"y")]))
+    assert peer.resets() == {5: PROTOCOL}
+
+
+def owed_a_body(peer: Peer) -> None:
+    """Stream 5 ended before its body."""
+    peer.open(1)
+    peer.say(peer.headers(5, [*REQUEST, (b"content-length", b"1")], ends=True))
+    assert peer.resets() == {5: PROTOCOL}
+
+
+@pytest.mark.parametrize("state", [refused, malformed, owed_a_body])
+def test_5_1_what_was_on_its_way_to_a_stream_that_never_opened_is_ignored(
+    state: Callable[[Peer], None],
+) -> None:
+    peer = Peer(EdgeLimits(streams_max=2))
+    state(peer)
+    peer.say(
+        data(5, b"x"),
+        frames.window_update(5, 1),
+        peer.headers(5, [(b"x", b"y")], ends=True),
+        frames.reset(5, ErrorCode.CANCEL),
+    )
+    assert peer.heard() == []
+    assert peer.lost() == []
+    peer.say(data(1, b"x"))
+    assert peer.events[-1] == DataReceived(1, b"x", ends=False)
 
 
 def test_5_1_1_a_stream_below_one_that_was_opened_is_a_protocol_error() -> None:
@@ -517,6 +632,97 @@ def test_6_9_the_connections_window_comes_back_when_a_stream_is_closed() -> None
     assert given >= 20 * 30_000 - 65_535
 
 
+def late(peer: Peer, stream_id: int) -> int:
+    """Data for a stream that the client has reset."""
+    peer.open(stream_id)
+    peer.say(frames.reset(stream_id, ErrorCode.CANCEL), data(stream_id, b"x" * 9000))
+    return 9000
+
+
+def late_for_us(peer: Peer, stream_id: int) -> int:
+    """Data for a stream that the server has reset."""
+    peer.open(stream_id)
+    peer.connection.reset(stream_id, ErrorCode.CANCEL)
+    peer.say(data(stream_id, b"x" * 9000))
+    return 9000
+
+
+def after_the_end(peer: Peer, stream_id: int) -> int:
+    """Data after the client's end."""
+    peer.open(stream_id, ends=True)
+    peer.say(data(stream_id, b"x" * 9000))
+    return 9000
+
+
+def never_opened(peer: Peer, stream_id: int) -> int:
+    """Data for a request that was malformed."""
+    peer.say(peer.headers(stream_id, [(b"x", b"y")]), data(stream_id, b"x" * 9000))
+    return 9000
+
+
+def above_the_window(peer: Peer, stream_id: int) -> int:
+    """More data than the stream's window."""
+    peer.open(stream_id)
+    peer.say(data(stream_id, b"x" * 11_000))
+    return 11_000
+
+
+def above_the_length(peer: Peer, stream_id: int) -> int:
+    """More data than was announced."""
+    peer.say(peer.headers(stream_id, [*REQUEST, (b"content-length", b"1")]))
+    peer.say(data(stream_id, b"x" * 9000))
+    return 9000
+
+
+def unread(peer: Peer, stream_id: int) -> int:
+    """Data of which nobody had read when the stream was reset."""
+    peer.open(stream_id)
+    peer.say(data(stream_id, b"x" * 9000))
+    peer.connection.reset(stream_id, ErrorCode.CANCEL)
+    return 9000
+
+
+def padding(peer: Peer, stream_id: int) -> int:
+    """Padding, in 33 frames."""
+    peer.open(stream_id)
+    padded = raw(FrameType.DATA, frames.PADDED, stream_id, b"\xff" + b"\0" * 255)
+    for _ in range(33):
+        peer.say(padded)
+    return 33 * 256
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        late,
+        late_for_us,
+        after_the_end,
+        never_opened,
+        above_the_window,
+        above_the_length,
+        unread,
+        padding,
+    ],
+)
+def test_6_9_data_counts_for_the_connections_window_and_comes_back_to_it(
+    what: Callable[[Peer, int], int],
+) -> None:
+    peer = Peer(EdgeLimits(stream_window=10_000, connection_window=65_535))
+    said = given = 0
+    for stream_id in range(1, 40, 2):
+        said += what(peer, stream_id)
+        given += windows_given(peer, 0)
+        assert not peer.connection.is_over
+        assert said - 65_535 // 2 - 1 <= given <= said
+
+
+def test_6_9_1_padding_comes_back_to_the_streams_window_at_once() -> None:
+    peer = Peer(EdgeLimits(stream_window=1000))
+    peer.open(1)
+    peer.say(*[raw(FrameType.DATA, frames.PADDED, 1, b"\xff" + b"x" + b"\0" * 255)] * 2)
+    assert windows_given(peer, 1) == 2 * 256
+
+
 def test_6_9_no_more_is_sent_than_the_windows_take() -> None:
     peer = Peer()
     peer.say(setting(Setting.INITIAL_WINDOW_SIZE, 10))
@@ -635,6 +841,13 @@ MALFORMED: dict[str, Fields] = {
     "8.2.1 a carriage return in a value": [*REQUEST, (b"x", b"a\rb")],
     "8.2.1 a space before a value": [*REQUEST, (b"x", b" a")],
     "8.2.1 a tab after a value": [*REQUEST, (b"x", b"a\t")],
+    "8.2.1 DEL in a name": [*REQUEST, (b"x\x7f", b"z")],
+    "8.2.1 a control character in a name": [*REQUEST, (b"x\x1f", b"z")],
+    "8.2.1 a zero in a path": changed(path=b"/a\0b"),
+    "8.2.1 a line feed in a method": changed(method=b"POST\n/"),
+    "8.2.1 a carriage return in an authority": changed(authority=b"here\rthere"),
+    "8.2.1 a space before a path": changed(path=b" /a"),
+    "8.2.1 a tab after a scheme": changed(scheme=b"http\t"),
     "8.2.2 connection": [*REQUEST, (b"connection", b"close")],
     "8.2.2 keep-alive": [*REQUEST, (b"keep-alive", b"5")],
     "8.2.2 proxy-connection": [*REQUEST, (b"proxy-connection", b"x")],
@@ -695,6 +908,21 @@ def test_8_1_1_no_body_where_one_was_announced_is_a_stream_error() -> None:
     peer = Peer()
     peer.say(peer.headers(1, [*REQUEST, (b"content-length", b"5")], ends=True))
     assert peer.resets() == {1: PROTOCOL}
+
+
+def test_8_1_1_trailers_before_the_end_of_an_announced_body_are_a_stream_error() -> None:
+    peer = Peer()
+    peer.say(peer.headers(1, [*REQUEST, (b"content-length", b"5")]), data(1, b"abc"))
+    peer.say(peer.headers(1, [(b"x", b"y")], ends=True))
+    assert peer.resets() == {1: PROTOCOL}
+    assert peer.lost() == [1]
+
+
+def test_8_1_trailers_after_an_announced_body_end_a_request() -> None:
+    peer = Peer()
+    peer.say(peer.headers(1, [*REQUEST, (b"content-length", b"3")]), data(1, b"abc"))
+    peer.say(peer.headers(1, [(b"x", b"y")], ends=True))
+    assert peer.events[-1] == DataReceived(1, b"", ends=True)
 
 
 def test_8_1_trailers_end_a_request() -> None:
@@ -760,12 +988,43 @@ def test_6_8_a_drain_names_the_last_stream_when_the_client_has_heard_of_it() -> 
     assert isinstance(peer.events[-1], RequestReceived)
     peer.say(frames.ping(ping.payload, is_ack=True))
     assert go_aways(peer) == [3]
-    peer.open(5, ends=True)
-    peer.say(frames.window_update(5, 1), frames.reset(5, ErrorCode.CANCEL))
+    num_events = len(peer.events)
+    peer.open(5)
+    peer.say(data(5, b"x"), frames.window_update(5, 1), frames.reset(5, ErrorCode.CANCEL))
+    assert peer.heard() == []
+    assert len(peer.events) == num_events
     assert not peer.connection.is_over
     for stream_id in (1, 3):
         peer.connection.send_headers(stream_id, [(b":status", b"200")], ends=True)
     assert peer.connection.is_over
+
+
+def test_6_8_an_error_names_the_last_stream_that_was_opened() -> None:
+    peer = Peer()
+    peer.open(1, 7)
+    peer.say(frames.reset(7, ErrorCode.CANCEL), data(0, b"x"))
+    assert go_aways(peer) == [7]
+
+
+def test_6_8_an_error_after_a_drain_names_no_later_stream_than_the_drain() -> None:
+    peer = Peer()
+    peer.open(1, 3)
+    peer.connection.drain(peer.now)
+    _, ping = peer.heard()
+    peer.say(frames.ping(ping.payload, is_ack=True))
+    peer.open(5)
+    peer.say(data(0, b"x"))
+    assert go_aways(peer) == [3, 3]
+
+
+def test_6_8_data_beyond_a_drain_comes_back_to_the_connections_window() -> None:
+    peer = Peer(EdgeLimits(connection_window=65_535))
+    peer.open(1)
+    peer.connection.drain(peer.now)
+    _, ping = peer.heard()
+    peer.say(frames.ping(ping.payload, is_ack=True))
+    peer.say(peer.headers(3), *[data(3, b"x" * 10_000)] * 4)
+    assert windows_given(peer, 0) == 40_000
 
 
 def test_6_8_a_drain_does_not_wait_for_a_client_that_does_not_answer() -> None:
