@@ -641,6 +641,26 @@ def test_a_client_that_gives_no_sign_of_life_is_gone() -> None:
     run(scenario())
 
 
+def test_a_client_that_has_its_streams_reset_again_and_again_starts_no_more_than_its_burst() -> (
+    None
+):
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        settings = {**NATIVE, "edge_resets_burst": 3, "edge_resets_per_s": 0}
+        async with world(sidecar, **settings) as it, connect(it.frontend.address) as client:
+            for number in range(4):
+                client.generate(2 * number + 1, REQUEST_OF_TEN)
+                await it.until(lambda number=number: len(sidecar.aborts) == number)
+                await it.until(lambda: it.num_running() == 1)
+                client.request(2 * number + 1, [(b"after", b"the end")], ends=True)
+            told = await client.until_closed()
+            assert frames.parse_u32(told[-1].payload, 4) == ErrorCode.ENHANCE_YOUR_CALM
+            await it.until(lambda: len(sidecar.aborts) == 4)
+            assert metric(it.frontend, "edge_limits_total", limit="resets") == 1
+
+    run(scenario())
+
+
 def test_connections_beyond_the_limit_are_closed_at_once() -> None:
     async def scenario() -> None:
         async with world(edge_connections_max=2, **NATIVE) as it:
