@@ -1027,6 +1027,15 @@ def test_6_8_data_beyond_a_drain_comes_back_to_the_connections_window() -> None:
     assert windows_given(peer, 0) == 40_000
 
 
+def test_5_1_beyond_a_drain_too_no_stream_of_the_server_may_be_reset() -> None:
+    peer = Peer()
+    peer.open(1)
+    peer.connection.drain(peer.now)
+    _, ping = peer.heard()
+    peer.say(frames.ping(ping.payload, is_ack=True), frames.reset(4, ErrorCode.CANCEL))
+    assert peer.connection_error() is PROTOCOL
+
+
 def test_6_8_a_drain_does_not_wait_for_a_client_that_does_not_answer() -> None:
     peer = Peer()
     peer.connection.drain(peer.now)
