@@ -69,6 +69,15 @@ class RawClient:
                         return fields
         raise AssertionError("expected an answer, the connection ended")
 
+    async def until_data(self, stream_id: int) -> None:
+        """Read on that stream what is before its first message, and that."""
+        while (frame := await self.frame()) is not None:
+            if frame.kind == FrameType.HEADERS:
+                self._decoder.decode(frame.payload, raw=True)
+            elif frame.kind == FrameType.DATA and frame.stream_id == stream_id:
+                return
+        raise AssertionError("expected a message, the connection ended")
+
     async def until_closed(self) -> Sequence[Frame]:
         """Everything up to the end of the connection."""
         found: list[Frame] = []
