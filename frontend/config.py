@@ -166,7 +166,7 @@ class FrontendConfig(ProcessConfig):
     edge_header_timeout_s: float = Field(_EDGE.header_timeout_s, gt=0, le=600)
     """Native edge: how long a frame or a header block may take to come."""
     edge_request_timeout_s: float = Field(_EDGE.request_timeout_s, gt=0, le=3600)
-    """Native edge: how long the request of Generate or Resume may take to come."""
+    """Native edge: how long the message of a call may take, or, once begun, each one of many."""
     edge_stall_timeout_s: float = Field(_EDGE.stall_timeout_s, gt=0, le=86400)
     """Native edge: a stream whose client takes nothing of what waits for so long is cut off."""
     edge_unsent_bytes_max: int = Field(_EDGE.unsent_bytes_max, ge=65536)

@@ -15,8 +15,8 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import Default
 
 from unbroken import status
-from unbroken.edge.answering import ANSWER_FIELDS, Deadline, OneMessage, refuse
-from unbroken.http2.headers import Request
+from unbroken.edge.answering import ANSWER_FIELDS, Deadline, OneMessage
+from unbroken.http2.headers import Fields, Request
 from unbroken.http2.messages import (
     PREFIX,
     Code,
@@ -59,6 +59,8 @@ class ForwardedCall:
         self._metadata = tuple(metadata(request.fields))
         self._deadline = Deadline(request, server.clock)
         self._has_room = asyncio.Event()
+        self._has_headers = False
+        """The answer has begun."""
         self._call: _Call | None = None
         self._task: asyncio.Task[None] | None = None
         self._upload: Upload | None = None
@@ -101,7 +103,9 @@ class ForwardedCall:
 
     def refuse(self, refused: Refused) -> None:
         """The protocol does not allow the request."""
-        refuse(self.client, self.stream_id, refused)
+        if refused.limit:
+            self._server.observer.edge_limit_hit(refused.limit)
+        self._end(trailers(refused.code, refused.detail, refused.fields))
         self.lost()
 
     def lost(self) -> None:
@@ -109,6 +113,13 @@ class ForwardedCall:
         if self._task is not None:
             self._task.cancel()
         self._close()  # A task that has not begun yet never does, and so cleans nothing up.
+
+    def _end(self, fields: Fields) -> None:
+        connection = self.client.connection
+        if self._has_headers:
+            connection.end(self.stream_id, fields)
+        else:
+            connection.send_headers(self.stream_id, [*ANSWER_FIELDS, *fields], ends=True)
 
     def _wait_no_more(self) -> None:
         if self._due is not None:
@@ -130,20 +141,20 @@ class ForwardedCall:
             await self._answer(call)
         except Exception as error:
             code, detail, _ = status.trailing(status.translated(error, self.path))
-            self.client.connection.end(self.stream_id, trailers(code, detail))
+            self._end(trailers(code, detail))
             self._server.touch(self.client)
         finally:
             self._close()
 
     async def _answer(self, call: "_Call") -> None:
         connection, stream_id = self.client.connection, self.stream_id
-        has_headers = False
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
-                if not has_headers:
-                    has_headers = True
+                if not self._has_headers:
                     initial = fields_of(tuple(await call.initial_metadata()))
+                    self._has_headers = True
                     connection.send_headers(stream_id, [*ANSWER_FIELDS, *initial])
+                    self._server.touch(self.client)  # Whether there is room for more or not.
                 payload = cast("bytes", message)
                 await self._until_room()
                 connection.send_data(
@@ -157,11 +168,9 @@ class ForwardedCall:
         fields = trailers(code, await call.details() or "", more)
         # gRPC keeps the one that stands for the load to itself.
         fields += passing_fields_of(self._server.trailers())
-        if has_headers:
-            connection.end(stream_id, fields)
-        else:
-            initial = fields_of(tuple(await call.initial_metadata()))
-            connection.send_headers(stream_id, [*ANSWER_FIELDS, *initial, *fields], ends=True)
+        if not self._has_headers:
+            fields = [*fields_of(tuple(await call.initial_metadata())), *fields]
+        self._end(fields)
         self._server.touch(self.client)
 
     async def _until_room(self) -> None:
@@ -176,7 +185,12 @@ class ForwardedCall:
 
 
 class Upload:
-    """The messages of a call that takes many, on their way to the server behind."""
+    """The messages of a call that takes many, on their way to the server behind.
+
+    As long as some wait, their client gets no window back. Of a message that has not come whole
+    nothing can be passed on, so that gives it back at once, and has to come to its end in time.
+    Whatever is here counts as held.
+    """
 
     def __init__(
         self,
@@ -195,30 +209,47 @@ class Upload:
         self._has_ended = False
         self._num_owed = 0
         """Bytes that the client may send again once the inbox is empty."""
+        self._num_held = 0
+        """Bytes of messages that have not been passed on, whole or not."""
         self._has_input = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
     def data(self, data: bytes, *, ends: bool) -> None:
         """A piece of the request. Raises `Refused`."""
-        self._inbox += self._body.feed(data)
+        num_unfinished = self._body.num_held
+        messages = self._body.feed(data)
+        num_more = self._body.num_held - num_unfinished + sum(map(_num_bytes, messages))
+        if not self._server.hold(num_more):
+            raise Refused(Code.RESOURCE_EXHAUSTED, "too many requests are coming in at once")
+        self._num_held += num_more
         self._num_owed += len(data)
+        if messages:
+            self._inbox += messages
+            self._client.connection.expect_nothing(self._stream_id)
         if ends:
             self._body.finish()
             self._has_ended = True
         if self._inbox or ends:
             self._has_input.set()
-        else:
+        elif not self._has_input.is_set():
             self._repay()  # Of a message that has to come whole.
 
     def close(self) -> None:
-        """Nothing more is passed on. Idempotent."""
+        """Nothing more is passed on, nor held. Idempotent."""
         self._task.cancel()
+        self._let_go(self._num_held)
+
+    def _let_go(self, num_bytes: int) -> None:
+        self._server.hold(-num_bytes)
+        self._num_held -= num_bytes
 
     async def _run(self) -> None:
         try:
             while True:
                 while self._inbox:
-                    await self._call.write(self._inbox.popleft())
+                    message = self._inbox.popleft()
+                    await self._call.write(message)
+                    self._let_go(_num_bytes(message))
                 self._repay()
                 if self._has_ended:
                     await self._call.done_writing()
@@ -229,9 +260,18 @@ class Upload:
             return  # The call is over; whoever reads it learns why.
 
     def _repay(self) -> None:
+        """It is the client's turn: nothing waits but what it has begun."""
+        connection = self._client.connection
         num_owed, self._num_owed = self._num_owed, 0
-        self._client.connection.consumed(self._stream_id, num_owed)
+        connection.consumed(self._stream_id, num_owed)
+        if self._body.num_held:
+            connection.expect_end(self._stream_id, self._server.clock())
         self._server.touch(self._client)
+
+
+def _num_bytes(message: bytes) -> int:
+    """What it takes to hold it: no less than it took on its way, unless it was compressed."""
+    return PREFIX.size + len(message)
 
 
 def _known(path: bytes, services: Collection[str]) -> tuple[str, MethodDescriptor]:

@@ -494,7 +494,7 @@ class ClientConnection(asyncio.Protocol):
                 self._limit_unsent(transport)
         if connection.is_over:
             self.close()
-        elif connection.has_blocked:
+        elif connection.has_dues:
             self._keep_time()
 
     def _limit_unsent(self, transport: asyncio.Transport) -> None:

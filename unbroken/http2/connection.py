@@ -237,9 +237,9 @@ class Connection:
         return len(self._streams)
 
     @property
-    def has_blocked(self) -> bool:
-        """Whether something waits for a window."""
-        return bool(self._blocked)
+    def has_dues(self) -> bool:
+        """Whether a stream waits for a window, or has to bring something to its end in time."""
+        return bool(self._blocked or self._uploads)
 
     @property
     def num_pending_bytes(self) -> int:
@@ -661,10 +661,14 @@ class Connection:
             self._close(stream, _End.RESET_BY_US)
 
     def expect_end(self, stream_id: int, now: float) -> None:
-        """The request of this stream has to come to an end in time."""
+        """The request of this stream, or a message of it, has to come to an end in time."""
         stream = self._streams.get(stream_id)
         if stream is not None and not stream.is_remote_closed:
-            self._uploads[stream_id] = now
+            self._uploads.setdefault(stream_id, now)
+
+    def expect_nothing(self, stream_id: int) -> None:
+        """What had to come to an end has: the stream may be idle."""
+        self._uploads.pop(stream_id, None)
 
     def drain(self, now: float) -> list[Event]:
         """Let the client open no more streams, and be over when all have ended."""

@@ -43,7 +43,7 @@ class EdgeLimits:
     header_timeout_s: float = 10.0
     """From the beginning of a frame or header block to its end."""
     request_timeout_s: float = 60.0
-    """From the beginning of a unary request to its end."""
+    """From the beginning of a request of one message to its end, or of one message of many."""
     stall_timeout_s: float = 60.0
     """A client that takes nothing for so long, while something waits for it, is cut off."""
     unsent_bytes_max: int = 4 * 1024 * 1024

@@ -52,12 +52,14 @@ class Code(IntEnum):
 class Refused(Exception):  # noqa: N818 - it names what happened.
     """The protocol does not allow what the client sent; the text says what."""
 
-    def __init__(self, code: Code, detail: str, fields: Fields = ()) -> None:
+    def __init__(self, code: Code, detail: str, fields: Fields = (), limit: str = "") -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
         self.fields = fields
         """What the answer has beside its status."""
+        self.limit = limit
+        """The name of the limit that it went beyond, if it is that."""
 
 
 def http_status(request: Request) -> int:
@@ -223,5 +225,7 @@ class MessageReader:
 
 def _too_large(size: int, size_max: int) -> Refused:
     return Refused(
-        Code.RESOURCE_EXHAUSTED, f"expected a message of up to {size_max} bytes, got {size} or more"
+        Code.RESOURCE_EXHAUSTED,
+        f"expected a message of up to {size_max} bytes, got {size} or more",
+        limit="request_bytes",
     )

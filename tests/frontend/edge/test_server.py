@@ -1,28 +1,21 @@
 """The native edge on real sockets: gRPC's own clients, and those that behave badly."""
 
 import asyncio
-import gc
 import gzip
-import itertools
 import socket
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
 import pytest
-from google.protobuf.descriptor_pb2 import FileDescriptorProto
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from frontend.edge.calls import StreamingCall
 from frontend.service import Frontend
 from tests.frontend.edge.peer import REQUEST, data, setting
 from tests.frontend.edge.raw import RawClient, connect
-from tests.frontend.fakes import MODEL, FakeSidecar, reference
-from tests.frontend.test_operators import tokens
+from tests.frontend.fakes import FakeSidecar, reference
 from tests.frontend.worlds import failure_of, read, read_some, run, world
 from unbroken.client import Client
 from unbroken.edge.server import IGNORED_BYTES_MAX, PINGS_SPREAD
@@ -30,8 +23,6 @@ from unbroken.errors import Reason
 from unbroken.http2 import frames
 from unbroken.http2.frames import ErrorCode, FrameType, Setting
 from unbroken.http2.messages import PREFIX
-from unbroken.transport import open_channel
-from unbroken.v1 import admin_service_pb2, admin_service_pb2_grpc
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
@@ -43,7 +34,6 @@ REQUEST_OF_TEN.params.stopping.max_tokens = 10
 REQUEST_OF_TEN.params.sampling.temperature = 0
 
 
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 NATIVE: dict[str, Any] = {"edge": "native", "client_ping_interval_s": 60}
 """For tests whose clients do not answer pings, however long they take."""
 
@@ -56,143 +46,6 @@ def metric(frontend: Frontend, name: str, **labels: str) -> float:
 def path(method: str) -> list[tuple[bytes, bytes]]:
     """A request for another method."""
     return [(name, method.encode() if name == b":path" else value) for name, value in REQUEST]
-
-
-def num_calls_open() -> int:
-    """Calls of gRPC's own that this process makes, are answered by a stream, and go on."""
-    kinds: Any = (grpc.aio.UnaryStreamCall, grpc.aio.StreamStreamCall)
-    return sum(isinstance(one, kinds) and not one.done() for one in gc.get_objects())
-
-
-# One port for all.
-
-
-def test_every_other_call_is_answered_at_the_same_port() -> None:
-    async def scenario() -> None:
-        async with (
-            world(FakeSidecar("w1"), **NATIVE) as it,
-            open_channel(it.frontend.address) as channel,
-        ):
-            inference: Any = InferenceServiceStub(channel)
-            models = await inference.ListModels(pb.ListModelsRequest())
-            assert [model.model for model in models.models] == [MODEL]
-            admin: Any = admin_service_pb2_grpc.AdminServiceStub(cast("Any", channel))
-            workers = await admin.ListWorkers(admin_service_pb2.ListWorkersRequest())
-            assert len(workers.workers) == 1
-            health: Any = health_pb2_grpc.HealthStub(cast("Any", channel))
-            status = await health.Check(health_pb2.HealthCheckRequest())
-            assert status.status == health_pb2.HealthCheckResponse.SERVING
-
-    run(scenario())
-
-
-def test_streams_both_ways_pass_too() -> None:
-    async def scenario() -> None:
-        async with (
-            world(FakeSidecar("w1"), **NATIVE) as it,
-            open_channel(it.frontend.address) as channel,
-        ):
-            stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", channel))
-            call = stub.ServerReflectionInfo()
-            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-            listed = (await call.read()).list_services_response.service
-            assert "unbroken.v1.InferenceService" in [one.name for one in listed]
-            symbol = "unbroken.v1.InferenceService"
-            await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol))
-            files = (await call.read()).file_descriptor_response.file_descriptor_proto
-            names = [FileDescriptorProto.FromString(one).name for one in files]
-            assert "unbroken/v1/inference_service.proto" in names
-            await call.done_writing()
-            assert await call.read() is grpc.aio.EOF
-            assert await call.code() is grpc.StatusCode.OK
-
-            health: Any = health_pb2_grpc.HealthStub(cast("Any", channel))
-            watch = health.Watch(health_pb2.HealthCheckRequest())
-            first = await watch.read()
-            assert first.status == health_pb2.HealthCheckResponse.SERVING
-            it.frontend.health.set("", is_serving=False)
-            second = await watch.read()
-            assert second.status == health_pb2.HealthCheckResponse.NOT_SERVING
-            watch.cancel()
-
-    run(scenario())
-
-
-def test_a_bug_that_is_met_outside_of_a_turn_of_its_call_is_told_at_once() -> None:
-    async def scenario() -> None:
-        async with (
-            world(FakeSidecar("w1"), **NATIVE) as it,
-            connect(it.frontend.address) as client,
-        ):
-            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT))
-            request.params.stopping.max_tokens = 100_000
-            client.generate(1, request)
-            await client.until_data(1)
-            edge = it.frontend.edge
-            assert edge is not None
-            (call,) = [one for connection in edge.clients for one in connection.calls.values()]
-            assert isinstance(call, StreamingCall)
-            call.crashed(ValueError("a bug"))  # As a convoy does.
-            async with asyncio.timeout(5):
-                assert (await client.answer(1))[b"grpc-status"] == b"13"
-
-    run(scenario())
-
-
-def test_errors_pass_with_their_details() -> None:
-    async def scenario() -> None:
-        async with world(FakeSidecar("w1"), **NATIVE) as it:
-            with pytest.raises(Exception, match="no request 'nobody'") as caught:
-                await it.client.get_stream("nobody")
-            assert getattr(caught.value, "reason", None) is Reason.STREAM_NOT_FOUND
-            channel: Any = await it.client.channel()
-            unknown = channel.unary_unary("/unbroken.v1.InferenceService/Unknown")
-            with pytest.raises(grpc.aio.AioRpcError) as error:
-                await unknown(b"")
-            assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-    run(scenario())
-
-
-def test_the_deadline_and_the_cancellation_of_another_call_pass_too() -> None:
-    async def scenario() -> None:
-        async with (
-            world(FakeSidecar("w1"), **NATIVE) as it,
-            open_channel(it.frontend.address) as channel,
-        ):
-            health: Any = health_pb2_grpc.HealthStub(cast("Any", channel))
-            watchers = it.frontend.health.watchers
-            late = health.Watch(health_pb2.HealthCheckRequest(), timeout=0.2)
-            await late.read()
-            assert len(watchers) == 1
-            with pytest.raises(grpc.aio.AioRpcError) as error:
-                await late.read()
-            assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            await it.until(lambda: not watchers)
-            left = health.Watch(health_pb2.HealthCheckRequest())
-            await left.read()
-            assert len(watchers) == 1
-            left.cancel()
-            await it.until(lambda: not watchers)
-
-    run(scenario())
-
-
-def test_other_calls_that_are_taken_back_at_once_are_given_up_behind() -> None:
-    async def scenario() -> None:
-        async with world(FakeSidecar("w1"), **NATIVE) as it, connect(it.frontend.address) as client:
-            before = num_calls_open()
-            methods = ("/grpc.health.v1.Health/Watch", REFLECTION)
-            for stream_id, method in zip(range(1, 100, 2), itertools.cycle(methods), strict=False):
-                client.request(stream_id, path(method))
-                client.say(data(stream_id, PREFIX.pack(0, 0), ends=True))
-                client.say(frames.reset(stream_id, ErrorCode.CANCEL))
-            client.request(101, path("/grpc.health.v1.Health/Check"))
-            client.say(data(101, PREFIX.pack(0, 0), ends=True))
-            await client.answer(101)
-            await it.until(lambda: num_calls_open() == before)
-
-    run(scenario())
 
 
 # gRPC's clients.
@@ -350,62 +203,6 @@ def test_what_the_protocol_forbids_is_refused_with_its_code(what: str, method: s
     run(scenario())
 
 
-FORWARDED = {
-    "/unbroken.v1.InferenceService/Cancel": b"13",
-    "/grpc.health.v1.Health/Watch": b"13",
-    "/unbroken.v1.InferenceService/Nothing": b"12",
-    "/no.such.Service/Nothing": b"12",
-    REFLECTION: b"0",
-}
-"""What is answered where nothing comes: a method that takes many messages can do with none."""
-
-
-@pytest.mark.parametrize("method", FORWARDED)
-@pytest.mark.parametrize("at", ["headers", "data"])
-def test_a_forwarded_call_that_ends_without_its_message_is_answered(method: str, at: str) -> None:
-    async def scenario() -> None:
-        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
-            client.request(1, path(method), ends=at == "headers")
-            if at == "data":
-                client.say(data(1, b"", ends=True))
-            assert (await client.answer(1))[b"grpc-status"] == FORWARDED[method]
-
-    run(scenario())
-
-
-def test_what_is_refused_whatever_it_says_is_refused_with_its_own_code(tmp_path: Path) -> None:
-    """However the answer and the message cross on the way to the server behind."""
-
-    async def scenario() -> None:
-        settings = {**NATIVE, "admin_tokens": tokens(tmp_path)}
-        async with world(**settings) as it, connect(it.frontend.address) as client:
-            for stream_id in range(1, 200, 2):
-                client.request(stream_id, path("/unbroken.v1.AdminService/ListWorkers"))
-                await asyncio.sleep(0)
-                client.say(data(stream_id, PREFIX.pack(0, 0), ends=True))
-                assert (await client.answer(stream_id))[b"grpc-status"] == b"7"
-
-    run(scenario())
-
-
-def test_a_deadline_holds_for_a_message_that_never_comes() -> None:
-    async def scenario() -> None:
-        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
-            client.request(1, [*path("/grpc.health.v1.Health/Check"), (b"grpc-timeout", b"50m")])
-            assert (await client.answer(1))[b"grpc-status"] == b"4"
-
-    run(scenario())
-
-
-def test_what_another_process_serves_is_not_known_here() -> None:
-    async def scenario() -> None:
-        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
-            client.request(1, path("/unbroken.v1.RelayService/Relay"))
-            assert (await client.answer(1))[b"grpc-status"] == b"12"
-
-    run(scenario())
-
-
 def test_who_comes_while_an_edge_stops_is_sent_away() -> None:
     async def scenario() -> None:
         async with world(**NATIVE) as it:
@@ -423,16 +220,6 @@ def test_who_comes_while_an_edge_stops_is_sent_away() -> None:
                 assert FrameType.GOAWAY in {frame.kind for frame in told}
                 writer.close()
             await stopping
-
-    run(scenario())
-
-
-def test_a_forwarded_call_takes_no_second_message() -> None:
-    async def scenario() -> None:
-        async with world(**NATIVE) as it, connect(it.frontend.address) as client:
-            client.request(1, path("/grpc.health.v1.Health/Check"))
-            client.say(data(1, 2 * PREFIX.pack(0, 0)))
-            assert (await client.answer(1))[b"grpc-status"] == b"13"
 
     run(scenario())
 
@@ -696,5 +483,26 @@ def test_requests_that_come_in_part_are_bounded_together() -> None:
                     # What the first one held is free again when it leaves.
                     first.say(frames.reset(1, ErrorCode.CANCEL))
                     await it.until(lambda: edge.num_held == 0)
+
+    run(scenario())
+
+
+def test_a_bug_that_is_met_outside_of_a_turn_of_its_call_is_told_at_once() -> None:
+    async def scenario() -> None:
+        async with (
+            world(FakeSidecar("w1"), **NATIVE) as it,
+            connect(it.frontend.address) as client,
+        ):
+            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT))
+            request.params.stopping.max_tokens = 100_000
+            client.generate(1, request)
+            await client.until_data(1)
+            edge = it.frontend.edge
+            assert edge is not None
+            (call,) = [one for connection in edge.clients for one in connection.calls.values()]
+            assert isinstance(call, StreamingCall)
+            call.crashed(ValueError("a bug"))  # As a convoy does.
+            async with asyncio.timeout(5):
+                assert (await client.answer(1))[b"grpc-status"] == b"13"
 
     run(scenario())
