@@ -6,7 +6,7 @@ compression do not, as they are matters of one connection.
 
 import asyncio
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
@@ -103,8 +103,6 @@ class ForwardedCall:
 
     def refuse(self, refused: Refused) -> None:
         """The protocol does not allow the request."""
-        if refused.limit:
-            self._server.observer.edge_limit_hit(refused.limit)
         self._end(trailers(refused.code, refused.detail, refused.fields))
         self.lost()
 
@@ -217,7 +215,7 @@ class Upload:
     def data(self, data: bytes, *, ends: bool) -> None:
         """A piece of the request. Raises `Refused`."""
         num_unfinished = self._body.num_held
-        messages = self._body.feed(data)
+        messages = self._messages(data)
         num_more = self._body.num_held - num_unfinished + sum(map(_num_bytes, messages))
         if not self._server.hold(num_more):
             raise Refused(Code.RESOURCE_EXHAUSTED, "too many requests are coming in at once")
@@ -233,6 +231,14 @@ class Upload:
             self._has_input.set()
         elif not self._has_input.is_set():
             self._repay()  # Of a message that has to come whole.
+
+    def _messages(self, data: bytes) -> Sequence[bytes]:
+        try:
+            return self._body.feed(data)
+        except Refused as refused:
+            if refused.code is Code.RESOURCE_EXHAUSTED:
+                self._server.observer.edge_limit_hit("request_bytes")
+            raise
 
     def close(self) -> None:
         """Nothing more is passed on, nor held. Idempotent."""

@@ -52,14 +52,12 @@ class Code(IntEnum):
 class Refused(Exception):  # noqa: N818 - it names what happened.
     """The protocol does not allow what the client sent; the text says what."""
 
-    def __init__(self, code: Code, detail: str, fields: Fields = (), limit: str = "") -> None:
+    def __init__(self, code: Code, detail: str, fields: Fields = ()) -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
         self.fields = fields
         """What the answer has beside its status."""
-        self.limit = limit
-        """The name of the limit that it went beyond, if it is that."""
 
 
 def http_status(request: Request) -> int:
@@ -225,7 +223,5 @@ class MessageReader:
 
 def _too_large(size: int, size_max: int) -> Refused:
     return Refused(
-        Code.RESOURCE_EXHAUSTED,
-        f"expected a message of up to {size_max} bytes, got {size} or more",
-        limit="request_bytes",
+        Code.RESOURCE_EXHAUSTED, f"expected a message of up to {size_max} bytes, got {size} or more"
     )

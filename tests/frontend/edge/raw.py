@@ -48,10 +48,6 @@ class RawClient:
             return None
         return Frame(kind, flags, stream_id, payload)
 
-    def fields(self, frame: Frame) -> list[tuple[bytes, bytes]]:
-        """The header section in a frame; to be read of every one, in their order."""
-        return [(name, value) for name, value in self._decoder.decode(frame.payload, raw=True)]
-
     async def frames_until(self, kind: FrameType) -> list[Frame]:
         """Frames up to the first of that kind, or the end of the connection."""
         found: list[Frame] = []
@@ -61,12 +57,16 @@ class RawClient:
                 break
         return found
 
+    def fields(self, frame: Frame) -> list[tuple[bytes, bytes]]:
+        """The header section in a frame; all have to be decoded, in their order."""
+        return [(name, value) for name, value in self._decoder.decode(frame.payload, raw=True)]
+
     async def answer(self, stream_id: int) -> dict[bytes, bytes]:
         """All header fields of the answer on that stream, which has to come to its end."""
         fields: dict[bytes, bytes] = {}
         while (frame := await self.frame()) is not None:
             if frame.kind == FrameType.HEADERS:
-                decoded = self.fields(frame)
+                decoded = self._decoder.decode(frame.payload, raw=True)
                 if frame.stream_id == stream_id:
                     fields.update(decoded)
                     if frame.flags & frames.END_STREAM:

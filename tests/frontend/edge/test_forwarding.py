@@ -6,7 +6,7 @@ import gzip
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,6 +73,8 @@ class Behind:
                 await asyncio.sleep(0.002)
 
 
+BEHIND_WINDOW = 64 * 1024
+"""Bytes that the server behind is sent before it reads."""
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -81,7 +83,8 @@ async def behind(
     answer: Callable[[Any, Context], AsyncIterator[bytes]], **limits: Any
 ) -> AsyncGenerator[Behind]:
     """`answer` gets the message of a WATCH, and an iterator over those of a REFLECTION."""
-    server = grpc.aio.server()
+    options = (("grpc.http2.lookahead_bytes", BEHIND_WINDOW), ("grpc.http2.bdp_probe", 0))
+    server = grpc.aio.server(options=options)
     for method in (WATCH, REFLECTION):
         kind: Any = (
             grpc.stream_stream_rpc_method_handler
@@ -394,16 +397,18 @@ def test_the_metadata_of_another_call_passes_both_ways(method: str, num_messages
 # What is too much, and what takes too long.
 
 
-@pytest.mark.parametrize("method", [WATCH, REFLECTION])
-def test_a_message_to_the_server_behind_that_is_too_large_is_refused_and_counted(
-    method: str,
-) -> None:
+def test_a_message_of_many_that_is_too_large_is_refused_and_counted() -> None:
     async def scenario() -> None:
         async with behind(echo, request_bytes_max=1000) as it, connect(it.address) as client:
-            client.request(1, path(method))
+            client.request(1, path(REFLECTION))
             client.say(data(1, PREFIX.pack(0, 1001)))
-            assert (await client.answer(1))[b"grpc-status"] == b"8"
+            async with asyncio.timeout(5):
+                assert (await client.answer(1))[b"grpc-status"] == b"8"
             assert it.num_hits("request_bytes") == 1
+            client.request(3, path(REFLECTION))
+            client.say(data(3, PREFIX.pack(2, 1)))
+            assert (await client.answer(3))[b"grpc-status"] == b"13"
+            assert it.num_hits("request_bytes") == 1, "this one broke another rule"
 
     run(scenario())
 
@@ -524,69 +529,34 @@ async def heard(client: RawClient) -> list[Frame]:
     raise AssertionError("expected an answer to a PING, the connection ended")
 
 
-WINDOW = 64 * 1024
+WINDOW = 1 << 20
+LARGE = wire(bytes(300_000))
+"""More than `BEHIND_WINDOW`."""
+MESSAGES: dict[str, bytes] = {
+    "whole": LARGE * 3 + wire(bytes(WINDOW - 3 * len(LARGE) - PREFIX.size)),
+    "in part": (LARGE + wire(bytes(WINDOW)))[:WINDOW],
+    "whole, and in part": (LARGE * 4)[:WINDOW],
+}
+"""What fills the window of a stream."""
 
 
-@dataclass
-class Uploader:
-    """Sends messages as far as the window of its stream lets it."""
-
-    client: RawClient
-    stream_id: int
-    left: int = WINDOW
-    num_sent: int = 0
-    others: list[Frame] = field(default_factory=list[Frame])
-    """That have come meanwhile."""
-    message: bytes = wire(b"x" * 4091)
-
-    async def go_on(self) -> None:
-        """Send what there is room for, and hear what the edge says to it."""
-        while self.left >= len(self.message):
-            self.client.say(data(self.stream_id, self.message))
-            self.left -= len(self.message)
-            self.num_sent += 1
-        for frame in await heard(self.client):
-            if frame.kind == FrameType.WINDOW_UPDATE and frame.stream_id == self.stream_id:
-                self.left += frames.parse_u32(frame.payload)
-            else:
-                self.others.append(frame)
-
-    async def until_stuck(self, it: Behind) -> None:
-        """Until the server behind takes nothing more, and so neither does the edge."""
-        while self.left >= len(self.message) or it.edge.num_held < WINDOW // 4:
-            await self.go_on()
-            assert self.num_sent * len(self.message) < 32 << 20, "it is taken without end"
-            assert not any(frame.kind == FrameType.RST_STREAM for frame in self.others)
+def upload(client: RawClient, stream_id: int, body: bytes) -> None:
+    """A piece of a body, in frames."""
+    for begin in range(0, len(body), frames.FRAME_BYTES_MAX):
+        client.say(data(stream_id, body[begin : begin + frames.FRAME_BYTES_MAX]))
 
 
-def test_a_server_behind_that_reads_nothing_stops_who_sends_to_it() -> None:
-    may_read = asyncio.Event()
-
-    async def answer(messages: Any, context: Context) -> AsyncIterator[bytes]:  # noqa: ARG001
-        await may_read.wait()
-        yield b"%d" % await read_all(messages)
-
-    async def scenario() -> None:
-        async with (
-            behind(answer, stream_window=WINDOW, request_timeout_s=0.2) as it,
-            connect(it.address) as client,
-        ):
-            client.request(1, path(REFLECTION))
-            uploader = Uploader(client, 1)
-            await uploader.until_stuck(it)
-            assert it.edge.num_held <= WINDOW
-            may_read.set()
-            while uploader.left < len(uploader.message):
-                await uploader.go_on()
-            client.say(data(1, b"", ends=True))
-            body = (await client.frames_until(FrameType.DATA))[-1].payload
-            assert body == wire(b"%d" % uploader.num_sent)
-            assert it.edge.num_held == 0
-
-    run(scenario())
+def opened(told: list[Frame], stream_id: int) -> int:
+    """By how much the window of a stream was opened."""
+    return sum(
+        frames.parse_u32(frame.payload)
+        for frame in told
+        if frame.kind == FrameType.WINDOW_UPDATE and frame.stream_id == stream_id
+    )
 
 
-def test_the_time_of_a_message_begins_when_its_client_may_send_it() -> None:
+@pytest.mark.parametrize("what", MESSAGES)
+def test_a_server_behind_that_reads_nothing_stops_who_sends_to_it(what: str) -> None:
     may_read = asyncio.Event()
 
     async def answer(messages: Any, context: Context) -> AsyncIterator[bytes]:
@@ -599,20 +569,28 @@ def test_the_time_of_a_message_begins_when_its_client_may_send_it() -> None:
         limits = {"stream_window": WINDOW, "request_timeout_s": 0.2}
         async with behind(answer, **limits) as it, connect(it.address) as client:
             client.request(1, [*path(REFLECTION), (b"waits", b"yes")])
-            uploader = Uploader(client, 1, message=wire(b"x" * 4091))
-            client.say(data(1, b"\0"))  # So the messages end in the midst of a frame.
-            uploader.message = uploader.message[1:] + b"\0"
-            uploader.left -= 1
-            await uploader.until_stuck(it)
+            body = MESSAGES[what]
+            upload(client, 1, body[: len(LARGE)])
+            assert opened(await heard(client), 1) == 0
+            upload(client, 1, body[len(LARGE) :])
+            # Longer than a message may take that could be sent:
             client.request(3, path(REFLECTION))
             client.say(data(3, b"\0"))
             told = await client.frames_until(FrameType.RST_STREAM)
-            assert told[-1].stream_id == 3, "the one that could be sent"
+            assert told[-1].stream_id == 3
+            assert opened(told, 1) == 0
+            assert it.edge.num_held == WINDOW
             may_read.set()
             async with asyncio.timeout(5):
-                told = await client.frames_until(FrameType.RST_STREAM)
-            assert told[-1].stream_id == 1
-            assert it.num_hits("request") == 2
+                told = await client.frames_until(FrameType.WINDOW_UPDATE)
+                if what == "whole":
+                    client.say(data(1, b"", ends=True))
+                    assert (await client.answer(1))[b"grpc-status"] == b"0"
+                else:  # Its client could go on, and does not.
+                    told = await client.frames_until(FrameType.RST_STREAM)
+                    assert told[-1].stream_id == 1
+            assert it.num_hits("request") == (1 if what == "whole" else 2)
+            assert it.edge.num_held == 0
 
     run(scenario())
 
