@@ -323,32 +323,21 @@ def test_the_deadline_of_another_call_is_told_to_the_server_behind(method: str) 
     assert second is None, "who does not say waits for ever"
 
 
-def test_a_deadline_that_passes_ends_another_call_on_both_sides() -> None:
+def test_the_deadline_and_the_cancellation_of_another_call_pass_too() -> None:
     async def scenario() -> None:
         async with world(**NATIVE) as it, connect(it.frontend.address) as client:
             watchers = it.frontend.health.watchers
+            # A client that does not look at its deadline itself.
             client.request(1, [*path(WATCH), (b"grpc-timeout", b"300m")])
             client.say(data(1, wire(b""), ends=True))
             await it.until(lambda: len(watchers) == 1)
             async with asyncio.timeout(5):
                 assert (await client.answer(1))[b"grpc-status"] == b"4"
             await it.until(lambda: not watchers)
-
-    run(scenario())
-
-
-def test_the_cancellation_of_another_call_passes_too() -> None:
-    async def scenario() -> None:
-        async with (
-            world(**NATIVE) as it,
-            open_channel(it.frontend.address) as channel,
-        ):
-            health: Any = health_pb2_grpc.HealthStub(cast("Any", channel))
-            watchers = it.frontend.health.watchers
-            left = health.Watch(health_pb2.HealthCheckRequest())
-            await left.read()
-            assert len(watchers) == 1
-            left.cancel()
+            client.request(3, path(WATCH))
+            client.say(data(3, wire(b""), ends=True))
+            await it.until(lambda: len(watchers) == 1)
+            client.say(frames.reset(3, ErrorCode.CANCEL))
             await it.until(lambda: not watchers)
 
     run(scenario())
