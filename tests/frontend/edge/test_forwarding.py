@@ -38,9 +38,8 @@ from unbroken.v1 import admin_service_pb2, admin_service_pb2_grpc
 from unbroken.v1 import inference_service_pb2 as pb
 from unbroken.v1.inference_service_pb2_grpc import InferenceServiceStub
 
-CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
-"""Of those that take one message."""
+"""One of those that take one message."""
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 """The one that takes many."""
 
@@ -555,7 +554,7 @@ def test_a_server_behind_that_reads_nothing_stops_who_sends_to_it(what: str) -> 
             yield each
 
     async def scenario() -> None:
-        limits = {"stream_window": WINDOW, "request_timeout_s": 0.2}
+        limits = {"stream_window": WINDOW, "request_timeout_s": 0.4}
         async with behind(answer, **limits) as it, connect(it.address) as client:
             client.request(1, [*path(REFLECTION), (b"waits", b"yes")])
             body = MESSAGES[what]
