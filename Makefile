@@ -6,9 +6,10 @@ BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 # Who runs out of time takes its process along. One put in its place would wait for ever at the end.
 PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --max-worker-restart 0 -m "not slow"
+INTEROP := .interop
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-grpcio check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu slabs-gpu cohort-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter continuation-gpu
+.PHONY: help demo test test-grpcio interop check format lint types protos landed-protos simulate fuzz matrix chaos detection soak engines zombie memory-proof memory-resume memory-gpu recovery-gpu slabs-gpu cohort-gpu recovery storm rollout-proof bench-overload frontend-loss cancels bench bench-edge bench-peers bench-idle bench-memory bench-relay-hop lock clean bench-adapter continuation-gpu
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -22,6 +23,10 @@ test: .venv/.dev ## All tests that need no accelerator
 test-grpcio: .venv/.dev ## What clients see, and all that is hurt, with grpcio at frontends' edge and their end of the links
 	UNBROKEN_FRONTEND_EDGE=grpcio UNBROKEN_FRONTEND_RELAY=grpcio $(PYTEST) \
 		tests/frontend tests/integration tests/faults tests/unbroken/test_mesh.py tests/unbroken/test_client.py
+
+interop: .venv/.dev $(INTEROP)/.done ## Clients of others at both edges, in the clear and over TLS: grpcio, grpc-js, grpcurl, nghttp and h2load, installed into .interop (needs Node.js; nghttp2-client or apt-get)
+	UNBROKEN_TEST_INTEROP=1 NODE_PATH=$(abspath $(INTEROP)/node_modules) PATH="$(abspath $(INTEROP)/bin):$$PATH" \
+		$(BIN)/python -m pytest -q -n 3 --max-worker-restart 0 tests/frontend/edge/test_interoperability.py
 
 check: lint types protos test ## Everything a change must pass
 
@@ -134,7 +139,7 @@ lock: ## Choose versions anew (needs uv)
 	requirements/lock.sh
 
 clean: ## Remove what was built and installed
-	rm -rf .venv .engines .peers .run .cache dist unbroken/v1 unbroken/third_party
+	rm -rf .venv .engines .peers .interop .run .cache dist unbroken/v1 unbroken/third_party
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Unbroken needs Python 3.11 or later")'
@@ -153,4 +158,8 @@ clean: ## Remove what was built and installed
 
 .venv/.bench: .venv/.dev requirements/bench.txt
 	$(INSTALL) --require-hashes --no-deps -r requirements/bench.txt
+	@touch $@
+
+$(INTEROP)/.done: tests/frontend/edge/tools.sh tests/frontend/edge/package-lock.json
+	tests/frontend/edge/tools.sh $(INTEROP)
 	@touch $@

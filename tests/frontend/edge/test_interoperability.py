@@ -1,132 +1,246 @@
-"""Clients of other people: grpc-js, nghttp and h2load, where they are installed.
+"""Clients of other people: each does all of gRPC, at both edges, in the clear and over TLS.
 
-grpcio's are in test_server and in all other suites, grpcurl in tests/integration/test_grpcurl.py.
-For grpc-js, `npm install @grpc/grpc-js @grpc/proto-loader` somewhere and name its node_modules in
-NODE_PATH; nghttp and h2load are in Debian's package nghttp2-client.
+Those that are not there are skipped, unless all have to be there: `make interop` installs grpc-js,
+nghttp and h2load. A client of grpcio is also in all other suites, grpcurl in tests/integration.
 """
 
 import asyncio
-import json
-import os
-import re
-import shutil
-from asyncio.subprocess import PIPE
-from functools import cache
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from subprocess import run as run_process
 from typing import Any
 
 import pytest
 
 from tests.frontend.edge.certificates import tls_settings
+from tests.frontend.edge.clients import (
+    Aio,
+    GrpcClient,
+    GrpcJs,
+    Grpcurl,
+    H2load,
+    Nghttp,
+    Order,
+    Place,
+    Seen,
+    Sync,
+)
 from tests.frontend.fakes import MODEL, FakeSidecar, reference
-from tests.frontend.worlds import run, world
-from unbroken.http2.messages import PREFIX
+from tests.frontend.worlds import World, run, world
 from unbroken.v1 import inference_service_pb2 as pb
 
-PROTOS = Path(__file__).parents[3] / "protos"
 PROMPT = list(b"once upon a time")
-GENERATE = "/unbroken.v1.InferenceService/Generate"
-FIELDS = ("-H", "content-type: application/grpc", "-H", "te: trailers")
+CLIENTS: dict[str, GrpcClient] = {
+    "grpcio (sync)": Sync(),
+    "grpcio (aio)": Aio(),
+    "grpc-js": GrpcJs(),
+    "grpcurl": Grpcurl(),
+    "nghttp": Nghttp(),
+    "h2load": H2load(),
+}
+FEATURES = {
+    "unary": "test_a_unary_call_is_answered",
+    "streaming": "test_a_stream_is_read_to_its_end",
+    "deadline": "test_a_deadline_ends_a_call",
+    "cancel": "test_a_call_that_is_taken_back_ends",
+    "large messages": "test_a_large_request_is_taken_whole_and_too_large_a_one_refused",
+    "compression": "test_a_compressed_request_is_taken",
+    "many streams": "test_many_streams_at_once_come_whole",
+    "GOAWAY during load": "test_a_drain_lets_all_streams_come_to_their_end",
+}
+CANNOT = {("grpcurl", "compression"), ("grpcurl", "many streams")}
+"""grpcurl has no flag for the one, and makes a connection for each call."""
 
-pytestmark = pytest.mark.usefixtures("each_edge")
-
-
-@cache
-def has_grpc_js() -> bool:
-    """Whether node finds the client of grpc-js."""
-    if shutil.which("node") is None:
-        return False
-    needed = "require('@grpc/grpc-js'); require('@grpc/proto-loader')"
-    return run_process(["node", "-e", needed], capture_output=True).returncode == 0
-
-
-needs_grpc_js = pytest.mark.skipif(
-    not has_grpc_js(), reason="node with @grpc/grpc-js and @grpc/proto-loader in NODE_PATH"
-)
-needs_nghttp2 = pytest.mark.skipif(
-    not (shutil.which("nghttp") and shutil.which("h2load")), reason="Debian's nghttp2-client"
-)
-
-
-async def output_of(*command: str) -> str:
-    """What a client printed; it has to end well."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=PIPE, stderr=PIPE, env=os.environ.copy()
-    )
-    out, errors = await process.communicate()
-    assert process.returncode == 0, errors.decode()
-    return out.decode()
+pytestmark = [
+    pytest.mark.usefixtures("each_edge"),
+    pytest.mark.parametrize("security", ["plain", "TLS"]),
+]
 
 
-def body(tmp_path: Path, max_tokens: int) -> str:
-    """A file with the body of a Generate request."""
-    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT))
-    request.params.stopping.max_tokens = max_tokens
-    request.params.sampling.temperature = 0
-    message = request.SerializeToString()
-    path = tmp_path / "body"
-    path.write_bytes(PREFIX.pack(0, len(message)) + message)
-    return str(path)
+def each_client_with(feature: str) -> pytest.MarkDecorator:
+    """Every client that can do it."""
+    able = [name for name in CLIENTS if (name, feature) not in CANNOT]
+    return pytest.mark.parametrize("client", able, indirect=True)
 
 
-def assert_grpc_js_saw_it_all(seen: Any) -> None:
-    """Unary and streaming calls, many at once, cancel, deadline, errors."""
-    assert seen["models"] == [MODEL]
-    for stream in [seen["stream"], *seen["many"]]:
-        assert stream["ids"] == reference(PROMPT, 10)
-        assert (stream["finished"], stream["code"]) == (True, 0)
-    expected = reference(PROMPT, 3000)
-    assert seen["cancelled"]["code"] == 1
-    assert seen["late"]["code"] == 4
-    for partial in (seen["cancelled"], seen["late"]):
-        assert len(partial["ids"]) >= 5
-        assert len(expected) >= len(partial["ids"])
-    assert seen["invalid"]["code"] == 3
-    assert "grpc-status-details-bin" in seen["invalid"]["metadata"]
+@pytest.fixture
+def client(request: pytest.FixtureRequest) -> GrpcClient:
+    """It, if it is there."""
+    found = CLIENTS[request.param]
+    found.find()
+    return found
 
 
-@needs_grpc_js
-@pytest.mark.parametrize("is_tls", [False, True])
-def test_grpc_js_is_served(certificates: Path, is_tls: bool) -> None:
-    script = str(Path(__file__).parent / "client.js")
+@asynccontextmanager
+async def served(
+    security: str, certificates: Path, sidecar: FakeSidecar, **settings: Any
+) -> AsyncGenerator[tuple[World, Place]]:
+    """A frontend with one worker, and where it is; all its requests have to end."""
+    is_tls = security == "TLS"
+    tls = tls_settings(certificates) if is_tls else {}
+    async with world(sidecar, **tls, **settings) as it:
+        yield it, Place(it.frontend.address, certificates / "ca.pem" if is_tls else None)
+        await it.until(lambda: it.num_running() == 0)
 
+
+def request(max_tokens: int | None = None) -> pb.GenerateRequest:
+    """A request whose output is known."""
+    asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT))
+    asked.params.sampling.temperature = 0
+    if max_tokens is not None:
+        asked.params.stopping.max_tokens = max_tokens
+    return asked
+
+
+def num_ended(it: World, reason: str) -> float:
+    """Requests that ended so."""
+    name = "unbroken_frontend_requests_finished_total"
+    return it.frontend.registry.get_sample_value(name, {"reason": reason}) or 0
+
+
+def num_delivered(it: World) -> float:
+    """Tokens that were sent to clients."""
+    name = "unbroken_frontend_tokens_delivered_total"
+    return it.frontend.registry.get_sample_value(name) or 0
+
+
+def assert_complete(
+    it: World, client: GrpcClient, seen: Sequence[Seen], num_streams: int, num_tokens: int
+) -> None:
+    """So many streams came whole, to the client as far as it shows that, and from the frontend."""
+    expected = Seen(code=0, ids=reference(PROMPT, num_tokens), is_finished=True)
+    assert seen == [expected if client.shows_messages else Seen()] * num_streams
+    assert num_ended(it, "OK") == num_streams
+    assert num_delivered(it) == num_streams * num_tokens
+
+
+@each_client_with("unary")
+def test_a_unary_call_is_answered(certificates: Path, client: GrpcClient, security: str) -> None:
     async def scenario() -> None:
-        tls = tls_settings(certificates) if is_tls else {}
-        async with world(FakeSidecar("w1"), **tls) as it:
-            ca = [str(certificates / "ca.pem")] if is_tls else []
-            out = await output_of("node", script, it.frontend.address, str(PROTOS), *ca)
-            assert_grpc_js_saw_it_all(json.loads(out))
-            await it.until(lambda: it.num_running() == 0)
+        async with served(security, certificates, FakeSidecar("w1")) as (_, place):
+            (seen,) = await client.call(place, Order())
+            expected = Seen(code=0, models=[MODEL])
+            assert seen == (expected if client.shows_messages else Seen())
 
     run(scenario())
 
 
-@needs_nghttp2
-def test_nghttp_sees_a_call_as_http_2(tmp_path: Path) -> None:
+@each_client_with("streaming")
+def test_a_stream_is_read_to_its_end(certificates: Path, client: GrpcClient, security: str) -> None:
     async def scenario() -> None:
-        async with world(FakeSidecar("w1")) as it:
-            url = f"http://{it.frontend.address}{GENERATE}"
-            out = await output_of("nghttp", "-nv", *FIELDS, "-d", body(tmp_path, 10), url)
-            plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
-            assert ":status: 200" in plain
-            assert "grpc-status: 0" in plain
-            assert "GOAWAY" in plain  # Its own, with NO_ERROR.
-            assert "PROTOCOL_ERROR" not in plain
+        async with served(security, certificates, FakeSidecar("w1")) as (it, place):
+            seen = await client.call(place, Order(request(10)))
+            assert_complete(it, client, seen, 1, 10)
 
     run(scenario())
 
 
-@needs_nghttp2
-@pytest.mark.parametrize("connections", [1, 8])
-def test_h2load_loses_no_call(tmp_path: Path, connections: int) -> None:
+@each_client_with("deadline")
+def test_a_deadline_ends_a_call(certificates: Path, client: GrpcClient, security: str) -> None:
     async def scenario() -> None:
-        async with world(FakeSidecar("w1", tokens_per_step=4)) as it:
-            url = f"http://{it.frontend.address}{GENERATE}"
-            load = ("-n", "400", "-c", str(connections), "-m", "20", "-d", body(tmp_path, 20))
-            out = await output_of("h2load", *load, *FIELDS, url)
-            assert "400 succeeded, 0 failed, 0 errored, 0 timeout" in out
-            assert "status codes: 400 2xx" in out
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with served(security, certificates, sidecar) as (it, place):
+            order = Order(request(), timeout_s=1)
+            calling = asyncio.create_task(client.call(place, order))
+            await it.until(lambda: sidecar.running)
+            for _ in range(5):
+                sidecar.step()
+            (seen,) = await calling
+            if client.shows_messages:
+                assert (seen.code, seen.ids) == (4, reference(PROMPT, 5))
             await it.until(lambda: it.num_running() == 0)
+            if not client.keeps_deadlines:  # Who does may leave before he is told.
+                assert num_ended(it, "DEADLINE_EXCEEDED") == 1
+
+    run(scenario())
+
+
+@each_client_with("cancel")
+def test_a_call_that_is_taken_back_ends(
+    certificates: Path, client: GrpcClient, security: str
+) -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with served(security, certificates, sidecar) as (it, place):
+            order = Order(request())
+            calling = asyncio.create_task(client.call(place, order))
+            await it.until(lambda: sidecar.running)
+            for _ in range(5):
+                sidecar.step()
+            await it.until(lambda: num_delivered(it) == 5)
+            order.cancelled.set()
+            await it.until(lambda: it.num_running() == 0)
+            await sidecar.until(lambda: len(sidecar.aborts) == 1)
+            for seen in await calling:
+                assert seen.code == 1
+                ids = seen.ids or []
+                assert ids == reference(PROMPT, len(ids))
+
+    run(scenario())
+
+
+@each_client_with("large messages")
+@pytest.mark.parametrize(("size", "code"), [(6_000_000, 3), (17_000_000, 8)])
+def test_a_large_request_is_taken_whole_and_too_large_a_one_refused(
+    certificates: Path, client: GrpcClient, security: str, size: int, code: int
+) -> None:
+    async def scenario() -> None:
+        async with served(security, certificates, FakeSidecar("w1")) as (_, place):
+            order = Order(pb.GenerateRequest(text="x" * size))
+            (seen,) = await client.call(place, order)
+            assert seen.code == code, "beyond the context, or beyond what a message may have"
+            assert seen.has_details in (code == 3, None), (
+                "with what is ours, not with the protocol's"
+            )
+
+    run(scenario())
+
+
+@each_client_with("compression")
+def test_a_compressed_request_is_taken(
+    certificates: Path, client: GrpcClient, security: str
+) -> None:
+    async def scenario() -> None:
+        async with served(security, certificates, FakeSidecar("w1")) as (it, place):
+            seen = await client.call(place, Order(request(10), is_gzip=True))
+            assert_complete(it, client, seen, 1, 10)
+
+    run(scenario())
+
+
+@each_client_with("many streams")
+def test_many_streams_at_once_come_whole(
+    certificates: Path, client: GrpcClient, security: str
+) -> None:
+    async def scenario() -> None:
+        sidecar = FakeSidecar("w1", tokens_per_step=4)
+        async with served(security, certificates, sidecar) as (it, place):
+            seen = await client.call(place, Order(request(20), count=100))
+            assert_complete(it, client, seen, 100, 20)
+
+    run(scenario())
+
+
+@each_client_with("GOAWAY during load")
+def test_a_drain_lets_all_streams_come_to_their_end(
+    certificates: Path, client: GrpcClient, security: str
+) -> None:
+    async def scenario() -> None:
+        count, num_tokens = client.num_streams, 300
+        sidecar = FakeSidecar("w1", step_s=None)
+        async with served(security, certificates, sidecar) as (it, place):
+            order = Order(request(num_tokens), count=count)
+            calling = asyncio.create_task(client.call(place, order))
+            await it.until(lambda: len(sidecar.running) == count)
+            sidecar.step()
+            stopping = asyncio.create_task(it.frontend.stop(grace_s=10))
+            await it.until(lambda: it.frontend.is_draining)
+            for num_tokens_each in itertools.count(2):
+                await it.until(lambda n=num_tokens_each: num_delivered(it) >= count * (n - 1))
+                if sidecar.step() is None:
+                    break
+            assert_complete(it, client, await calling, count, num_tokens)
+            await stopping
 
     run(scenario())
