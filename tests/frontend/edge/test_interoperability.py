@@ -30,7 +30,8 @@ from tests.frontend.fakes import MODEL, FakeSidecar, reference
 from tests.frontend.worlds import World, run, world
 from unbroken.v1 import inference_service_pb2 as pb
 
-PROMPT = list(b"once upon a time")
+PROMPT = 20 * list(b"once upon a time")
+"""Long enough to be worth compressing: grpcio sends the rest as it is."""
 CLIENTS: dict[str, GrpcClient] = {
     "grpcio (sync)": Sync(),
     "grpcio (aio)": Aio(),
