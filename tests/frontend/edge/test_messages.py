@@ -149,6 +149,28 @@ def test_metadata_is_what_is_neither_https_nor_grpcs() -> None:
     assert metadata(fields) == [("a", "b"), ("c-bin", b"\0\1"), ("c-bin", b"\2")]
 
 
+def test_binary_metadata_may_be_padded() -> None:
+    assert metadata([(b"a-bin", b"AAE="), (b"a-bin", b"AA==, AAE")]) == [
+        ("a-bin", b"\0\1"),
+        ("a-bin", b"\0"),
+        ("a-bin", b"\0\1"),
+    ]
+
+
+KEYS = st.sampled_from(["a", "b", "b-bin", "c-bin"])
+
+
+@given(st.lists(st.tuples(KEYS, st.binary(max_size=3)), max_size=8))
+def test_metadata_keeps_its_order_also_that_of_equal_keys(given: list[tuple[str, bytes]]) -> None:
+    pairs = [(key, value if key.endswith("-bin") else value.hex()) for key, value in given]
+    assert metadata(fields_of(pairs)) == pairs
+
+
+def test_what_begins_with_grpc_is_reserved_and_no_metadata() -> None:
+    reserved = [(b"grpc-foo", b"x"), (b"grpc-foo-bin", b"!"), (b"grpc-", b"\xff")]
+    assert metadata([*reserved, (b"grpcx", b"y")]) == [("grpcx", "y")]
+
+
 @pytest.mark.parametrize("field", [(b"a-bin", b"!"), (b"a", b"\xff"), (b"a+b", b"c")])
 def test_metadata_that_is_none_is_refused(field: tuple[bytes, bytes]) -> None:
     with pytest.raises(Refused):
