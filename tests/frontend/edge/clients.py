@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from subprocess import run as run_process
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -37,11 +37,11 @@ DETAILS: Final = "grpc-status-details-bin"
 SERVICE: Final = "unbroken.v1.InferenceService"
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """The test cannot run: it is skipped, or fails where all has to be there."""
     if os.environ.get(INTEROP):
         pytest.fail(f"{what} is not there")
-    pytest.skip(f"{what} is not there (make interop installs it)")
+    pytest.skip(f"{what} is not there (see make interop)")
 
 
 def tool(name: str, package: str) -> str:
@@ -49,7 +49,7 @@ def tool(name: str, package: str) -> str:
     found = shutil.which(name, path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     if found is None:
         missing(f"{name} ({package})")
-    return cast("str", found)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

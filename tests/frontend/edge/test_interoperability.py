@@ -9,7 +9,6 @@ import itertools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -73,15 +72,20 @@ def client(request: pytest.FixtureRequest) -> GrpcClient:
     return found
 
 
+@pytest.fixture
+def certificates_if_any(request: pytest.FixtureRequest, security: str) -> Path | None:
+    """Where they are, if it is to be TLS."""
+    return request.getfixturevalue("certificates") if security == "TLS" else None
+
+
 @asynccontextmanager
 async def served(
-    security: str, certificates: Path, sidecar: FakeSidecar, **settings: Any
+    certificates: Path | None, sidecar: FakeSidecar
 ) -> AsyncGenerator[tuple[World, Place]]:
     """A frontend with one worker, and where it is; all its requests have to end."""
-    is_tls = security == "TLS"
-    tls = tls_settings(certificates) if is_tls else {}
-    async with world(sidecar, **tls, **settings) as it:
-        yield it, Place(it.frontend.address, certificates / "ca.pem" if is_tls else None)
+    tls = {} if certificates is None else tls_settings(certificates)
+    async with world(sidecar, **tls) as it:
+        yield it, Place(it.frontend.address, certificates and certificates / "ca.pem")
         await it.until(lambda: it.num_running() == 0)
 
 
@@ -117,9 +121,9 @@ def assert_complete(
 
 
 @each_client_with("unary")
-def test_a_unary_call_is_answered(certificates: Path, client: GrpcClient, security: str) -> None:
+def test_a_unary_call_is_answered(certificates_if_any: Path | None, client: GrpcClient) -> None:
     async def scenario() -> None:
-        async with served(security, certificates, FakeSidecar("w1")) as (_, place):
+        async with served(certificates_if_any, FakeSidecar("w1")) as (_, place):
             (seen,) = await client.call(place, Order())
             expected = Seen(code=0, models=[MODEL])
             assert seen == (expected if client.shows_messages else Seen())
@@ -128,9 +132,9 @@ def test_a_unary_call_is_answered(certificates: Path, client: GrpcClient, securi
 
 
 @each_client_with("streaming")
-def test_a_stream_is_read_to_its_end(certificates: Path, client: GrpcClient, security: str) -> None:
+def test_a_stream_is_read_to_its_end(certificates_if_any: Path | None, client: GrpcClient) -> None:
     async def scenario() -> None:
-        async with served(security, certificates, FakeSidecar("w1")) as (it, place):
+        async with served(certificates_if_any, FakeSidecar("w1")) as (it, place):
             seen = await client.call(place, Order(request(10)))
             assert_complete(it, client, seen, 1, 10)
 
@@ -138,11 +142,11 @@ def test_a_stream_is_read_to_its_end(certificates: Path, client: GrpcClient, sec
 
 
 @each_client_with("deadline")
-def test_a_deadline_ends_a_call(certificates: Path, client: GrpcClient, security: str) -> None:
+def test_a_deadline_ends_a_call(certificates_if_any: Path | None, client: GrpcClient) -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1", step_s=None)
-        async with served(security, certificates, sidecar) as (it, place):
-            order = Order(request(), timeout_s=1)
+        async with served(certificates_if_any, sidecar) as (it, place):
+            order = Order(request(), timeout_s=2)
             calling = asyncio.create_task(client.call(place, order))
             await it.until(lambda: sidecar.running)
             for _ in range(5):
@@ -159,11 +163,11 @@ def test_a_deadline_ends_a_call(certificates: Path, client: GrpcClient, security
 
 @each_client_with("cancel")
 def test_a_call_that_is_taken_back_ends(
-    certificates: Path, client: GrpcClient, security: str
+    certificates_if_any: Path | None, client: GrpcClient
 ) -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1", step_s=None)
-        async with served(security, certificates, sidecar) as (it, place):
+        async with served(certificates_if_any, sidecar) as (it, place):
             order = Order(request())
             calling = asyncio.create_task(client.call(place, order))
             await it.until(lambda: sidecar.running)
@@ -184,10 +188,10 @@ def test_a_call_that_is_taken_back_ends(
 @each_client_with("large messages")
 @pytest.mark.parametrize(("size", "code"), [(6_000_000, 3), (17_000_000, 8)])
 def test_a_large_request_is_taken_whole_and_too_large_a_one_refused(
-    certificates: Path, client: GrpcClient, security: str, size: int, code: int
+    certificates_if_any: Path | None, client: GrpcClient, size: int, code: int
 ) -> None:
     async def scenario() -> None:
-        async with served(security, certificates, FakeSidecar("w1")) as (_, place):
+        async with served(certificates_if_any, FakeSidecar("w1")) as (_, place):
             order = Order(pb.GenerateRequest(text="x" * size))
             (seen,) = await client.call(place, order)
             assert seen.code == code, "beyond the context, or beyond what a message may have"
@@ -200,10 +204,10 @@ def test_a_large_request_is_taken_whole_and_too_large_a_one_refused(
 
 @each_client_with("compression")
 def test_a_compressed_request_is_taken(
-    certificates: Path, client: GrpcClient, security: str
+    certificates_if_any: Path | None, client: GrpcClient
 ) -> None:
     async def scenario() -> None:
-        async with served(security, certificates, FakeSidecar("w1")) as (it, place):
+        async with served(certificates_if_any, FakeSidecar("w1")) as (it, place):
             seen = await client.call(place, Order(request(10), is_gzip=True))
             assert_complete(it, client, seen, 1, 10)
 
@@ -212,11 +216,11 @@ def test_a_compressed_request_is_taken(
 
 @each_client_with("many streams")
 def test_many_streams_at_once_come_whole(
-    certificates: Path, client: GrpcClient, security: str
+    certificates_if_any: Path | None, client: GrpcClient
 ) -> None:
     async def scenario() -> None:
         sidecar = FakeSidecar("w1", tokens_per_step=4)
-        async with served(security, certificates, sidecar) as (it, place):
+        async with served(certificates_if_any, sidecar) as (it, place):
             seen = await client.call(place, Order(request(20), count=100))
             assert_complete(it, client, seen, 100, 20)
 
@@ -225,12 +229,12 @@ def test_many_streams_at_once_come_whole(
 
 @each_client_with("GOAWAY during load")
 def test_a_drain_lets_all_streams_come_to_their_end(
-    certificates: Path, client: GrpcClient, security: str
+    certificates_if_any: Path | None, client: GrpcClient
 ) -> None:
     async def scenario() -> None:
         count, num_tokens = client.num_streams, 300
         sidecar = FakeSidecar("w1", step_s=None)
-        async with served(security, certificates, sidecar) as (it, place):
+        async with served(certificates_if_any, sidecar) as (it, place):
             order = Order(request(num_tokens), count=count)
             calling = asyncio.create_task(client.call(place, order))
             await it.until(lambda: len(sidecar.running) == count)

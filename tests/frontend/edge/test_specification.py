@@ -243,7 +243,7 @@ def test_a_timeout_ends_the_call_and_its_work(timeout: bytes) -> None:
         ):
             call(client, 1, fields((b"grpc-timeout", timeout)), request().SerializeToString())
             assert (await client.answer(1))[b"grpc-status"] == b"4"
-            assert it.num_running() == 0
+            await it.until(lambda: it.num_running() == 0)
 
     run(scenario())
 
