@@ -21,3 +21,5 @@ lock requirements/peer-smg.in --output-file requirements/peer-smg.txt
 # aisimulate is not to be had from a package registry, and nothing measured here needs it.
 lock requirements/peer-dynamo.in --overrides requirements/peer-dynamo.overrides \
     --output-file requirements/peer-dynamo.txt
+# For `make interop`.
+(cd tests/frontend/edge && rm package-lock.json && npm install --package-lock-only --omit-lockfile-registry-resolved)

@@ -112,6 +112,8 @@ class GrpcClient(ABC):
     """False: of a call that went well it shows no more than that."""
     keeps_deadlines = True
     """Whether it ends a late call itself."""
+    shows_cancels = True
+    """False: it takes a call back by leaving."""
     num_streams = 20
     """So many at once are no burden."""
 
@@ -120,7 +122,7 @@ class GrpcClient(ABC):
 
     @abstractmethod
     async def call(self, place: Place, order: Order) -> Sequence[Seen]:
-        """Do it; what became of each call. Empty if it was cancelled and showed nothing."""
+        """Do it; what became of each call. Nothing of calls that were cancelled by leaving."""
 
 
 class Aio(GrpcClient):
@@ -271,6 +273,7 @@ class Grpcurl(GrpcClient):
 
     STATUS_BASE: Final = 64
     """Added to the code of the call to be the status of the process."""
+    shows_cancels = False
     num_streams = 4
 
     @override
@@ -332,6 +335,7 @@ class Nghttp(GrpcClient):
     """
 
     keeps_deadlines = False
+    shows_cancels = False
     _FRAME: Final = re.compile(rb"\[ *[\d.]+\] recv DATA frame <length=(\d+), .*stream_id=(\d+)>")
     _STATUS: Final = re.compile(rb"recv \(stream_id=(\d+)(?:, sensitive)?\) grpc-status: (\d+)")
 
@@ -368,6 +372,7 @@ class H2load(GrpcClient):
 
     shows_messages = False
     keeps_deadlines = False
+    shows_cancels = False
     _STATUS: Final = re.compile(rb"\] grpc-status: (\d+)")
     CONNECTIONS_MAX: Final = 4
 

@@ -177,7 +177,9 @@ def test_a_call_that_is_taken_back_ends(
             order.cancelled.set()
             await it.until(lambda: it.num_running() == 0)
             await sidecar.until(lambda: len(sidecar.aborts) == 1)
-            for seen in await calling:
+            told = await calling
+            assert len(told) == client.shows_cancels
+            for seen in told:
                 assert seen.code == 1
                 ids = seen.ids or []
                 assert ids == reference(PROMPT, len(ids))
