@@ -1,6 +1,6 @@
 """What every call needs that is answered: its deadline, its message, how it is refused and ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from unbroken import status
@@ -72,7 +72,7 @@ class OneMessage:
 
     def feed(self, data: bytes, *, ends: bool) -> bytes | None:
         """The message, once it has come and nothing more can. Raises `Refused`."""
-        for message in self._body.feed(data):
+        for message in self._messages(data):
             if self._message is not None:
                 raise Refused(Code.INTERNAL, "expected one message, got another")
             self._message = message
@@ -89,6 +89,14 @@ class OneMessage:
         self.let_go()
         message, self._message = self._message, None
         return message
+
+    def _messages(self, data: bytes) -> Sequence[bytes]:
+        try:
+            return self._body.feed(data)
+        except Refused as refused:
+            if refused.code is Code.RESOURCE_EXHAUSTED:
+                self._server.observer.edge_limit_hit("request_bytes")
+            raise
 
     def let_go(self) -> None:
         """It is no longer held here. Idempotent."""

@@ -11,6 +11,7 @@ import asyncio
 import math
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Collection, Mapping
 from random import random
@@ -41,6 +42,8 @@ from unbroken.recurring import TIMER_S_MIN, naps
 from unbroken.status import Trailers
 
 BACKLOG: Final = 1024
+ACCEPT_RETRY_S: Final = 1.0
+"""After which it is tried again to take connections, when there were no descriptors left."""
 WRITE_BUFFER_HIGH: Final = 256 * 1024
 """Bytes that wait in a socket before nothing more is taken from calls."""
 UNWRITTEN_BYTES_MAX: Final = 64 * 1024
@@ -52,9 +55,11 @@ LOOK_GRAIN_S: Final = 0.025
 """Connections are looked at a little later than they want it, many in one turn of the loop: the
 first of them finds its caches cold, and costs twice what the others do."""
 CLOSE_S: Final = 1.0
-"""How long a client may take to read the last that it was told."""
+"""How long a client may take to read the last that it was told, and to close."""
 IGNORED_BYTES_MAX: Final = 16 << 20
 """What it may send meanwhile."""
+_ACKNOWLEDGED: Final = struct.Struct("=120xQ")
+"""The field tcpi_bytes_acked in the struct tcp_info of Linux."""
 
 _log = log.get_logger(__name__)
 
@@ -143,15 +148,14 @@ class EdgeServer:
         self.limits = limits
         self.observer = observer
         self.clock = clock
-        self.is_tls = tls is not None
+        self.tls = tls
         self.services = services
         self.clients: set[ClientConnection] = set()
         self.leaving: set[ClientConnection] = set()
-        """Those that are told no more."""
+        """Those that are told no more, until they have closed."""
         self.is_stopping = False
         self._answers = answers
         self._behind = behind
-        self._tls = tls
         self.num_held = 0
         """Bytes of requests that have come in part."""
         self.awake: dict[OwnCall, None] = {}
@@ -160,6 +164,7 @@ class EdgeServer:
         self.is_scheduled = False
         """Something is to be written in the next turn of the loop."""
         self._server: asyncio.Server | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._naps = naps()
 
@@ -172,28 +177,46 @@ class EdgeServer:
         place = str(where[0]), int(where[1])
         # As gRPC has it, "::" is all addresses of both families.
         is_dual = place[0] == "::" and socket.has_dualstack_ipv6()
-        self._server = await loop.create_server(
-            lambda: ClientConnection(self),
-            sock=socket.create_server(
-                place, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual
-            ),
-            backlog=BACKLOG,
-            ssl=self._tls,
-            ssl_handshake_timeout=None if self._tls is None else self.limits.handshake_timeout_s,
+        listener = socket.create_server(
+            place, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual
         )
-        bound = cast("tuple[str, int]", self._server.sockets[0].getsockname())[1]
+        bound = cast("tuple[str, int]", listener.getsockname())[1]
+        if self.tls is None:
+            self._server = await loop.create_server(
+                lambda: ClientConnection(self), sock=listener, backlog=BACKLOG
+            )
+        else:
+            # A server of asyncio tells nobody of a handshake before it has gone well.
+            listener.setblocking(False)
+            self._accepting = asyncio.create_task(self._accept(listener))
         return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
 
+    async def _accept(self, listener: socket.socket) -> None:
+        with listener:
+            while True:
+                try:
+                    connection, _ = await self._loop.sock_accept(listener)
+                except ConnectionError:
+                    continue  # It has left already.
+                except OSError as error:
+                    _log.warning("connections cannot be accepted", detail=str(error))
+                    await asyncio.sleep(ACCEPT_RETRY_S)
+                    continue
+                try:
+                    await self.take(connection)
+                except OSError as error:
+                    connection.close()
+                    _log.debug("connection failed before it began", detail=str(error))
+
     async def take(self, connection: socket.socket) -> "ClientConnection":
-        """Serve a connection that was accepted elsewhere. Raises OSError, also of TLS."""
+        """Serve a connection that was accepted elsewhere. Raises OSError."""
         # As for those that are accepted here.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _, client = await self._loop.connect_accepted_socket(
-            lambda: ClientConnection(self),
-            connection,
-            ssl=self._tls,
-            ssl_handshake_timeout=None if self._tls is None else self.limits.handshake_timeout_s,
-        )
+        client = ClientConnection(self)
+        if self.tls is None:
+            await self._loop.connect_accepted_socket(lambda: client, connection)
+        else:
+            client.begin_tls(connection, self.tls)
         return client
 
     def is_called(self, path: str) -> bool:
@@ -215,6 +238,8 @@ class EdgeServer:
         if self._server is not None:
             self._server.close()
             self._server = None
+        if self._accepting is not None:
+            self._accepting.cancel()
         for client in list(self.clients):
             client.close()
         try:
@@ -313,30 +338,81 @@ class ClientConnection(asyncio.Protocol):
         self._server = server
         self.connection = Connection(server.limits, server.clock())
         self._transport: asyncio.Transport | None = None
+        """Not before TLS is agreed on."""
+        self._handshake: asyncio.Task[None] | None = None
+        self._farewell: asyncio.TimerHandle | None = None
+        """Ends what the client does not end."""
+        self._stands_since = 0.0
+        """While paused: nothing had left since, when it was last looked."""
+        self._num_taken: int = 0
+        """What the client had taken then."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._spread = 1 + PINGS_SPREAD * random()
+
+    # How it comes.
+
+    def begin_tls(self, connection: socket.socket, tls: ssl.SSLContext) -> None:
+        """Take a place, if there is one, and agree on TLS."""
+        if not self._take_place():
+            connection.close()
+            self.connection_lost(None)
+            return
+        self._handshake = asyncio.create_task(self._shake_hands(connection, tls))
+        self._handshake.add_done_callback(lambda _: self._shaken(connection))
+
+    async def _shake_hands(self, connection: socket.socket, tls: ssl.SSLContext) -> None:
+        observer = self._server.observer
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: self,
+                connection,
+                ssl=tls,
+                ssl_handshake_timeout=self._server.limits.handshake_timeout_s,
+            )
+        except ConnectionAbortedError:  # So both loops say that it took too long.
+            observer.edge_limit_hit("handshake")
+        except ssl.SSLError as error:
+            observer.edge_connection_failed("TLS")
+            _log.info("connection ended", code="TLS", detail=str(error))
+        except OSError as error:
+            _log.debug("connection failed before it began", detail=str(error))
+
+    def _shaken(self, connection: socket.socket) -> None:
+        if self._transport is None:  # Protocols are not told of a handshake that fails.
+            connection.close()
+            self.connection_lost(None)
+
+    def _take_place(self) -> bool:
+        """From now on it counts. False if there are too many."""
+        server = self._server
+        if len(server.clients) + len(server.leaving) >= server.limits.connections_max:
+            server.observer.edge_limit_hit("connections")
+            return False
+        server.clients.add(self)
+        server.observer.edge_connected(1)
+        return True
 
     # What the transport says.
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Over TLS: that is agreed on."""
         server = self._server
-        self._transport = cast("asyncio.Transport", transport)
+        own = self._transport = cast("asyncio.Transport", transport)
         # Whoever is above the limit is paused then, so only the paused are asked (`_limit_unsent`).
-        high = min(WRITE_BUFFER_HIGH, server.limits.unsent_bytes_max)
-        self._transport.set_write_buffer_limits(high=high)
-        if len(server.clients) >= server.limits.connections_max:
-            server.observer.edge_limit_hit("connections")
-            self._transport.abort()
+        own.set_write_buffer_limits(high=min(WRITE_BUFFER_HIGH, server.limits.unsent_bytes_max))
+        if server.tls is None and not self._take_place():
+            own.abort()
             return
-        server.clients.add(self)
-        server.observer.edge_connected(1)
-        if server.is_tls:
+        if server.tls is not None:
+            if self.closed.done():  # It was given up meanwhile.
+                own.abort()
+                return
             spoken = transport.get_extra_info("ssl_object").selected_alpn_protocol()
             if spoken != "h2":
                 server.observer.edge_connection_failed("NO_ALPN")
-                self._transport.abort()
+                own.abort()
                 return
         if server.is_stopping:
             self.drain()
@@ -350,7 +426,7 @@ class ClientConnection(asyncio.Protocol):
         if self._is_closing:
             self._num_ignored += len(data)
             if self._num_ignored > IGNORED_BYTES_MAX:
-                self.abort()
+                self._overstayed()
             return
         try:
             self._handle(self.connection.receive(data, self._server.clock()))
@@ -366,14 +442,14 @@ class ClientConnection(asyncio.Protocol):
         for call in list(self.calls.values()):
             call.lost()
         self.connection.is_over = True
-        transport = self._transport
-        if transport is not None and transport.get_write_buffer_size():
-            self._loop.call_later(CLOSE_S, transport.abort)
+        self._leave_soon()
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        """Idempotent."""
+        for timer in (self._timer, self._farewell):
+            if timer is not None:
+                timer.cancel()
         for call in list(self.calls.values()):
             call.lost()
         self.connection.is_over = True
@@ -387,8 +463,10 @@ class ClientConnection(asyncio.Protocol):
     @override
     def pause_writing(self) -> None:
         self.is_paused = True
+        self._stands_since, self._num_taken = self._server.clock(), self._acknowledged()
         if self.connection.ride is not None:
             self.connection.ride.step_out()
+        self._keep_time()
 
     @override
     def resume_writing(self) -> None:
@@ -451,8 +529,9 @@ class ClientConnection(asyncio.Protocol):
     def drain(self) -> None:
         """Let the client open no more streams."""
         self.connection.drain(self._server.clock())
-        self.write()
-        self._keep_time()
+        if self._transport is not None:  # Else it is told when TLS is agreed on.
+            self.write()
+            self._keep_time()
 
     def close(self) -> None:
         """Send what is outbound and no more, and wait a moment for the client to read it and close.
@@ -461,7 +540,10 @@ class ClientConnection(asyncio.Protocol):
         does gRPC's own client that meets a closed one while it writes. Idempotent.
         """
         transport = self._transport
-        if transport is None or transport.is_closing() or self._is_closing:
+        if transport is None:
+            self.abort()  # It was told nothing yet.
+            return
+        if transport.is_closing() or self._is_closing:
             return
         self._is_closing = True
         if self in self._server.clients:
@@ -476,12 +558,23 @@ class ClientConnection(asyncio.Protocol):
             transport.write_eof()
         else:
             transport.close()  # TLS has its own farewell.
-        self._loop.call_later(CLOSE_S, transport.abort)
+        self._leave_soon()
+
+    def _leave_soon(self) -> None:
+        """Close in a moment, if the client does not."""
+        if self._farewell is None:
+            self._farewell = self._loop.call_later(CLOSE_S, self._overstayed)
+
+    def _overstayed(self) -> None:
+        self._server.observer.edge_limit_hit("farewell")
+        self.abort()
 
     def abort(self) -> None:
         """Close at once."""
         if self._transport is not None:
             self._transport.abort()
+        elif self._handshake is not None:
+            self._handshake.cancel()
 
     def write(self) -> None:
         """Write what is outbound, in one piece. Raises nothing."""
@@ -507,6 +600,8 @@ class ClientConnection(asyncio.Protocol):
         """Have the timer fire when the connection wants it, or before."""
         self.connection.ping_interval_min_s = self._spread * self._server.ping_interval_min_s
         due = self.connection.deadline()
+        if due is not None and self.is_paused:
+            due = min(due, self._stands_since + self._server.limits.stall_timeout_s)
         if due is None or (self._timer is not None and due >= self._timer_at):
             return
         if self._timer is not None:
@@ -518,13 +613,43 @@ class ClientConnection(asyncio.Protocol):
 
     def _look(self) -> None:
         self._timer = None
+        now = self._server.clock()
+        if self.is_paused and self._stands_still(now):
+            self._server.observer.edge_limit_hit("stall")
+            self.abort()  # Nobody reads a farewell.
+            return
         try:
-            self._handle(self.connection.handle_timeout(self._server.clock()))
+            self._handle(self.connection.handle_timeout(now))
         except Exception:
             self._crashed()
         self.write()
         self._spread = 1 + PINGS_SPREAD * random()
         self._keep_time()
+
+    def _stands_still(self, now: float) -> bool:
+        """Whether the client of a full socket has taken nothing for too long."""
+        if now < self._stands_since + self._server.limits.stall_timeout_s:
+            return False
+        num_taken = self._acknowledged()
+        if num_taken == self._num_taken:
+            return True
+        self._stands_since, self._num_taken = now, num_taken
+        return False
+
+    def _acknowledged(self) -> int:
+        """Bytes of which the client's kernel has said that they came.
+
+        What waits in the transport says less: the kernel takes more of it only when a third of its
+        own buffer, which may be of megabytes, is free; and others go on writing.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return -1
+        connection = cast("socket.socket", transport.get_extra_info("socket"))
+        if connection.fileno() < 0:
+            return -1  # Below TLS it is closed already.
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.size)
+        return cast("tuple[int]", _ACKNOWLEDGED.unpack(info))[0]
 
     def _handle(self, events: list[Event]) -> None:
         for event in events:

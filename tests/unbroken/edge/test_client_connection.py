@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import socket
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
@@ -27,6 +29,7 @@ class Socket:
     def __init__(self) -> None:
         self.written: list[bytes] = []
         self.num_unsent = 0
+        self.num_acknowledged = 0
         self.is_aborted = False
         self.protocol = asyncio.Protocol()
         self._high = 0
@@ -48,6 +51,17 @@ class Socket:
 
     def is_closing(self) -> bool:
         return self.is_aborted
+
+    def get_extra_info(self, name: str) -> "Socket":
+        assert name == "socket"
+        return self
+
+    def fileno(self) -> int:
+        return 0
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        assert (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO)
+        return (bytes(120) + self.num_acknowledged.to_bytes(8, sys.byteorder))[:size]
 
     def abort(self) -> None:
         self.is_aborted = True
@@ -236,6 +250,65 @@ def test_who_leaves_too_much_in_the_socket_is_cut_off(*, is_all: bool) -> None:
         world.send(is_all=is_all)
         await asyncio.sleep(0)
         assert world.socket.written == [FRAMES, FRAMES], "nothing more is"
+
+    run(scenario)
+
+
+def look(world: World, wait_s: float) -> None:
+    """Time passes, in which the client says something all the time."""
+    world.now += wait_s
+    world.client.data_received(frames.ping(b"12345678", is_ack=True))
+    world.client._look()  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_client_that_takes_nothing_of_a_full_socket_is_cut_off_whatever_it_says() -> None:
+    async def scenario() -> None:
+        world = World(EdgeLimits(stall_timeout_s=60))
+        world.client.pause_writing()
+        look(world, 59.9)
+        assert not world.socket.is_aborted
+        look(world, 0.2)
+        assert world.socket.is_aborted
+        assert world.observer.hits == ["stall"]
+
+    run(scenario)
+
+
+def test_a_client_that_takes_little_of_a_full_socket_is_not() -> None:
+    async def scenario() -> None:
+        world = World(EdgeLimits(stall_timeout_s=60))
+        world.client.pause_writing()
+        for _ in range(10):
+            world.socket.num_acknowledged += 1
+            world.socket.num_unsent += 1000  # What others write meanwhile.
+            look(world, 60.1)
+        assert not world.socket.is_aborted
+        world.client.resume_writing()
+        look(world, 60.1)
+        look(world, 60.1)
+        assert not world.socket.is_aborted, "it is not full any more"
+        world.client.pause_writing()
+        look(world, 59.9)
+        assert not world.socket.is_aborted, "it is full since then"
+        look(world, 0.2)
+        assert world.socket.is_aborted
+
+    run(scenario)
+
+
+def test_who_stops_taking_is_looked_at_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        waits: list[float] = []
+
+        def noted(delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+            waits.append(delay)
+            return asyncio.TimerHandle(loop.time() + delay, callback, (), loop)
+
+        monkeypatch.setattr(loop, "call_later", noted)
+        world = World(EdgeLimits(stall_timeout_s=0.5))
+        world.client.pause_writing()
+        assert 0.5 <= waits[-1] <= 0.5 + 2 * LOOK_GRAIN_S
 
     run(scenario)
 
