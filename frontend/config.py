@@ -134,7 +134,7 @@ class FrontendConfig(ProcessConfig):
     """Processes that serve the port together, each a frontend with links and limits of its own
     (native edge; docs/decisions/processes.md)."""
     edge_connections_max: int = Field(_EDGE.connections_max, ge=1)
-    """Native edge: client connections at once; those beyond are closed at once."""
+    """Native edge: connections at once, from accept to close; those beyond are closed at once."""
     edge_streams_max: int = Field(_EDGE.streams_max, ge=1, le=2**31 - 1)
     """Native edge: streams of a connection at once; those beyond are refused."""
     edge_header_list_bytes_max: int = Field(_EDGE.header_list_bytes_max, ge=1024, le=1024 * 1024)
@@ -162,13 +162,14 @@ class FrontendConfig(ProcessConfig):
     edge_control_per_s: float = Field(_EDGE.control_per_s, ge=0)
     """Native edge: such frames each second, and four more for each DATA frame sent."""
     edge_handshake_timeout_s: float = Field(_EDGE.handshake_timeout_s, gt=0, le=600)
-    """Native edge: how long TLS, or the HTTP/2 greeting, may take."""
+    """Native edge: how long TLS and the HTTP/2 greeting after it may take together."""
     edge_header_timeout_s: float = Field(_EDGE.header_timeout_s, gt=0, le=600)
     """Native edge: how long a frame or a header block may take to come."""
     edge_request_timeout_s: float = Field(_EDGE.request_timeout_s, gt=0, le=3600)
     """Native edge: how long the message of a call may take, or, once begun, each one of many."""
     edge_stall_timeout_s: float = Field(_EDGE.stall_timeout_s, gt=0, le=86400)
-    """Native edge: a stream whose client takes nothing of what waits for so long is cut off."""
+    """Native edge: a stream whose client takes nothing of what waits for so long is cut off, and
+    so is a connection whose socket is full."""
     edge_unsent_bytes_max: int = Field(_EDGE.unsent_bytes_max, ge=65536)
     """Native edge: a connection with more waiting in its socket is closed."""
     edge_ping_idle_interval_s: float = Field(_EDGE.ping_idle_interval_s, gt=0, le=3600)

@@ -8,7 +8,7 @@ class EdgeLimits:
     """Of one connection, unless it says otherwise. Times in seconds, sizes in bytes."""
 
     connections_max: int = 20_000
-    """Of the whole process."""
+    """Of the whole process, each from when it is accepted until it is closed."""
     streams_max: int = 4096
     """At once; announced. Those beyond are refused, and safe to try again."""
     header_list_bytes_max: int = 16 * 1024
@@ -39,13 +39,14 @@ class EdgeLimits:
     Each DATA frame that is sent allows four more, for its acknowledgement and probes of the line.
     """
     handshake_timeout_s: float = 10.0
-    """For TLS, the preface and the first SETTINGS."""
+    """For TLS, the preface and the first SETTINGS together."""
     header_timeout_s: float = 10.0
     """From the beginning of a frame or header block to its end."""
     request_timeout_s: float = 60.0
     """From the beginning of a request of one message to its end, or of one message of many."""
     stall_timeout_s: float = 60.0
-    """A client that takes nothing for so long, while something waits for it, is cut off."""
+    """A client that takes nothing for so long, while something waits for it, is cut off: the stream
+    if its window is shut, the connection if its socket is full."""
     unsent_bytes_max: int = 4 * 1024 * 1024
     """What may wait in the socket of one connection before it is closed."""
     ping_interval_s: float = 1.0
