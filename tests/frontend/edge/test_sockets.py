@@ -5,6 +5,7 @@ What the kernels of both sides take and tell is part of each claim.
 
 import asyncio
 import gzip
+import os
 import socket
 import ssl
 import time
@@ -24,7 +25,7 @@ from tests.frontend.worlds import World, run, world
 from unbroken.config import split_address
 from unbroken.edge import server as edge_server
 from unbroken.edge.native import NativeEdge
-from unbroken.edge.server import WRITE_BUFFER_HIGH, ClientConnection
+from unbroken.edge.server import ClientConnection
 from unbroken.http2 import frames
 from unbroken.http2.frames import FrameType, Setting
 from unbroken.http2.messages import PREFIX
@@ -37,6 +38,8 @@ BROKEN = frames.window_update(0, 0)
 """Ends the connection, with a farewell."""
 HALF_A_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 """The beginning of what a TLS client says first."""
+TAKEN_BYTES_MAX = 256 * 1024
+"""As docs/decisions/edge.md promises."""
 PATIENT: dict[str, Any] = {**NATIVE, "edge_unsent_bytes_max": 1 << 26}
 """For tests with clients that read nothing."""
 
@@ -167,7 +170,7 @@ def test_nothing_is_taken_from_calls_once_256_kib_wait_in_the_socket() -> None:
             one = the_one(it)
             transport = one._transport  # pyright: ignore[reportPrivateUsage]
             assert transport is not None
-            while (size := transport.get_write_buffer_size()) < WRITE_BUFFER_HIGH - 20_000:
+            while (size := transport.get_write_buffer_size()) < TAKEN_BYTES_MAX - 20_000:
                 one.send_later(bytes(1 << 16 if size == 0 else 1 << 13))
                 await asyncio.sleep(0.001)  # The kernel takes what it can.
             assert not one.is_paused
@@ -177,7 +180,7 @@ def test_nothing_is_taken_from_calls_once_256_kib_wait_in_the_socket() -> None:
             await it.until(lambda: one.is_paused)
             size = transport.get_write_buffer_size()
             # What one step says of all streams may be above it.
-            assert WRITE_BUFFER_HIGH < size < WRITE_BUFFER_HIGH + len(streams) * 64 * 50
+            assert TAKEN_BYTES_MAX < size < TAKEN_BYTES_MAX + len(streams) * 64 * 50
 
             def num_waiting() -> list[int]:
                 infos, _ = it.frontend.requests.page(0, "")
@@ -225,6 +228,20 @@ def test_who_says_no_more_and_reads_nothing_is_closed_in_the_end(
             client.writer.write_eof()
             await it.until(lambda: not edge_of(it).clients)
             assert limits_hit(it, "farewell") == 1
+
+    run(scenario())
+
+
+def test_who_cuts_off_tls_and_reads_nothing_is_given_up_too(certificates: Path) -> None:
+    async def scenario() -> None:
+        settings = {**PATIENT, "edge_stall_timeout_s": 0.5, **tls_settings(certificates)}
+        async with world(**settings) as it, greeted(it, certificates) as client:
+            await fill(it)
+            plain = client.writer.get_extra_info("socket")
+            with socket.socket(fileno=os.dup(plain.fileno())) as ours:
+                ours.shutdown(socket.SHUT_WR)  # Of which no protocol above TLS is told.
+            await it.until(lambda: not edge_of(it).clients)
+            assert limits_hit(it, "stall") == 1
 
     run(scenario())
 
@@ -379,14 +396,17 @@ def test_a_handshake_that_fails_is_counted_and_its_place_is_free(certificates: P
     run(scenario())
 
 
-def test_a_stop_waits_for_no_handshake(certificates: Path) -> None:
+def test_a_stop_waits_for_no_handshake_and_takes_no_more(certificates: Path) -> None:
     async def scenario() -> None:
-        async with world(**NATIVE, **tls_settings(certificates)) as it:
+        settings = {**NATIVE, "edge_handshake_timeout_s": 60, **tls_settings(certificates)}
+        async with world(**settings) as it:
             async with connect(it.frontend.address, greets=False) as client:
                 await it.until(lambda: edge_of(it).clients)
                 await edge_of(it).stop()
                 assert await client.until_closed() == []
             await it.until(lambda: not edge_of(it).clients)
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(*split_address(it.frontend.address))
 
     run(scenario())
 
@@ -411,23 +431,25 @@ def test_who_shakes_hands_during_a_drain_is_told_of_it_then(certificates: Path) 
 # Requests that are too large.
 
 BOMB = gzip.compress(bytes(2_000_000), mtime=0)
-TOO_LARGE: dict[str, tuple[bytes, list[tuple[bytes, bytes]]]] = {
-    "request_bytes": (PREFIX.pack(0, 1_000_001), []),
-    "request_bytes, unpacked": (PREFIX.pack(1, len(BOMB)) + BOMB, [(b"grpc-encoding", b"gzip")]),
-    "held_bytes": (PREFIX.pack(0, 900_000) + bytes(15_000), []),
+TOO_LARGE = {
+    "request_bytes": (b"8", PREFIX.pack(0, 1_000_001)),
+    "request_bytes, unpacked": (b"8", PREFIX.pack(1, len(BOMB)) + BOMB),
+    "held_bytes": (b"8", PREFIX.pack(0, 900_000) + bytes(15_000)),
+    "none, but malformed": (b"13", PREFIX.pack(2, 0)),
 }
+"""Status and body."""
 
 
 @pytest.mark.parametrize("what", TOO_LARGE)
 def test_requests_beyond_their_limits_are_counted(what: str) -> None:
-    body, fields = TOO_LARGE[what]
+    code, body = TOO_LARGE[what]
 
     async def scenario() -> None:
         settings = {**NATIVE, "edge_request_bytes_max": 1_000_000, "edge_held_bytes_max": 10_000}
         async with world(**settings) as it, connect(it.frontend.address) as client:
-            client.request(1, [*REQUEST, *fields])
+            client.request(1, [*REQUEST, (b"grpc-encoding", b"gzip")])
             client.say(data(1, body))
-            assert (await client.answer(1))[b"grpc-status"] == b"8"
+            assert (await client.answer(1))[b"grpc-status"] == code
             for limit in ("request_bytes", "held_bytes"):
                 assert limits_hit(it, limit) == (limit == what.split(",")[0])
 
