@@ -59,7 +59,7 @@ CLOSE_S: Final = 1.0
 IGNORED_BYTES_MAX: Final = 16 << 20
 """What it may send meanwhile."""
 _ACKNOWLEDGED: Final = struct.Struct("=120xQ")
-"""The field tcpi_bytes_acked in the struct tcp_info of Linux."""
+"""The field tcpi_bytes_acked in the struct tcp_info of Linux, since 4.1."""
 
 _log = log.get_logger(__name__)
 
@@ -406,9 +406,6 @@ class ClientConnection(asyncio.Protocol):
             own.abort()
             return
         if server.tls is not None:
-            if self.closed.done():  # It was given up meanwhile.
-                own.abort()
-                return
             spoken = transport.get_extra_info("ssl_object").selected_alpn_protocol()
             if spoken != "h2":
                 server.observer.edge_connection_failed("NO_ALPN")
@@ -463,9 +460,9 @@ class ClientConnection(asyncio.Protocol):
     @override
     def pause_writing(self) -> None:
         self.is_paused = True
-        self._stands_since, self._num_taken = self._server.clock(), self._acknowledged()
         if self.connection.ride is not None:
             self.connection.ride.step_out()
+        self._stands_since, self._num_taken = self._server.clock(), self._acknowledged()
         self._keep_time()
 
     @override
