@@ -33,7 +33,7 @@ tenant.
 LABELS = {
     "action": "`stopped`: a request that kills its workers was ended; `refused`: it came again",
     "block_size, num_gpu_blocks": "the figures themselves",
-    "code": "error code of HTTP/2, or `NO_ALPN`",
+    "code": "error code of HTTP/2; `TLS`: a handshake failed; `NO_ALPN`",
     "failure": "`FailureKind` of the contract, as `CRASH`",
     "generation": "of Python's garbage collector, 0 to 2",
     "how": "`joined`: the request was here; `taken`: from another frontend",
