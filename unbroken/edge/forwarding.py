@@ -133,6 +133,7 @@ class ForwardedCall:
         if self._call is not None:
             self._call.cancel()
         self.client.calls.pop(self.stream_id, None)
+        self.client.waiting.pop(self, None)
 
     async def _run(self, call: "_Call") -> None:
         try:
