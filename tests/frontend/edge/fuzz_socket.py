@@ -9,6 +9,8 @@ Bytes come in any pieces. No exception leaves the edge, the client hears what it
 
 import asyncio
 import random
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
@@ -77,11 +79,12 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 class _Socket:
-    """A transport that keeps what is written, and is as full as the test says."""
+    """A transport that keeps what is written, and is as full as the test says; its socket, too."""
 
     def __init__(self) -> None:
         self.written = bytearray()
         self.num_unsent = 0
+        self.num_acknowledged = 0
         self.is_gone = False
         """Nothing more comes of it."""
 
@@ -90,6 +93,18 @@ class _Socket:
 
     def get_write_buffer_size(self) -> int:
         return self.num_unsent
+
+    def get_extra_info(self, name: str) -> "_Socket":
+        assert name == "socket"
+        return self
+
+    def fileno(self) -> int:
+        return -1 if self.is_gone else 0
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        """As Linux tells what the other side has acknowledged."""
+        assert (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO)
+        return (bytes(120) + self.num_acknowledged.to_bytes(8, sys.byteorder))[:size]
 
     def write(self, written: bytes) -> None:
         self.written += written
@@ -299,6 +314,7 @@ class _World:
                     client.pause_writing()
             case 15 | 16:
                 self._socket.num_unsent = 0
+                self._socket.num_acknowledged += 1
                 if client.is_paused and not self._socket.is_gone:
                     client.resume_writing()
             case 17 | 18 if readers:
