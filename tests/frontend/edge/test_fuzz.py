@@ -2,7 +2,9 @@
 hear. `make fuzz` says more of it.
 """
 
+import base64
 import random
+import tracemalloc
 import zlib
 from itertools import pairwise
 
@@ -93,7 +95,9 @@ def test_messages_are_read_in_whatever_pieces(
     | st.tuples(st.booleans(), st.integers(0, 1100), st.binary(max_size=1100)).map(
         lambda given: PREFIX.pack(*given[:2]) + given[2]
     )
-    | st.binary(max_size=60).map(lambda data: _message(data, is_gzip=True)[:-3] + data),
+    | st.tuples(st.booleans(), st.sampled_from([999, 1000, 1001])).map(
+        lambda given: _message(bytes(given[1]), is_gzip=given[0])
+    ),
     _CUTS,
     st.sampled_from([None, b"", b"identity", b"gzip", b"zstd"]),
 )
@@ -113,10 +117,26 @@ def test_any_body_is_read_or_refused(body: bytes, cuts: list[int], encoding: byt
     assert outcomes[0] == outcomes[1], "whatever the pieces"
 
 
-def test_no_little_body_becomes_a_large_message() -> None:
-    reader = MessageReader(b"gzip", MESSAGE_BYTES_MAX)
-    with pytest.raises(Refused):
-        reader.feed(_message(bytes(10_000_000), is_gzip=True))
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=60), st.binary(max_size=20))
+def test_what_is_not_one_gzip_member_is_refused(data: bytes, more: bytes) -> None:
+    member = _message(data, is_gzip=True)[PREFIX.size :]
+    for wrong in (member + more + b"x", member[: -1 - len(more)]):
+        with pytest.raises(Refused):
+            MessageReader(b"gzip", MESSAGE_BYTES_MAX).feed(PREFIX.pack(1, len(wrong)) + wrong)
+
+
+def test_no_little_body_takes_much_room() -> None:
+    body = _message(bytes(10_000_000), is_gzip=True)
+    reader = MessageReader(b"gzip", 20_000)
+    assert len(body) < 20_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refused):
+            reader.feed(body)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 _NAMES = st.sampled_from([b"a", b"a-bin", b"grpc-x", b"te", b"A", b":path", b""]) | st.binary(
@@ -139,6 +159,18 @@ def test_any_metadata_is_read_or_refused_and_passed_on_as_it_was(
     for key, value in found:
         assert isinstance(value, bytes) == key.endswith("-bin")
     assert metadata(fields_of(found)) == found
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.binary(max_size=12), st.booleans()), min_size=1, max_size=4))
+def test_binary_values_are_read_padded_or_not_and_many_in_one(
+    values: list[tuple[bytes, bool]],
+) -> None:
+    encoded = [
+        base64.b64encode(value) if is_padded else base64.b64encode(value).rstrip(b"=")
+        for value, is_padded in values
+    ]
+    assert metadata([(b"a-bin", b" , ".join(encoded))]) == [("a-bin", value) for value, _ in values]
 
 
 @settings(max_examples=200, deadline=None)
