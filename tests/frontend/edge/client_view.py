@@ -52,13 +52,8 @@ class _Open:
 class ClientView:
     """One client's; `says` and `hears` everything, then `settle`s. Raises AssertionError."""
 
-    def __init__(
-        self, limits: EdgeLimits, *, bears_known: bool = True, knows_given: bool = True
-    ) -> None:
-        """It `bears_known` faults of the server, which are in corpus/known.txt. Who `knows_given`
-        says what the server was given to send.
-        """
-        self._bears_known = bears_known
+    def __init__(self, limits: EdgeLimits, *, knows_given: bool = True) -> None:
+        """Who `knows_given` says what the server was given to send."""
         self._knows_given = knows_given
         self.open: dict[int, _Open] = {}
         self._receive_size = max(limits.connection_window, frames.WINDOW_DEFAULT)
@@ -88,7 +83,6 @@ class ClientView:
         self._block: tuple[int, int, bytearray] | None = None
         """The same of the server's, and what has come of it."""
         self._decoder = Decoder()
-        self._table_bytes = self._decoder.max_allowed_table_size
         self._just_reset = 0
         """The stream that the only frame just said has reset."""
         self._taken_back: list[tuple[int, int]] = []
@@ -173,9 +167,7 @@ class ClientView:
         self._num_settings += 1
         self._frame_bytes_max = values.get(Setting.MAX_FRAME_SIZE, self._frame_bytes_max)
         if (size := values.get(Setting.HEADER_TABLE_SIZE)) is not None:
-            is_borne = self._bears_known and size == self._table_bytes
-            least = self._decoder.header_table_size if is_borne else 0
-            self._table_bytes, self._decoder.max_allowed_table_size = size, max(size, least)
+            self._decoder.max_allowed_table_size = size
         if (window := values.get(Setting.INITIAL_WINDOW_SIZE)) is not None:
             change, self._initial_window = window - self._initial_window, window
             for stream_id, stream in self.open.items():
@@ -269,7 +261,7 @@ class ClientView:
         names = [name for name, _ in fields]
         if stream.has_answer:
             assert ends, "what follows the first HEADERS are the trailers"
-            assert self._bears_known or b":status" not in names, "trailers have no status"
+            assert b":status" not in names, "trailers have no status"
         else:
             assert names.index(b":status") == 0, "an answer begins with its status"
         stream.has_answer = True

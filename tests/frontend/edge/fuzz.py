@@ -202,9 +202,9 @@ def _draw_wild(source: random.Random, what: str) -> Step:
     return what, source.randrange(12), flags, stream_id, payload
 
 
-def play(script: Sequence[Step], *, bears_known: bool = True) -> int:
+def play(script: Sequence[Step]) -> int:
     """Say it all; the number of frames said. Raises what goes wrong."""
-    conversation = _Conversation(bears_known=bears_known)
+    conversation = _Conversation()
     if not (script and script[0][0] == "mute"):
         conversation.say(GREETING + frames.frame(FrameType.SETTINGS, frames.ACK, 0))
     for step in script:
@@ -223,10 +223,10 @@ _SIGN_OF_LIFE: Final = frames.ping(LIVENESS_PING, is_ack=True)
 class _Conversation:
     """One connection, and the client that says what a script wants."""
 
-    def __init__(self, *, bears_known: bool = True) -> None:
+    def __init__(self) -> None:
         self._peer = Peer(LIMITS, greets=False)
         self._connection = self._peer.connection
-        self._view = ClientView(LIMITS, bears_known=bears_known)
+        self._view = ClientView(LIMITS)
         self._view.hears(self._connection.take_outbound())
         self._requests: dict[int, bool] = {}
         """Streams of which the server was told, and whether their answer was begun."""

@@ -9,7 +9,6 @@ import zlib
 from itertools import pairwise
 
 import pytest
-from hpack import InvalidTableSizeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,12 +47,6 @@ def test_every_script_of_the_corpus_is_borne(name: str) -> None:
 def test_every_frame_is_borne_in_every_state_of_a_stream() -> None:
     for title, script in corpus.each_frame_in_each_state():
         _play(title, script)
-
-
-@pytest.mark.xfail(strict=True, raises=InvalidTableSizeError, reason="a fault that is known")
-@pytest.mark.parametrize("title", corpus.read("known.txt"))
-def test_what_is_known_is_not_borne(title: str) -> None:
-    play(corpus.read("known.txt")[title], bears_known=False)
 
 
 @pytest.mark.parametrize("seed", range(8))
