@@ -519,10 +519,6 @@ class ClientConnection(asyncio.Protocol):
         self.connection.outbound += data
         self._server.touch(self)
 
-    def touch(self) -> None:
-        """Write what is outbound, in the next turn of the loop."""
-        self._server.touch(self)
-
     def drain(self) -> None:
         """Let the client open no more streams."""
         self.connection.drain(self._server.clock())
@@ -646,6 +642,8 @@ class ClientConnection(asyncio.Protocol):
         if connection.fileno() < 0:
             return -1  # Below TLS it is closed already.
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.size)
+        if len(info) < _ACKNOWLEDGED.size:
+            return -transport.get_write_buffer_size()  # A kernel that does not tell.
         return cast("tuple[int]", _ACKNOWLEDGED.unpack(info))[0]
 
     def _handle(self, events: list[Event]) -> None:

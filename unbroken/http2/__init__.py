@@ -3,7 +3,7 @@
     server   bytes ──▶ connection ──▶ events        (`unbroken/edge`: frontends, sidecars)
     client   bytes ──▶ caller ──▶ events            (`unbroken/calls/`: links, calls to engines)
 
-`frames`, `flow_control`, `allowance`, `headers` and `rules` are what both share; `limits` is what
-a server allows its clients; `messages` is gRPC. None of them does I/O. docs/decisions/edge.md and
-docs/decisions/relay-hop.md say why this exists.
+`frames`, `flow_control`, `allowance`, `headers`, `header_blocks` and `rules` are what both share;
+`limits` is what a server allows its clients; `messages` is gRPC. None of them does I/O.
+docs/decisions/edge.md and docs/decisions/relay-hop.md say why this exists.
 """

@@ -356,7 +356,7 @@ class Caller:
         return stream_id, data[frames.HEADER_BYTES + PREFIX.size :]
 
     def receive(self, data: bytes, now: float) -> list[Event]:
-        """Bytes came of which `receive_lone` made nothing; it MUST have been asked first."""
+        """Bytes came. (`receive_lone` is the shorter way for what comes most.)"""
         if self.is_over:
             return []
         self._heard_at = now

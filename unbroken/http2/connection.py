@@ -125,7 +125,7 @@ class _End(Enum):
 
 
 class Ride(Protocol):
-    """Who sends on a stream by `Connection.send_frames`, and takes it from its window later."""
+    """Who sends DATA on a stream himself, and takes it from its window later (`count_frames`)."""
 
     def settle(self) -> None:
         """Take it now."""
@@ -137,7 +137,7 @@ class Ride(Protocol):
 
 
 class HttpStream:
-    """One stream, until it is closed; only the connection looks inside."""
+    """One stream, until it is closed. Only its connection and its ride look inside."""
 
     __slots__ = (
         "body_left",
@@ -670,14 +670,13 @@ class Connection:
         """What had to come to an end has: the stream may be idle."""
         self._uploads.pop(stream_id, None)
 
-    def drain(self, now: float) -> list[Event]:
+    def drain(self, now: float) -> None:
         """Let the client open no more streams, and be over when all have ended."""
         if self.is_over or self._drain_at is not None:
-            return []
+            return
         self.outbound += frames.go_away(frames.STREAM_ID_MAX, ErrorCode.NO_ERROR)
         self.outbound += frames.ping(_DRAIN_PING, is_ack=False)
         self._drain_at = now + DRAIN_PING_S
-        return []
 
     def take_outbound(self) -> bytes:
         """What is to be sent now."""

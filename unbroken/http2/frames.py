@@ -1,4 +1,4 @@
-"""HTTP/2 frames (RFC 9113, sections 4 and 6): their names, and those that a server writes."""
+"""HTTP/2 frames (RFC 9113, sections 4 and 6): their names, and how they are written."""
 
 import struct
 from collections.abc import Mapping
