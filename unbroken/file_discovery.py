@@ -111,7 +111,11 @@ class FileDiscovery:
     async def setting(self, setting: Setting[SettingT]) -> SettingT:
         """As `Discovery.setting`. What cannot be read counts as not set."""
         path = _path(self.root / _SETTINGS, setting.name)
-        return _read_setting(setting, path) or setting.record_type()
+        try:
+            return _read_setting(setting, path)
+        except OSError as error:
+            _not_readable(path, error)
+            return setting.record_type()
 
     async def change(self, setting: Setting[SettingT], record: SettingT) -> None:
         """As `Discovery.change`."""
@@ -122,10 +126,7 @@ class FileDiscovery:
         path = _path(folder, setting.name)
         try:
             async with _exclusive(folder):
-                known = _read_setting(setting, path)
-                if known is None:
-                    raise UnbrokenError(Reason.UNREACHABLE, f"{path}: cannot be read")
-                seen = known.version
+                seen = _read_setting(setting, path).version
                 if record.version <= seen:
                     raise UnbrokenError(
                         Reason.VERSION_MISMATCH,
@@ -143,24 +144,38 @@ class FileDiscovery:
         path = _path(self.root / _SETTINGS, setting.name)
         interval_s = _SETTINGS_INTERVALS * self._poll_interval_s
         last: SettingT | None = None
+        is_readable = True
         while True:
             stamp = _stamp_at(path)  # Before it is read: what changes meanwhile is read again.
-            record = _read_setting(setting, path)
-            if last is None or (record is not None and record.version > last.version):
-                last = record or setting.record_type()
-                yield last
-            if record is None:
-                await nap(interval_s)
+            try:
+                record = _read_setting(setting, path)
+            except OSError as error:
+                if is_readable:
+                    _not_readable(path, error)
+                is_readable = False
+                record = setting.record_type()
             else:
+                is_readable = True
+            if last is None or record.version > last.version:
+                last = record
+                yield record
+            if is_readable:
                 await naps().until(partial(_has_changed, path, stamp), interval_s)
+            else:
+                await nap(interval_s)
 
 
 def _has_changed(path: Path, stamp: _Stamp | None) -> bool:
     return _stamp_at(path) != stamp
 
 
-def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT | None:
-    """What is in a file, empty if that is no record; None if it cannot be looked at now."""
+def _not_readable(path: Path, error: OSError) -> None:
+    """No descriptor is left, perhaps, or somebody took a right away."""
+    _log.warning("setting not readable", path=str(path), error=str(error))
+
+
+def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT:
+    """What is in a file, empty if that is no record. Raises OSError if it cannot be looked at."""
     try:
         with path.open("rb") as file:
             text = file.read(_RECORD_BYTES_MAX + 1)
@@ -169,9 +184,6 @@ def _read_setting(setting: Setting[SettingT], path: Path) -> SettingT | None:
         return json_format.Parse(text, setting.record_type(), ignore_unknown_fields=True)
     except FileNotFoundError:
         return setting.record_type()
-    except OSError as error:  # No descriptor is left, perhaps.
-        _log.warning("setting not readable", path=str(path), error=str(error))
-        return None
     except (ValueError, json_format.ParseError, RecursionError) as error:
         _log.warning("setting skipped", path=str(path), error=str(error))
         return setting.record_type()

@@ -81,7 +81,7 @@ class NativeEdge:
             raise
 
     async def take(self, connection: socket.socket) -> ClientConnection:
-        """Serve a connection that was accepted elsewhere. Raises OSError, also of TLS."""
+        """Serve a connection that was accepted elsewhere. Raises OSError."""
         return await self._server.take(connection)
 
     def is_called(self, path: str) -> bool:

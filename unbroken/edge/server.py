@@ -164,7 +164,9 @@ class EdgeServer:
         self.is_scheduled = False
         """Something is to be written in the next turn of the loop."""
         self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
+        """Over TLS in place of that server."""
         self._loop = asyncio.get_running_loop()
         self._naps = naps()
 
@@ -188,25 +190,25 @@ class EdgeServer:
         else:
             # A server of asyncio tells nobody of a handshake before it has gone well.
             listener.setblocking(False)
+            self._listener = listener
             self._accepting = asyncio.create_task(self._accept(listener))
         return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
 
     async def _accept(self, listener: socket.socket) -> None:
-        with listener:
-            while True:
-                try:
-                    connection, _ = await self._loop.sock_accept(listener)
-                except ConnectionError:
-                    continue  # It has left already.
-                except OSError as error:
-                    _log.warning("connections cannot be accepted", detail=str(error))
-                    await asyncio.sleep(ACCEPT_RETRY_S)
-                    continue
-                try:
-                    await self.take(connection)
-                except OSError as error:
-                    connection.close()
-                    _log.debug("connection failed before it began", detail=str(error))
+        while True:
+            try:
+                connection, _ = await self._loop.sock_accept(listener)
+            except ConnectionError:
+                continue  # It has left already.
+            except OSError as error:
+                _log.warning("connections cannot be accepted", detail=str(error))
+                await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
+            try:
+                await self.take(connection)
+            except OSError as error:
+                connection.close()
+                _log.debug("connection failed before it began", detail=str(error))
 
     async def take(self, connection: socket.socket) -> "ClientConnection":
         """Serve a connection that was accepted elsewhere. Raises OSError."""
@@ -238,8 +240,10 @@ class EdgeServer:
         if self._server is not None:
             self._server.close()
             self._server = None
-        if self._accepting is not None:
+        if self._accepting is not None and self._listener is not None:
             self._accepting.cancel()
+            await asyncio.wait([self._accepting])  # It uses the socket until then.
+            self._listener.close()
         for client in list(self.clients):
             client.close()
         try:
@@ -607,11 +611,11 @@ class ClientConnection(asyncio.Protocol):
     def _look(self) -> None:
         self._timer = None
         now = self._server.clock()
-        if self.is_paused and self._stands_still(now):
-            self._server.observer.edge_limit_hit("stall")
-            self.abort()  # Nobody reads a farewell.
-            return
         try:
+            if self.is_paused and self._stands_still(now):
+                self._server.observer.edge_limit_hit("stall")
+                self.abort()  # Nobody reads a farewell.
+                return
             self._handle(self.connection.handle_timeout(now))
         except Exception:
             self._crashed()

@@ -144,11 +144,11 @@ def test_who_reads_slowly_is_not_and_once_he_stops_he_is(
     async def scenario() -> None:
         tls = tls_settings(certificates) if is_tls else {}
         async with (
-            world(edge_stall_timeout_s=0.5, **PATIENT, **tls) as it,
+            world(edge_stall_timeout_s=1.5, **PATIENT, **tls) as it,
             greeted(it, certificates if is_tls else None) as client,
         ):
             one = await fill(it)
-            until = time.monotonic() + 2.0  # Four times the timeout.
+            until = time.monotonic() + 4.5  # Three times the timeout.
             while time.monotonic() < until:
                 # So much that a kernel tells of it, and so little that a while passes before a
                 # third of the other's buffer is free.
