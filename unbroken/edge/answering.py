@@ -53,6 +53,16 @@ class Deadline:
         return None if self._at is None else max(0.0, self._at - self._clock())
 
 
+def messages_of(body: MessageReader, data: bytes, server: "EdgeServer") -> Sequence[bytes]:
+    """Those that this piece makes whole. What is too large is counted. Raises `Refused`."""
+    try:
+        return body.feed(data)
+    except Refused as refused:
+        if refused.code is Code.RESOURCE_EXHAUSTED:
+            server.observer.edge_limit_hit("request_bytes")
+        raise
+
+
 class OneMessage:
     """The only message of a request, of which the server holds no more than it may."""
 
@@ -72,7 +82,7 @@ class OneMessage:
 
     def feed(self, data: bytes, *, ends: bool) -> bytes | None:
         """The message, once it has come and nothing more can. Raises `Refused`."""
-        for message in self._messages(data):
+        for message in messages_of(self._body, data, self._server):
             if self._message is not None:
                 raise Refused(Code.INTERNAL, "expected one message, got another")
             self._message = message
@@ -89,14 +99,6 @@ class OneMessage:
         self.let_go()
         message, self._message = self._message, None
         return message
-
-    def _messages(self, data: bytes) -> Sequence[bytes]:
-        try:
-            return self._body.feed(data)
-        except Refused as refused:
-            if refused.code is Code.RESOURCE_EXHAUSTED:
-                self._server.observer.edge_limit_hit("request_bytes")
-            raise
 
     def let_go(self) -> None:
         """It is no longer held here. Idempotent."""

@@ -6,7 +6,7 @@ compression do not, as they are matters of one connection.
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
@@ -15,7 +15,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import Default
 
 from unbroken import status
-from unbroken.edge.answering import ANSWER_FIELDS, Deadline, OneMessage
+from unbroken.edge.answering import ANSWER_FIELDS, Deadline, OneMessage, messages_of
 from unbroken.http2.headers import Fields, Request
 from unbroken.http2.messages import (
     PREFIX,
@@ -216,7 +216,7 @@ class Upload:
     def data(self, data: bytes, *, ends: bool) -> None:
         """A piece of the request. Raises `Refused`."""
         num_unfinished = self._body.num_held
-        messages = self._messages(data)
+        messages = messages_of(self._body, data, self._server)
         num_more = self._body.num_held - num_unfinished + sum(map(_num_bytes, messages))
         if not self._server.hold(num_more):
             raise Refused(Code.RESOURCE_EXHAUSTED, "too many requests are coming in at once")
@@ -232,14 +232,6 @@ class Upload:
             self._has_input.set()
         elif not self._has_input.is_set():
             self._repay()  # Of a message that has to come whole.
-
-    def _messages(self, data: bytes) -> Sequence[bytes]:
-        try:
-            return self._body.feed(data)
-        except Refused as refused:
-            if refused.code is Code.RESOURCE_EXHAUSTED:
-                self._server.observer.edge_limit_hit("request_bytes")
-            raise
 
     def close(self) -> None:
         """Nothing more is passed on, nor held. Idempotent."""
