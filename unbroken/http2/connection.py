@@ -486,10 +486,14 @@ class Connection:
         values = checked_settings(payload)
         if sizes := values.get(Setting.HEADER_TABLE_SIZE):
             resize_table(self._encoder, sizes)
+        before = self._peer_initial_window
         if sizes := values.get(Setting.INITIAL_WINDOW_SIZE):
-            self._resize_sending(sizes, now)
+            self._resize_sending(sizes)
         self._is_greeted = True
         self.outbound += frames.frame(FrameType.SETTINGS, frames.ACK, 0)
+        # After that: headers, too, may leave now, compressed as the peer is told with it.
+        if self._peer_initial_window > before:
+            self._serve_blocked(now)
 
     def _acknowledged(self) -> None:
         """The peer keeps to our windows; before, it may not have known (RFC 9113, 6.9.3)."""
@@ -502,8 +506,8 @@ class Connection:
             if increment and not stream.is_remote_closed:
                 self.outbound += frames.window_update(stream.stream_id, increment)
 
-    def _resize_sending(self, sizes: Sequence[int], now: float) -> None:
-        """The peer takes so much on each stream: first this, then that, but work is done once."""
+    def _resize_sending(self, sizes: Sequence[int]) -> None:
+        """The peer takes so much on each stream: first this, then that."""
         before, largest, last = self._peer_initial_window, max(sizes), sizes[-1]
         self._peer_initial_window = last
         for stream in self._streams.values():
@@ -512,8 +516,6 @@ class Connection:
             if not stream.send.grow(largest - before):
                 raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window overflows")
             stream.send.grow(last - largest)
-        if last > before:
-            self._serve_blocked(now)
 
     def _ping(self, flags: int, stream_id: int, payload: bytes, now: float) -> None:
         self._spend_control(now)

@@ -75,7 +75,8 @@ class ClientView:
         self._is_told_off = False
         """A GOAWAY named an error."""
         self._is_greeted = False
-        self._num_settings = 0
+        self._tables: deque[int | None] = deque()
+        """Of each SETTINGS that the server has not acknowledged, what it says of header tables."""
         """Those that are not acknowledged."""
         self._pings: deque[bytes] = deque()
         self._own_block: tuple[int, int] | None = None
@@ -164,10 +165,8 @@ class ClientView:
             self.open[stream_id] = _Open(self._initial_window, self._stream_receive_size)
 
     def _sets(self, values: dict[int, int], *, is_alone: bool) -> None:
-        self._num_settings += 1
+        self._tables.append(values.get(Setting.HEADER_TABLE_SIZE))
         self._frame_bytes_max = values.get(Setting.MAX_FRAME_SIZE, self._frame_bytes_max)
-        if (size := values.get(Setting.HEADER_TABLE_SIZE)) is not None:
-            self._decoder.max_allowed_table_size = size
         if (window := values.get(Setting.INITIAL_WINDOW_SIZE)) is not None:
             change, self._initial_window = window - self._initial_window, window
             for stream_id, stream in self.open.items():
@@ -284,8 +283,10 @@ class ClientView:
     def _hears_settings(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:
             assert not payload
-            self._num_settings -= 1
-            assert self._num_settings >= 0, "each SETTINGS is acknowledged once"
+            assert self._tables, "each SETTINGS is acknowledged once"
+            size = self._tables.popleft()
+            if size is not None:  # What was sent before need not know it.
+                self._decoder.max_allowed_table_size = size
             return
         assert not self._is_greeted, "settings are said once, and first"
         self._is_greeted = True
@@ -307,7 +308,7 @@ class ClientView:
         self._doomed.clear()
         assert self._receive >= 0, "who sends more than the connection's window loses it"
         assert self._window <= frames.WINDOW_MAX, "so does who opens it beyond all bounds"
-        assert not self._num_settings, "every SETTINGS is acknowledged"
+        assert not self._tables, "every SETTINGS is acknowledged"
         assert not self._pings, "every PING is answered"
         assert self._block is None, "header blocks are whole"
         assert connection.num_streams == len(self.open), "both sides know what is open"
