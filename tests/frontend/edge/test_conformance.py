@@ -507,6 +507,20 @@ def windows_given(peer: Peer, stream_id: int) -> int:
     )
 
 
+def test_6_5_3_headers_that_settings_let_leave_follow_their_acknowledgement() -> None:
+    """Compressed with the table that they tell of, of which the client is sure only then."""
+    peer = Peer()
+    peer.say(settings((Setting.HEADER_TABLE_SIZE, 0), (Setting.INITIAL_WINDOW_SIZE, 0)))
+    peer.open(1)
+    peer.connection.send_headers(1, [(b":status", b"200")])
+    peer.connection.send_data(1, b"waits", peer.now)
+    peer.connection.end(1, [(b"grpc-status", b"0")])
+    peer.heard()
+    peer.say(settings((Setting.HEADER_TABLE_SIZE, 4096), (Setting.INITIAL_WINDOW_SIZE, 100)))
+    kinds = [frame.kind for frame in peer.heard()]
+    assert kinds == [FrameType.SETTINGS, FrameType.DATA, FrameType.HEADERS]
+
+
 def test_6_9_3_a_client_that_has_not_seen_the_streams_window_may_fill_the_initial_one() -> None:
     peer = Peer(EdgeLimits(stream_window=1024), acknowledges=False)
     peer.open(1)
