@@ -8,7 +8,6 @@ import gzip
 import os
 import socket
 import ssl
-import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -114,8 +113,8 @@ def test_who_reads_nothing_is_cut_off_though_he_gives_signs_of_life(
     async def scenario() -> None:
         settings: dict[str, Any] = {
             **PATIENT,
-            "client_ping_interval_s": 0.2,
-            "client_ping_timeout_s": 0.3,
+            "client_ping_interval_s": 0.5,
+            "client_ping_timeout_s": 1.0,
             "edge_stall_timeout_s": 0.5,
             **(tls_settings(certificates) if is_tls else {}),
         }
@@ -142,23 +141,41 @@ def test_who_reads_slowly_is_not_and_once_he_stops_he_is(
     certificates: Path, *, is_tls: bool
 ) -> None:
     async def scenario() -> None:
+        settings = {**PATIENT, "edge_stall_timeout_s": 60.0, "edge_ping_idle_interval_s": 3600}
         tls = tls_settings(certificates) if is_tls else {}
         async with (
-            world(edge_stall_timeout_s=1.5, **PATIENT, **tls) as it,
+            world(**settings, **tls) as it,
             greeted(it, certificates if is_tls else None) as client,
         ):
-            one = await fill(it)
-            until = time.monotonic() + 4.5  # Three times the timeout.
-            while time.monotonic() < until:
-                # So much that a kernel tells of it, and so little that a while passes before a
-                # third of the other's buffer is free.
-                await client.reader.read(1 << 16)
-                await asyncio.sleep(0.1)
+            one = the_one(it)
+            now = one.edge.clock()
+            one.edge.clock = lambda: now
+            was_paused: list[bool] = []
+            for _ in range(5):
                 await fill(it)
-            assert one in edge_of(it).clients
-            assert limits_hit(it, "stall") == 0
+                taken = one._acknowledged()  # pyright: ignore[reportPrivateUsage]
+                # So little that the kernel here does not ask for more.
+                await client.reader.readexactly(1 << 18)
+                await it.until(
+                    lambda taken=taken: (
+                        one._acknowledged() > taken  # pyright: ignore[reportPrivateUsage]
+                    )
+                )
+                was_paused.append(one.is_paused)
+                now += 60.1
+                one._look()  # pyright: ignore[reportPrivateUsage]
+                assert limits_hit(it, "stall") == 0
+            assert any(was_paused)
+            await fill(it)
+
+            def is_cut_off() -> bool:
+                nonlocal now
+                now += 60.1
+                one._look()  # pyright: ignore[reportPrivateUsage]
+                return limits_hit(it, "stall") == 1
+
+            await it.until(is_cut_off)
             await it.until(lambda: not edge_of(it).clients)
-            assert limits_hit(it, "stall") == 1
 
     run(scenario())
 
@@ -249,20 +266,22 @@ def test_who_cuts_off_tls_and_reads_nothing_is_given_up_too(certificates: Path) 
 def test_who_closes_when_he_is_told_has_gone_beyond_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(edge_server, "CLOSE_S", 0.2)
+    monkeypatch.setattr(edge_server, "CLOSE_S", 60.0)
 
     async def scenario() -> None:
         async with world(**PATIENT) as it:
+            edge = edge_of(it)
             async with greeted(it) as told, greeted(it) as leaves:
+                both = list(edge.clients)
                 told.say(BROKEN)
                 await told.until_closed()
                 told.writer.close()
                 leaves.writer.write_eof()
                 await leaves.until_closed()
-            edge = edge_of(it)
             await it.until(lambda: not edge.clients and not edge.leaving)
-            await asyncio.sleep(0.3)  # Nothing that is left over from them comes then.
-            assert limits_hit(it, "farewell") == 0
+            ends = [one._farewell for one in both]  # pyright: ignore[reportPrivateUsage]
+            assert len(ends) == 2
+            assert all(end is not None and end.cancelled() for end in ends)
 
     run(scenario())
 
@@ -370,7 +389,7 @@ def test_who_does_not_end_the_handshake_in_time_is_closed_and_counted(
 
 def test_tls_and_the_greeting_after_it_have_that_time_together(certificates: Path) -> None:
     async def scenario() -> None:
-        settings = {**NATIVE, "edge_handshake_timeout_s": 0.3, **tls_settings(certificates)}
+        settings = {**NATIVE, "edge_handshake_timeout_s": 1.0, **tls_settings(certificates)}
         async with world(**settings) as it:
             host, port = split_address(it.frontend.address)
             context = client_tls(certificates)
