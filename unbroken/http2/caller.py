@@ -549,12 +549,10 @@ class Caller:
         if maxima := values.get(Setting.MAX_CONCURRENT_STREAMS):
             self._peer_calls_max = maxima[-1]
         if sizes := values.get(Setting.INITIAL_WINDOW_SIZE):
-            before, largest, last = self._peer_initial_window, max(sizes), sizes[-1]
-            self._peer_initial_window = last
+            before, self._peer_initial_window = self._peer_initial_window, sizes[-1]
             for call in self._calls.values():
-                if not call.send.grow(largest - before):
+                if not call.send.resize(before, sizes):
                     raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a window overflows")
-                call.send.grow(last - largest)
         self.is_greeted = True
         self.outbound += frames.frame(FrameType.SETTINGS, frames.ACK, 0)
         self._send_blocked()

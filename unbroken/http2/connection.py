@@ -508,14 +508,12 @@ class Connection:
 
     def _resize_sending(self, sizes: Sequence[int]) -> None:
         """The peer takes so much on each stream: first this, then that."""
-        before, largest, last = self._peer_initial_window, max(sizes), sizes[-1]
-        self._peer_initial_window = last
+        before, self._peer_initial_window = self._peer_initial_window, sizes[-1]
         for stream in self._streams.values():
             if stream.ride is not None:
                 stream.ride.step_out()
-            if not stream.send.grow(largest - before):
+            if not stream.send.resize(before, sizes):
                 raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window overflows")
-            stream.send.grow(last - largest)
 
     def _ping(self, flags: int, stream_id: int, payload: bytes, now: float) -> None:
         self._spend_control(now)

@@ -1,5 +1,7 @@
 """Flow-control windows (RFC 9113, section 5.2): what may be sent, and what may be received."""
 
+from collections.abc import Sequence
+
 from unbroken.http2.frames import WINDOW_MAX
 
 
@@ -15,6 +17,12 @@ class SendWindow:
         """The peer takes more, or less; False if it overflows."""
         self.left += increment
         return self.left <= WINDOW_MAX
+
+    def resize(self, before: int, sizes: Sequence[int]) -> bool:
+        """What the peer takes from the beginning changes to these, one after the other; False if it
+        overflows on the way."""
+        largest = max(sizes)
+        return self.grow(largest - before) and self.grow(sizes[-1] - largest)
 
 
 class ReceiveWindow:

@@ -296,16 +296,22 @@ def test_a_client_that_takes_little_of_a_full_socket_is_not() -> None:
     run(scenario)
 
 
+def noted_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """After how many seconds each timer is to fire from now on; none does."""
+    loop = asyncio.get_running_loop()
+    waits: list[float] = []
+
+    def noted(delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        waits.append(delay)
+        return asyncio.TimerHandle(loop.time() + delay, callback, (), loop)
+
+    monkeypatch.setattr(loop, "call_later", noted)
+    return waits
+
+
 def test_who_stops_taking_is_looked_at_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        loop = asyncio.get_running_loop()
-        waits: list[float] = []
-
-        def noted(delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-            waits.append(delay)
-            return asyncio.TimerHandle(loop.time() + delay, callback, (), loop)
-
-        monkeypatch.setattr(loop, "call_later", noted)
+        waits = noted_waits(monkeypatch)
         world = World(EdgeLimits(stall_timeout_s=0.5))
         world.client.pause_writing()
         assert 0.5 <= waits[-1] <= 0.5 + 2 * LOOK_GRAIN_S
@@ -318,14 +324,7 @@ def test_connections_are_looked_at_together_and_none_again_at_once(
     began_at: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        loop = asyncio.get_running_loop()
-        waits: list[float] = []
-
-        def noted(delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-            waits.append(delay)
-            return asyncio.TimerHandle(loop.time() + delay, callback, (), loop)
-
-        monkeypatch.setattr(loop, "call_later", noted)
+        waits = noted_waits(monkeypatch)
         limits = EdgeLimits(handshake_timeout_s=1.0)
         world = World(limits)
         world.now = began_at
